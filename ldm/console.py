@@ -1,0 +1,58 @@
+"""What the user sees while work runs: progress bars, one-line messages, and signals that stop politely."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+level = 0  # -1 quiet, 0 normal, 1 verbose; set by the command line
+
+
+def progress(iterable=None, total: int | None = None, desc: str = "", unit: str = "it", disable: bool = False):
+    """A tqdm bar on stderr; silent when quiet, and when stderr is no terminal unless LDM_PROGRESS=1."""
+    from tqdm import tqdm
+
+    hidden = disable or level < 0 or not (sys.stderr.isatty() or os.environ.get("LDM_PROGRESS") == "1")
+    scale = unit == "B"
+    return tqdm(iterable, total=total, desc=desc, unit=unit, unit_scale=scale, disable=hidden, dynamic_ncols=True)
+
+
+def say(text: str, verbosity: int = 0) -> None:
+    """One line on stderr, shown from `verbosity` up (0 normal, 1 only with -v)."""
+    if level >= verbosity:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One `warning: …` line on stderr; -q does not silence it."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """While active, SIGINT and SIGTERM set `.signal` instead of raising; a second one raises KeyboardInterrupt.
+
+    Long loops ask `if stop.signal:` after each unit of work, save and leave with exit code 128 + signal.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        import threading
+
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        say(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")

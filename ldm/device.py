@@ -1,0 +1,51 @@
+"""Where and in what precision the networks run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ldm.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError if it is not there."""
+    import torch
+
+    kind = name.split(":")[0]
+    if kind not in DEVICES:
+        raise ConfigError(f"unknown device {name!r}", where="device", todo=nearest(name, DEVICES))
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if kind == "auto":
+        return torch.device(next(d for d in ("cuda", "mps", "cpu") if present[d]))
+    if not present[kind]:
+        raise ConfigError(f"{name} is not available here", where="device", todo="use --device auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """fp32, fp16 or bf16 as a torch dtype; `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", where="dtype", todo=nearest(name, ("auto", *DTYPES)))
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 is not supported on a CPU", where="dtype", todo="use bf16 or fp32")
+    return getattr(torch, DTYPES[name])
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic is quicker than float32 here (CUDA with bf16; CPUs with AVX512-BF16 or AMX)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,55 @@
+"""Every failure that a user can cause or meet, as one exception type with a one-line message."""
+
+from __future__ import annotations
+
+
+class LdmError(Exception):
+    """An expected failure: what went wrong, where, and what to do about it, in one line.
+
+    `exit_code` is what the command line returns: 2 refused before work began, 4 out of disk or memory,
+    5 stopped part-way by a named failure with everything before it saved.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: object = None, todo: str | None = None):
+        self.what, self.where, self.todo = what, where, todo
+        text = f"{where}: {what}" if where is not None else what
+        super().__init__(" ".join(f"{text}; {todo}".split()) if todo else " ".join(text.split()))
+
+
+class ConfigError(LdmError):
+    """A setting that is unknown, of the wrong type, out of range or in contradiction to another."""
+
+
+class DataError(LdmError):
+    """A picture, caption, dataset or font that cannot be used."""
+
+
+class ModelError(LdmError):
+    """A model folder or weight file that is missing, damaged, of the wrong kind or not supported."""
+
+
+class CheckpointError(LdmError):
+    """A training checkpoint that is missing, damaged or does not belong to these settings."""
+
+
+class NumericsError(LdmError):
+    """NaN or infinity where a finite number has to be."""
+
+    exit_code = 5
+
+
+class ResourceError(LdmError):
+    """Out of disk, memory or permission."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean 'x'?)` for the closest of `known`, or the whole list when nothing is close."""
+    import difflib
+
+    known = [str(k) for k in known]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(known)}"
