@@ -1,0 +1,1 @@
+"""The networks: U-Net, autoencoder, text encoders, and attention."""

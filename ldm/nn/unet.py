@@ -1,0 +1,350 @@
+"""The cross-attention U-Net of Stable Diffusion 1.x, 2.x and XL (Rombach et al. 2022; Podell et al. 2023).
+
+Module names follow diffusers' UNet2DConditionModel: a checkpoint loads with strict=True and no key map.
+Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tokens   D text width   E time embedding
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.errors import ModelError
+from ldm.nn.attention import attention, check_backend
+from ldm.nn.unet_config import UNetConfig
+from ldm.nn.weights import load_weights
+
+__all__ = ["UNet", "UNetConfig", "load_unet"]
+
+ROWS = 16  # rows of one block of a RowLinear in eval mode
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose rows are the batch. In eval mode it runs on zero-padded blocks of ROWS rows.
+
+    A matrix product may sum in another order for another number of rows; a fixed number keeps the bits of an image
+    the same in every batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in) -> (B, out)
+        if self.training:
+            return super().forward(x)
+        padded = F.pad(x, (0, 0, 0, -len(x) % ROWS))
+        return torch.cat([super(RowLinear, self).forward(block) for block in padded.split(ROWS)])[: len(x)]
+
+
+def sinusoidal(values: Tensor, channels: int) -> Tensor:
+    """values (N,) -> (N, channels): cosines, then sines, of frequencies from 1 down to 1/10000, in fp32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channels: int, embed: int):
+        super().__init__()
+        self.linear_1 = RowLinear(channels, embed)
+        self.linear_2 = RowLinear(embed, embed)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class AttentionPooling(nn.Module):
+    """One query, the mean of all tokens plus a learned vector, attends to itself and to all tokens."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = RowLinear(width, width)
+        self.v_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, D) -> (B, D)
+        query = x.mean(dim=1) + self.positional_embedding.to(x.dtype)  # (B, D)
+        x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
+        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads)[:, 0]
+
+
+class TextTimeEmbedding(nn.Module):
+    """Text pooled into the time embedding (addition_embed_type "text")."""
+
+    def __init__(self, width: int, embed: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.pool = AttentionPooling(width, num_heads)
+        self.proj = RowLinear(width, embed)
+        self.norm2 = nn.LayerNorm(embed)
+
+    def forward(self, states: Tensor) -> Tensor:  # (B, S, D) -> (B, E)
+        return self.norm2(self.proj(self.pool(self.norm1(states))))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels: int, out: int, embed: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = RowLinear(embed, out)
+        self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
+        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(temb)[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    backend = "auto"
+
+    def __init__(self, channels: int, num_heads: int, context: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context, channels, bias=False)
+        self.to_v = nn.Linear(context, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, L, C), (B, S, D)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attention(q, k, v, self.num_heads, mask, self.backend))
+
+
+class GEGLU(nn.Module):
+    """Shazeer 2020: x W1 * gelu(x W2)."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, num_heads: int, context: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, num_heads, context)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, L, C) -> (B, L, C)
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), states, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    def __init__(self, channels: int, layers: int, num_heads: int, config: UNetConfig):
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, num_heads, config.cross_attention_dim) for _ in range(layers)
+        )
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        h = self.norm(x)
+        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, states, mask)
+        return x + (picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x)))
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, C)
+
+
+def picture(h: Tensor, like: Tensor) -> Tensor:
+    return h.transpose(1, 2).reshape(like.shape)  # (B, L, C) -> (B, C, H, W)
+
+
+class Sampling(nn.Module):
+    """The convolution that halves (stride 2) or follows a doubling (stride 1)."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """One level of one side: resnets with the channels (in, ...), each followed by a transformer if there are any."""
+
+    def __init__(self, inputs: list[int], level: int, config: UNetConfig):
+        super().__init__()
+        channels, layers = config.block_out_channels[level], config.transformer_layers[level]
+        embed = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(i, channels, embed, config.norm_num_groups) for i in inputs)
+        if layers:
+            self.attentions = nn.ModuleList(
+                Transformer2D(channels, layers, config.num_heads[level], config) for _ in inputs
+            )
+        else:
+            self.attentions = [None] * len(inputs)
+
+
+class Middle(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        channels, embed = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, embed, config.norm_num_groups) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            [Transformer2D(channels, config.mid_transformer_layers, config.num_heads[-1], config)]
+        )
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or x0 (what it was trained for) from noisy latents, timesteps and text.
+
+    `gradient_checkpointing` computes each layer's activations again in the backward pass instead of keeping them.
+    In eval mode an image's bits do not depend on the batch it is in (see RowLinear and `forward`).
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        widths, layers = config.block_out_channels, config.layers_per_block
+        embed = 4 * widths[0]
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], embed)
+        if config.addition_embed_type == "text":
+            self.add_embedding = TextTimeEmbedding(
+                config.cross_attention_dim, embed, config.addition_embed_type_num_heads
+            )
+        elif config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, embed)
+
+        # Down; `skips` are the channels of what is handed across
+        self.down_blocks, skips, last = nn.ModuleList(), [widths[0]], len(widths) - 1
+        for level, width in enumerate(widths):
+            block = Level([skips[-1]] + [width] * (layers - 1), level, config)
+            skips += [width] * layers
+            if level < last:
+                block.downsamplers = nn.ModuleList([Sampling(width, stride=2)])
+                skips.append(width)
+            self.down_blocks.append(block)
+
+        self.mid_block = Middle(config)
+
+        # Up
+        self.up_blocks, below = nn.ModuleList(), widths[-1]
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            inputs = [below] + [width] * layers
+            block = Level([channels + skips.pop() for channels in inputs], level, config)
+            if level > 0:
+                block.upsamplers = nn.ModuleList([Sampling(width, stride=1)])
+            below = width
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def set_attention(self, name: str) -> None:
+        """Takes this backend ("auto" or a name of BACKENDS) from now on. Raises ConfigError or ModelError."""
+        check_backend(name)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = name
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
+        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+        """
+        if len(x) == 1 and not self.training:  # convolutions sum in another order at batch 1
+            x, timesteps, states, mask, pooled, time_ids = (
+                t if t is None else torch.cat([t, t]) for t in (x, timesteps, states, mask, pooled, time_ids)
+            )
+            return self._predict(x, timesteps, states, mask, pooled, time_ids)[:1]
+        return self._predict(x, timesteps, states, mask, pooled, time_ids)
+
+    def _predict(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
+        temb = F.silu(self._embed(x, timesteps, states, pooled, time_ids))  # (B, E)
+        x = self.conv_in(x)
+
+        # Down
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, transformer in zip(block.resnets, block.attentions):
+                x = self._run(resnet, x, temb)
+                x = x if transformer is None else self._run(transformer, x, states, mask)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        # Middle
+        x = self._run(self.mid_block.resnets[0], x, temb)
+        x = self._run(self.mid_block.attentions[0], x, states, mask)
+        x = self._run(self.mid_block.resnets[1], x, temb)
+
+        # Up
+        for block in self.up_blocks:
+            for resnet, transformer in zip(block.resnets, block.attentions):
+                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                x = x if transformer is None else self._run(transformer, x, states, mask)
+            if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
+                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _embed(self, x, timesteps, states, pooled, time_ids) -> Tensor:
+        """The time embedding (B, E), with what `addition_embed_type` adds to it."""
+        temb = self.time_embedding(sinusoidal(timesteps, self.config.block_out_channels[0]).to(x.dtype))
+        if self.config.addition_embed_type == "text":
+            temb = temb + self.add_embedding(states)
+        elif self.config.addition_embed_type == "text_time":
+            if pooled is None or time_ids is None:
+                raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
+            sizes = sinusoidal(time_ids.flatten(), self.config.addition_time_embed_dim)
+            sizes = sizes.view(len(x), -1).to(x.dtype)  # (B, 6 * addition_time_embed_dim)
+            temb = temb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
+        return temb
+
+    def _run(self, layer: nn.Module, *args) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+
+def load_unet(config: UNetConfig, state: Mapping[str, Tensor], where: object = None) -> UNet:
+    """A U-Net in eval mode that holds the tensors of `state` themselves. Raises ModelError where they do not fit."""
+    return load_weights(lambda: UNet(config), state, where)

@@ -1,0 +1,44 @@
+"""Loading weights onto a module that was built without memory (on the meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import ModelError
+
+
+def load_weights(build: Callable[[], nn.Module], state: Mapping[str, Tensor], where: object = None) -> nn.Module:
+    """Builds a module on the meta device and gives it the tensors of `state` themselves (no copy), in eval mode.
+
+    Raises ModelError with counts and the first five names where a key is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        module = build()
+    check_keys(module, state, where)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
+
+
+def check_keys(module: nn.Module, state: Mapping[str, Tensor], where: object = None) -> None:
+    """Compares names and shapes; raises ModelError that lists all that differs, five names of each sort."""
+    expected = module.state_dict()
+    sorts = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    found = [_first(names, sort) for sort, names in sorts.items() if names]
+    if found:
+        what = f"weights do not fit {type(module).__name__} ({len(expected)} tensors): {'; '.join(found)}"
+        raise ModelError(what, where=where, todo="check that config and weights belong to the same model")
+
+
+def _first(names: list[str], sort: str, count: int = 5) -> str:
+    return f"{len(names)} {sort} ({', '.join(names[:count])}{', ...' if len(names) > count else ''})"
