@@ -1,0 +1,99 @@
+"""One denoiser for every prediction type: denoise(x, sigma) -> x0, and the loss that trains the network inside it.
+
+With x = x0 + sigma * noise:   x0 = c_skip * x + c_out * network(c_in * x, timestep)
+Network: predict(x_in (B, C, H, W), timesteps (B,) fp32) -> raw (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ldm.diffusion.schedule import PREDICTION_TYPES, Schedule
+from ldm.errors import ConfigError, nearest
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def scalings(prediction_type: str, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(c_skip, c_out, c_in) for a sigma of any shape (Karras et al. 2022, section 5)."""
+    if prediction_type == "flow":  # x_t = (1 - t) x, x0 = x_t - t * raw, t = sigma / (1 + sigma)
+        c_in = 1 / (1 + sigma)
+        return c_in, -sigma * c_in, c_in
+    c_in = 1 / (sigma**2 + 1).sqrt()
+    if prediction_type == "epsilon":
+        return torch.ones_like(sigma), -sigma, c_in
+    if prediction_type == "v_prediction":
+        return c_in**2, -sigma * c_in, c_in
+    if prediction_type == "sample":
+        return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
+    raise ConfigError(
+        f"unknown prediction_type '{prediction_type}'", todo=nearest(str(prediction_type), PREDICTION_TYPES)
+    )
+
+
+def denoiser(predict: Predict, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Denoise:
+    """Wrap a network as denoise(x (B, C, H, W), sigma (B,)) -> x0 (B, C, H, W) fp32.
+
+    Precision is decided here: x and the scalings are fp32, the network gets `dtype`, its answer becomes fp32 again.
+    """
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        c_skip, c_out, c_in = (
+            c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in scalings(schedule.prediction_type, sigma.float())
+        )
+        raw = predict((c_in * x).to(dtype), schedule.timestep(sigma).to(x.device))
+        return c_skip * x + c_out * raw.float()
+
+    return denoise
+
+
+def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
+    """What the network should answer at x_t = alpha * x0 + sigma * noise; written out, never recovered by division."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    if schedule.prediction_type == "v_prediction":
+        return alpha * noise - sigma * x0  # Salimans & Ho 2022
+    if schedule.prediction_type == "sample":
+        return x0
+    return noise - x0  # flow: d x_t / d t (Lipman et al. 2023; Liu et al. 2023)
+
+
+def min_snr_weight(prediction_type: str, alpha: torch.Tensor, sigma: torch.Tensor, snr_gamma: float) -> torch.Tensor:
+    """(B,) loss weights min(SNR, gamma), said in x0, for each prediction type (Hang et al. 2023, eq. 9).
+
+    Written so that SNR 0 gives a finite weight: 1 for epsilon, 0 for v, sample and flow at the very end.
+    """
+    snr = (alpha / sigma) ** 2
+    if prediction_type == "epsilon":
+        return (snr_gamma / snr).clamp(max=1)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=snr_gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return snr.clamp(max=snr_gamma)
+    return torch.minimum(alpha**2, snr_gamma * sigma**2)  # flow: x0's error is t times the velocity's
+
+
+def training_loss(
+    predict: Predict,
+    schedule: Schedule,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """Mean squared error of the network's answer, one number per picture: (B,) fp32.
+
+    x0, noise (B, C, H, W); timesteps (B,): integers in [0, T) for betas, floats in (0, 1) for flow.
+    snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
+    """
+    x0, noise = x0.float(), noise.float()
+    alpha, sigma = schedule.alpha_sigma(timesteps.to(x0.device))  # (B,)
+    a, s = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))
+    raw = predict(a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
+    loss = (raw.float() - target(schedule, x0, noise, a, s)).square().flatten(1).mean(1)
+    if snr_gamma is not None:
+        loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
+    return loss

@@ -1,0 +1,129 @@
+"""Schedules as diffusers writes them: scheduler_config.json, read and written, without importing diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError, ModelError, nearest
+
+WHERE = "scheduler_config.json"
+
+# Every one of these names a way of stepping over the same schedule; which sampler runs is our own choice.
+CLASSES = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+)
+LINSPACE_BY_DEFAULT = ("Euler", "Heun", "LMS", "KDPM2", "DPMSolver", "DEIS", "UniPC")  # the others: leading
+
+# Settings that reach further than stepping, with the values that change nothing for us.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_dynamic_shifting": (False,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "lambda_min_clipped": (float("-inf"), "-Infinity", "-inf"),
+    "algorithm_type": ("dpmsolver++",),
+}
+# Settings of one stepping method, or of a method that is refused above: without effect on the schedule.
+IGNORED = (
+    *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "solver_order"),
+    *("solver_type", "lower_order_final", "euler_at_final", "time_shift_type", "predict_x0", "disable_corrector"),
+    *("solver_p", "noise_sampler_seed", "sigma_type", "shift_terminal"),
+)
+OURS = (
+    *("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr"),
+    *("timestep_spacing", "steps_offset", "flow_shift", "set_alpha_to_one", "use_flow_sigmas"),
+)
+SAME_NAME = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "steps_offset")
+
+
+def _refuse(key: str, value: Any, todo: str | None = None) -> ModelError:
+    return ModelError(f"{key} {value!r} is not supported", where=WHERE, todo=todo)
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    name = config.get("_class_name", "DDIMScheduler")
+    if name not in CLASSES:
+        raise _refuse("_class_name", name, nearest(str(name), CLASSES))
+    for key, value in config.items():
+        if key in ONLY:
+            if value not in ONLY[key]:
+                raise _refuse(key, value)
+        elif not (key.startswith("_") or key in IGNORED or key in OURS or value is None or value is False):
+            raise _refuse(key, value)
+
+
+def read_scheduler(config: Mapping[str, Any]) -> Schedule:
+    """Schedule of a scheduler_config.json (as a dict), with diffusers' own defaults for what it leaves out.
+
+    ModelError names a class or a setting that is not supported, or a combination that is not possible.
+    """
+    _check(config)
+    name = config.get("_class_name", "DDIMScheduler")
+    prediction, flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
+    if (prediction == "flow_prediction") != bool(flow):
+        raise _refuse("use_flow_sigmas", flow, f"prediction_type is '{prediction}', and the two go together")
+    found = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
+    found |= {key: config[key] for key in SAME_NAME if key in config}
+    found["prediction_type"] = "flow" if flow else prediction
+    spacing = "linspace" if name.startswith(LINSPACE_BY_DEFAULT) else "leading"
+    found["spacing"] = config.get("timestep_spacing", spacing)
+    found["set_alpha_to_one"] = config.get("set_alpha_to_one", name != "PNDMScheduler")
+    if flow:
+        found["flow_shift"] = config.get("flow_shift", 1.0)
+        found["rescale_betas_zero_snr"] = False  # betas are there, but flow sigmas replace them
+        found["set_alpha_to_one"] = False  # as DDIM's last sigma, which flow has at 0 anyway
+    try:
+        return Schedule(**found)
+    except (ConfigError, TypeError) as error:
+        raise ModelError(str(error), where=WHERE) from error
+
+
+def write_scheduler(schedule: Schedule) -> dict[str, Any]:
+    """scheduler_config.json of a schedule: DDIMScheduler, or DPMSolverMultistepScheduler for flow.
+
+    diffusers' StableDiffusionPipeline renders these two as they are; it expects steps_offset 1 and warns otherwise.
+    """
+    common = {
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "beta_schedule": schedule.beta_schedule,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "timestep_spacing": schedule.spacing,
+        "steps_offset": schedule.steps_offset,
+        "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
+    }
+    if schedule.is_flow:
+        return {
+            "_class_name": "DPMSolverMultistepScheduler",
+            **common,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": schedule.flow_shift,
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "final_sigmas_type": "zero",
+        }
+    return {
+        "_class_name": "DDIMScheduler",
+        **common,
+        "prediction_type": schedule.prediction_type,
+        "clip_sample": False,
+        "set_alpha_to_one": schedule.set_alpha_to_one,
+        "thresholding": False,
+    }

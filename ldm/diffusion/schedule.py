@@ -1,0 +1,268 @@
+"""Noise schedules: timesteps, sigmas, spacings, and the conventions in which samplers differ.
+
+Everything above this file lives in one picture of the noise: x = x0 + sigma * noise, with sigma from 0 upwards.
+What a network was trained on is x_t = alpha * x0 + sigma_t * noise; alpha = 1 / sqrt(1 + sigma^2) for the beta
+schedules ("variance preserving") and alpha = 1 - t, sigma = t / (1 - t) for flow. Only this file and `denoiser.py`
+know the second picture.
+
+T number of training timesteps   n number of sampling steps   B batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.errors import ConfigError, nearest
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+CAPPED_ALPHAS_CUMPROD = 2.0**-24  # stands for zero at zero terminal SNR, so that sigma is 4096 and not infinite
+DDIM_INFINITY = 2.0**20  # DDIM is written without sigma = infinity in a denominator: 4096 would show (2.4e-4)
+FLOW_CAP = 0.999999  # largest flow time that is turned into a sigma; sampling starts at 1 - 1/T, as in diffusers
+
+BETAS: dict[str, Callable[[int, float, float], torch.Tensor]] = {}
+SPACINGS: dict[str, Callable[[int, int, int, str], np.ndarray]] = {}
+
+
+def _betas(function: Callable) -> Callable:
+    BETAS[function.__name__] = function
+    return function
+
+
+def _spacing(function: Callable) -> Callable:
+    SPACINGS[function.__name__] = function
+    return function
+
+
+# Betas: (T, beta_start, beta_end) -> (T,) fp32. In fp32 throughout, because published models were: at the ends of the
+# schedule 1 - alphas_cumprod keeps only three digits, and float64 would give other sigmas than they were trained with.
+@_betas
+def linear(steps: int, start: float, end: float) -> torch.Tensor:
+    """Betas on a straight line (DDPM, Ho et al. 2020)."""
+    return torch.linspace(start, end, steps, dtype=torch.float32)
+
+
+@_betas
+def scaled_linear(steps: int, start: float, end: float) -> torch.Tensor:
+    """Square roots of the betas on a straight line (latent diffusion, Rombach et al. 2022)."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+
+
+@_betas
+def squaredcos_cap_v2(steps: int, start: float, end: float) -> torch.Tensor:
+    """Cosine alphas_cumprod, betas capped at 0.999 (Nichol & Dhariwal 2021); start and end are not used."""
+
+    def alphas_cumprod(i: int) -> float:
+        return math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [min(1 - alphas_cumprod(i + 1) / alphas_cumprod(i), 0.999) for i in range(steps)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas (T,) changed so that nothing of the picture is left at the last step (Lin et al. 2024, algorithm 1)."""
+    root = (1.0 - betas).cumprod(0).sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    root = (root - last) * (first / (first - last))
+    product = root**2
+    return 1 - torch.cat([product[:1], product[1:] / product[:-1]])
+
+
+# Spacings: (T, n, steps_offset, sampler) -> n descending timesteps, float64. The three families of samplers take them
+# differently: DPM-Solver++ divides into n + 1 parts, DDIM rounds, Euler does neither.
+@_spacing
+def leading(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
+    """Multiples of T // n, plus an offset (Stable Diffusion 1.x and 2.x use 1); never reaches the last timestep."""
+    if sampler.startswith("dpmpp"):
+        return np.arange(n, 0, -1.0) * (total // (n + 1)) + offset
+    return np.arange(n - 1, -1, -1.0) * (total // n) + offset
+
+
+@_spacing
+def linspace(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
+    """Equal parts from T - 1 to 0, fractions included for Euler."""
+    if sampler.startswith("dpmpp"):
+        return np.linspace(0, total - 1, n + 1).round()[:0:-1]
+    if n == 1:
+        return np.array([total - 1.0])
+    steps = np.linspace(0, total - 1, n, dtype=np.float64 if sampler == "ddim" else np.float32)
+    return (steps.round() if sampler == "ddim" else steps)[::-1].astype(np.float64)
+
+
+@_spacing
+def trailing(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
+    """Steps of T / n down from T - 1, which is always the first: what zero terminal SNR needs."""
+    return np.arange(total, 0, -total / n)[:n].round() - 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much noise a model was trained with at each timestep, and which sigmas a sampler visits.
+
+    Raises ConfigError for unknown names, numbers out of range and settings that contradict each other.
+    """
+
+    prediction_type: str = "epsilon"  # what the network's output means: epsilon, v_prediction, sample, flow
+    beta_schedule: str = "scaled_linear"  # linear, scaled_linear, squaredcos_cap_v2; not used by flow
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    rescale_betas_zero_snr: bool = False  # pure noise at the last timestep; wants trailing spacing
+    spacing: str = "leading"  # leading, linspace, trailing; not used by flow
+    steps_offset: int = 1  # added to leading timesteps; diffusers' pipelines expect 1 whatever the spacing
+    flow_shift: float = 1.0  # > 1 spends more of the steps at high noise (Esser et al. 2024)
+    set_alpha_to_one: bool = False  # DDIM's last sigma: 0, or (Stable Diffusion) the sigma of timestep 0
+
+    def __post_init__(self) -> None:
+        for field, known in (
+            ("prediction_type", PREDICTION_TYPES),
+            ("beta_schedule", BETAS),
+            ("spacing", SPACINGS),
+        ):
+            if (value := getattr(self, field)) not in known:
+                raise ConfigError(f"unknown {field} '{value}'", where="schedule", todo=nearest(str(value), known))
+        if self.num_train_timesteps < 2:
+            raise ConfigError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ConfigError(f"betas must rise inside (0, 1), not from {self.beta_start} to {self.beta_end}")
+        if self.steps_offset < 0:
+            raise ConfigError(f"steps_offset must not be negative, but is {self.steps_offset}")
+        if not 0 < self.flow_shift < math.inf:
+            raise ConfigError(f"flow_shift must be a positive number, not {self.flow_shift}")
+        if self.is_flow and self.rescale_betas_zero_snr:
+            raise ConfigError("rescale_betas_zero_snr does not go with flow, whose last step is pure noise already")
+        if not self.is_flow and self.flow_shift != 1:
+            raise ConfigError(f"flow_shift goes with prediction_type flow only, not with {self.prediction_type}")
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether x_t = (1 - t) x0 + t noise (flow) instead of alphas_cumprod from betas."""
+        return self.prediction_type == "flow"
+
+    @cached_property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """(T,) fp32, as training uses them: the last one is exactly 0 at zero terminal SNR. Not for flow."""
+        betas = BETAS[self.beta_schedule](self.num_train_timesteps, self.beta_start, self.beta_end)
+        if self.rescale_betas_zero_snr:
+            betas = zero_terminal_snr(betas)
+        return (1.0 - betas).cumprod(0)
+
+    @cached_property
+    def sigmas_all(self) -> torch.Tensor:
+        """(T,) fp32, ascending: sigma of each training timestep (for flow of t = 1/T … 1 - 1/T), always finite."""
+        if self.is_flow:
+            total = self.num_train_timesteps
+            return self.sigma(torch.linspace(1, total - 1, total, dtype=torch.float64))
+        product = self.alphas_cumprod.clone()
+        if self.rescale_betas_zero_snr:
+            product[-1] = CAPPED_ALPHAS_CUMPROD
+        return ((1 - product) / product).sqrt()
+
+    def alpha_sigma(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) factors of x_t = alpha * x0 + sigma * noise, for (B,) integer timesteps or flow times in (0, 1)."""
+        if timesteps.is_floating_point() != self.is_flow:
+            raise TypeError(f"timesteps are {timesteps.dtype}: flow takes floats in (0, 1), betas take integers")
+        if self.is_flow:
+            t = timesteps.float()
+            return 1 - t, t
+        product = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return product.sqrt(), (1 - product).sqrt()
+
+    def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network is told, (B,) fp32: integer timesteps as they are, flow times as whole thousandths.
+
+        Rounded down as DPMSolverMultistepScheduler does it, so that other programs ask a model what it was taught.
+        """
+        if not self.is_flow:
+            return timesteps.float()
+        return (timesteps.float() * self.num_train_timesteps + 1e-3).floor()  # 1e-3: of t -> sigma -> t in fp32
+
+    def timestep(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The timestep that a network is told for a sigma (any shape), fp32; between table entries linear in sigma."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
+        if self.is_flow:
+            return self.network_timesteps(sigma / (1 + sigma))
+        table = self.sigmas_all.double()
+        sigma = sigma.clamp(table[0], table[-1])
+        low = (torch.searchsorted(table, sigma.contiguous(), right=True) - 1).clamp(0, len(table) - 2)
+        return (low + (sigma - table[low]) / (table[low + 1] - table[low])).float()
+
+    def sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        """The sigma of a timestep in [0, T - 1] (for flow: t * T), fp32, any shape; fractions are interpolated."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float64).cpu()
+        if self.is_flow:
+            t = (timestep / self.num_train_timesteps).clamp(max=FLOW_CAP)
+            return (t / (1 - t)).float()
+        table = self.sigmas_all.double().numpy()
+        return torch.as_tensor(np.interp(timestep.numpy(), np.arange(len(table)), table)).float()
+
+    def sigmas(self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None) -> torch.Tensor:
+        """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them.
+
+        The last one is 0; for DDIM on betas, without set_alpha_to_one, it is the sigma of timestep 0.
+        Raises ConfigError for a step count that is not possible and for an unknown spacing.
+        """
+        n = num_inference_steps
+        if n < 1:
+            raise ConfigError(f"num_inference_steps must be at least 1, not {n}")
+        if self.is_flow:
+            if spacing is not None:
+                raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", todo="leave it out")
+            return self._flow_sigmas(n)
+        timesteps = self._spaced(n, sampler, self.spacing if spacing is None else spacing)
+        sigmas = self.sigma(timesteps)
+        last = 0.0
+        if sampler == "ddim":
+            if self.rescale_betas_zero_snr and self.prediction_type != "epsilon":
+                sigmas[timesteps == self.num_train_timesteps - 1] = DDIM_INFINITY
+            if not self.set_alpha_to_one:
+                last = float(self.sigmas_all[0])
+        return torch.cat([sigmas, sigmas.new_tensor([last])])
+
+    def _spaced(self, n: int, sampler: str, spacing: str) -> torch.Tensor:
+        if spacing not in SPACINGS:
+            raise ConfigError(f"unknown spacing '{spacing}'", todo=nearest(spacing, SPACINGS))
+        total = self.num_train_timesteps
+        timesteps = SPACINGS[spacing](total, n, self.steps_offset, sampler) if n <= total else np.empty(0)
+        if len(timesteps) != n or timesteps[0] > total - 1 or (np.diff(timesteps) >= 0).any():
+            raise ConfigError(f"{n} steps are too many for {total} training timesteps with {spacing} spacing")
+        return torch.tensor(timesteps.tolist(), dtype=torch.float64)
+
+    def _flow_sigmas(self, n: int) -> torch.Tensor:
+        """Equal steps of t from 1 - 1/T to 0, shifted, as t / (1 - t)."""
+        t = np.linspace(1 - 1 / self.num_train_timesteps, 0, n + 1)
+        t = self.flow_shift * t / (1 + (self.flow_shift - 1) * t)
+        return torch.from_numpy(t / (1 - t)).float()
+
+    def initial(
+        self, noise: torch.Tensor, sigmas: torch.Tensor, sampler: str = "euler", spacing: str | None = None
+    ) -> torch.Tensor:
+        """Unit noise (B, C, H, W) scaled to the x that sampling starts from; the one home of this convention.
+
+        Euler with linspace or trailing spacing takes sigma itself; all else takes the scale at which the network's
+        input is the noise unchanged: sqrt(sigma^2 + 1), for flow sigma + 1.
+        """
+        sigma = sigmas[0].item()
+        if self.is_flow:
+            return noise * (sigma + 1)
+        plain = sampler == "ddim" or sampler.startswith("dpmpp") or (spacing or self.spacing) == "leading"
+        return noise * (math.sqrt(sigma**2 + 1) if plain else sigma)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> Schedule:
+        """Read a scheduler_config.json; ModelError names the first setting that is not supported."""
+        from ldm.diffusion.interchange import read_scheduler
+
+        return read_scheduler(config)
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """A scheduler_config.json: of DDIMScheduler for betas, of DPMSolverMultistepScheduler for flow."""
+        from ldm.diffusion.interchange import write_scheduler
+
+        return write_scheduler(self)
