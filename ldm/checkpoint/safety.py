@@ -1,0 +1,186 @@
+"""What a weight file may be: safetensors whose header is sound. Pickles are named and refused, never opened as such."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ldm.errors import ModelError
+
+HEAD = 4096  # bytes of a suspicious file that are looked at, at most
+MAX_HEADER = 16 << 20  # bytes; the header of SDXL's U-Net has 0.3 MB
+MAX_JSON = 16 << 20  # bytes of a config, index or vocabulary
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+ITEM_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+USE_SAFETENSORS = "get the .safetensors version, or convert the file where it is trusted"
+GET_AGAIN = "get the file again"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    dtype: str  # a key of ITEM_BYTES
+    shape: tuple[int, ...]
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """The table of contents of a safetensors file; tensors in the order of their bytes, without holes."""
+
+    size: int  # bytes before the first tensor
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def refuse_pickle(path: str | Path) -> None:
+    """Raise ModelError if the file is a pickle by name or by its first bytes (of which at most 4 KB are read)."""
+    path = Path(path)
+    kind = _foreign(_head(path))
+    if path.suffix.lower() in PICKLES:
+        kind = kind if kind and "pickle" in kind else "is a pickle file by its name"
+    if kind:
+        todo = USE_SAFETENSORS if "pickle" in kind else GET_AGAIN
+        raise ModelError(f"{kind}; only safetensors is opened" if "pickle" in kind else kind, where=path, todo=todo)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as handle:
+            return handle.read(HEAD) or b""
+    except FileNotFoundError:
+        raise ModelError("no such file", where=path) from None
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def _foreign(head: bytes) -> str | None:
+    """What else than safetensors these first bytes are, or None."""
+    if head[:4] == b"PK\x03\x04":
+        return "is a zip archive (PyTorch's pickle format)"
+    if head[8:9] == b"{":  # where a safetensors header starts; the eight bytes before it can be any number
+        return None
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "is a Python pickle"
+    if head[257:262] == b"ustar":
+        return "is a tar archive (PyTorch's first pickle format)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights (run `git lfs pull`)"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page, not weights"
+    if head[:4] == b"GGUF":
+        return "is a GGUF file, which is not supported"
+    return None
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file, and that the file is exactly as long as it says.
+
+    Raises ModelError (pickle, truncated, malformed) before any tensor is read, with bounded time and memory.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    try:
+        with path.open("rb") as handle:
+            size = path.stat().st_size
+            start = handle.read(8)
+            length = header_length(start, size, path)
+            return parse_header(handle.read(length), size, path)
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def header_length(start: bytes, size: int, where: object) -> int:
+    """The header's length in bytes, from the first eight; `size` is the file's."""
+    if len(start) < 8:
+        raise _malformed("has no header", where)
+    length = int.from_bytes(start, "little")
+    if length > size - 8:
+        raise _malformed(f"its header of {length} bytes does not fit into {size} bytes", where)
+    if length > MAX_HEADER:
+        raise _malformed(f"its header of {length} bytes is larger than any model's", where)
+    return length
+
+
+def parse_header(raw: bytes, size: int, where: object) -> Header:
+    """Check the header's JSON against the format; `size` is the whole file's. Raises ModelError with the reason."""
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, _Duplicate) else "its header is not valid JSON"
+        raise _malformed(reason, where) from None
+    if not isinstance(table, dict) or raw[:1] != b"{":
+        raise _malformed("its header is not a table", where)
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _malformed("its metadata is not text", where)
+    spans = sorted((_span(name, entry, where) for name, entry in table.items()), key=lambda span: span[:2])
+    position, tensors = 0, {}
+    for begin, end, name, tensor in spans:
+        if begin != position:
+            raise _malformed(f"{name!r} {'overlaps another tensor' if begin < position else 'follows a hole'}", where)
+        position, tensors[name] = end, tensor
+    expected = 8 + len(raw) + position
+    if expected != size:
+        what = "is truncated" if size < expected else "has bytes after its last tensor"
+        raise _malformed(f"{what} ({size} bytes, its header says {expected})", where)
+    return Header(8 + len(raw), tensors, metadata)
+
+
+def _span(name: str, entry: object, where: object) -> tuple[int, int, str, Tensor]:
+    """(begin, end, name, tensor) of one header entry, its size checked against its shape."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _malformed(f"the entry of {name!r} is not dtype, shape and data_offsets", where)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _malformed(f"{name!r} has the unknown dtype {str(dtype)[:20]!r}", where)
+    if not (_naturals(shape) and len(shape) <= 16 and _naturals(offsets) and len(offsets) == 2):
+        raise _malformed(f"{name!r} has a bad shape or offsets", where)
+    begin, end = offsets
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _malformed(f"the size of {name!r} does not match its shape", where)
+    return begin, end, name, Tensor(dtype, tuple(shape), end - begin)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+class _Duplicate(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Duplicate(f"its header lists {next(n for n in names if names.count(n) > 1)!r} twice")
+    return table
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def _malformed(reason: str, where: object) -> ModelError:
+    return ModelError(f"is not a sound safetensors file: {reason}", where=where, todo=GET_AGAIN)
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a model folder. Raises ModelError with the line of bad syntax."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelError("is too large for a settings file", where=path)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError("no such file", where=path, todo="get the whole model folder") from None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ModelError(f"cannot be read ({type(error).__name__})", where=path) from None
+    if not isinstance(value, dict):
+        raise ModelError("is not a table of settings", where=path)
+    return value
