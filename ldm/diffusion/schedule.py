@@ -1,4 +1,4 @@
-"""Noise schedules: timesteps, sigmas, spacings, and the conventions in which samplers differ.
+"""Noise schedules: timesteps, sigmas, spacings, and the scale of the first noise.
 
 Everything above this file lives in one picture of the noise: x = x0 + sigma * noise, with sigma from 0 upwards.
 What a network was trained on is x_t = alpha * x0 + sigma_t * noise; alpha = 1 / sqrt(1 + sigma^2) for the beta
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.diffusion.spacings import SPACINGS
 from ldm.errors import ConfigError, nearest
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
@@ -27,16 +28,10 @@ DDIM_INFINITY = 2.0**20  # DDIM is written without sigma = infinity in a denomin
 FLOW_CAP = 0.999999  # largest flow time that is turned into a sigma; sampling starts at 1 - 1/T, as in diffusers
 
 BETAS: dict[str, Callable[[int, float, float], torch.Tensor]] = {}
-SPACINGS: dict[str, Callable[[int, int, int, str], np.ndarray]] = {}
 
 
 def _betas(function: Callable) -> Callable:
     BETAS[function.__name__] = function
-    return function
-
-
-def _spacing(function: Callable) -> Callable:
-    SPACINGS[function.__name__] = function
     return function
 
 
@@ -72,33 +67,6 @@ def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     root = (root - last) * (first / (first - last))
     product = root**2
     return 1 - torch.cat([product[:1], product[1:] / product[:-1]])
-
-
-# Spacings: (T, n, steps_offset, sampler) -> n descending timesteps, float64. The three families of samplers take them
-# differently: DPM-Solver++ divides into n + 1 parts, DDIM rounds, Euler does neither.
-@_spacing
-def leading(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
-    """Multiples of T // n, plus an offset (Stable Diffusion 1.x and 2.x use 1); never reaches the last timestep."""
-    if sampler.startswith("dpmpp"):
-        return np.arange(n, 0, -1.0) * (total // (n + 1)) + offset
-    return np.arange(n - 1, -1, -1.0) * (total // n) + offset
-
-
-@_spacing
-def linspace(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
-    """Equal parts from T - 1 to 0, fractions included for Euler."""
-    if sampler.startswith("dpmpp"):
-        return np.linspace(0, total - 1, n + 1).round()[:0:-1]
-    if n == 1:
-        return np.array([total - 1.0])
-    steps = np.linspace(0, total - 1, n, dtype=np.float64 if sampler == "ddim" else np.float32)
-    return (steps.round() if sampler == "ddim" else steps)[::-1].astype(np.float64)
-
-
-@_spacing
-def trailing(total: int, n: int, offset: int, sampler: str) -> np.ndarray:
-    """Steps of T / n down from T - 1, which is always the first: what zero terminal SNR needs."""
-    return np.arange(total, 0, -total / n)[:n].round() - 1
 
 
 @dataclass(frozen=True)
