@@ -1,0 +1,134 @@
+"""What is said about a scene: articles, word order, synonyms. Lower case, under 30 words.
+
+Templates hold {np}, {a}, {b} for objects with their articles, {c} for a colour and {g} for the words of the ground.
+Each is listed with its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .colours import COLOURS
+from .draws import Draw
+from .table import EmojiObject, Word, objects
+
+FIRST = 0.65  # share of an object's commonest word, where it has others
+
+ARTICLES = {  # by kind of word; "A" becomes a or an
+    "count": {"A": 0.78, "the": 0.07, "": 0.11, "one": 0.04},
+    "single": {"A": 0.78, "the": 0.07, "": 0.15},
+    "plural": {"": 0.7, "some": 0.22, "the": 0.08},
+    "mass": {"": 0.75, "some": 0.17, "the": 0.08},
+    "unique": {"the": 0.8, "": 0.2},
+}
+PREFIXES = {"": 0.88, "a picture of": 0.04, "a drawing of": 0.03, "an image of": 0.03, "a photo of": 0.02}
+GROUNDS = {
+    "a {c} background": 0.6,
+    "{c}": 0.12,
+    "a plain {c} background": 0.08,
+    "a {c} ground": 0.08,
+    "the {c} background": 0.06,
+    "{c} background": 0.06,
+}
+WITH_GROUND = {  # {s}: everything that is said about the objects
+    "{s} on {g}": 0.7,
+    "{s}, {c} background": 0.1,
+    "{s} in front of a {c} background": 0.06,
+    "{s} against a {c} background": 0.04,
+    "a {c} background with {s}": 0.06,
+    "{c} background, {s}": 0.04,
+}
+RELATIONS = {
+    "left": {"{a} to the left of {b}": 0.5, "{a} left of {b}": 0.3, "{a} on the left and {b} on the right": 0.2},
+    "right": {"{a} to the right of {b}": 0.5, "{a} right of {b}": 0.3, "{a} on the right and {b} on the left": 0.2},
+    "above": {"{a} above {b}": 0.6, "{a} over {b}": 0.2, "{a} at the top and {b} at the bottom": 0.2},
+    "below": {"{a} below {b}": 0.5, "{a} under {b}": 0.3, "{a} at the bottom and {b} at the top": 0.2},
+    "and": {"{a} and {b}": 0.85, "{a} with {b}": 0.15},
+}
+NUMBERS = {2: {"two": 0.8, "2": 0.2}, 3: {"three": 0.8, "3": 0.2}, 4: {"four": 0.8, "4": 0.2}}
+SHAPES = {"card": {"card": 0.8, "square": 0.2}, "disc": {"disc": 0.5, "circle": 0.5}}
+ON_CARD = "{np} on a {c} {shape}"
+SPELLINGS = {"gray": {"gray": 0.6, "grey": 0.4}}
+
+_AN = re.compile(r"(?!uni|uf|euro|one|us|ut)[aeiou]|8|hour|x-|xmas|suv")
+
+
+def article(word: str) -> str:
+    """ "a" or "an", by sound."""
+    return "an" if _AN.match(word) else "a"
+
+
+def colour_word(draw: Draw, colour: str) -> str:
+    """The colour's name in one of its spellings."""
+    return draw.weighted(SPELLINGS[colour]) if colour in SPELLINGS else colour
+
+
+def _choose(draw: Draw, forms: Sequence[Word]) -> Word:
+    return forms[0] if len(forms) == 1 or draw.chance(FIRST) else draw.pick(forms[1:])
+
+
+def noun_phrase(draw: Draw, thing: EmojiObject) -> str:
+    """One object with its article: "a cat", "the kitty", "cat", "some grapes"."""
+    form = _choose(draw, thing.forms)
+    before = draw.weighted(ARTICLES[form.kind])
+    if before == "A":
+        before = article(form.text)
+    return f"{before} {form.text}" if before else form.text
+
+
+def _fill(draw: Draw, template: str, colour: str) -> str:
+    """Replace {c}, and mend the article before it: "an orange background"."""
+    colour = colour_word(draw, colour)
+    text = template.replace("{c}", colour)
+    return re.sub(rf"\ba (?={colour}\b)", "an ", text) if article(colour) == "an" else text
+
+
+def with_ground(draw: Draw, said: str, colour: str | None) -> str:
+    """The words about the objects, with those about the ground; `colour` None leaves the ground out."""
+    if colour is None:
+        prefix = draw.weighted(PREFIXES)
+        return f"{prefix} {said}".strip()
+    template = draw.weighted(WITH_GROUND)
+    if template.startswith("{s}"):
+        said = f"{draw.weighted(PREFIXES)} {said}".strip()
+    head, _, tail = template.partition("{s}")
+    tail = tail.replace("{g}", draw.weighted(GROUNDS)) if "{g}" in tail else tail
+    return _fill(draw, head, colour) + said + _fill(draw, tail, colour)
+
+
+def pair(draw: Draw, relation: str, a: EmojiObject, b: EmojiObject) -> str:
+    """Two objects and where the first is."""
+    template = draw.weighted(RELATIONS[relation])
+    first, second = noun_phrase(draw, a), noun_phrase(draw, b)
+    return template.replace("{a}", first).replace("{b}", second)
+
+
+def several(draw: Draw, thing: EmojiObject, count: int) -> str:
+    """Two, three or four of an object that can be counted."""
+    return f"{draw.weighted(NUMBERS[count])} {_choose(draw, thing.countable).plural}"
+
+
+def on_card(draw: Draw, thing: EmojiObject, shape: str, colour: str) -> str:
+    """An object on a coloured card or disc."""
+    said = noun_phrase(draw, thing)
+    after = _fill(draw, ON_CARD.partition("{np}")[2], colour)
+    return said + after.replace("{shape}", draw.weighted(SHAPES[shape]))
+
+
+def vocabulary() -> frozenset[str]:
+    """Every word that a caption can hold, in lower case, split at spaces and commas."""
+    texts = list(COLOURS) + [s for names in SPELLINGS.values() for s in names] + ["a", "an", ON_CARD]
+    for table in (
+        PREFIXES,
+        GROUNDS,
+        WITH_GROUND,
+        *ARTICLES.values(),
+        *RELATIONS.values(),
+        *NUMBERS.values(),
+        *SHAPES.values(),
+    ):
+        texts += list(table)
+    for thing in objects():
+        texts += [text for form in thing.forms for text in (form.text, form.plural or "")]
+    return frozenset(w for text in texts for w in re.split(r"[ ,]+", re.sub(r"\{\w+\}|\bA\b", "", text)) if w)

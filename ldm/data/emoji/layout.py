@@ -1,0 +1,55 @@
+"""Where things stand in a scene, in a frame of 128 × 128 pixels; centres and sizes are whole pixels."""
+
+from __future__ import annotations
+
+from .draws import Draw
+
+FRAME = 128
+PAIR_SIZE, PAIR_JITTER = (46, 60), 4
+COUNT_SIZE = {2: (46, 60), 3: (42, 56), 4: (42, 56)}  # px; a row of three is drawn smaller
+ROW_OF_THREE = (34, 40)
+CARD_SIZE, TWO_CARDS_SIZE, CARD_SHARE = (92, 112), (54, 60), 0.72  # share of the card's side that its object takes
+
+Place = tuple[int, int]  # centre: x to the right, y down
+
+
+def _inside(value: int, size: int) -> int:
+    half = (size + 1) // 2
+    return min(max(value, half), FRAME - half)
+
+
+def jittered(draw: Draw, x: int, y: int, size: int, jitter: int) -> Place:
+    """A centre near (x, y), moved back so far that a square of `size` lies inside the frame."""
+    return (
+        _inside(x + draw.integer(-jitter, jitter), size),
+        _inside(y + draw.integer(-jitter, jitter), size),
+    )
+
+
+def two(draw: Draw, relation: str, sizes: tuple[int, int], jitter: int) -> tuple[Place, Place]:
+    """Centres of a and b so that a stands `relation` b: left, right, above or below."""
+    near, far, middle = FRAME // 4, FRAME - FRAME // 4, FRAME // 2
+    first, second = (near, far) if relation in ("left", "above") else (far, near)
+    points = ((first, middle), (second, middle))
+    if relation in ("above", "below"):
+        points = ((middle, first), (middle, second))
+    a, b = (jittered(draw, *point, size, jitter) for point, size in zip(points, sizes))
+    return a, b
+
+
+def several(draw: Draw, count: int) -> tuple[int, list[Place]]:
+    """(size, centres) of `count` equal objects that do not overlap: rows, columns, triangles, a square."""
+    near, middle, far, gap = FRAME // 4, FRAME // 2, FRAME - FRAME // 4, FRAME // 2
+    size = draw.integer(*COUNT_SIZE[count])
+    if count == 2:
+        points = [(near, middle), (far, middle)] if draw.chance(0.7) else [(middle, near), (middle, far)]
+    elif count == 4:
+        points = [(x, y) for y in (near, far) for x in (near, far)]
+    elif draw.chance(0.5):
+        points = [(middle, near), (near, far), (far, far)]
+        if draw.chance(0.5):
+            points = [(x, FRAME - y) for x, y in points]
+    else:
+        size, gap = draw.integer(*ROW_OF_THREE), FRAME // 3
+        points = [(middle - gap, middle), (middle, middle), (middle + gap, middle)]
+    return size, [jittered(draw, x, y, size, (gap - size) // 2) for x, y in points]

@@ -1,0 +1,277 @@
+"""Endless pictures with captions, each a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ldm.config import require
+from ldm.errors import ConfigError, nearest
+
+from . import captions, layout
+from .colours import COLOURS, nearest_colour
+from .draws import Draw
+from .holdout import Combination, held_out
+from .sprites import find_font, scaled
+from .table import EmojiObject, everyday, objects
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS = ("single", "pair", "count", "card")
+ATTEMPTS = 100_000  # draws before giving up on a scene; a held-out one takes about 10, with two cards 100
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """What is drawn, and how often. Sizes and jitter are pixels of a 128 × 128 picture."""
+
+    objects: Literal["everyday", "all"] = "everyday"
+    everyday_share: float = 0.5  # with objects="all": how often an object is drawn from the everyday ones alone
+    kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
+    size: tuple[int, int] = (88, 104)  # side of a single object
+    jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
+    grounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
+    mention: float = 0.85  # share of captions that tell the ground's colour
+    two_cards: float = 0.5  # share of card scenes that have two
+    resolution: int = 128
+    held_out: bool = False  # True: only combinations that are held out, for judging; always tells the ground
+
+    def __post_init__(self):
+        for kind, weight in self.kinds.items():
+            if kind not in KINDS:
+                raise ConfigError(f"unknown kind of scene {kind!r}", where="kinds", todo=nearest(kind, KINDS))
+            require(weight >= 0, f"a weight cannot be negative, got {weight}", f"kinds.{kind}")
+        require(sum(self.kinds.values()) > 0, "all weights are zero", "kinds")
+        require(8 <= self.size[0] <= self.size[1] <= 128, f"needs 8 <= low <= high <= 128, got {self.size}", "size")
+        require(0 <= self.jitter <= 128, f"must be 0 to 128, got {self.jitter}", "jitter")
+        require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
+        for name in ("everyday_share", "mention", "two_cards"):
+            require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
+        require(not (self.held_out and self.grounds == "any"), "held-out scenes need named grounds", "grounds")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One object of a scene; x, y is the centre, `size` the side of its square, in pixels of 128."""
+
+    object: EmojiObject
+    x: int
+    y: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """A coloured square with round corners, or a disc, behind the object of the same position in `Spec.objects`."""
+
+    shape: str  # "card" | "disc"
+    colour: str
+    x: int
+    y: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything about a scene except its pixels."""
+
+    kind: str  # "single" | "pair" | "count" | "card"
+    caption: str
+    ground: tuple[int, int, int]
+    colour: str | None  # the ground's name; None where it has none
+    mentioned: bool  # whether the caption tells the ground
+    objects: tuple[Placed, ...]  # in the caption's order
+    relation: str | None = None  # "left", "right", "above", "below", "and": the first object to the second
+    cards: tuple[Card, ...] = ()
+    combinations: tuple[Combination, ...] = ()  # all that the picture shows
+    judged: tuple[Combination, ...] = ()  # those that the scene is about
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, uint8 (resolution, resolution, 3), what is said about it, and what it is."""
+
+    image: np.ndarray
+    caption: str
+    spec: Spec
+
+
+class Scenes:
+    """`scenes[i]` for any i >= 0; equal for equal (config, seed, i), in every process.
+
+    `font` is the font's file, looked up when the first picture is drawn, so that specs and captions need none.
+    """
+
+    def __init__(self, config: SceneConfig | None = None, seed: int = 0, font: str | Path | None = None):
+        self.config, self.seed = config or SceneConfig(), seed
+        self._font, self._path = font, None
+
+    def spec(self, index: int) -> Spec:
+        """Scene `index` without its pixels."""
+        if index < 0:
+            raise IndexError(f"scenes are counted from 0, got {index}")
+        draw = Draw(self.seed, index)
+        kind = draw.weighted(self.config.kinds)  # before any rejection, so that shares are kept
+        for _ in range(ATTEMPTS):
+            spec = BUILDERS[kind](draw, self.config)
+            if self._allowed(spec):
+                return spec
+        raise ConfigError("these settings leave nothing to draw", where="SceneConfig")
+
+    def caption(self, index: int) -> str:
+        """The caption of scene `index`."""
+        return self.spec(index).caption
+
+    def __getitem__(self, index: int) -> Scene:
+        spec = self.spec(index)
+        return Scene(self.draw(spec), spec.caption, spec)
+
+    def draw(self, spec: Spec) -> np.ndarray:
+        """The pixels of a spec, uint8 (resolution, resolution, 3). Raises DataError where the font is missing."""
+        if self._path is None:
+            self._path = find_font(self._font)
+        return render(spec, self._path, self.config.resolution)
+
+    def _allowed(self, spec: Spec) -> bool:
+        if self.config.held_out:
+            return all(map(held_out, spec.judged))
+        return not any(map(held_out, spec.combinations))
+
+
+def render(spec: Spec, font: Path, resolution: int = 128) -> np.ndarray:
+    """Draw a spec: ground, cards, objects."""
+    import numpy as np
+    from PIL import Image
+
+    scale = resolution / layout.FRAME
+    image = Image.new("RGB", (resolution, resolution), spec.ground)
+    for card in spec.cards:
+        side = round(card.size * scale)
+        mask = _card_mask(card.shape, side)
+        image.paste(COLOURS[card.colour], (round(card.x * scale - side / 2), round(card.y * scale - side / 2)), mask)
+    for placed in spec.objects:
+        side = round(placed.size * scale)
+        picture = scaled(placed.object.char, side, font)
+        image.paste(picture, (round(placed.x * scale - side / 2), round(placed.y * scale - side / 2)), picture)
+    return np.array(image)
+
+
+def _card_mask(shape: str, side: int):
+    """Coverage of a card or disc, smooth at the edge: mode L, (side, side)."""
+    from PIL import Image, ImageDraw
+
+    big = 4 * side
+    mask = Image.new("L", (big, big), 0)
+    radius = big / 2 if shape == "disc" else big / 10
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, big - 1, big - 1), radius, fill=255)
+    return mask.resize((side, side), Image.Resampling.BOX)
+
+
+def _ground(draw: Draw, config: SceneConfig) -> tuple[tuple[int, int, int], str | None, bool]:
+    """(rgb, name, whether it is told)."""
+    if config.grounds == "any":
+        return tuple(draw.integer(0, 255) for _ in range(3)), None, False
+    colour = draw.pick(tuple(COLOURS))
+    mentioned = draw.chance(config.mention) or config.held_out
+    return COLOURS[colour], colour, mentioned
+
+
+def _object(draw: Draw, config: SceneConfig, countable: bool = False) -> EmojiObject:
+    while True:
+        common = config.objects == "everyday" or draw.chance(config.everyday_share)
+        thing = draw.pick(everyday() if common else objects())
+        if thing.countable or not countable:
+            return thing
+
+
+def _two_objects(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, EmojiObject]:
+    """Two objects that nobody takes for each other."""
+    a = b = _object(draw, config)
+    while b.looks == a.looks:
+        b = _object(draw, config)
+    return a, b
+
+
+def _finish(draw: Draw, config: SceneConfig, kind: str, said: str, ground, placed, judged, shown=(), **more) -> Spec:
+    """A spec with its ground told or not, and every combination that the picture shows."""
+    rgb, colour, mentioned = ground
+    name = colour or nearest_colour(rgb)
+    on_ground = dict.fromkeys(("on", p.object.codepoints, name) for p in placed)
+    return Spec(
+        kind=kind,
+        caption=captions.with_ground(draw, said, colour if mentioned else None),
+        ground=rgb,
+        colour=colour,
+        mentioned=mentioned,
+        objects=tuple(placed),
+        combinations=tuple(dict.fromkeys((*judged, *shown, *on_ground))),
+        judged=tuple(judged),
+        **more,
+    )
+
+
+def _single(draw: Draw, config: SceneConfig) -> Spec:
+    thing, ground = _object(draw, config), _ground(draw, config)
+    size = draw.integer(*config.size)
+    middle = layout.FRAME // 2
+    x, y = layout.jittered(draw, middle, middle, size, config.jitter)
+    judged = [("on", thing.codepoints, ground[1] or nearest_colour(ground[0]))]
+    said = captions.noun_phrase(draw, thing)
+    return _finish(draw, config, "single", said, ground, [Placed(thing, x, y, size)], judged)
+
+
+def _pair(draw: Draw, config: SceneConfig) -> Spec:
+    (a, b), ground = _two_objects(draw, config), _ground(draw, config)
+    relation = draw.pick(tuple(captions.RELATIONS))
+    stands = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
+    sizes = (draw.integer(*layout.PAIR_SIZE), draw.integer(*layout.PAIR_SIZE))
+    places = layout.two(draw, stands, sizes, layout.PAIR_JITTER)
+    placed = [Placed(thing, *place, size) for thing, place, size in zip((a, b), places, sizes)]
+    judged = [(relation, a.codepoints, b.codepoints)]
+    said = captions.pair(draw, relation, a, b)
+    shown = [(stands, a.codepoints, b.codepoints)]
+    return _finish(draw, config, "pair", said, ground, placed, judged, shown, relation=relation)
+
+
+def _count(draw: Draw, config: SceneConfig) -> Spec:
+    thing, ground = _object(draw, config, countable=True), _ground(draw, config)
+    count = draw.integer(2, 4)
+    size, places = layout.several(draw, count)
+    placed = [Placed(thing, x, y, size) for x, y in places]
+    said = captions.several(draw, thing, count)
+    return _finish(draw, config, "count", said, ground, placed, [("count", thing.codepoints, count)])
+
+
+def _card_colours(draw: Draw, ground: tuple) -> tuple[str, str]:
+    """Two different colours, neither of them the ground's."""
+    free = [c for c in COLOURS if c != (ground[1] or nearest_colour(ground[0]))]
+    first = draw.pick(free)
+    return first, draw.pick([c for c in free if c != first])
+
+
+def _card(draw: Draw, config: SceneConfig) -> Spec:
+    things, ground = _two_objects(draw, config), _ground(draw, config)
+    colours, middle = _card_colours(draw, ground), layout.FRAME // 2
+    both = draw.chance(config.two_cards)
+    stands = draw.pick(("left", "right", "above", "below"))
+    if both:
+        sizes = (draw.integer(*layout.TWO_CARDS_SIZE), draw.integer(*layout.TWO_CARDS_SIZE))
+        places = layout.two(draw, stands, sizes, layout.PAIR_JITTER)
+    else:
+        sizes = (draw.integer(*layout.CARD_SIZE),)
+        places = (layout.jittered(draw, middle, middle, sizes[0], config.jitter),)
+    cards = tuple(
+        Card(draw.pick(("card", "disc")), colour, *place, size) for colour, place, size in zip(colours, places, sizes)
+    )
+    placed = [Placed(thing, card.x, card.y, round(card.size * layout.CARD_SHARE)) for thing, card in zip(things, cards)]
+    judged = [("card", p.object.codepoints, card.colour) for p, card in zip(placed, cards)]
+    said = " and ".join(captions.on_card(draw, p.object, c.shape, c.colour) for p, c in zip(placed, cards))
+    pair = (things[0].codepoints, things[1].codepoints)
+    shown = [("and", *pair), (stands, *pair)] if both else []
+    more = {"relation": "and" if both else None, "cards": cards}
+    return _finish(draw, config, "card", said, ground, placed, judged, shown, **more)
+
+
+BUILDERS = dict(zip(KINDS, (_single, _pair, _count, _card)))
