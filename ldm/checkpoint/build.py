@@ -1,0 +1,147 @@
+"""The four parts of a model, built from a checked folder: settings first, then each weight file once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoint.folder import CLASSES, Layout, check_digest
+from ldm.checkpoint.tensors import read_tensors
+from ldm.errors import LdmError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.nn.text import ClipText
+    from ldm.nn.unet import UNet
+    from ldm.nn.vae import VAE
+
+PREFIX = "text_model."  # on CLIP's keys in files since ever; transformers 5 leaves it out of CLIPTextModel
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs before diffusers 0.17
+
+
+def build_unet(layout: Layout, state: Mapping[str, torch.Tensor]) -> UNet:
+    """The U-Net of `unet/config.json` with these tensors. Raises ModelError for settings or keys that do not fit."""
+    from ldm.nn.unet import UNetConfig, load_unet
+
+    where = layout.folder / "unet/config.json"
+    config = _checked(lambda: UNetConfig.from_diffusers(layout.configs["unet"], where), where)
+    return load_unet(config, state, layout.folder / "unet")
+
+
+def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
+    """The autoencoder of a `config.json` with these tensors; the key names of older files are taken too."""
+    from ldm.nn.vae import VAE
+    from ldm.nn.weights import load_weights
+
+    where = folder / "config.json"
+    state = {_new_attention(name): tensor for name, tensor in state.items()}
+    _checked(lambda: _on_meta(lambda: VAE.from_config(dict(config))), where)
+    return VAE(load_weights(lambda: VAE.from_config(dict(config)).module, state, folder))
+
+
+def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
+    """CLIP's text encoder and tokenizer; keys with and without `text_model.` are taken.
+
+    Raises ModelError where the tokenizer has more words than the encoder, or another end of text.
+    """
+    import torch
+    import transformers
+
+    from ldm.nn.text import ClipText
+    from ldm.nn.weights import load_weights
+
+    folder = layout.folder / "text_encoder"
+    kind = getattr(transformers, _text_class(layout))
+    config = _checked(lambda: transformers.CLIPTextConfig.from_dict(dict(layout.configs["text_encoder"])), folder)
+    names = _checked(lambda: list(_on_meta(lambda: kind(config)).state_dict()), folder)
+    encoder = load_weights(lambda: kind(config), named_as(state, names), folder)
+    for name, buffer in list(encoder.named_buffers()):  # not in the files: only the positions 0, 1, 2, …
+        if buffer.is_meta and name.endswith("position_ids"):
+            device = next(encoder.parameters()).device
+            positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            encoder.get_submodule(name.rpartition(".")[0]).position_ids = positions
+    where = layout.folder / "tokenizer"
+    tokenizer = _checked(lambda: transformers.CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
+    check_text(config, tokenizer, where)
+    return ClipText(encoder, tokenizer)
+
+
+def _text_class(layout: Layout) -> str:
+    """CLIPTextModel, or the one with projection where model_index.json or the encoder's own config says so."""
+    named = layout.index.get("text_encoder") or layout.configs["text_encoder"].get("architectures") or ()
+    return next((name for name in CLASSES["text_encoder"] if name in named), CLASSES["text_encoder"][0])
+
+
+def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The text encoder's tensors with or without the `text_model.` prefix, as `names` have it; position ids dropped."""
+    wanted = set(names)
+
+    def name(key: str) -> str:
+        other = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
+        return other if key not in wanted and other in wanted else key
+
+    return {name(key): tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
+
+
+def check_text(config, tokenizer, where: object) -> None:
+    """Raise ModelError unless this tokenizer belongs to an encoder of this config."""
+    if len(tokenizer) > config.vocab_size:
+        what = f"the tokenizer has {len(tokenizer)} words, the text encoder {config.vocab_size}"
+        raise ModelError(what, where=where, todo="take both from the same model")
+    if config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: transformers takes the largest id instead
+        what = f"the text encoder's eos_token_id is {config.eos_token_id}, the tokenizer's {tokenizer.eos_token_id}"
+        raise ModelError(what, where=where, todo="set eos_token_id in text_encoder/config.json")
+
+
+def check_fit(unet: UNet, vae: VAE, text: ClipText, where: object) -> None:
+    """Raise ModelError unless the three networks belong together."""
+    config, channels = unet.config, vae.latent_channels
+    if config.cross_attention_dim != text.width:
+        raise ModelError(
+            f"the U-Net is for text of width {config.cross_attention_dim}, this one has {text.width}", where=where
+        )
+    if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
+        shape = f"{config.in_channels} channels in, {config.out_channels} out"
+        raise ModelError(f"the U-Net has {shape}, the VAE {channels} latent channels", where=where)
+
+
+def read_part(
+    layout: Layout, part: str, dtype, device, digests: dict[str, str], advance: Callable[[int], object]
+) -> dict[str, torch.Tensor]:
+    """All tensors of one component, each file checked against the manifest; adds the files' sha256 to `digests`."""
+    state: dict[str, torch.Tensor] = {}
+    for path in layout.shards(part):
+        tensors, digest = read_tensors(path, dtype, device, advance)
+        name = path.relative_to(layout.folder).as_posix()
+        digests[name] = check_digest(layout, name, digest)
+        if twice := state.keys() & tensors.keys():
+            raise ModelError(f"{min(twice)!r} is in two shards", where=path)
+        state |= tensors
+    return state
+
+
+def _new_attention(name: str) -> str:
+    parts = name.split(".")
+    if "attentions" in parts and parts[-2] in OLD_ATTENTION:
+        parts[-2] = OLD_ATTENTION[parts[-2]]
+    return ".".join(parts)
+
+
+def _on_meta(build: Callable[[], Any]) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return build()
+
+
+def _checked(build: Callable[[], Any], where: object) -> Any:
+    """What `build` makes of someone else's settings, whatever those make it raise turned into one line."""
+    try:
+        return build()
+    except LdmError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ModelError(f"the settings cannot be used ({reason})", where=where, todo="get the folder again") from None

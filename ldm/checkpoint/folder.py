@@ -1,0 +1,248 @@
+"""A diffusers folder: which files a model consists of, checked without reading a weight or importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint.safety import PICKLES, read_header, read_json, refuse_pickle
+from ldm.checkpoint.tensors import weight_files
+from ldm.errors import ModelError
+from ldm.files import MANIFEST, sha256
+
+INDEX = "model_index.json"
+CARD = "README.md"  # not in the manifest, so that it can be edited
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+CLASSES = {  # what each component may be
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": (),  # the schedule reads its settings and refuses what it does not know
+}
+IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # named in Model.info, not loaded
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+CONFIGS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json"}
+CONFIGS |= {"scheduler": "scheduler_config.json"}
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER += ("added_tokens.json",)
+OTHERS = {  # pipelines that people will bring, by a part of their class name
+    "XLImg2Img": "the XL refiner",
+    "ControlNet": "ControlNet",
+    "XL": "Stable Diffusion XL",
+    "Diffusion3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one model (or of an autoencoder alone: no index), found and checked; all paths exist."""
+
+    folder: Path
+    index: Mapping[str, Any]  # model_index.json
+    configs: Mapping[str, Mapping[str, Any]]  # component -> its config.json
+    weights: Mapping[str, list[Path]]  # component -> [file] or [index.json, shards…]
+    manifest: Mapping[str, Mapping[str, Any]]  # path in the folder -> sha256, size; {} without a manifest
+
+    def settings(self) -> list[str]:
+        """Everything that loading reads beside weights, as paths in the folder."""
+        files = [path for paths in self.weights.values() for path in paths]
+        indexes = [path.relative_to(self.folder) for path in files if path.suffix == ".json"]
+        names = [p.as_posix() for p in indexes] + (["config.json"] if not self.index else [INDEX])
+        names += [f"{part}/{CONFIGS[part]}" for part in self.configs if self.index]
+        return names + [f"tokenizer/{name}" for name in TOKENIZER if (self.folder / "tokenizer" / name).is_file()]
+
+    def shards(self, part: str) -> list[Path]:
+        return [path for path in self.weights[part] if path.suffix == ".safetensors"]
+
+
+def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
+    """Check all about a model folder that can be checked without reading a weight; components in `skip` may lack.
+
+    Raises ModelError: no folder, a pickle, no model_index.json, a pipeline that is not supported, a component, file or
+    tensor table that is missing or malformed, a file that has not the size that the manifest says.
+    """
+    index = check_index(folder)
+    parts = [part for part in CLASSES if part not in skip]
+    configs = {part: read_json(folder / part / CONFIGS[part]) for part in parts if part in CONFIGS}
+    weights = {part: weight_files(folder / part, STEMS[part]) for part in parts if part in STEMS}
+    _check_tokenizer(folder / "tokenizer")
+    return _with_headers(Layout(folder, index, configs, weights, _manifest(folder)))
+
+
+def text_layout(folder: Path) -> Layout:
+    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more."""
+    config = read_json(folder / "text_encoder" / "config.json")
+    weights = weight_files(folder / "text_encoder", STEMS["text_encoder"])
+    _check_tokenizer(folder / "tokenizer")
+    return _with_headers(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, _manifest(folder)))
+
+
+def _with_headers(layout: Layout) -> Layout:
+    """The same layout, the tensor table of every weight file checked."""
+    for part in layout.weights:
+        for path in layout.shards(part):
+            read_header(path)
+    return layout
+
+
+def check_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, of a kind that is supported. Raises ModelError that says what the path is instead."""
+    index = _index(folder)
+    _check_classes(index, folder / INDEX)
+    return index
+
+
+def vae_layout(folder: Path) -> Layout:
+    """The layout of an autoencoder's own folder, checked as far as that goes without reading a weight."""
+    if not folder.is_dir():
+        refuse_pickle(folder)
+        raise ModelError("is not an autoencoder's folder", where=folder, todo="name a folder with config.json")
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ModelError(f"is {config['_class_name']}, not AutoencoderKL", where=folder / "config.json")
+    weights = weight_files(folder, STEMS["vae"])
+    manifest = _manifest(folder)
+    if not manifest and folder.name == "vae":  # a part of a whole model
+        whole = _manifest(folder.parent).items()
+        manifest = {name.removeprefix("vae/"): entry for name, entry in whole if name.startswith("vae/")}
+    return _with_headers(Layout(folder, {}, {"vae": config}, {"vae": weights}, manifest))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        refuse_pickle(folder)
+        if folder.suffix.lower() == ".safetensors":
+            read_header(folder)
+            raise ModelError("single-file models are not supported yet", where=folder, todo="use a diffusers folder")
+        raise ModelError("is neither a model folder nor a weight file", where=folder)
+    if not folder.is_dir():
+        raise ModelError("no such model folder", where=folder, todo="check the path, or leave --model out")
+    if (folder / INDEX).is_file():
+        return read_json(folder / INDEX)
+    todo = "name the folder that has one"
+    if (folder / "model" / INDEX).is_file():
+        todo = f"did you mean {folder / 'model'}?"
+    elif pickle := next((p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in PICKLES), None):
+        todo = f"{pickle} is a pickle, of which none is opened: get the model as safetensors"
+    elif (folder / "config.json").is_file() and (name := read_json(folder / "config.json").get("_class_name")):
+        todo = f"this is a single {name}, not a whole model"
+    raise ModelError(f"is no model folder, it has no {INDEX}", where=folder, todo=todo)
+
+
+def _check_classes(index: Mapping[str, Any], where: Path) -> None:
+    """Refuse by name every pipeline and component that this package cannot render."""
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        known = next((name for part, name in OTHERS.items() if part in str(pipeline)), None)
+        what = f"{known} ({pipeline})" if known else f"the pipeline {pipeline}"
+        raise ModelError(f"{what} is not supported", where=where, todo=f"supported: {', '.join(PIPELINES)}")
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or part in IGNORED or value == [None, None]:
+            continue
+        name = value[-1] if value and isinstance(value[-1], str) else str(value)
+        if part not in CLASSES or (CLASSES[part] and name not in CLASSES[part]):
+            raise ModelError(f"the component {part} ({name}) is not supported", where=where)
+    missing = [part for part in CLASSES if index.get(part) in (None, [None, None])]
+    if missing:
+        raise ModelError(f"names no {' and no '.join(missing)}", where=where, todo="get the whole model folder")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    has = {name for name in TOKENIZER if (folder / name).is_file()}
+    if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
+        raise ModelError("no vocab.json and merges.txt, nor tokenizer.json", where=folder, todo="get the whole folder")
+    for name in has - {"merges.txt"}:
+        read_json(folder / name)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's entries, each file there and of the listed size (contents are hashed while they are read)."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"sha256", "size"} <= set(e) for e in files.values()
+    ):
+        raise ModelError("the manifest is damaged", where=path, todo="get the folder again")
+    for name, entry in files.items():
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
+        if not (folder / name).is_file():
+            raise ModelError("listed in the manifest, but missing", where=folder / name, todo="get the folder again")
+        if (folder / name).stat().st_size != entry["size"]:
+            raise ModelError("has not the size that the manifest says", where=folder / name, todo="get the file again")
+    return files
+
+
+def check_digest(layout: Layout, name: str, digest: str) -> str:
+    """Raise ModelError unless the manifest (if there is one) lists `name` with this sha256; returns the digest."""
+    if not layout.manifest:
+        return digest
+    if name not in layout.manifest:
+        raise ModelError("is not listed in the manifest", where=layout.folder / name, todo="remove it or the manifest")
+    if layout.manifest[name]["sha256"] != digest:
+        raise ModelError("does not match the manifest's sha256", where=layout.folder / name, todo="get the file again")
+    return digest
+
+
+def check_settings(layout: Layout) -> dict[str, str]:
+    """Check and return the sha256 of every file beside the weights that loading reads."""
+    return {name: check_digest(layout, name, sha256(layout.folder / name)) for name in layout.settings()}
+
+
+def identity(folder: Path) -> tuple:
+    """What changes when any file of the model does: names, sizes, times and inodes; () for what is no folder."""
+    parts = [folder, *(folder / part for part in CLASSES)]
+    paths = sorted(path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file())
+    stats = ((path, path.stat()) for path in paths)
+    return tuple((path.relative_to(folder).as_posix(), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats)
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """One sha256 over (path, sha256) of a model's files, with or without a manifest the same."""
+    return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in sorted(digests.items())).encode()).hexdigest()
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The settings between the `---` lines at the head of README.md; {} where there are none."""
+    import yaml
+
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        card = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def index_for(text_class: str, scheduler_class: str) -> dict[str, Any]:
+    """model_index.json as diffusers' StableDiffusionPipeline writes it."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": version("diffusers"),
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", text_class],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""A model as one object, loaded from a diffusers folder and saved as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoint import folder as layouts
+from ldm.checkpoint.default import default_folder
+from ldm.checkpoint.hub import is_hub_id, snapshot
+from ldm.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.diffusion.schedule import Schedule
+    from ldm.nn.text import ClipText
+    from ldm.nn.unet import UNet
+    from ldm.nn.vae import VAE
+
+KEPT = 3  # loaded models that the cache holds; the one used longest ago goes first
+_cache: OrderedDict[tuple, Model] = OrderedDict()
+_lock = threading.RLock()
+
+
+@dataclasses.dataclass
+class Model:
+    """What a picture needs: three networks and their schedule. Shared by all who load it: never change it in place."""
+
+    unet: UNet
+    vae: VAE
+    text: ClipText
+    schedule: Schedule
+    name: str = ""  # as it was asked for: "default", a folder's name, a hub id
+    path: Path | None = None  # the folder it came from
+    hash: str = ""  # one sha256 over all files it was read from
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model card's settings, what was left out
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+
+def check_model(model: str | Path | Model = "default") -> Path | None:
+    """The model's folder, after every check that needs no weight: a few milliseconds, no torch.
+
+    Of a hub id only the settings are fetched. Raises ModelError in one line; None for a loaded model without a folder.
+    """
+    if isinstance(model, Model):
+        return model.path
+    folder = _resolve(model, weights=False)
+    if is_hub_id(str(model)):
+        layouts.check_index(folder)
+    else:
+        layouts.read_layout(folder)
+    return folder
+
+
+def load_model(
+    model: str | Path | Model = "default",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vae: str | Path | VAE | None = None,
+    cache: bool = True,
+) -> Model:
+    """A model in eval mode, without gradients: "default", a diffusers folder or a hub id (a loaded one is given back).
+
+    `vae` takes the autoencoder from elsewhere: its own folder, a whole model's, or a loaded one. Models are shared by
+    (path, file identity, dtype, device); `cache=False` gives one of your own, to be trained. Raises ModelError.
+    """
+    if isinstance(model, Model):
+        return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
+    from ldm.device import pick_device, pick_dtype
+
+    device = pick_device(device) if isinstance(device, str) else device
+    dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    folder = _resolve(model)
+    own_vae = vae if isinstance(vae, str | Path | None) else None
+    vae_folder = _resolve_vae(own_vae) if own_vae is not None else None
+    if not cache:
+        loaded = _load(folder, str(model), device, dtype, vae_folder)
+    else:
+        loaded = _cached(folder, str(model), device, dtype, vae_folder)
+    return loaded if vae is own_vae else _with_vae(loaded, vae, device, dtype)
+
+
+def clear_cache() -> None:
+    """Forget every loaded model; those in use stay with their users."""
+    with _lock:
+        _cache.clear()
+
+
+def _cached(folder: Path, name: str, device, dtype, vae: Path | None) -> Model:
+    """The model from the cache, loaded once however many threads ask; older versions of the same files are dropped."""
+    place = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype))
+    with _lock:
+        key = (place, layouts.identity(folder), vae and layouts.identity(vae))
+        if key not in _cache:
+            loaded = _load(folder, name, device, dtype, vae)
+            for old in [old for old in _cache if old[0] == place]:
+                del _cache[old]
+            _cache[key] = loaded
+        _cache.move_to_end(key)
+        while len(_cache) > KEPT:
+            _cache.popitem(last=False)
+        return _cache[key]
+
+
+def _resolve(model: str | Path, weights: bool = True) -> Path:
+    if str(model) == "default":
+        return default_folder()
+    if not str(model):
+        raise ModelError("the model's name is empty", todo="name a folder, or leave --model out")
+    return snapshot(str(model), weights) if is_hub_id(str(model)) else Path(model).expanduser()
+
+
+def _resolve_vae(vae: str | Path) -> Path:
+    """The folder that holds the autoencoder's config.json: the one named, or `vae/` in it."""
+    folder = _resolve(vae)
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+
+
+def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Model:
+    """Settings, checks, then weights, part by part."""
+    from ldm.checkpoint import build
+    from ldm.console import progress
+    from ldm.diffusion.schedule import Schedule
+
+    layout = layouts.read_layout(folder, skip=("vae",) if vae_folder else ())
+    digests = layouts.check_settings(layout)
+    schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
+    total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
+    with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
+        state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
+    unet = build.build_unet(layout, state.pop("unet"))
+    text = build.build_text(layout, state.pop("text_encoder"))
+    if vae_folder:
+        vae, extra = load_vae(vae_folder, device, dtype)
+        digests |= extra
+    else:
+        vae = build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
+    build.check_fit(unet, vae, text, folder)
+    for module in (unet, vae.module, text.model):
+        module.requires_grad_(False)
+    ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
+    info = {**layouts.read_card(folder), **({"ignored": ignored} if ignored else {})}
+    short = name if name == "default" or is_hub_id(name) else folder.resolve().name
+    return Model(unet, vae, text, schedule, short, folder.resolve(), layouts.digest_of(digests), info)
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VAE, dict[str, str]]:
+    """An autoencoder from its own folder (config.json and weights), and the sha256 of its files. Raises ModelError."""
+    from ldm.checkpoint import build
+
+    layout = layouts.vae_layout(folder)
+    digests: dict[str, str] = {}
+    state = build.read_part(layout, "vae", dtype, device, digests, lambda size: None)
+    digests |= layouts.check_settings(layout)
+    vae = build.build_vae(layout.configs["vae"], state, folder)
+    return vae, {f"vae/{name}": digest for name, digest in digests.items()}
+
+
+def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
+    """The same model with another autoencoder; the first stays as it is."""
+    from ldm.checkpoint.build import check_fit
+
+    digests = {"model": model.hash, "vae": "of the caller"}
+    if isinstance(vae, str | Path):
+        vae, extra = load_vae(_resolve_vae(vae), device, dtype)
+        digests |= extra
+    check_fit(model.unet, vae, model.text, model.path)
+    return dataclasses.replace(model, vae=vae, hash=layouts.digest_of(digests))

@@ -1,0 +1,136 @@
+"""A model written as a diffusers folder that diffusers, transformers and older tools read, all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.checkpoint import folder as layouts
+from ldm.checkpoint.build import PREFIX, check_fit, check_text
+from ldm.checkpoint.tensors import write_shards
+from ldm.errors import ModelError
+from ldm.files import atomic_folder, require_space, write_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint.model import Model
+    from ldm.nn.text import ClipText
+    from ldm.nn.unet import UNet
+    from ldm.nn.vae import VAE
+
+NOT_CLIPS = ("_name_or_path", "_attn_implementation", "dtype", "torch_dtype", "chunk_size_feed_forward", "id2label")
+NOT_CLIPS += ("label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states")
+NOT_CLIPS += ("is_encoder_decoder",)  # settings that transformers gives every config
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def save_model(
+    model: Model,
+    folder: str | Path,
+    dtype: str | torch.dtype = "bf16",
+    max_shard_mb: float = 15,
+    readme: str | None = None,
+) -> Path:
+    """Write the complete diffusers folder with its manifest, atomically; what was there before is replaced.
+
+    Weights become `dtype` (fp32, fp16, bf16) in files of at most `max_shard_mb` million bytes (unless one tensor alone
+    is larger); `readme` is the model card. The model itself is not changed. Raises ModelError for weights that are not
+    finite in `dtype` and parts that do not belong together, ResourceError where the folder cannot be written.
+    """
+    import torch
+
+    from ldm.device import DTYPES
+
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"weights cannot be saved as {dtype!r}", todo=f"choose from: {', '.join(DTYPES)}")
+        dtype = getattr(torch, DTYPES[dtype])
+    folder, limit = Path(folder), int(max_shard_mb * 1e6)
+    _refuse_foreign(folder)
+    check_fit(model.unet, model.vae, model.text, folder)
+    check_text(model.text.model.config, model.text.tokenizer, folder)
+    modules = (model.unet, model.vae.module, model.text.model)
+    require_space(folder, sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize + 10_000_000)
+    with atomic_folder(folder) as new:
+        write_unet(model.unet, new, dtype, limit)
+        write_vae(model.vae, new, dtype, limit)
+        write_text(model.text, new, dtype, limit)
+        write_tokenizer(model.text.tokenizer, new / "tokenizer")
+        scheduler = model.schedule.to_diffusers()
+        layouts.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        kind = type(model.text.model).__name__
+        layouts.write_json(new / layouts.INDEX, layouts.index_for(kind, scheduler["_class_name"]))
+        write_manifest(new)
+        if readme is not None:
+            (new / layouts.CARD).write_text(readme, encoding="utf-8")
+    return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Replace a model or nothing: raise ModelError for a folder that holds something else, and for a file."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / layouts.INDEX).is_file()):
+        raise ModelError("is there already and no model", where=folder, todo="choose a new folder")
+
+
+def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """`unet/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
+    config = {**unet.config.to_diffusers(), "_diffusers_version": version("diffusers")}
+    layouts.write_json(folder / "unet" / "config.json", config)
+    write_shards(folder / "unet", layouts.STEMS["unet"], unet.state_dict(), dtype, limit)
+
+
+def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """`vae/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
+    config = json.loads(vae.module.to_json_string())
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}
+    layouts.write_json(folder / "vae" / "config.json", {**config, "_diffusers_version": version("diffusers")})
+    write_shards(folder / "vae", layouts.STEMS["vae"], vae.module.state_dict(), dtype, limit)
+
+
+def write_text(text: ClipText, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """`text_encoder/` in `folder`: config.json and weights, whose keys have the `text_model.` prefix."""
+    layouts.write_json(folder / "text_encoder" / "config.json", _text_config(text, dtype))
+    state = {_prefixed(name): tensor for name, tensor in text.model.state_dict().items()}
+    write_shards(folder / "text_encoder", layouts.STEMS["text_encoder"], state, dtype, limit)
+
+
+def _prefixed(name: str) -> str:
+    """The text encoder's key as every tool knows it; a projection stays beside the text model."""
+    return name if name.startswith((PREFIX, "text_projection.")) else PREFIX + name
+
+
+def _text_config(text: ClipText, dtype: torch.dtype) -> dict:
+    """The encoder's config.json; the dtype under transformers 4's name and 5's."""
+    config = json.loads(text.model.config.to_json_string(use_diff=False))
+    short = str(dtype).removeprefix("torch.")
+    return {
+        **{key: value for key, value in config.items() if key not in NOT_CLIPS},
+        "architectures": [type(text.model).__name__],
+        "torch_dtype": short,
+        "dtype": short,
+    }
+
+
+def write_tokenizer(tokenizer, folder: Path) -> None:
+    """The tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    if not (folder / "tokenizer.json").is_file():  # a slow tokenizer of transformers 4
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        convert_slow_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    layouts.write_json(folder / "tokenizer.json", {**table, "truncation": None, "padding": None})  # of its last call
+    vocabulary = dict(table["model"]["vocab"])
+    vocabulary |= {token["content"]: token["id"] for token in table["added_tokens"]}
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(ordered, ensure_ascii=False), encoding="utf-8")
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in table["model"]["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    special = {name: str(getattr(tokenizer, name)) for name in SPECIAL if getattr(tokenizer, name)}
+    layouts.write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length}
+    layouts.write_json(folder / "tokenizer_config.json", {"add_prefix_space": False, **special, **settings})

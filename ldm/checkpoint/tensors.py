@@ -1,0 +1,156 @@
+"""Tensors in and out of safetensors files: each byte read once and hashed on the way, written in small shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.checkpoint.safety import Header, Tensor, header_length, parse_header, read_json, refuse_pickle
+from ldm.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+TORCH |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32"}
+TORCH |= {"U16": "uint16", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+HEADER_ROOM = 200  # bytes that one tensor's entry may take in a shard's header, beside its name
+
+
+def read_tensors(
+    path: Path, dtype: torch.dtype, device: torch.device | str, advance: Callable[[int], object] = lambda size: None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """All tensors of one safetensors file, floating ones as `dtype` on `device`, and the file's sha256.
+
+    Every byte is read once, straight into the tensor's own memory. `advance` hears of the bytes read. Raises
+    ModelError for a malformed header before any tensor is read, and naming a tensor that is not finite in `dtype`.
+    """
+    refuse_pickle(path)
+    digest, tensors = hashlib.sha256(), {}
+    with path.open("rb") as handle:
+        for name, tensor in _read(handle, path, digest):
+            tensors[name] = _placed(name, tensor, dtype, device, path)
+            advance(tensor.nbytes)
+    return tensors, digest.hexdigest()
+
+
+def _read(handle, path: Path, digest) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, entry in _header(handle, path, digest).tensors.items():
+        yield name, _tensor(handle, entry, digest, path)
+
+
+def _header(handle, path: Path, digest) -> Header:
+    size = path.stat().st_size
+    start = handle.read(8)
+    raw = handle.read(header_length(start, size, path))
+    digest.update(start + raw)
+    return parse_header(raw, size, path)
+
+
+def _tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:
+    import torch
+
+    memory = torch.empty(entry.size, dtype=torch.uint8)
+    view, position = memoryview(memory.numpy()), 0
+    while position < entry.size:
+        block = view[position : position + (1 << 24)]
+        count = handle.readinto(block)
+        if not count:
+            raise ModelError("became shorter while it was read", where=path)
+        digest.update(block[:count])
+        position += count
+    return memory.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+
+
+def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: Path) -> torch.Tensor:
+    """The tensor on its device, in `dtype` if it is a floating one; refused unless it is finite there."""
+    if not tensor.is_floating_point():
+        return tensor.to(device)
+    placed = tensor.to(device=device, dtype=dtype)
+    if not placed.isfinite().all():
+        if tensor.float().isfinite().all():
+            short = str(dtype).removeprefix("torch.")
+            raise ModelError(f"{name!r} is too large for {short}", where=path, todo="load it with --dtype bf16 or fp32")
+        raise ModelError(f"{name!r} holds NaN or infinity", where=path, todo="get another copy of the model")
+    return placed
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_bytes: int
+) -> list[Path]:
+    """Write `<stem>.safetensors`, or shards of at most `max_bytes` with the index that diffusers and transformers read.
+
+    Floating tensors become `dtype`. Only a single tensor larger than `max_bytes` makes a larger file. Raises ModelError
+    naming a tensor that is not finite.
+    """
+    from safetensors.torch import save
+
+    shards = _split({name: (t.numel() * _width(t, dtype)) for name, t in tensors.items()}, max_bytes)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, shard in zip(names, shards):
+        content = {n: _placed(n, tensors[n].detach(), dtype, "cpu", folder / file).contiguous() for n in shard}
+        (folder / file).write_bytes(save(content, metadata={"format": "pt"}))
+    if len(shards) > 1:
+        total = sum(t.numel() * _width(t, dtype) for t in tensors.values())
+        places = {name: file for file, shard in zip(names, shards) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return [path, *(folder / name for name in names)]
+    return [folder / names[0]]
+
+
+def _width(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    return dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
+
+
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, cut wherever the next file would grow beyond `max_bytes`, header included."""
+    shards, room = [[]], max_bytes
+    for name, size in sizes.items():
+        needed = size + HEADER_ROOM + len(name.encode())
+        if shards[-1] and needed > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= needed
+    return shards
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that hold one component: [single file] or [index.json, shards…].
+
+    Full precision comes before an `.fp16` variant. Raises ModelError where there is none, naming a pickle if that is
+    all there is, and for an index that is malformed or names files that are missing or outside the folder.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for single in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        variant = single.removeprefix(stem).removesuffix("safetensors")
+        index = f"{stem}.safetensors.index{variant}json"
+        if single in names:
+            return [folder / single]
+        if index in names:
+            return [folder / index, *_shards(folder / index)]
+    for name in sorted(names):
+        if name.startswith((stem, "pytorch_model")):
+            refuse_pickle(folder / name)
+    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", todo="get the whole model folder")
+
+
+def _shards(index: Path) -> list[Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ModelError("has no weight_map", where=index, todo="get the file again")
+    shards = [index.parent / file for file in sorted(set(places.values()))]
+    for shard in shards:
+        if shard.parent != index.parent or shard.suffix != ".safetensors" or shard.name in ("", ".."):
+            raise ModelError(f"names {shard.name!r}, which is no safetensors file beside it", where=index)
+        if not shard.is_file():
+            raise ModelError(f"names {shard.name!r}, which is missing", where=index, todo="get the whole model folder")
+    return shards

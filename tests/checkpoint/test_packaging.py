@@ -1,0 +1,74 @@
+"""The wheel carries weights/ and configs/; a checkout and an editable install read the checkout's."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ldm.checkpoint import check_model, default, default_folder, shipped
+from ldm.errors import ModelError
+
+ROOT = Path(__file__).parents[2]
+BUILD = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])('out')"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, saved):
+    """A copy of the checkout with a model and a config of its own."""
+    root = tmp_path_factory.mktemp("checkout")
+    hidden = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "ldm", root / "ldm", ignore=hidden)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    shutil.copytree(saved, root / "weights/default")
+    (root / "weights/.cache").mkdir()
+    (root / "weights/.cache/partial").write_text("not for others")
+    (root / "configs/emoji").mkdir(parents=True)
+    (root / "configs/emoji/unet.yaml").write_text("steps: 1\n")
+    for name in ("README.md", "LICENSE", "NOTICE"):
+        (root / name).write_text(name)
+    return root
+
+
+def python(code, folder, *args):
+    run = subprocess.run([sys.executable, "-c", code, *args], cwd=folder, check=True, capture_output=True, text=True)
+    return run.stdout
+
+
+def build(checkout, what):
+    for old in ("out", "build"):
+        shutil.rmtree(checkout / old, ignore_errors=True)
+    python(BUILD, checkout, what)
+    return next((checkout / "out").iterdir())
+
+
+def test_the_wheel_holds_the_default_model_and_the_configs(checkout, saved, tmp_path):
+    names = zipfile.ZipFile(wheel := build(checkout, "build_wheel")).namelist()
+    shipped_names = {name for name in names if name.startswith(("ldm/_weights/", "ldm/_configs/"))}
+    model = {f"ldm/_weights/default/{p.relative_to(saved).as_posix()}" for p in saved.rglob("*") if p.is_file()}
+    assert shipped_names == model | {"ldm/_configs/emoji/unet.yaml"}
+    assert not [name for name in names if name.startswith(("tests", "weights", "configs"))]
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")  # as pip installs it
+    code = "import ldm.checkpoint as c; print(c.check_model('default')); print(c.shipped('configs'))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", check=True, capture_output=True, text=True
+    )
+    assert run.stdout.split() == [str(tmp_path / "site/ldm/_weights/default"), str(tmp_path / "site/ldm/_configs")]
+
+
+def test_an_editable_install_carries_no_copy(checkout):
+    names = zipfile.ZipFile(build(checkout, "build_editable")).namelist()
+    assert names and not [name for name in names if "weights/" in name or "_configs" in name]
+    code = "from ldm.checkpoint import default_folder as d; print(d())"
+    assert python(code, checkout).strip() == str(checkout / "weights/default")
+
+
+def test_where_the_default_model_is(tmp_path, monkeypatch):
+    assert shipped("weights") == ROOT / "weights" and shipped("configs") == ROOT / "configs"
+    monkeypatch.setattr(default, "PACKAGE", tmp_path / "ldm")
+    for act in (default_folder, check_model):
+        with pytest.raises(ModelError, match="default model is not there; install the package again"):
+            act()
