@@ -1,3 +1,18 @@
 """A small latent text-to-image diffusion stack: train from nothing, fine-tune, render."""
 
 __version__ = "0.1.0"
+
+_LAZY = {"Pipeline": "ldm.pipeline", "train": "ldm.training", "evaluate": "ldm.evaluation"}  # name -> room
+
+
+def __getattr__(name: str):
+    """Public names, imported when they are first asked for: `import ldm` itself costs nothing."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

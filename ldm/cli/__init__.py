@@ -1,0 +1,152 @@
+"""The command line: one file a command, each a thin call. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import ldm
+from ldm import console
+from ldm.errors import ConfigError, LdmError, nearest
+
+COMMANDS = ("generate", "train", "data", "evaluate")  # each a module of this room
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as ConfigError; no abbreviations, so that a misspelt option is never taken for another."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ConfigError(message, todo=f"see `{self.prog} --help`")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, unwinding like Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ldm` with these arguments and return its exit code.
+
+    0 done, 1 a bug, 2 refused before work began, 3 finished with named failures, 4 out of disk or memory, 5 stopped
+    part-way, 130 and 143 stopped by a signal.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = console.level
+    debug = "--debug" in words
+    try:
+        args = parse(words)
+        console.level = -1 if args.quiet else args.verbose
+        if args.offline:
+            os.environ.update(dict.fromkeys(OFFLINE, "1"))
+        with terminate_politely():
+            return args.run(args) or 0
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except Terminated:
+        return _report("stopped (SIGTERM)", debug, 128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        return _report("stopped (Ctrl-C)", debug, 128 + signal.SIGINT)
+    except LdmError as error:
+        return _report(f"error: {error}", debug, error.exit_code)
+    except BrokenPipeError:  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return _report(f"internal error: {what} (a bug; --debug shows where)", debug, 1)
+    finally:
+        console.level = before
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command. Raises ConfigError, with the nearest name for what is misspelt."""
+    parser, commands = build_parser()
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is None and not set(words) & {"-h", "--help", "--version"}:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if first is not None and first not in commands:
+        raise ConfigError(f"unknown command {first!r}", todo=f'{nearest(first, commands)} (ldm generate "a cat" draws)')
+    args, unknown = parser.parse_known_args(list(words))
+    if hasattr(args, "overrides"):  # KEY=VALUE may stand after options too
+        args.overrides += [word for word in unknown if _is_override(word)]
+        unknown = [word for word in unknown if not _is_override(word)]
+    if unknown:
+        _refuse(unknown[0], commands[first])
+    return args
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of everything, and the parser of each command."""
+    epilog = "`ldm COMMAND --help` explains one command."
+    parser = Parser(prog="ldm", description=ldm.__doc__, epilog=epilog, parents=[common_options()])
+    parser.set_defaults(quiet=0, verbose=0, debug=False, offline=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = {}
+    for name in COMMANDS:
+        module = importlib.import_module(f"ldm.cli.{name}")
+        text, _, examples = module.__doc__.partition("\n\n")
+        commands[name] = subparsers.add_parser(
+            name, help=text.rstrip("."), description=text, epilog=examples.strip(), parents=[common_options()]
+        )
+        module.add_arguments(commands[name])
+        commands[name].set_defaults(run=module.run)
+    return parser, commands
+
+
+def common_options() -> Parser:
+    """What every command takes, before and after its name (a parser of its own each time: defaults are shared)."""
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("everywhere")
+    group.add_argument("-q", "--quiet", action="count", help="no progress, nothing but warnings and errors")
+    group.add_argument("-v", "--verbose", action="count", help="say more")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
+    group.add_argument("--offline", action="store_true", help="never use the network")
+    group.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
+    return common
+
+
+def _refuse(word: str, parser: Parser) -> NoReturn:
+    if not word.startswith("-"):
+        raise ConfigError(f"unexpected argument {word!r}", todo="put a text of several words in quotes")
+    options = [option for action in parser._actions for option in action.option_strings]
+    raise ConfigError(f"unknown option {word.split('=')[0]}", todo=nearest(word.split("=")[0], options))
+
+
+def _report(line: str, debug: bool, code: int) -> int:
+    if debug:
+        traceback.print_exc()
+    print(line, file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def terminate_politely() -> Iterator[None]:
+    """While active, SIGTERM unwinds as Ctrl-C does, so that temporary files go and finished work is kept."""
+
+    def stop(_number, _frame):
+        raise Terminated
+
+    here = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, stop) if here else None
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,82 @@
+"""Draw pictures of a prompt.
+
+examples:
+  ldm generate "a cat"                             writes a-cat.png
+  ldm generate "a cat on a red ground" -n 4 --seed 7 -o cats/
+  ldm generate "a red car" -o car.webp --steps 40 --guidance-scale 4
+  ldm generate "a dog" --model runs/unet/model --no-metadata
+
+Picture k of -n has seed SEED + k and is the same alone or among others. Files that exist are never overwritten, but for
+the one that -o names. The paths of what was written are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import textwrap
+
+from ldm.errors import LdmError
+from ldm.pipeline import Images, Pipeline
+from ldm.pipeline.result import Target
+from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, STEPS
+
+FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
+FROM_CALL += ("num_images", "batch_size")
+FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "device", "dtype")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="what to draw")
+    add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
+    add("-n", *_options("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
+    add("--seed", type=int, metavar="N", help="of the first picture; -1 or nothing: drawn, and kept in the file")
+    add("--steps", *_options("num_inference_steps"), type=int, metavar="N", help=f"(the model's, or {STEPS})")
+    add(
+        *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
+    )
+    add(*_options("negative_prompt"), metavar="TEXT", default="", help="what to keep away from")
+    add(*_options("sampler"), metavar="NAME", help=f"euler, ddim, dpmpp_2m (the model's, or {SAMPLER})")
+    add(*_options("spacing"), metavar="NAME", help="leading, linspace, trailing (the model's)")
+    add("--width", metavar="PIXELS", type=int, help="(the model's)")
+    add("--height", metavar="PIXELS", type=int, help="(the model's)")
+    add("--batch-size", metavar="N", type=int, help=f"pictures drawn together ({BATCH}); changes no picture")
+    add("--model", metavar="MODEL", default="default", help="a diffusers folder or a hub id (the shipped model)")
+    add("--vae", metavar="FOLDER", help="another VAE")
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
+    add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
+    add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
+    add("--lora", metavar="FILE", help=argparse.SUPPRESS)
+    add("--from", dest="source", metavar="PICTURE", help=argparse.SUPPRESS)
+    words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
+    notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
+    parser.epilog = f"{parser.epilog}\n\n{notes}"
+
+
+def _options(name: str) -> list[str]:
+    """--name, then every word that ALIASES takes for it (those of one letter are left to prompt files)."""
+    words = [name, *(word for word, own in ALIASES.items() if own == name and len(word) > 1 and word != "generator")]
+    return [f"--{word.replace('_', '-')}" for word in dict.fromkeys(words) if word != "steps"]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.source is not None:
+        raise LdmError("drawing from an old picture's record is not supported yet", where="--from")
+    target = Target.of(args.output, args.format).check()
+    pipe = Pipeline(args.prompt, **{name: getattr(args, name) for name in FROM_PIPELINE})
+    try:
+        images = pipe.generate(**{name: getattr(args, name) for name in FROM_CALL})
+    except (LdmError, KeyboardInterrupt) as stop:
+        with contextlib.suppress(LdmError):  # what stopped the work is what is told
+            _write(getattr(stop, "images", Images([], [])), target, args)
+        raise
+    _write(images, target, args)
+    return 0
+
+
+def _write(images: Images, target: Target, args: argparse.Namespace) -> None:
+    for path in images.save_each(target, metadata=not args.no_metadata):
+        if not args.quiet:
+            print(path, flush=True)

@@ -1,0 +1,35 @@
+"""Train one stage of a model: autoencoder, text or unet.
+
+examples:
+  ldm train emoji/autoencoder -o runs/vae
+  ldm train emoji/text -o runs/text vae=runs/vae
+  ldm train emoji/unet -o runs/unet vae=runs/vae text=runs/text
+  ldm train emoji/unet -o runs/mine data=my-pictures/ steps=20000 learning_rate=5e-4
+  ldm train emoji/unet -o runs/unet vae=runs/vae text=runs/text --resume
+
+The finished model is RUN/model, a diffusers folder. Ctrl-C saves the state and stops; --resume goes on exactly there.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a packaged name (emoji/unet) or a file (.yaml .toml .json)")
+    add("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings in place of the config's")
+    add("-o", "--output", metavar="RUN", required=True, help="the run's folder")
+    add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the newest, or this, checkpoint")
+    add("--allow-changed", metavar="NAME", action="append", default=[], help="a setting that may differ on --resume")
+    add("--dry-run", action="store_true", help="check everything, print the settings, train nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm.training import train
+
+    overrides, resume = list(args.overrides), args.resume
+    if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
+        overrides, resume = [*overrides, resume], "latest"
+    train(args.config, args.output, overrides, resume=resume, allow_changed=args.allow_changed, dry_run=args.dry_run)
+    return 0

@@ -1,0 +1,278 @@
+"""Pipeline: prompts and a model, checked; generate: pictures from them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import console
+from ldm.errors import ConfigError, LdmError, ModelError, NumericsError, ResourceError
+from ldm.images import to_pil
+from ldm.pipeline.record import dtype_name, make_records, warnings_of
+from ldm.pipeline.result import Images
+from ldm.pipeline.settings import Settings, canonical, check_negative, check_prompts, check_settings, check_steps
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint import Model
+    from ldm.pipeline.encoding import Encoder
+
+OWN = ("prompt", "model", "negative_prompt", "lora", "vae", "device", "dtype")
+CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
+CALL += ("latents", "callback", "batch_size")
+
+
+class Pipeline:
+    """Draws pictures of `prompt`, a text or a list of texts.
+
+    prompt           what to draw; up to 100,000 characters each
+    model            "default", a diffusers folder, a hub id, or a loaded model
+    negative_prompt  what to keep away from: one text, or one for each prompt
+    vae              another VAE's folder in place of the model's own
+    device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
+    diffusers' and A1111's words for these are taken too (see ldm.pipeline.settings.ALIASES).
+
+    Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
+    model's folder. Loaded models are shared between pipelines. A pipeline may be used by several threads: their calls
+    run one after another.
+    """
+
+    def __init__(
+        self,
+        prompt: str | Sequence[str],
+        model: str | os.PathLike | Model = "default",
+        *,
+        negative_prompt: str | Sequence[str] | None = "",
+        lora: Any = None,
+        vae: str | os.PathLike | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        **other: Any,
+    ):
+        words = {"model": model, "negative_prompt": negative_prompt, "vae": vae, "device": device, "dtype": dtype}
+        given = canonical({**other, "lora": lora}, words, other=CALL)
+        self.prompts = check_prompts(prompt)
+        self.negative_prompts = check_negative(given["negative_prompt"], len(self.prompts))
+        self.model = given["model"]
+        self.vae = given["vae"]
+        self.device, self.dtype = _place(self.model, given["device"], given["dtype"])
+        self._folder = _check_model(self.model, self.vae)
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        name = self.model if isinstance(self.model, (str, os.PathLike)) else self.model.name
+        return f"<Pipeline {list(self.prompts)!r:.60} of {name}, {self.device}, {dtype_name(self.dtype)}>"
+
+    def generate(
+        self,
+        *,
+        num_images: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float = 0.8,
+        latents: torch.Tensor | None = None,
+        callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        batch_size: int | None = None,
+        **other: Any,
+    ) -> Images:
+        """Draw `num_images` pictures of each prompt, prompt by prompt; None leaves a setting to the model.
+
+        seed        image k of every prompt has seed + k; a list holds one for each picture; None or -1 draws one
+        latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
+        callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w)
+        batch_size  how many pictures are denoised together; their bits do not depend on it
+        diffusers' and A1111's words are taken too (see ldm.pipeline.settings.ALIASES).
+
+        Raises ConfigError before any weight is read; ModelError; NumericsError where a picture is NaN in fp32 too;
+        ResourceError out of memory. Whatever stops a call part-way carries the finished pictures as `.images`.
+        """
+        own = {name: value for name, value in locals().items() if name in CALL}
+        refused = {"image": image, "mask_image": mask_image, "strength": strength}
+        asked = check_settings(canonical({**refused, **other}, own, OWN), len(self.prompts), self.vae or self._folder)
+        check_steps(asked, self._folder)
+        with self._lock:
+            model = self._load()
+            settings = asked.resolve(model)
+            records = make_records(model, settings, self.prompts, self.negative_prompts)
+            for line in warnings_of(records):
+                console.warn(line)
+            return Images(self._draw_all(model, settings, records), records)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path."""
+        from ldm.checkpoint import save_model
+
+        with self._lock:
+            model = self._load()
+            card = model.path / "README.md" if model.path else None
+            text = card.read_text(encoding="utf-8") if card and card.is_file() else None
+            return save_model(model, folder, dtype=model.dtype, readme=text)
+
+    def _load(self, dtype: torch.dtype | None = None) -> Model:
+        from ldm.checkpoint import load_model
+
+        if not isinstance(self.model, (str, os.PathLike)):
+            return self.model
+        return load_model(self.model, device=self.device, dtype=dtype or self.dtype, vae=self.vae)
+
+    def _draw_all(self, model: Model, settings: Settings, records: list[dict]) -> list:
+        """All pictures, batch by batch. A picture that is NaN is drawn again in fp32, alone, and its record says so."""
+        import torch
+
+        drawn, count = [], len(settings.seeds)
+        batches = [range(i, min(i + settings.batch_size, count)) for i in range(0, count, settings.batch_size)]
+        total = len(batches) * settings.num_inference_steps
+        encode = self._encoder(model)
+        try:
+            with console.progress(total=total, desc="drawing", unit="step") as bar:
+                for rows in batches:
+                    images = self._draw(model, encode, settings, rows, bar.update)
+                    for row, image in zip(rows, images):
+                        if not torch.isfinite(image).all():
+                            image = self._draw_in_fp32(settings, records[row], row)
+                        drawn += to_pil(image[None])
+        except (LdmError, KeyboardInterrupt) as stop:
+            stop.images = Images(drawn, records[: len(drawn)])
+            raise
+        return drawn
+
+    def _draw(self, model: Model, encode: Encoder, settings: Settings, rows: Sequence[int], advance) -> torch.Tensor:
+        """One batch, from texts and seeds to pictures (B, 3, H, W) in [-1, 1] on the CPU."""
+        from ldm.diffusion.denoiser import denoiser
+        from ldm.diffusion.guidance import cfg
+        from ldm.diffusion.samplers import SAMPLERS
+
+        with out_of_memory(settings, len(rows)):
+            prompts = [row // settings.num_images for row in rows]
+            cond = encode([self.prompts[p] for p in prompts])
+            uncond = encode([self.negative_prompts[p] for p in prompts])
+            predict = cfg(network(model.unet), cond, uncond, settings.guidance_scale)
+            denoise = denoiser(predict, model.schedule, cond.states.dtype)
+            sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
+            noise, start = starting_noise(model, settings, rows)
+            x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
+            latents = SAMPLERS[settings.sampler](denoise, x, sigmas, noise, each_step(settings.callback, advance))
+            return decode(model.vae, latents)
+
+    def _draw_in_fp32(self, settings: Settings, record: dict, row: int) -> torch.Tensor:
+        """Picture `row` (3, H, W) once more; raises NumericsError where fp32 is what was tried or does not help."""
+        import torch
+
+        if self.dtype != torch.float32 and isinstance(self.model, (str, os.PathLike)):
+            console.warn(f"seed {record['seed']}: NaN in {dtype_name(self.dtype)}, drawing it again in fp32")
+            model = self._load(torch.float32)
+            (image,) = self._draw(model, self._encoder(model), settings, [row], lambda steps: None)
+            record["dtype"] = "fp32"
+            if torch.isfinite(image).all():
+                return image
+        what = f"the picture of {record['prompt'][:60]!r}, seed {record['seed']}, holds NaN or infinity"
+        todo = "check the model's weights" if record["dtype"] == "fp32" else "use dtype fp32"
+        raise NumericsError(what, todo=todo)
+
+    def _encoder(self, model: Model) -> Encoder:
+        from ldm.pipeline.encoding import Encoder
+
+        return Encoder(model.text, model.device, model.dtype)
+
+
+def network(unet: Callable) -> Callable:
+    """The U-Net as predict(x, timesteps, cond)."""
+
+    def predict(x, timesteps, cond):
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled)
+
+    return predict
+
+
+def starting_noise(model: Model, settings: Settings, rows: Sequence[int]) -> tuple[Callable, torch.Tensor]:
+    """(the sampler's noise, the first noise (B, C, h, w)), from the seeds of `rows` or from the given latents."""
+    from ldm.pipeline.encoding import Noise
+
+    vae, device = model.vae, model.device
+    shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
+    noise = Noise([settings.seeds[row] for row in rows], shape, device)
+    given = settings.latents
+    return noise, noise() if given is None else given[list(rows)].to(device).float()
+
+
+def each_step(callback: Callable | None, advance: Callable[[int], Any]) -> Callable:
+    """What the sampler calls after a step: the user's callback, then the bar."""
+
+    def after(i, x, x0):
+        if callback:
+            callback(i, x, x0)
+        advance(1)
+
+    return after
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W) on the CPU, in the VAE's own precision."""
+    import torch
+
+    with torch.no_grad():
+        return vae.decode(latents.to(next(vae.module.parameters()).dtype)).float().cpu()
+
+
+@contextmanager
+def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
+    """Turn running out of memory into ResourceError, after what the failed batch held is let go."""
+    import torch
+
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    todo = f"use a smaller batch_size than {batch}" if batch > 1 else "use a smaller size or a smaller dtype"
+    raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", todo=todo)
+
+
+def _place(model: Any, device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype to use; those of a model that is loaded already."""
+    from ldm.checkpoint import Model
+    from ldm.device import DTYPES, pick_device, pick_dtype
+
+    names = {f"torch.{full}": short for short, full in DTYPES.items()}
+    device, dtype = str(device), names.get(str(dtype), str(dtype))  # torch's own objects are taken too
+    picked = pick_device(device)
+    wanted = pick_dtype(dtype, picked)
+    if isinstance(model, (str, os.PathLike)):
+        return picked, wanted
+    if not isinstance(model, Model):
+        raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
+    if device != "auto" and model.device.type != picked.type:
+        raise ConfigError(f"the given model is on {model.device}, not {picked}", where="device")
+    if dtype != "auto" and model.dtype != wanted:
+        raise ConfigError(f"the given model is loaded in {dtype_name(model.dtype)}", where="dtype")
+    return model.device, model.dtype
+
+
+def _check_model(model: Any, vae: Any) -> Path | None:
+    """The model's folder, looked at but not loaded; None for a loaded model that came from none."""
+    from ldm.checkpoint import check_model
+
+    if vae is not None and not isinstance(vae, (str, os.PathLike)):
+        raise ConfigError(f"expected a folder, got {type(vae).__name__}", where="vae")
+    if vae is not None and not isinstance(model, (str, os.PathLike)):
+        raise ConfigError("a loaded model has its VAE already", where="vae")
+    if vae is not None and not Path(vae).exists():
+        raise ModelError("no such VAE", where=vae)
+    return check_model(model)

@@ -1,0 +1,114 @@
+"""How a picture was made: one record a picture, and the text that A1111 and its relatives read."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import ldm
+from ldm.pipeline.settings import SAMPLER_LABELS, Settings
+
+# Our spacings under the schedule names of A1111 that give the same timesteps.
+SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+def make_records(model: Any, settings: Settings, prompts: Sequence[str], negatives: Sequence[str | None]) -> list[dict]:
+    """One record a picture, prompt by prompt: every resolved argument, the model and the machine."""
+    import torch
+
+    device = model.device
+    common = {
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "height": settings.height,
+        "width": settings.width,
+        "sampler": settings.sampler,
+        "spacing": settings.spacing or model.schedule.spacing,
+        "latents": "given" if settings.latents is not None else None,
+        "model": model.name,
+        "model_hash": model.hash,
+        "schedule": model.schedule.to_diffusers(),
+        "dtype": dtype_name(model.dtype),
+        "device": str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}",
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": _versions(),
+    }
+    reports = [_text_report(model.text, p, n, settings) for p, n in zip(prompts, negatives)]
+    rows = [row for row in range(len(prompts)) for _ in range(settings.num_images)]
+    return [
+        {"prompt": prompts[row], "negative_prompt": negatives[row], "seed": seed, **common, **reports[row]}
+        for row, seed in zip(rows, settings.seeds)
+    ]
+
+
+def _text_report(text: Any, prompt: str, negative: str | None, settings: Settings) -> dict[str, Any]:
+    """What the model does not see of the texts: the part that is cut off, and words it was never shown."""
+    used = [prompt] + ([negative] if negative and settings.guidance_scale > 1 else [])
+    cut = [text.truncated(t) for t in used]
+    words = [word for t in used for word in text.unknown_words(t)]
+    return {"truncated": " … ".join(part for part in cut if part), "unknown_words": list(dict.fromkeys(words))}
+
+
+def _versions() -> dict[str, str]:
+    found = {"ldm": ldm.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def dtype_name(dtype: Any) -> str:
+    """fp32, fp16 or bf16."""
+    from ldm.device import DTYPES
+
+    names = {f"torch.{full}": short for short, full in DTYPES.items()}
+    return names.get(str(dtype), str(dtype))
+
+
+def warnings_of(records: Sequence[dict], shown: int = 5) -> list[str]:
+    """One line for each prompt of which something is not seen by the model; only the first few in full."""
+    lines = []
+    for record in records:
+        if record["truncated"]:
+            lines.append(f"the prompt is too long; not seen by the model: {_short(record['truncated'])}")
+        if record["unknown_words"]:
+            lines.append(f"words that the model was never shown: {_short(', '.join(record['unknown_words']))}")
+    lines = list(dict.fromkeys(lines))
+    more = len(lines) - shown
+    return lines[:shown] + ([f"{more} more prompts are cut or hold unknown words; see .metadata"] if more > 0 else [])
+
+
+def _short(text: str, most: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
+def parameters(record: dict) -> str:
+    """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
+    fields = {
+        "Steps": record["num_inference_steps"],
+        "Sampler": SAMPLER_LABELS.get(record["sampler"], (record["sampler"],))[0],
+        "Schedule type": SCHEDULE_TYPES.get(record["spacing"]),
+        "CFG scale": record["guidance_scale"],
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model hash": record["model_hash"][:10] if record["model_hash"] else None,
+        "Model": record["model"],
+        "RNG": "CPU",
+        "Version": f"ldm {record['versions']['ldm']}",
+    }
+    line = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
+    negative = f"\nNegative prompt: {record['negative_prompt']}" if record["negative_prompt"] else ""
+    return f"{record['prompt']}{negative}\n{line}"
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",\n:") else text

@@ -1,0 +1,153 @@
+"""What generate gives back: pictures that know their seeds and settings, save themselves and show in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import images as pictures
+from ldm.errors import ConfigError, ResourceError
+from ldm.files import atomic_write, require_writable, slug, unused_path
+from ldm.pipeline.record import parameters
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go: into `folder` under names made from their prompts, or to `file` and numbered names beside."""
+
+    folder: Path
+    file: Path | None
+    format: str  # png, jpg or webp
+
+    @classmethod
+    def of(cls, output: str | os.PathLike | None = None, format: str | None = None) -> Target:
+        """From what the user wrote: a file, a folder (existing, without suffix, or ending in /), or nothing.
+
+        Raises ConfigError for a suffix that is no image format and for one that contradicts `format`.
+        """
+        chosen = pictures.file_format(format) if format else None
+        if output is None:
+            return cls(Path(), None, chosen or "png")
+        text = os.fspath(output)
+        if not text:
+            raise ConfigError("the name is empty", where="output")
+        if "\0" in text:
+            raise ConfigError("the name holds a NUL character", where="output")
+        path = Path(text)
+        if text.endswith(os.sep) or path.is_dir() or not path.suffix:
+            return cls(path, None, chosen or "png")
+        try:
+            own = pictures.file_format(path.suffix)
+        except ConfigError as error:
+            raise ConfigError(
+                error.what, where=path, todo="end the name in .png, .jpg or .webp, or a folder in /"
+            ) from None
+        if chosen and chosen != own:
+            raise ConfigError(f"the name ends in {path.suffix}, the format is {chosen}", where=path)
+        return cls(path.parent, path, own)
+
+    def check(self) -> Target:
+        """Raise ConfigError unless files can be created there; for asking before work begins."""
+        if self.file and self.file.exists() and not self.file.is_file():
+            raise ConfigError("exists and is no ordinary file", where=self.file)
+        if self.file and len(os.fsencode(self.file.name)) > 200:
+            raise ConfigError("the file name is longer than 200 bytes", where="output")
+        try:
+            require_writable(self.folder)
+        except ResourceError as error:
+            raise ConfigError(error.what, where=error.where, todo=error.todo or "choose another folder") from None
+        except OSError as error:
+            raise ConfigError(str(error.strerror or error), where=self.folder, todo="choose another folder") from None
+        return self
+
+    def write(self, data: bytes, prompt: str, first: bool) -> Path:
+        """Write one picture, never over a file that was not named."""
+        if self.file and first:
+            return atomic_write(self.file, data)
+        stem = self.file.stem if self.file else slug(prompt)
+        suffix = self.file.suffix if self.file else f".{self.format}"
+        while True:
+            try:
+                return atomic_write(unused_path(self.folder, stem, suffix), data, overwrite=False)
+            except FileExistsError:  # another process took the name in between
+                continue
+
+
+class Images(Sequence):
+    """PIL pictures, prompt by prompt, with `seeds` and `metadata` (one record each).
+
+    Indexing gives a picture, slicing gives Images.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], metadata: Sequence[dict[str, Any]]):
+        self._images = list(images)
+        self.metadata = list(metadata)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each picture: `generate(seed=images.seeds[k])` draws picture k of its prompt again."""
+        return [record["seed"] for record in self.metadata]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Images(self._images[index], self.metadata[index])
+        return self._images[index]
+
+    def __repr__(self) -> str:
+        sizes = sorted({f"{image.width}x{image.height}" for image in self._images})
+        seeds = ", ".join(map(str, self.seeds[:8])) + " …" * (len(self) > 8)
+        return f"<{len(self)} images, {', '.join(sizes)}, seeds {seeds}>"
+
+    def grid(self, columns: int | None = None, gap: int = 0) -> Image.Image:
+        """All pictures on one sheet; one row a prompt where there are several of each."""
+        prompts = len({record["prompt"] for record in self.metadata})
+        if columns is None and prompts > 1 and len(self) % prompts == 0 and len(self) > prompts:
+            columns = len(self) // prompts
+        return pictures.grid(self._images, columns, gap)
+
+    def save(
+        self, output: str | os.PathLike | None = None, format: str | None = None, metadata: bool = True
+    ) -> list[Path]:
+        """Write the pictures and return their paths.
+
+        `output` is a folder (files are named by the prompt: a-cat.png, a-cat-2.png, …, never over an existing one),
+        a file (later pictures are numbered beside it), or None for the current folder. Each file is written whole or
+        not at all. Raises ConfigError for a name that cannot be used, ResourceError where the disk is full.
+        """
+        return list(self.save_each(Target.of(output, format).check(), metadata))
+
+    def save_each(self, target: Target, metadata: bool = True) -> Iterator[Path]:
+        """As `save`, giving each path as soon as its file is written."""
+        for i, record in enumerate(self.metadata):
+            yield target.write(self.encoded(i, target.format, metadata), record["prompt"], first=i == 0)
+
+    def encoded(self, index: int, format: str = "png", metadata: bool = True) -> bytes:
+        """The bytes of picture `index` as a file, with its record inside unless `metadata` is False."""
+        record = self.metadata[index]
+        inside = pictures.Metadata(parameters(record), record) if metadata else None
+        return pictures.encode(self._images[index], format, inside)
+
+    def _repr_png_(self) -> bytes | None:
+        return pictures.encode(self.grid(gap=4)) if self._images else None
+
+    def _repr_html_(self) -> str:
+        figures = []
+        for i, record in enumerate(self.metadata):
+            source = base64.b64encode(self.encoded(i)).decode("ascii")
+            caption = html.escape(f"{record['prompt'][:200]} · seed {record['seed']}")
+            figures.append(
+                f'<figure style="display:inline-block;margin:4px"><img src="data:image/png;base64,{source}" '
+                f'alt="{caption}"><figcaption style="max-width:20em">{caption}</figcaption></figure>'
+            )
+        return "".join(figures)

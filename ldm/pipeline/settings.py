@@ -1,0 +1,355 @@
+"""The settings of Pipeline and generate: their names, aliases, ranges and defaults. No weight is read here.
+
+Imports nothing heavy, so that the command line can print the tables in its help.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+import secrets
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config import require
+from ldm.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS, GUIDANCE, SAMPLER, BATCH, LATENT_SIZE = 25, 6.0, "dpmpp_2m", 8, 64  # where the model says nothing
+MAX_STEPS, MAX_GUIDANCE, MAX_SIZE, MAX_PROMPT, MAX_IMAGES = 1000, 1000.0, 8192, 100_000, 100_000
+
+# Words of diffusers, A1111 and kohya -> ours.
+ALIASES: dict[str, str] = {
+    "num_images_per_prompt": "num_images",
+    "n_iter": "num_images",
+    "generator": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "scale": "guidance_scale",
+    "neg": "negative_prompt",
+    "sampler_name": "sampler",
+    "schedule": "spacing",
+    "timestep_spacing": "spacing",
+    "callback_on_step_end": "callback",
+    "init_image": "image",
+    "mask": "mask_image",
+    "denoising_strength": "strength",
+    "W": "width",
+    "w": "width",
+    "H": "height",
+    "h": "height",
+    "torch_dtype": "dtype",
+    "pretrained_model_name_or_path": "model",
+}
+DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
+# What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
+UNSUPPORTED: dict[str, tuple[tuple, str]] = {
+    "lora": ((None,), "LoRA files are not supported yet"),
+    "image": ((None,), "image-to-image is not supported yet"),
+    "mask_image": ((None,), "inpainting is not supported yet"),
+    "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),
+    "clip_skip": ((None, 0), "clip_skip is not supported yet"),
+    "eta": ((None, 0), "stochastic DDIM is not supported yet"),
+    "guidance_rescale": ((None, 0), "guidance rescaling is not supported yet"),
+    "timesteps": ((None,), "explicit timesteps are not supported yet; num_inference_steps and spacing choose them"),
+    "sigmas": ((None,), "explicit sigmas are not supported yet; num_inference_steps and spacing choose them"),
+    "prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
+    "negative_prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
+    "cross_attention_kwargs": ((None,), "there are no attention processors to hand settings to"),
+    "callback_on_step_end_tensor_inputs": ((None,), "callbacks are given (i, x, x0)"),
+    "ip_adapter_image": ((None,), "IP-Adapter is not supported"),
+    "controlnet": ((None,), "ControlNet is not supported"),
+    "output_type": ((None, "pil"), "the result is always PIL pictures; ldm.images.to_tensor turns them into tensors"),
+    "return_dict": ((None, True), "the result is always a sequence of pictures with .seeds and .metadata"),
+    "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),
+}
+# Names of the same samplers elsewhere: A1111's label, then diffusers' class.
+SAMPLER_LABELS: dict[str, tuple[str, str]] = {
+    "euler": ("Euler", "EulerDiscreteScheduler"),
+    "ddim": ("DDIM", "DDIMScheduler"),
+    "dpmpp_2m": ("DPM++ 2M", "DPMSolverMultistepScheduler"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one call of generate does; None where the model decides (see `resolve`)."""
+
+    num_images: int  # of each prompt
+    seeds: tuple[int, ...]  # one for each image, prompt by prompt
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    height: int | None  # pixels
+    width: int | None
+    sampler: str | None
+    spacing: str | None  # None: the model's own
+    batch_size: int  # images that are denoised together; has no influence on the pictures
+    latents: torch.Tensor | None  # (images, C, h, w)
+    callback: Callable | None
+
+    def resolve(self, model: Any) -> Settings:
+        """With every default of `model` filled in. Raises ConfigError where the size or steps do not fit it."""
+        if model.unet.config.in_channels != model.vae.latent_channels:
+            raise ConfigError(f"{model.name} is an inpainting model; {UNSUPPORTED['mask_image'][1]}", where="model")
+        own = model.info.get("ldm") if isinstance(model.info, Mapping) else None
+        own = own if isinstance(own, Mapping) else {}
+        side = (model.unet.config.sample_size or LATENT_SIZE) * model.vae.factor
+        h, w = self.latents.shape[2:] if self.latents is not None else (None, None)
+        filled = replace(
+            self,
+            num_inference_steps=self.num_inference_steps or int(own.get("num_inference_steps", STEPS)),
+            guidance_scale=float(own.get("guidance_scale", GUIDANCE))
+            if self.guidance_scale is None
+            else self.guidance_scale,
+            sampler=self.sampler or check_sampler(own.get("sampler", SAMPLER)),
+            spacing=self.spacing or own.get("spacing"),
+            height=self.height or (h * model.vae.factor if h else side),
+            width=self.width or (w * model.vae.factor if w else side),
+        )
+        for name in ("height", "width"):
+            check_size(getattr(filled, name), name, model.vae.factor)
+        if filled.latents is not None:
+            c = model.vae.latent_channels
+            expected = (len(self.seeds), c, filled.height // model.vae.factor, filled.width // model.vae.factor)
+            require(
+                tuple(filled.latents.shape) == expected,
+                f"this model and size need the shape {expected}, got {tuple(filled.latents.shape)}",
+                "latents",
+            )
+        steps, limit = filled.num_inference_steps, model.schedule.num_train_timesteps
+        require(steps <= limit, f"{steps} is more than the {limit} steps of this model", "num_inference_steps")
+        return filled
+
+
+def canonical(given: Mapping[str, Any], words: Mapping[str, Any], other: Sequence[str] = ()) -> dict[str, Any]:
+    """`given` under our names; `words` are the caller's own keywords with their values, `other` are known elsewhere.
+
+    Raises ConfigError for an unknown keyword (with the nearest), one thing said twice, and what is not supported.
+    """
+    settings = dict(words)
+    for word, value in given.items():
+        name = ALIASES.get(word, word)
+        if name in other:
+            belongs = "Pipeline(...)" if "num_images" in words else "generate(...)"
+            raise ConfigError(f"{word} belongs to {belongs}", where=word)
+        if name not in words and name not in UNSUPPORTED:
+            raise ConfigError(f"unknown setting {word!r}", todo=nearest(word, [*words, *ALIASES]))
+        if name in words and settings[name] not in (None, DEFAULTS.get(name), value):
+            raise ConfigError(f"{word} and {name} are the same setting, and both are given", where=word)
+        settings[name] = adapt_callback(value) if word == "callback_on_step_end" else value
+    for name in [name for name in settings if name in UNSUPPORTED]:
+        neutral, sentence = UNSUPPORTED[name]
+        value = settings.pop(name)
+        if not any(value is item or (type(value) in (int, float, str) and value == item) for item in neutral):
+            raise ConfigError(sentence, where=name)
+    return settings
+
+
+def adapt_callback(function: Callable) -> Callable:
+    """diffusers' callback_on_step_end(pipe, step, timestep, kwargs) as ours; it may look, not change."""
+
+    def callback(i, x, x0):
+        answer = function(None, i, None, {"latents": x})
+        if isinstance(answer, Mapping) and answer.get("latents", x) is not x:
+            raise ConfigError("the callback must not change latents", where="callback_on_step_end")
+
+    return callback if callable(function) else function
+
+
+def check_settings(given: Mapping[str, Any], prompts: int, folder: Path | None = None) -> Settings:
+    """Checks generate's keywords (under our names) for `prompts` prompts; `folder` is where configs can be read.
+
+    Raises ConfigError naming the setting and the values that would do.
+    """
+    num_images, seeds = check_seeds(given["num_images"], given["seed"], prompts)
+    steps, sampler, spacing = given["num_inference_steps"], given["sampler"], given["spacing"]
+    factor = vae_factor(folder)
+    batch_size = given.get("batch_size")
+    return Settings(
+        num_images=num_images,
+        seeds=seeds,
+        num_inference_steps=None if steps is None else check_int(steps, "num_inference_steps", 1, MAX_STEPS),
+        guidance_scale=None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"]),
+        height=None if given["height"] is None else check_size(given["height"], "height", factor),
+        width=None if given["width"] is None else check_size(given["width"], "width", factor),
+        sampler=None if sampler is None else check_sampler(sampler),
+        spacing=None if spacing is None else check_spacing(spacing),
+        batch_size=BATCH if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
+        latents=None if given["latents"] is None else check_latents(given["latents"], len(seeds)),
+        callback=check_callback(given["callback"]),
+    )
+
+
+def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
+    """A text or a list of texts as a tuple. Raises ConfigError for None, an empty list, control characters, length."""
+    if not isinstance(value, (str, list, tuple)):
+        raise ConfigError(f"expected a text or a list of texts, got {value!r:.80}", where=where)
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    require(len(texts) > 0, "the list is empty", where)
+    for i, text in enumerate(texts):
+        place = where if isinstance(value, str) else f"{where}[{i}]"
+        require(isinstance(text, str), f"expected a text, got {text!r:.80}", place)
+        require(len(text) <= MAX_PROMPT, f"{len(text):,} characters are more than {MAX_PROMPT:,}", place)
+        for position, character in enumerate(text):
+            if character < " " or character > "~":
+                control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+                require(not control, f"control character U+{ord(character):04X} at position {position}", place)
+    return texts
+
+
+def check_negative(value: Any, prompts: int) -> tuple[str | None, ...]:
+    """One negative prompt for each prompt; None stands for zeros with XL and for "" elsewhere."""
+    if value is None:
+        return (None,) * prompts
+    texts = check_prompts(value, "negative_prompt")
+    if isinstance(value, str):
+        return texts * prompts
+    require(len(texts) == prompts, f"{len(texts)} texts for {prompts} prompts", "negative_prompt")
+    return texts
+
+
+def check_int(value: Any, where: str, least: int, most: int) -> int:
+    """`value` as an int within the range; whole floats are taken, truth values are not."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ConfigError(f"expected a whole number, got {value!r:.80}", where=where)
+    require(least <= number <= most, f"{number} is outside {least} to {most}", where)
+    return number
+
+
+def check_guidance(value: Any) -> float:
+    """A finite guidance scale from 0 up; 1 and below is without guidance."""
+    where = "guidance_scale"
+    number = None if isinstance(value, (bool, str, bytes)) else value
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
+    require(math.isfinite(number), f"{number} is not a finite number", where)
+    require(0 <= number <= MAX_GUIDANCE, f"{number:g} is outside 0 to {MAX_GUIDANCE:g}", where)
+    return number
+
+
+def check_size(value: Any, where: str, factor: int | None) -> int:
+    """A number of pixels that the VAE's factor (where known) divides. Raises ConfigError naming the nearest two."""
+    number = check_int(value, where, 1, MAX_SIZE)
+    if factor and number % factor:
+        below, above = number // factor * factor, -(-number // factor) * factor
+        near = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"{number} is not a multiple of {factor}", where=where, todo=f"use {near}")
+    return number
+
+
+def check_sampler(value: Any) -> str:
+    """The name of a sampler, from its name, A1111's label or diffusers' class name."""
+    from ldm.diffusion.samplers import SAMPLERS
+
+    require(isinstance(value, str), f"expected a name, got {value!r:.80}", "sampler")
+    elsewhere = {label.lower(): name for name, labels in SAMPLER_LABELS.items() for label in labels}
+    name = elsewhere.get(value.strip().lower(), value)
+    if name not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {value!r:.80}", where="sampler", todo=nearest(value, SAMPLERS))
+    return name
+
+
+def check_spacing(value: Any) -> str:
+    """The name of a noise spacing."""
+    from ldm.diffusion.schedule import SPACINGS
+
+    if not isinstance(value, str) or value not in SPACINGS:
+        raise ConfigError(f"unknown spacing {value!r:.80}", where="spacing", todo=nearest(str(value), SPACINGS))
+    return value
+
+
+def check_seeds(num_images: Any, seed: Any, prompts: int) -> tuple[int, tuple[int, ...]]:
+    """(images of each prompt, one seed for each image): image k of every prompt gets seed + k, a list is as it is.
+
+    None and -1 draw below 2**32. A CPU torch.Generator that was not used yet stands for its seed.
+    """
+    if num_images is not None:
+        num_images = check_int(num_images, "num_images", 1, MAX_IMAGES)
+    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))
+    if not several:
+        num_images = num_images or 1
+        first = _seed(seed, spare=num_images)
+        return num_images, tuple(first + k for k in range(num_images)) * prompts
+    if num_images is None and len(seed) % prompts == 0:
+        num_images = len(seed) // prompts
+    expected = (num_images or 1) * prompts
+    require(len(seed) == expected and expected > 0, f"{len(seed)} seeds for {expected} images", "seed")
+    return num_images, tuple(_seed(s, where=f"seed[{i}]") for i, s in enumerate(seed))
+
+
+def _seed(value: Any, where: str = "seed", spare: int = 1) -> int:
+    if type(value).__name__ == "Generator" and hasattr(value, "initial_seed"):
+        value = _generator_seed(value, where)
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value == -1):
+        return secrets.randbelow(2**32 - spare)
+    return check_int(value, where, 0, 2**63 - spare)
+
+
+def _generator_seed(generator: torch.Generator, where: str) -> int:
+    import torch
+
+    seed = generator.initial_seed()
+    require(generator.device.type == "cpu", "noise is drawn on the CPU; give a CPU generator or a number", where)
+    fresh = torch.Generator("cpu").manual_seed(seed).get_state()
+    require(torch.equal(fresh, generator.get_state()), "this generator was used before; give a fresh one", where)
+    return seed
+
+
+def check_latents(value: Any, images: int) -> torch.Tensor:
+    """Starting noise (images, C, h, w), as far as it can be checked without the model."""
+    import torch
+
+    require(isinstance(value, torch.Tensor), f"expected a tensor, got {type(value).__name__}", "latents")
+    shape = tuple(value.shape)
+    require(
+        value.ndim == 4 and len(value) == images and value.is_floating_point(),
+        f"expected floating-point noise (images, channels, height, width) for {images} images, got {shape}",
+        "latents",
+    )
+    require(bool(torch.isfinite(value).all()), "holds NaN or infinity", "latents")
+    return value
+
+
+def check_callback(value: Any) -> Callable | None:
+    """A function (i, x, x0), or None."""
+    require(value is None or callable(value), f"expected a function (i, x, x0), got {value!r:.80}", "callback")
+    return value
+
+
+def check_steps(settings: Settings, folder: str | os.PathLike | None) -> None:
+    """Raise ConfigError where the model's own schedule cannot take these steps and spacing; reads no weight."""
+    from ldm.diffusion.schedule import Schedule
+
+    if folder is None:
+        return
+    try:
+        text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+        schedule = Schedule.from_diffusers(json.loads(text))
+    except (OSError, ValueError):
+        return  # loading the model says what is wrong with it
+    schedule.sigmas(settings.num_inference_steps or 1, settings.sampler or SAMPLER, settings.spacing)
+
+
+def vae_factor(folder: str | os.PathLike | None) -> int | None:
+    """Pixels per latent, from vae/config.json of a diffusers folder (or config.json of a VAE); None where unknown."""
+    for name in ("vae/config.json", "config.json") if folder else ():
+        try:
+            config = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+            return 2 ** (len(config["block_out_channels"]) - 1)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None

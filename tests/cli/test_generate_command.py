@@ -1,0 +1,139 @@
+"""`ldm generate` from end to end, in this process, on a tiny model."""
+
+import resource
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.checkpoint import load_model, save_model
+from ldm.cli import main
+from ldm.images import Metadata, read_metadata
+
+FAST = ["--steps", "2", "--sampler", "ddim"]
+
+
+@pytest.fixture
+def generate(tiny_folder, tmp_path, monkeypatch):
+    """Runs `ldm generate` in an empty folder and returns its exit code."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return lambda *words, model=tiny_folder: main(["generate", *words, *FAST, "--model", str(model)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The names in that folder."""
+    return lambda: sorted(p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*"))
+
+
+def test_names_come_from_the_prompt_and_nothing_is_overwritten(generate, files, capsys):
+    assert generate("a cat") == 0
+    assert files() == ["a-cat.png"]
+    assert generate("a cat", "-n", "3", "--seed", "7") == 0
+    assert files() == ["a-cat-2.png", "a-cat-3.png", "a-cat-4.png", "a-cat.png"]
+    assert capsys.readouterr().out.split() == ["a-cat.png", "a-cat-2.png", "a-cat-3.png", "a-cat-4.png"]
+    assert [read_metadata(f"a-cat-{i}.png").ldm["seed"] for i in (2, 3, 4)] == [7, 8, 9]
+
+
+def test_options_reach_the_picture(generate, files):
+    words = ["a dog", "-o", "out/x.webp", "--seed", "3", "--guidance-scale", "2.5", "--negative-prompt", "a cat"]
+    assert generate(*words, "--width", "24", "--height", "40", "--dtype", "bf16", "--spacing", "leading", "-q") == 0
+    assert files() == ["out", "out/x.webp"]
+    with Image.open("out/x.webp") as image:
+        assert image.size == (24, 40) and image.format == "WEBP"
+    record = read_metadata("out/x.webp").ldm
+    expected = {"prompt": "a dog", "negative_prompt": "a cat", "seed": 3, "guidance_scale": 2.5, "sampler": "ddim"}
+    expected |= {"num_inference_steps": 2, "width": 24, "height": 40, "dtype": "bf16", "spacing": "leading"}
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_no_metadata_and_format(generate, files):
+    assert generate("a cat", "-o", "d/", "--format", "jpg", "--no-metadata") == 0
+    assert files() == ["d", "d/a-cat.jpg"]
+    assert read_metadata("d/a-cat.jpg") == Metadata()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampler", "eular"], "did you mean 'euler'"),
+        (["--width", "100"], "use 96 or 104"),
+        (["--guidance-scale", "nan"], "guidance_scale: nan is not a finite number"),
+        (["--steps", "0"], "num_inference_steps: 0 is outside"),
+        (["-n", "0"], "num_images: 0 is outside"),
+        (["--seed", "-5"], "seed: -5 is outside"),
+        (["--model", "nowhere"], "nowhere: no such model folder"),
+        (["--model", "old.ckpt"], "pickle"),
+        (["--lora", "x.safetensors"], "LoRA files are not supported yet"),
+        (["--from", "old.png"], "not supported yet"),
+        (["-o", "old.ckpt/x.png"], "is a file, not a folder"),
+        (["-o", "x.gif"], "unknown image format '.gif'"),
+        (["-o", "/proc/nowhere/x.png"], "choose another folder"),
+        (["--device", "gpu"], "unknown device"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_weights(words, message, tiny_folder, tmp_path, monkeypatch, capsys):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.ckpt").write_bytes(b"\x80\x02}q\x00.")
+    monkeypatch.setattr("ldm.checkpoint.load_model", refuse)
+    assert main(["generate", "a cat", "--model", str(tiny_folder), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["old.ckpt"]
+
+
+def test_a_full_disk_is_exit_4_and_leaves_nothing_half_written(generate, files, capsys):
+    assert generate("a cat", "--no-metadata") == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        code = generate("a dog")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert code == 4 and "a-dog.png: cannot be written" in error and "internal" not in error
+    assert files() == ["a-cat.png"]
+
+
+def test_nan_is_exit_5_and_no_picture(generate, files, tiny_folder, tmp_path, capsys):
+    model = load_model(tiny_folder, device="cpu", dtype="fp32", cache=False)
+    with torch.no_grad():
+        model.unet.conv_out.weight.fill_(3e38)
+    save_model(model, tmp_path / "huge", dtype="fp32")
+    assert generate("a cat", model=tmp_path / "huge") == 5
+    assert "holds NaN or infinity" in capsys.readouterr().err
+    assert files() == []
+
+
+def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys):
+    from ldm.pipeline import pipeline
+
+    batches, decode = [], pipeline.decode
+
+    def interrupt(vae, latents):
+        batches.append(len(latents))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return decode(vae, latents)
+
+    monkeypatch.setattr(pipeline, "decode", interrupt)
+    assert generate("a cat", "-n", "5", "--batch-size", "1", "--seed", "1") == 130
+    assert files() == ["a-cat-2.png", "a-cat.png"]
+    assert capsys.readouterr().err.endswith("stopped (Ctrl-C)\n")
+    assert generate("a cat", "--seed", "2", "-o", "again.png") == 0
+    with Image.open("again.png") as again, Image.open("a-cat-2.png") as kept:
+        assert again.tobytes() == kept.tobytes()
+
+
+def test_it_runs_outside_the_main_thread(generate, files):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(generate("a cat")))
+    thread.start()
+    thread.join()
+    assert codes == [0] and files() == ["a-cat.png"]
