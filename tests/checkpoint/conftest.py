@@ -1,12 +1,10 @@
 """A tiny random model of the shipped kind: pooled text, v-prediction, zero terminal SNR; and its folder."""
 
+from types import SimpleNamespace
+
 import pytest
-from ldm.nn.text import ClipText
-from ldm.nn.vae import VAE
 
 from ldm.checkpoint import Model, save_model
-from ldm.diffusion.schedule import Schedule
-from ldm.nn.unet import UNet, UNetConfig
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
 
@@ -21,6 +19,7 @@ def tiny_tokenizer(length=12):
 
 
 def tiny_text(width=32):
+    import ldm.nn.text as text
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tiny_tokenizer()
@@ -36,11 +35,13 @@ def tiny_text(width=32):
         pad_token_id=tokenizer.pad_token_id,
         projection_dim=width,
     )
-    return ClipText(CLIPTextModel(config).eval(), tokenizer)
+    return text.ClipText(CLIPTextModel(config).eval(), tokenizer)
 
 
 def tiny_vae(channels=4):
-    return VAE.from_config(
+    import ldm.nn.vae as vae
+
+    return vae.VAE.from_config(
         {
             "down_block_types": ["DownEncoderBlock2D"] * 2,
             "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -56,6 +57,9 @@ def tiny_vae(channels=4):
 
 def tiny_model(width=32, channels=4):
     import torch
+
+    from ldm.diffusion.schedule import Schedule
+    from ldm.nn.unet import UNet, UNetConfig
 
     torch.manual_seed(0)
     unet = UNetConfig(
@@ -83,6 +87,12 @@ def tiny_model(width=32, channels=4):
 @pytest.fixture(scope="session")
 def tiny():
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def make():
+    """Parts of other models."""
+    return SimpleNamespace(text=tiny_text, vae=tiny_vae)
 
 
 @pytest.fixture(scope="session")

@@ -388,13 +388,11 @@ def test_only_a_model_is_replaced_and_only_by_a_whole_one(tiny, saved, tmp_path)
         save_model(tiny, folder, dtype="fp64")
 
 
-def test_parts_of_different_models_are_refused(tiny, tmp_path):
-    from conftest import tiny_text, tiny_vae
-
+def test_parts_of_different_models_are_refused(tiny, make, tmp_path):
     with pytest.raises(ModelError, match="for text of width 32, this one has 64"):
-        save_model(Model(tiny.unet, tiny.vae, tiny_text(64), tiny.schedule), tmp_path / "m")
+        save_model(Model(tiny.unet, tiny.vae, make.text(64), tiny.schedule), tmp_path / "m")
     with pytest.raises(ModelError, match="the VAE 8 latent channels"):
-        save_model(Model(tiny.unet, tiny_vae(8), tiny.text, tiny.schedule), tmp_path / "m")
+        save_model(Model(tiny.unet, make.vae(8), tiny.text, tiny.schedule), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
