@@ -2,8 +2,8 @@
 
 from .captions import vocabulary
 from .colours import COLOURS, nearest_colour
-from .export import export
 from .holdout import canonical, held_out
+from .imagefolder import MIXED, export
 from .scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render
 from .sprites import find_font, scaled, sprite
 from .table import EmojiObject, class_of, everyday, find, lookalikes, objects
@@ -13,6 +13,7 @@ EVERYDAY: tuple[str, ...] = tuple(thing.word for thing in everyday())  # the 150
 __all__ = [
     "COLOURS",
     "EVERYDAY",
+    "MIXED",
     "Card",
     "EmojiObject",
     "Placed",

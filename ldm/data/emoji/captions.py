@@ -51,7 +51,7 @@ SHAPES = {"card": {"card": 0.8, "square": 0.2}, "disc": {"disc": 0.5, "circle": 
 ON_CARD = "{np} on a {c} {shape}"
 SPELLINGS = {"gray": {"gray": 0.6, "grey": 0.4}}
 
-_AN = re.compile(r"(?!uni|uf|euro|one|us|ut)[aeiou]|8|hour|x-|xmas|suv")
+_AN = re.compile(r"(?!uni|uf|eu|ewe|one|us|ut)[aeiou]|8|hour|x-|xmas|suv")
 
 
 def article(word: str) -> str:

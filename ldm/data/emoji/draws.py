@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -33,6 +31,9 @@ class Draw:
 
     def weighted(self, weights: Mapping[T, float]) -> T:
         """One of the keys, in proportion to its weight."""
-        keys, values = zip(*weights.items())
-        sums = list(itertools.accumulate(values))
-        return keys[min(bisect.bisect_right(sums, self.random() * sums[-1]), len(keys) - 1)]
+        left = self.random() * sum(weights.values())
+        for key, weight in weights.items():
+            left -= weight
+            if left < 0:
+                return key
+        return max(weights, key=weights.get)  # rounding left a rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .draws import Draw
 
 FRAME = 128
-PAIR_SIZE, PAIR_JITTER = (46, 60), 4
+PAIR_SIZE, PAIR_ALONG, PAIR_ACROSS = (46, 60), 4, 10  # jitter along and across the line from one to the other
 COUNT_SIZE = {2: (46, 60), 3: (42, 56), 4: (42, 56)}  # px; a row of three is drawn smaller
 ROW_OF_THREE = (34, 40)
 CARD_SIZE, TWO_CARDS_SIZE, CARD_SHARE = (92, 112), (54, 60), 0.72  # share of the card's side that its object takes
@@ -18,22 +18,24 @@ def _inside(value: int, size: int) -> int:
     return min(max(value, half), FRAME - half)
 
 
-def jittered(draw: Draw, x: int, y: int, size: int, jitter: int) -> Place:
+def jittered(draw: Draw, x: int, y: int, size: int, jitter: int, jitter_y: int | None = None) -> Place:
     """A centre near (x, y), moved back so far that a square of `size` lies inside the frame."""
+    down = jitter if jitter_y is None else jitter_y
     return (
         _inside(x + draw.integer(-jitter, jitter), size),
-        _inside(y + draw.integer(-jitter, jitter), size),
+        _inside(y + draw.integer(-down, down), size),
     )
 
 
-def two(draw: Draw, relation: str, sizes: tuple[int, int], jitter: int) -> tuple[Place, Place]:
-    """Centres of a and b so that a stands `relation` b: left, right, above or below."""
+def two(draw: Draw, relation: str, sizes: tuple[int, int]) -> tuple[Place, Place]:
+    """Centres of a and b so that a stands `relation` b (left, right, above, below), without overlap."""
     near, far, middle = FRAME // 4, FRAME - FRAME // 4, FRAME // 2
     first, second = (near, far) if relation in ("left", "above") else (far, near)
-    points = ((first, middle), (second, middle))
+    along = min(PAIR_ALONG, (far - near - max(sizes)) // 2)
+    points, jitter = ((first, middle), (second, middle)), (along, PAIR_ACROSS)
     if relation in ("above", "below"):
-        points = ((middle, first), (middle, second))
-    a, b = (jittered(draw, *point, size, jitter) for point, size in zip(points, sizes))
+        points, jitter = ((middle, first), (middle, second)), (PAIR_ACROSS, along)
+    a, b = (jittered(draw, *point, size, *jitter) for point, size in zip(points, sizes))
     return a, b
 
 

@@ -227,7 +227,7 @@ def _pair(draw: Draw, config: SceneConfig) -> Spec:
     relation = draw.pick(tuple(captions.RELATIONS))
     stands = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
     sizes = (draw.integer(*layout.PAIR_SIZE), draw.integer(*layout.PAIR_SIZE))
-    places = layout.two(draw, stands, sizes, layout.PAIR_JITTER)
+    places = layout.two(draw, stands, sizes)
     placed = [Placed(thing, *place, size) for thing, place, size in zip((a, b), places, sizes)]
     judged = [(relation, a.codepoints, b.codepoints)]
     said = captions.pair(draw, relation, a, b)
@@ -258,7 +258,7 @@ def _card(draw: Draw, config: SceneConfig) -> Spec:
     stands = draw.pick(("left", "right", "above", "below"))
     if both:
         sizes = (draw.integer(*layout.TWO_CARDS_SIZE), draw.integer(*layout.TWO_CARDS_SIZE))
-        places = layout.two(draw, stands, sizes, layout.PAIR_JITTER)
+        places = layout.two(draw, stands, sizes)
     else:
         sizes = (draw.integer(*layout.CARD_SIZE),)
         places = (layout.jittered(draw, middle, middle, sizes[0], config.jitter),)
