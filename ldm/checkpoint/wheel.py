@@ -11,18 +11,17 @@ from pathlib import Path
 from setuptools.command.build_py import build_py
 
 SHIPPED = {"weights": "ldm/_weights", "configs": "ldm/_configs"}  # in the checkout: in the wheel
-FOUND_BY = "*"  # every file below; names that start with a dot are left out
 
 
 class BuildWithData(build_py):
     """build_py that copies the shipped folders; an editable install copies nothing and reads the checkout's."""
 
     def _shipped(self) -> dict[str, str]:
-        """Path in the checkout -> path in the wheel, of every shipped file."""
+        """Path in the checkout -> path in the wheel, of every shipped file; names with a leading dot are left out."""
         return {
             path.as_posix(): f"{inside}/{path.relative_to(folder).as_posix()}"
             for folder, inside in SHIPPED.items()
-            for path in sorted(Path(folder).rglob(FOUND_BY))
+            for path in sorted(Path(folder).rglob("*"))
             if path.is_file() and not any(part.startswith(".") for part in path.parts)
         }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from ldm.checkpoint.safety import MAX_HEADER, read_header, read_json, refuse_pickle
@@ -60,6 +61,24 @@ def test_malformed_safetensors_are_refused_with_the_reason(tmp_path, name):
     with pytest.raises(ModelError, match=reason) as error:
         read_header(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mutants_are_refused_in_one_line_or_sound(tmp_path):
+    random, path, refused = np.random.default_rng(0), tmp_path / "w.safetensors", 0
+    for _ in range(300):
+        raw = bytearray(GOOD)
+        for _ in range(random.integers(1, 4)):
+            raw[random.integers(len(raw) - 32)] = random.integers(256)  # the last 32 bytes are numbers
+        path.write_bytes(raw[: random.integers(len(raw) // 2, 2 * len(raw))])
+        try:
+            read_header(path)
+        except ModelError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            with safe_open(path, "np") as file:  # what we take, the library takes
+                assert len(file.keys()) > 0
+    assert 150 < refused < 300
 
 
 def test_sound_header_is_read(tmp_path):
