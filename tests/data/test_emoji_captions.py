@@ -187,6 +187,7 @@ PINNED = [  # (combination, first 16 hex digits of the sha256, held out): never 
     (("left", "1F408", "1F415"), "8458b5054fe2c82a", False),
     (("left", "1F408", "2665-FE0F"), "68620b016a469b89", False),
     (("and", "1F408", "1F415"), "7fd343fd51eb57e9", False),
+    (("and", "1F408", "2665-FE0F"), "ac4f21ccf7df4bc8", False),
     (("count", "1F412", 3), "dca9c05f86a0b974", True),
     (("count", "1F98A", 2), "3f16fd7a3f0f23b4", True),
     (("count", "1F412", 2), "f2e22dc29b3613d2", False),
