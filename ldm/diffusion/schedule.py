@@ -25,6 +25,7 @@ from ldm.errors import ConfigError, nearest
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 CAPPED_ALPHAS_CUMPROD = 2.0**-24  # stands for zero at zero terminal SNR, so that sigma is 4096 and not infinite
 DDIM_INFINITY = 2.0**20  # DDIM is written without sigma = infinity in a denominator: 4096 would show (2.4e-4)
+EDGE = 1e-4  # of one timestep: more than fp32 loses between t and sigma
 FLOW_CAP = 0.999999  # largest flow time that is turned into a sigma; sampling starts at 1 - 1/T, as in diffusers
 
 BETAS: dict[str, Callable[[int, float, float], torch.Tensor]] = {}
@@ -149,7 +150,7 @@ class Schedule:
         """
         if not self.is_flow:
             return timesteps.float()
-        return (timesteps.float() * self.num_train_timesteps + 1e-3).floor()  # 1e-3: of t -> sigma -> t in fp32
+        return (timesteps * self.num_train_timesteps + EDGE).floor().float()
 
     def timestep(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The timestep that a network is told for a sigma (any shape), fp32; between table entries linear in sigma."""
@@ -203,9 +204,16 @@ class Schedule:
         return torch.tensor(timesteps.tolist(), dtype=torch.float64)
 
     def _flow_sigmas(self, n: int) -> torch.Tensor:
-        """Equal steps of t from 1 - 1/T to 0, shifted, as t / (1 - t)."""
-        t = np.linspace(1 - 1 / self.num_train_timesteps, 0, n + 1)
-        t = self.flow_shift * t / (1 + (self.flow_shift - 1) * t)
+        """Equal steps of t from 1 - 1/T to 0, shifted, as t / (1 - t).
+
+        Where t * T is whole but for float64's last bit, diffusers rounds down by chance; computed as there and moved
+        away from the edge (by 2e-7 in t), so that `timestep` says the same.
+        """
+        total = self.num_train_timesteps
+        t = 1.0 - np.linspace(1, 1 / total, n + 1)
+        t = (self.flow_shift * t / (1 + (self.flow_shift - 1) * t))[::-1]
+        edge = np.floor(t * total) + 1
+        t = np.where(edge - t * total < 2 * EDGE, (edge - 2 * EDGE) / total, t)
         return torch.from_numpy(t / (1 - t)).float()
 
     def initial(

@@ -1,0 +1,212 @@
+"""The house of ldm/: who may import whom, and what stays out of the quick paths."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ldm"
+
+FLOORS = (  # a room imports only from lower floors; errors is the ground, below all
+    ("errors",),
+    ("config", "files", "console", "device"),
+    ("images", "prompts", "report", "hub"),
+    ("nn",),
+    ("diffusion", "data"),
+    ("checkpoint",),
+    ("pipeline",),
+    ("render", "evaluation"),
+    ("training",),
+    ("web", "bench"),
+    ("cli",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+TOP = ("__init__", "__main__", "_weights")  # the front door opens every room; _weights holds the shipped model
+
+# Ours by right: from these two libraries come an autoencoder, encoders and tokenizers, and nothing else.
+DIFFUSERS_ALLOWED = {"AutoencoderKL"}
+TRANSFORMERS_ALLOWED = ("Tokenizer", "TokenizerFast", "_tokenizer", "TextModel", "TextModelWithProjection")
+TRANSFORMERS_ALLOWED += ("TextConfig", "VisionModelWithProjection", "VisionConfig", "EncoderModel", "T5Config")
+BENCH = "bench"  # where the peers are the other side of a comparison
+FORBIDDEN_EVERYWHERE = ("peft",)
+SLOW = ("torch", "diffusers", "transformers", "datasets")
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path, package: Path = PACKAGE) -> str:
+    parts = ("ldm", *path.relative_to(package).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, is_package: bool) -> list[tuple[int, str, str | None]]:
+    """(line, module, name or None) of every import in a file, those inside functions too; relative ones resolved."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")
+            base = base[: len(base) - node.level + is_package] if node.level else []
+            source_module = ".".join([*base, *([node.module] if node.module else [])])
+            found += [(node.lineno, source_module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.append((node.lineno, node.args[0].value, None))
+    return found
+
+
+def room_of(module: str, name: str | None) -> str | None:
+    """The room of an imported module of ldm, or None for `from ldm import <a public name>` and other packages."""
+    parts = module.split(".")
+    if parts[0] != "ldm":
+        return None
+    if len(parts) > 1:
+        return parts[1]
+    return name if name in FLOOR else None
+
+
+def faults_of_floors(source: str, module: str, is_package: bool) -> list[str]:
+    here = module.split(".")[1] if "." in module else "__init__"
+    if here in TOP:
+        return []
+    if here not in FLOOR:
+        return [f"{module}: room '{here}' stands on no floor"]
+    faults = []
+    for line, imported, name in imports(source, module, is_package):
+        room = room_of(imported, name)
+        if room is None and imported == "ldm" and name not in (None, "__version__"):
+            faults.append(f"{module}:{line} imports the front door (from ldm import {name})")
+        elif room is not None and room not in FLOOR and room not in TOP:
+            faults.append(f"{module}:{line} imports {imported}, which stands on no floor")
+        elif room is not None and room != here and FLOOR.get(room, len(FLOORS)) >= FLOOR[here]:
+            faults.append(f"{module}:{line} imports {imported}, which is not on a lower floor than {here}")
+    return faults
+
+
+def uses(source: str, library: str) -> list[tuple[int, str]]:
+    """(line, name) of what is taken from `import library`: library.name, or "?" where the name is not written out."""
+    tree = ast.parse(source)
+    is_it = {id(node) for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == library}
+    taken = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node.value) in is_it]
+    plain = is_it - {id(node.value) for node in taken}
+    found = [(node.lineno, node.attr) for node in taken]
+    return found + [(node.lineno, "?") for node in ast.walk(tree) if id(node) in plain]
+
+
+def allowed(library: str, name: str) -> bool:
+    return name in DIFFUSERS_ALLOWED if library == "diffusers" else name.endswith(TRANSFORMERS_ALLOWED)
+
+
+def faults_of_peers(source: str, module: str, is_package: bool) -> list[str]:
+    if module.split(".")[1:2] == [BENCH]:
+        return []
+    taken = []
+    for line, imported, name in imports(source, module, is_package):
+        library, _, inside = imported.partition(".")
+        if library in FORBIDDEN_EVERYWHERE:
+            taken.append((line, library, "all"))
+        elif library in ("diffusers", "transformers") and (name or inside):
+            taken.append((line, library, name or inside))
+        elif library in ("diffusers", "transformers"):
+            taken += [(line, library, name) for line, name in uses(source, library)]
+    return [
+        f"{module}:{line} takes {name} from {library}" for line, library, name in taken if not allowed(library, name)
+    ]
+
+
+def test_there_is_something_to_read():
+    assert len(FILES) > 10
+    assert {path.name for path in FILES} >= {"errors.py", "config.py", "schedule.py"}
+
+
+@pytest.mark.parametrize("check", [faults_of_floors, faults_of_peers])
+def test_every_import_of_the_package_keeps_the_rules(check):
+    faults = []
+    for path in FILES:
+        faults += check(path.read_text(encoding="utf-8"), module_of(path), path.name == "__init__.py")
+    assert not faults, "\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    "module, line, said",
+    [
+        ("ldm.nn.unet", "import ldm.diffusion", "not on a lower floor than nn"),
+        ("ldm.nn.unet", "from ldm.pipeline.result import Images", "not on a lower floor than nn"),
+        ("ldm.nn.unet", "from ldm import training", "not on a lower floor than nn"),
+        ("ldm.nn.unet", "from ..diffusion import schedule", "not on a lower floor than nn"),
+        ("ldm.data.sources", "from ldm.diffusion.schedule import Schedule", "not on a lower floor than data"),
+        ("ldm.files", "def f():\n    from ldm.console import warn", "not on a lower floor than files"),
+        ("ldm.errors", "import ldm.config", "not on a lower floor than errors"),
+        ("ldm.cli.main", "from ldm.attic import box", "stands on no floor"),
+        ("ldm.attic.box", "import math", "stands on no floor"),
+        ("ldm.training.loop", "from ldm import Pipeline", "the front door"),
+        ("ldm.training.loop", "import importlib\nimportlib.import_module('ldm.web')", "not on a lower floor"),
+    ],
+)
+def test_imports_that_climb_are_found(module, line, said):
+    (fault,) = faults_of_floors(line, module, is_package=False)
+    assert said in fault
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("ldm.pipeline.pipeline", "from ldm.diffusion.schedule import Schedule"),
+        ("ldm.diffusion.samplers", "from ldm.diffusion.denoiser import Denoise"),
+        ("ldm.diffusion.samplers", "from .denoiser import Denoise"),
+        ("ldm.errors", "import difflib"),
+        ("ldm.cli.main", "from ldm import __version__"),
+        ("ldm.__main__", "from ldm.cli import main"),
+    ],
+)
+def test_imports_that_go_down_are_allowed(module, line):
+    assert faults_of_floors(line, module, is_package=False) == []
+
+
+@pytest.mark.parametrize(
+    "module, line, fine",
+    [
+        ("ldm.nn.vae", "from diffusers import AutoencoderKL", True),
+        ("ldm.nn.unet", "from diffusers import UNet2DConditionModel", False),
+        ("ldm.diffusion.schedule", "def f():\n    from diffusers import DDIMScheduler", False),
+        ("ldm.nn.vae", "import diffusers\nmodel = diffusers.AutoencoderKL()", True),
+        ("ldm.nn.unet", "import diffusers\nmodel = diffusers.UNet2DModel()", False),
+        ("ldm.nn.unet", "import transformers\nmodel = getattr(transformers, name)", False),
+        ("ldm.nn.unet", "import diffusers.schedulers", False),
+        ("ldm.nn.unet", "from diffusers.models.attention import Attention", False),
+        ("ldm.bench.against", "from diffusers import StableDiffusionPipeline", True),
+        ("ldm.nn.text", "from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer", True),
+        ("ldm.nn.text", "from transformers import CLIPTextConfig, T5EncoderModel, PreTrainedTokenizerFast", True),
+        ("ldm.training.loop", "from transformers import Trainer", False),
+        ("ldm.training.loop", "from transformers import get_cosine_schedule_with_warmup", False),
+        ("ldm.nn.lora", "import peft", False),
+    ],
+)
+def test_what_may_come_from_diffusers_and_transformers(module, line, fine):
+    assert (faults_of_peers(line, module, is_package=False) == []) == fine
+
+
+QUICK = [
+    "ldm",
+    "ldm.errors",
+    "ldm.config",
+    "ldm.files",
+    "ldm.console",
+    "ldm.diffusion.samplers",
+    "ldm.diffusion.spacings",
+]
+QUICK += [module_of(path) for path in FILES if path.parent.name == "cli" and path.stem != "__main__"]
+
+
+def test_the_quick_paths_import_no_heavy_library():
+    """`ldm --help` imports these; torch alone would cost more than a second."""
+    program = f"import importlib, sys\nfor name in {QUICK!r}: importlib.import_module(name)\n"
+    program += f"print([name for name in {SLOW!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
