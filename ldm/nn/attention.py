@@ -15,7 +15,8 @@ from ldm.errors import ConfigError, ModelError, nearest
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {}
 MASKED = -10000.0  # added to the score of a masked token: finite, so that a row without any token stays finite
-CHUNK_SCORES = 1 << 18  # scores held at a time by `chunked`: 1 MB in fp32, within a core's level-2 cache
+CHUNK_SCORES = 1 << 18  # scores of one head and image that `chunked` computes at a time
+GROUP_SCORES = 1 << 22  # scores of all images and heads that it computes at a time
 
 
 def backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -39,10 +40,13 @@ def attention(
     """softmax(q kᵀ / sqrt(C / heads)) v for each head.
 
     q (B, L, C); k, v (B, S, C); mask (B, S) bool, True where a token is attended to. Returns (B, L, C).
-    backend "auto" takes `sdpa` on a GPU and `chunked` on a CPU (see there).
+    backend "auto" takes `sdpa`, but `chunked` where a CPU computes gradients in 16 bits: measured on two cores with
+    AMX-BF16 (torch 2.13; 16 images, 192 channels, 8 heads, L = S = 256), forward and backward took 34 ms with `sdpa`
+    and 12-18 ms with `chunked` (L = S = 64: 11 against 1.4). In fp32, and forward alone, `sdpa` was faster.
     """
     if backend == "auto":
-        backend = "chunked" if q.device.type == "cpu" else "sdpa"
+        slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and torch.is_grad_enabled()
+        backend = "chunked" if slow else "sdpa"
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask.bool(), MASKED)  # (B, S)
@@ -59,20 +63,21 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None) -
 
 @backend
 def chunked(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
-    """Written out head by head over chunks of queries, so that the scores stay in cache: faster than `sdpa` on CPUs."""
-    length, tokens = q.shape[1], k.shape[1]
-    rows = max(1, CHUNK_SCORES // tokens)  # depends on no batch size: neither may the bits
+    """Written out over groups of heads and chunks of queries, so that the scores at hand stay small."""
     q = q * (q.shape[-1] // num_heads) ** -0.5
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, head size)
+    batch, _, length, _ = q.shape
+    rows = min(length, max(1, CHUNK_SCORES // k.shape[2]))  # of no batch size: the bits depend on it
+    group = max(1, GROUP_SCORES // (batch * rows * k.shape[2]))  # heads at a time: the bits do not
     heads = []
-    for qh, kh, vh in zip(*(t.chunk(num_heads, dim=-1) for t in (q, k, v))):  # (B, tokens, head size)
-        out = []
-        for start in range(0, length, rows):
-            scores = qh[:, start : start + rows] @ kh.transpose(1, 2)  # (B, rows, S)
-            if bias is not None:
-                scores = scores + bias[:, None, :]
-            out.append(scores.softmax(-1) @ vh)
-        heads.append(out[0] if len(out) == 1 else torch.cat(out, dim=1))
-    return torch.cat(heads, dim=-1)
+    for qh, kh, vh in zip(*(t.split(group, dim=1) for t in (q, k, v))):
+        parts = [_softmax(part @ kh.transpose(2, 3), bias) @ vh for part in qh.split(rows, dim=2)]
+        heads.append(torch.cat(parts, dim=2))  # (B, group, L, head size)
+    return torch.cat(heads, dim=1).transpose(1, 2).flatten(2)
+
+
+def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:  # (B, group, rows, S), (B, S)
+    return (scores if bias is None else scores + bias[:, None, None, :]).softmax(-1)
 
 
 @backend

@@ -7,7 +7,7 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +21,39 @@ from ldm.nn.weights import load_weights
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
 
-ROWS = 16  # rows of one block of a RowLinear in eval mode
+ROWS = 32  # fewest rows of one product of a Linear in eval mode on a CPU
 
 
-class RowLinear(nn.Linear):
-    """A linear layer whose rows are the batch. In eval mode it runs on zero-padded blocks of ROWS rows.
+class Linear(nn.Linear):
+    """A linear layer that gives an image the same bits in every batch, in eval mode on a CPU.
 
-    A matrix product may sum in another order for another number of rows; a fixed number keeps the bits of an image
-    the same in every batch.
+    A matrix product may sum in another order when it has another number of rows. So it runs on blocks of a number of
+    images that depends on the tokens per image alone: 2, or as many as make up ROWS rows.
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, in) -> (B, out)
-        if self.training:
+    def forward(self, x: Tensor) -> Tensor:  # (B, ..., in) -> (B, ..., out)
+        if self.training or not x.is_cpu:
             return super().forward(x)
-        padded = F.pad(x, (0, 0, 0, -len(x) % ROWS))
-        return torch.cat([super(RowLinear, self).forward(block) for block in padded.split(ROWS)])[: len(x)]
+        per_image = x[0].numel() // self.in_features
+        return in_blocks(super().forward, x, max(2, ROWS // per_image))
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution under the same rule as Linear (wider ones keep their bits from batch 2 on, by measurement)."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, out, H, W)
+        return super().forward(x) if self.training or not x.is_cpu else in_blocks(super().forward, x, 2)
+
+
+def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
+    """layer(x), computed on blocks of exactly so many images; the last one is filled up with zeros."""
+    short = -len(x) % images
+    padded = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x
+    blocks = [layer(block) for block in padded.split(images)]
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[: len(x)]
 
 
 def sinusoidal(values: Tensor, channels: int) -> Tensor:
@@ -49,8 +67,8 @@ def sinusoidal(values: Tensor, channels: int) -> Tensor:
 class TimestepEmbedding(nn.Module):
     def __init__(self, channels: int, embed: int):
         super().__init__()
-        self.linear_1 = RowLinear(channels, embed)
-        self.linear_2 = RowLinear(embed, embed)
+        self.linear_1 = Linear(channels, embed)
+        self.linear_2 = Linear(embed, embed)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -63,9 +81,9 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
-        self.k_proj = nn.Linear(width, width)
-        self.q_proj = RowLinear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, D) -> (B, D)
         query = x.mean(dim=1) + self.positional_embedding.to(x.dtype)  # (B, D)
@@ -80,7 +98,7 @@ class TextTimeEmbedding(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.pool = AttentionPooling(width, num_heads)
-        self.proj = RowLinear(width, embed)
+        self.proj = Linear(width, embed)
         self.norm2 = nn.LayerNorm(embed)
 
     def forward(self, states: Tensor) -> Tensor:  # (B, S, D) -> (B, E)
@@ -92,10 +110,10 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps=1e-5)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.time_emb_proj = RowLinear(embed, out)
+        self.time_emb_proj = Linear(embed, out)
         self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
+        self.conv_shortcut = Pointwise(channels, out) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
         h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(temb)[:, :, None, None]
@@ -108,10 +126,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int, context: int):
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context, channels, bias=False)
-        self.to_v = nn.Linear(context, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context, channels, bias=False)
+        self.to_v = Linear(context, channels, bias=False)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, L, C), (B, S, D)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -123,7 +141,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
+        self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -133,7 +151,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -161,11 +179,11 @@ class Transformer2D(nn.Module):
         super().__init__()
         self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, config.cross_attention_dim) for _ in range(layers)
         )
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
 
     def forward(self, x: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         h = self.norm(x)
@@ -224,7 +242,7 @@ class UNet(nn.Module):
     """Predicts noise, velocity or x0 (what it was trained for) from noisy latents, timesteps and text.
 
     `gradient_checkpointing` computes each layer's activations again in the backward pass instead of keeping them.
-    In eval mode an image's bits do not depend on the batch it is in (see RowLinear and `forward`).
+    In eval mode an image's bits do not depend on the batch it is in (see Linear and `forward`).
     """
 
     def __init__(self, config: UNetConfig):
@@ -289,12 +307,10 @@ class UNet(nn.Module):
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
         -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
         """
-        if len(x) == 1 and not self.training:  # convolutions sum in another order at batch 1
-            x, timesteps, states, mask, pooled, time_ids = (
-                t if t is None else torch.cat([t, t]) for t in (x, timesteps, states, mask, pooled, time_ids)
-            )
-            return self._predict(x, timesteps, states, mask, pooled, time_ids)[:1]
-        return self._predict(x, timesteps, states, mask, pooled, time_ids)
+        inputs = (x, timesteps, states, mask, pooled, time_ids)
+        if len(x) % 2 and x.is_cpu and not self.training:  # convolutions may sum in another order at odd batches
+            inputs = tuple(t if t is None else torch.cat([t, t[-1:]]) for t in inputs)
+        return self._predict(*inputs)[: len(x)]
 
     def _predict(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
         temb = F.silu(self._embed(x, timesteps, states, pooled, time_ids))  # (B, E)
