@@ -32,7 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
     add("-n", *_options("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
     add("--seed", type=int, metavar="N", help="of the first picture; -1 or nothing: drawn, and kept in the file")
-    add("--steps", *_options("num_inference_steps"), type=int, metavar="N", help=f"(the model's, or {STEPS})")
+    add(
+        "--steps",
+        *_options("num_inference_steps"),
+        dest="num_inference_steps",
+        type=int,
+        metavar="N",
+        help=f"(the model's, or {STEPS})",
+    )
     add(
         *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
     )

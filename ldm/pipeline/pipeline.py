@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ldm.checkpoint import Model
     from ldm.pipeline.encoding import Encoder
 
-OWN = ("prompt", "model", "negative_prompt", "lora", "vae", "device", "dtype")
+OWN = ("prompt", "model", "negative_prompt", "vae", "device", "dtype")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("latents", "callback", "batch_size")
 
