@@ -1,0 +1,124 @@
+"""The autoencoder: the one owner of the latents' scale, shift, channels and factor.
+
+Shapes:  B batch   C latent channels   H, W picture size   h, w latent size = H / factor, W / factor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import ConfigError, ModelError, NumericsError
+from ldm.nn.weights import load_weights
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class VAE:
+    """diffusers' AutoencoderKL behind latents of about unit variance: (z - shift_factor) * scaling_factor."""
+
+    def __init__(self, module: AutoencoderKL):
+        config = module.config
+        self.module = module
+        self.latent_channels: int = config.latent_channels
+        self.factor: int = 2 ** (len(config.block_out_channels) - 1)
+        self.scaling_factor: float = config.scaling_factor
+        self.shift_factor: float = config.get("shift_factor") or 0.0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VAE:
+        """A new autoencoder from an AutoencoderKL config.json, with random weights. Raises ModelError."""
+        return cls(_build(config))
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], where: object = None) -> VAE:
+        """From config.json and weights, in eval mode. Raises ModelError where they do not fit."""
+        return cls(load_weights(lambda: _build(config), renamed(state), where))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    def to(self, *args, **kwargs) -> VAE:
+        """Moves the weights, as Module.to does; returns itself."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of images (B, 3, H, W) in [-1, 1]: two fp32 (B, C, h, w).
+
+        Raises ConfigError for sizes that are not multiples of the factor, NumericsError for NaN or infinity.
+        """
+        self.check_size(*images.shape[-2:])
+        posterior = self.module.encode(images.to(self.device, self.dtype)).latent_dist
+        mean = (posterior.mean.float() - self.shift_factor) * self.scaling_factor
+        std = posterior.std.float() * self.scaling_factor
+        return _finite(mean, "encoding"), _finite(std, "encoding")
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), fp32: their mean, or with a CPU generator a
+        draw from their distribution. Raises as `moments`."""
+        mean, std = self.moments(images)
+        if generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        return mean + std * noise.to(mean.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1].
+
+        One image at a time, so that its bits do not depend on the batch. Raises NumericsError for NaN or infinity:
+        in 16 bits some autoencoders overflow, and a black picture must not pass for a result.
+        """
+        if latents.shape[1] != self.latent_channels:
+            raise ModelError(f"latents have {latents.shape[1]} channels, this VAE decodes {self.latent_channels}")
+        z = latents / self.scaling_factor + self.shift_factor
+        images = [self.module.decode(one[None].to(self.device, self.dtype)).sample.float() for one in z]
+        return _finite(torch.cat(images), "decoding").clamp(-1, 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ConfigError that names the two nearest sizes where one is not a positive multiple of the factor."""
+        for name, size in (("height", height), ("width", width)):
+            if size % self.factor or size < self.factor:
+                low = size // self.factor * self.factor
+                near = " or ".join(str(n) for n in (low, low + self.factor) if n)
+                raise ConfigError(f"{name} {size} is not a multiple of {self.factor}", todo=f"use {near}")
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of today: before diffusers 0.18 the middle's attention was called query, key, value."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    result = {}
+    for name, tensor in state.items():
+        head, _, tail = name.rpartition(".attentions.0.")
+        part, _, kind = tail.partition(".")
+        if head and part in old:
+            name = f"{head}.attentions.0.{old[part]}.{kind}"
+            tensor = tensor.flatten(1) if kind == "weight" and tensor.ndim == 4 else tensor  # a 1x1 convolution then
+        result[name] = tensor
+    return result
+
+
+def _build(config: Mapping[str, Any]) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ModelError(f"the VAE is of class {config['_class_name']}; only AutoencoderKL is supported")
+    try:
+        return AutoencoderKL.from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the VAE's config cannot be used: {error}") from error
+
+
+def _finite(tensor: Tensor, doing: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise NumericsError(f"the VAE gave NaN or infinity in {doing}", todo="try --dtype fp32")
+    return tensor
