@@ -23,5 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ldm.data import emoji
 
-    emoji.export(args.output, args.num_images, seed=args.seed, font=args.font)
+    folder = emoji.export(args.output, args.num_images, seed=args.seed, font=args.font)
+    if not args.quiet:
+        print(folder)
     return 0

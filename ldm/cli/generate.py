@@ -16,10 +16,11 @@ import argparse
 import contextlib
 import textwrap
 
+from ldm import console
 from ldm.errors import LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, STEPS
+from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, SAMPLER_LABELS, STEPS
 
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 FROM_CALL += ("num_images", "batch_size")
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
     )
     add(*_options("negative_prompt"), metavar="TEXT", default="", help="what to keep away from")
-    add(*_options("sampler"), metavar="NAME", help=f"euler, ddim, dpmpp_2m (the model's, or {SAMPLER})")
+    add(*_options("sampler"), metavar="NAME", help=f"{', '.join(SAMPLER_LABELS)} (the model's, or {SAMPLER})")
     add(*_options("spacing"), metavar="NAME", help="leading, linspace, trailing (the model's)")
     add("--width", metavar="PIXELS", type=int, help="(the model's)")
     add("--height", metavar="PIXELS", type=int, help="(the model's)")
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
             _write(getattr(stop, "images", Images([], [])), target, args)
         raise
     _write(images, target, args)
+    record, seeds = images.metadata[0], ", ".join(map(str, images.seeds[:8]))
+    steps = f"{record['num_inference_steps']} steps of {record['sampler']}"
+    console.say(f"{steps}, {record['device']} in {record['dtype']}, seeds {seeds}", verbosity=1)
     return 0
 
 

@@ -31,5 +31,8 @@ def run(args: argparse.Namespace) -> int:
     overrides, resume = list(args.overrides), args.resume
     if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
         overrides, resume = [*overrides, resume], "latest"
-    train(args.config, args.output, overrides, resume=resume, allow_changed=args.allow_changed, dry_run=args.dry_run)
+    options = {"resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
+    model = train(args.config, args.output, overrides, **options)
+    if not (args.quiet or args.dry_run):
+        print(model)
     return 0

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint import Model
+    from ldm.nn.vae import VAE
     from ldm.pipeline.encoding import Encoder
 
 OWN = ("prompt", "model", "negative_prompt", "vae", "device", "dtype")
@@ -218,12 +219,19 @@ def each_step(callback: Callable | None, advance: Callable[[int], Any]) -> Calla
     return after
 
 
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) -> pictures (B, 3, H, W) on the CPU, in the VAE's own precision."""
+def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W) on the CPU; a picture that is not finite becomes NaN as a whole."""
     import torch
 
-    with torch.no_grad():
-        return vae.decode(latents.to(next(vae.module.parameters()).dtype)).float().cpu()
+    images = []
+    for one in latents.split(1):
+        try:
+            with torch.no_grad():
+                images.append(vae.decode(one).float().cpu())
+        except NumericsError:  # one picture's failure is not the batch's
+            h, w = one.shape[2:]
+            images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))
+    return torch.cat(images)
 
 
 @contextmanager

@@ -50,6 +50,13 @@ def test_options_reach_the_picture(generate, files):
     assert {name: record[name] for name in expected} == expected
 
 
+def test_quiet_says_nothing_and_verbose_says_how(generate, capsys):
+    assert generate("a cat", "-q") == 0
+    assert capsys.readouterr() == ("", "")
+    assert generate("a cat", "-v", "--seed", "4", "-n", "2") == 0
+    assert capsys.readouterr().err == "2 steps of ddim, cpu in fp32, seeds 4, 5\n"
+
+
 def test_no_metadata_and_format(generate, files):
     assert generate("a cat", "-o", "d/", "--format", "jpg", "--no-metadata") == 0
     assert files() == ["d", "d/a-cat.jpg"]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline, settings
 
@@ -159,5 +160,6 @@ def test_words_of_other_tools_are_the_same_settings():
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
     }
+    assert set(settings.SAMPLER_LABELS) <= set(SAMPLERS)
     for name, labels in settings.SAMPLER_LABELS.items():
         assert {settings.check_sampler(label) for label in (name, *labels)} == {name}
