@@ -1,0 +1,85 @@
+"""Writes fixtures/unet_*.txt: name and shape of every tensor of diffusers' U-Nets at full width.
+
+Run once by hand: python tests/nn/make_fixtures.py
+A line is "shape: names"; names that differ in nothing but one number are written once, with {0,1,2}.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "fixtures"
+CONFIGS = {
+    "sd15": {"cross_attention_dim": 768},
+    "inpaint": {"cross_attention_dim": 768, "in_channels": 9},
+    "sd21": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "xl": {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "upcast_attention": None,
+    },
+}
+
+
+def fold(names: list[str]) -> list[str]:
+    """Joins names that differ in one number, from the last number to the first."""
+    for position in range(4, -1, -1):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            parts = re.split(r"(?<=\.)(\d+|\{[\d,]+\})(?=\.)", name)  # text, number, text, number, text ...
+            at = 2 * position + 1
+            number = parts[at] if at < len(parts) and parts[at].isdigit() else ""
+            key = "".join([*parts[:at], "\0", *parts[at + 1 :]]) if number else name
+            groups.setdefault(key, []).append(number)
+        names = [
+            key.replace("\0", numbers[0] if len(numbers) == 1 else "{" + ",".join(numbers) + "}")
+            for key, numbers in groups.items()
+        ]
+    return names
+
+
+def unfold(name: str) -> list[str]:
+    """The names that `fold` joined."""
+    braces = re.search(r"\{([\d,]+)\}", name)
+    if not braces:
+        return [name]
+    return [n for i in braces[1].split(",") for n in unfold(name[: braces.start()] + i + name[braces.end() :])]
+
+
+def read(kind: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one fixture."""
+    shapes = {}
+    for line in (FOLDER / f"unet_{kind}.txt").read_text().splitlines():
+        shape, names = line.split(": ")
+        for name in names.split():
+            shapes.update(dict.fromkeys(unfold(name), tuple(int(n) for n in shape.split("x"))))
+    return shapes
+
+
+def main() -> None:
+    from diffusers import UNet2DConditionModel
+
+    FOLDER.mkdir(exist_ok=True)
+    for kind, config in CONFIGS.items():
+        with torch.device("meta"):
+            state = UNet2DConditionModel.from_config(config).state_dict()
+        by_shape: dict[str, list[str]] = {}
+        for name, tensor in state.items():
+            by_shape.setdefault("x".join(map(str, tensor.shape)), []).append(name)
+        lines = [f"{shape}: {' '.join(fold(names))}" for shape, names in by_shape.items()]
+        (FOLDER / f"unet_{kind}.txt").write_text("\n".join(lines) + "\n")
+        assert read(kind) == {name: tuple(t.shape) for name, t in state.items()}, kind
+        print(kind, len(state))
+
+
+if __name__ == "__main__":
+    main()

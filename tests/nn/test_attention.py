@@ -1,0 +1,49 @@
+"""Every attention backend against the formula written out, and the sentences for what is absent."""
+
+import pytest
+import torch
+
+from ldm.errors import ConfigError, ModelError
+from ldm.nn import attention as module
+from ldm.nn.attention import BACKENDS, attention
+
+HERE = [name for name in BACKENDS if name != "xformers"]
+
+
+def formula(q, k, v, heads, mask=None):
+    q, k, v = (t.double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -1e4)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).float()
+
+
+@pytest.mark.parametrize("limits", [(1 << 18, 1 << 22), (40, 100), (1, 1)], ids=["whole", "chunks", "single"])
+@pytest.mark.parametrize("name", ["auto", *HERE])
+def test_backends_equal_the_formula(name, limits, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_SCORES", limits[0])
+    monkeypatch.setattr(module, "GROUP_SCORES", limits[1])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 10, 24), torch.randn(3, 7, 24), torch.randn(3, 7, 24)
+    mask = torch.rand(3, 7) > 0.5
+    for m in (None, mask):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        reference = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, expected = attention(*leaves, 3, m, name), formula(*reference, 3, m)
+        assert torch.allclose(out, expected, atol=1e-6)
+        weight = torch.randn_like(out)
+        for a, b in zip(torch.autograd.grad(out, leaves, weight), torch.autograd.grad(expected, reference, weight)):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_unknown_backend_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="did you mean 'chunked'"):
+        attention(*torch.zeros(3, 1, 2, 4), 2, backend="chunkd")
+
+
+def test_xformers_absent_is_one_sentence():
+    if torch.cuda.is_available():
+        pytest.skip("xformers may work here")
+    with pytest.raises(ModelError, match="xformers") as error:
+        attention(*torch.zeros(3, 1, 2, 4), 2, backend="xformers")
+    assert "\n" not in str(error.value)
