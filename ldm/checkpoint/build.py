@@ -14,31 +14,32 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.nn.text import ClipText
-    from ldm.nn.unet import UNet
+    from ldm.nn.unet import UNet, UNetConfig
     from ldm.nn.vae import VAE
 
 PREFIX = "text_model."  # on CLIP's keys in files since ever; transformers 5 leaves it out of CLIPTextModel
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs before diffusers 0.17
+
+
+def unet_config(layout: Layout) -> UNetConfig:
+    """The settings in `unet/config.json`. Raises ModelError for those that are not supported."""
+    from ldm.nn.unet import UNetConfig
+
+    where = layout.folder / "unet/config.json"
+    return _checked(lambda: UNetConfig.from_diffusers(layout.configs["unet"], where), where)
 
 
 def build_unet(layout: Layout, state: Mapping[str, torch.Tensor]) -> UNet:
     """The U-Net of `unet/config.json` with these tensors. Raises ModelError for settings or keys that do not fit."""
-    from ldm.nn.unet import UNetConfig, load_unet
+    from ldm.nn.unet import load_unet
 
-    where = layout.folder / "unet/config.json"
-    config = _checked(lambda: UNetConfig.from_diffusers(layout.configs["unet"], where), where)
-    return load_unet(config, state, layout.folder / "unet")
+    return load_unet(unet_config(layout), state, layout.folder / "unet")
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
     """The autoencoder of a `config.json` with these tensors; the key names of older files are taken too."""
     from ldm.nn.vae import VAE
-    from ldm.nn.weights import load_weights
 
-    where = folder / "config.json"
-    state = {_new_attention(name): tensor for name, tensor in state.items()}
-    _checked(lambda: _on_meta(lambda: VAE.from_config(dict(config))), where)
-    return VAE(load_weights(lambda: VAE.from_config(dict(config)).module, state, folder))
+    return _checked(lambda: VAE.from_state(config, state, folder), folder / "config.json")
 
 
 def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
@@ -64,8 +65,7 @@ def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
             encoder.get_submodule(name.rpartition(".")[0]).position_ids = positions
     where = layout.folder / "tokenizer"
     tokenizer = _checked(lambda: transformers.CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
-    check_text(config, tokenizer, where)
-    return ClipText(encoder, tokenizer)
+    return _checked(lambda: ClipText(encoder, tokenizer), where)
 
 
 def _text_class(layout: Layout) -> str:
@@ -85,23 +85,11 @@ def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, t
     return {name(key): tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
 
 
-def check_text(config, tokenizer, where: object) -> None:
-    """Raise ModelError unless this tokenizer belongs to an encoder of this config."""
-    if len(tokenizer) > config.vocab_size:
-        what = f"the tokenizer has {len(tokenizer)} words, the text encoder {config.vocab_size}"
-        raise ModelError(what, where=where, todo="take both from the same model")
-    if config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: transformers takes the largest id instead
-        what = f"the text encoder's eos_token_id is {config.eos_token_id}, the tokenizer's {tokenizer.eos_token_id}"
-        raise ModelError(what, where=where, todo="set eos_token_id in text_encoder/config.json")
-
-
-def check_fit(unet: UNet, vae: VAE, text: ClipText, where: object) -> None:
-    """Raise ModelError unless the three networks belong together."""
-    config, channels = unet.config, vae.latent_channels
-    if config.cross_attention_dim != text.width:
-        raise ModelError(
-            f"the U-Net is for text of width {config.cross_attention_dim}, this one has {text.width}", where=where
-        )
+def check_fit(config: UNetConfig, channels: int, width: int, where: object) -> None:
+    """Raise ModelError unless the U-Net goes with a VAE of so many latent channels and text states of this width."""
+    if config.cross_attention_dim != width:
+        what = f"the U-Net is for text of width {config.cross_attention_dim}, this one has {width}"
+        raise ModelError(what, where=where)
     if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
         shape = f"{config.in_channels} channels in, {config.out_channels} out"
         raise ModelError(f"the U-Net has {shape}, the VAE {channels} latent channels", where=where)
@@ -122,13 +110,6 @@ def read_part(
     return state
 
 
-def _new_attention(name: str) -> str:
-    parts = name.split(".")
-    if "attentions" in parts and parts[-2] in OLD_ATTENTION:
-        parts[-2] = OLD_ATTENTION[parts[-2]]
-    return ".".join(parts)
-
-
 def _on_meta(build: Callable[[], Any]) -> Any:
     import torch
 
@@ -140,8 +121,10 @@ def _checked(build: Callable[[], Any], where: object) -> Any:
     """What `build` makes of someone else's settings, whatever those make it raise turned into one line."""
     try:
         return build()
-    except LdmError:
-        raise
+    except LdmError as error:
+        if error.where is not None:
+            raise
+        raise type(error)(error.what, where=where, todo=error.todo) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise ModelError(f"the settings cannot be used ({reason})", where=where, todo="get the folder again") from None

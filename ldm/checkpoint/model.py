@@ -136,6 +136,9 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
     layout = layouts.read_layout(folder, skip=("vae",) if vae_folder else ())
     digests = layouts.check_settings(layout)
     schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
+    channels = layouts.vae_layout(vae_folder).configs["vae"] if vae_folder else layout.configs["vae"]
+    width = layout.configs["text_encoder"].get("hidden_size", 512)  # of CLIPTextConfig
+    build.check_fit(build.unet_config(layout), channels.get("latent_channels", 4), width, folder)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
     with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
@@ -146,7 +149,6 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
         digests |= extra
     else:
         vae = build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
-    build.check_fit(unet, vae, text, folder)
     for module in (unet, vae.module, text.model):
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
@@ -175,5 +177,5 @@ def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
     if isinstance(vae, str | Path):
         vae, extra = load_vae(_resolve_vae(vae), device, dtype)
         digests |= extra
-    check_fit(model.unet, vae, model.text, model.path)
+    check_fit(model.unet.config, vae.latent_channels, model.text.width, model.path)
     return dataclasses.replace(model, vae=vae, hash=layouts.digest_of(digests))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.checkpoint import folder as layouts
-from ldm.checkpoint.build import PREFIX, check_fit, check_text
+from ldm.checkpoint.build import PREFIX, check_fit
 from ldm.checkpoint.tensors import write_shards
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
@@ -50,8 +50,7 @@ def save_model(
         dtype = getattr(torch, DTYPES[dtype])
     folder, limit = Path(folder), int(max_shard_mb * 1e6)
     _refuse_foreign(folder)
-    check_fit(model.unet, model.vae, model.text, folder)
-    check_text(model.text.model.config, model.text.tokenizer, folder)
+    check_fit(model.unet.config, model.vae.latent_channels, model.text.width, folder)
     modules = (model.unet, model.vae.module, model.text.model)
     require_space(folder, sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize + 10_000_000)
     with atomic_folder(folder) as new:

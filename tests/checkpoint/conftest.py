@@ -19,8 +19,9 @@ def tiny_tokenizer(length=12):
 
 
 def tiny_text(width=32):
-    import ldm.nn.text as text
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ldm.nn.text import ClipText
 
     tokenizer = tiny_tokenizer()
     config = CLIPTextConfig(
@@ -35,13 +36,13 @@ def tiny_text(width=32):
         pad_token_id=tokenizer.pad_token_id,
         projection_dim=width,
     )
-    return text.ClipText(CLIPTextModel(config).eval(), tokenizer)
+    return ClipText(CLIPTextModel(config).eval(), tokenizer)
 
 
 def tiny_vae(channels=4):
-    import ldm.nn.vae as vae
+    from ldm.nn.vae import VAE
 
-    return vae.VAE.from_config(
+    return VAE.from_config(
         {
             "down_block_types": ["DownEncoderBlock2D"] * 2,
             "up_block_types": ["UpDecoderBlock2D"] * 2,

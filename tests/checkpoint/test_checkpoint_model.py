@@ -92,6 +92,7 @@ def test_diffusers_loads_the_folder_without_a_warning_and_draws_the_same_picture
     assert np.abs(other - theirs).max() > 2 / 255  # the words reach the picture
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
 def test_diffusers_loads_bf16_shards_and_keeps_their_bits(tiny, tmp_path, caplog):
     folder = save_model(tiny, tmp_path / "bf16", max_shard_mb=0.2)
     assert (folder / "unet/diffusion_pytorch_model.safetensors.index.json").is_file()
@@ -333,8 +334,10 @@ def breaks(name):
         "keys": (rename_key, "1 missing .* 1 unexpected .stranger"),
         "config": (lambda f: edit(f / "unet/config.json", class_embed_type="timestep"), "class_embed_type"),
         "config type": (lambda f: edit(f / "unet/config.json", norm_num_groups="many"), "cannot be used"),
-        "width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=64), "of another shape"),
-        "eos": (lambda f: edit(f / "text_encoder/config.json", eos_token_id=3), "eos_token_id is 3"),
+        "width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=64), "for text of width 64"),
+        "channels": (lambda f: edit(f / "vae/config.json", latent_channels=8), "the VAE 8 latent channels"),
+        "shape": (lambda f: edit(f / "unet/config.json", layers_per_block=2), "missing"),
+        "eos": (lambda f: edit(f / "text_encoder/config.json", eos_token_id=3), "pools at token 3"),
         "schedule": (lambda f: edit(f / "scheduler/scheduler_config.json", thresholding=True), "thresholding"),
         "stranger": (stranger, "not listed in the manifest"),
         "config sha": (
@@ -361,6 +364,15 @@ def test_a_broken_folder_is_one_line_that_names_the_file(copied, name):
             check_model(copied)
     else:
         assert check_model(copied) == copied
+
+
+@pytest.mark.parametrize("name", ["config", "width", "channels", "schedule"])
+def test_settings_are_refused_before_a_weight_is_read(copied, name):
+    breaks("NaN")[0](copied)  # would be found by reading
+    damage, said = breaks(name)
+    damage(copied)
+    with pytest.raises(ModelError, match=said):
+        load_model(copied, "cpu", "fp32")
 
 
 def test_a_value_too_large_for_fp16_is_named(tiny, tmp_path):
