@@ -81,7 +81,7 @@ def recall_at_1(text: Tensor, image: Tensor) -> tuple[float, float]:
 
 
 def train_tokenizer(captions: list[str], vocabulary: int, max_length: int):
-    """A CLIP tokenizer (byte-level BPE, lower case, `</w>` at word ends) of at most `vocabulary` entries, from captions."""
+    """A CLIP tokenizer (byte-level BPE, lower case, `</w>` at word ends), at most `vocabulary` entries."""
     import json
     import tempfile
     from pathlib import Path

@@ -1,0 +1,113 @@
+"""Pictures and captions by index: drawn scenes or the user's folder, in this process or in workers."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.config import build
+from ldm.training.keyed import generator
+from ldm.training.settings import DataSettings
+
+
+class Samples(Protocol):
+    """`samples[i]` for any i ≥ 0 is (uint8 (H, W, 3), caption), a function of i and the seed alone."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]: ...
+
+    def captions(self, start: int, count: int) -> list[str]: ...
+
+
+class EmojiSamples:
+    """Scenes drawn from the emoji font."""
+
+    def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
+        from ldm.data.emoji import SceneConfig, Scenes
+
+        config = build(SceneConfig, {**data.scenes, "resolution": data.resolution, "held_out": held_out}, "data.scenes")
+        self.scenes = Scenes(config, seed, font=data.font)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        scene = self.scenes[index]
+        return scene.image, scene.caption
+
+    def captions(self, start: int, count: int) -> list[str]:
+        return [self.scenes.caption(i) for i in range(start, start + count)]
+
+
+class FolderSamples:
+    """The user's captioned imagefolder, shuffled anew each epoch by (seed, epoch); its last pictures are held out."""
+
+    def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
+        from ldm.data.sources import CaptionedFolder
+
+        self.folder, self.seed = CaptionedFolder(data.folder, resolution=data.resolution), seed
+        count = len(self.folder)
+        test = max(1, count // 10) if count > 1 else 0
+        self.indices = range(count - test, count) if held_out and test else range(count - test if test else count)
+        self.held_out, self._order = held_out, (-1, None)
+
+    def _position(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.indices))
+        if self.held_out:
+            return self.indices[place]
+        if self._order[0] != epoch:
+            order = torch.randperm(len(self.indices), generator=generator(self.seed, "epoch", epoch))
+            self._order = (epoch, order.tolist())
+        return self.indices[self._order[1][place]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        return self.folder[self._position(index)]
+
+    def captions(self, start: int, count: int) -> list[str]:
+        return [self.folder.captions[self._position(i)] for i in range(start, start + count)]
+
+
+def open_samples(data: DataSettings, seed: int, held_out: bool = False) -> Samples:
+    """The training samples, or those held out from training."""
+    return (FolderSamples if data.folder else EmojiSamples)(data, seed, held_out)
+
+
+class _Indexed(torch.utils.data.Dataset):
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        return self.samples[index]
+
+
+def _collate(items: Sequence[tuple[np.ndarray, str]]) -> tuple[Tensor, list[str]]:
+    images = torch.from_numpy(np.stack([image for image, _ in items]))
+    return images, [caption for _, caption in items]
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the run finishes its step, so its workers must not die first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers."""
+    loader = torch.utils.data.DataLoader(
+        _Indexed(samples),
+        sampler=range(start, 1 << 40),
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # its own, so that the global one is not touched
+        prefetch_factor=2 if workers else None,
+        timeout=300 if workers else 0,
+    )
+    return iter(loader)
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, H, W, 3) → fp32 (B, 3, H, W) in [-1, 1] on `device`."""
+    return images.to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)

@@ -1,0 +1,142 @@
+"""Stage 1, the autoencoder: pictures to latents of unit variance and back (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from ldm import images
+from ldm.device import pick_device
+from ldm.training import keyed
+from ldm.training.samples import open_samples, stream, to_float
+from ldm.training.settings import AutoencoderSettings
+from ldm.training.stages.common import SEED_OFFSET, start_from
+
+
+class Autoencoder:
+    """diffusers' AutoencoderKL on crops of the pictures: L1 + MSE + gradient difference + small KL."""
+
+    def __init__(self, settings: AutoencoderSettings):
+        self.settings = settings
+        self.samples = open_samples(settings.data, settings.seed)
+        self.held_out = open_samples(settings.data, settings.seed + SEED_OFFSET, held_out=True)
+        torch.manual_seed(keyed.key(settings.seed, "autoencoder"))
+        size = {"sample_size": settings.data.resolution}
+        self.module = start_from(settings.init, "vae") or AutoencoderKL.from_config({**size, **settings.model})
+        if settings.freeze_encoder:
+            for part in (self.module.encoder, self.module.quant_conv):
+                part.requires_grad_(False)
+        self.module.to(memory_format=torch.channels_last)
+        _norm_in_nchw(self.module)
+        self.device = pick_device(settings.device)
+
+    def batches(self, first_step: int) -> Iterator[Tensor]:
+        s = self.settings
+        pictures = s.batch_size // s.crops
+        start = first_step * s.accumulation * pictures
+        for number, (batch, _) in enumerate(stream(self.samples, start, pictures, s.workers)):
+            step, micro = divmod(number + first_step * s.accumulation, s.accumulation)
+            whole = not s.crop or step >= s.crop_until * s.steps
+            yield to_float(batch if whole else random_crops(batch, s.crop, s.crops, s.seed, step, micro), self.device)
+
+    def loss(self, x: Tensor, step: int, micro: int) -> Tensor:
+        s = self.settings
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = self.module.encode(x).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        noise = keyed.normal(tuple(mean.shape), s.seed, "posterior", step, micro).to(mean.device)
+        y = self.module.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        return s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl
+
+    @torch.no_grad()
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
+        """PSNR in dB on held-out pictures, the mean of the values of single pictures."""
+        values = []
+        for start in range(0, self.settings.validation, 10):
+            x = self._pictures(range(start, min(start + 10, self.settings.validation)))
+            mse = ((_reconstruct(ema, x) - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
+            values += (-10 * mse.clamp_min(1e-10).log10()).tolist()
+        return {"psnr": sum(values) / len(values)}
+
+    @torch.no_grad()
+    def picture(self, ema: nn.Module):
+        """Eight held-out pictures above their reconstructions."""
+        x = self._pictures(range(8))
+        return images.grid(images.to_pil(torch.cat([x, _reconstruct(ema, x)]).cpu()), columns=8)
+
+    def _pictures(self, indices: range) -> Tensor:
+        batch = torch.stack([torch.from_numpy(self.held_out[i][0]) for i in indices])
+        return to_float(batch, self.device).contiguous(memory_format=torch.channels_last)
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+        from ldm.checkpoint.parts import save_parts
+        from ldm.nn.vae import VAE
+
+        module = AutoencoderKL.from_config(dict(ema.config))
+        module.load_state_dict(ema.state_dict())
+        x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_pictures(256)])
+        standardize(module, x)
+        save_parts(folder, torch.bfloat16, vae=VAE(module))
+
+    def _train_pictures(self, count: int) -> Iterator[Tensor]:
+        batches = stream(self.samples, 0, 32, 0)
+        return (next(batches)[0] for _ in range(count // 32))
+
+
+def _reconstruct(module: nn.Module, x: Tensor) -> Tensor:
+    return module.decode(module.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
+def standardize(module: nn.Module, x: Tensor) -> None:
+    """Give every latent channel mean 0 and variance 1 over the pictures `x`, without changing a reconstruction.
+
+    The affine map goes into the 1×1 convolutions on both sides of the latents, so scaling_factor is 1 and every
+    reader of the format gets it right.
+    """
+    z = torch.cat([module.encode(part).latent_dist.mean for part in x.split(32)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    channels = len(mean)
+    quant, post = module.quant_conv, module.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
+    quant.bias[:channels] -= mean
+    quant.bias[:channels] /= std
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[channels:] -= 2 * std.log()  # log of the variance
+    module.register_to_config(scaling_factor=1.0)
+
+
+def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 distance of the differences between neighbouring pixels, in both directions: sharp edges."""
+    d = y - x
+    return d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean()
+
+
+def random_crops(batch: Tensor, size: int, count: int, seed: int, step: int, micro: int) -> Tensor:
+    """`count` crops (B·count, size, size, 3) from each picture (B, H, W, 3), places keyed by (seed, step)."""
+    b, h, w, _ = batch.shape
+    u = keyed.uniform((b * count, 2), seed, "crop", step, micro)
+    tops, lefts = (u[:, 0] * (h - size + 1)).long().tolist(), (u[:, 1] * (w - size + 1)).long().tolist()
+    crops = [batch[i // count, t : t + size, l : l + size] for i, (t, l) in enumerate(zip(tops, lefts))]
+    return torch.stack(crops)
+
+
+class _NormInNCHW(nn.GroupNorm):
+    """GroupNorm's backward pass on a CPU takes ten times as long in channels-last as in NCHW."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
+        return y.contiguous(memory_format=torch.channels_last)
+
+
+def _norm_in_nchw(module: nn.Module) -> None:
+    for part in module.modules():
+        if type(part) is nn.GroupNorm:
+            part.__class__ = _NormInNCHW

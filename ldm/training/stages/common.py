@@ -1,0 +1,48 @@
+"""What the stages share: weights to start from, and held-out samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ldm.checkpoint.parts import load_unet_from, load_vae_from
+from ldm.errors import ModelError
+from ldm.training import state
+from ldm.training.samples import Samples
+
+SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
+
+
+def start_from(init: str | None, part: str) -> nn.Module | None:
+    """The network `part` ("vae", "unet") of another run or of a model folder; None without init.
+
+    A run's U-Net has its fp32 EMA weights; its autoencoder is the exported one, whose latents have unit variance.
+    Raises ModelError where `init` is neither a run nor a model folder.
+    """
+    if init is None:
+        return None
+    module = load_vae_from(model_folder(init)).module if part == "vae" else load_unet_from(model_folder(init))
+    newest = state.newest(Path(init)) if (Path(init) / "checkpoints").is_dir() else None
+    if newest is not None and part == "unet":
+        _, tensors = state.read(newest)
+        module.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
+    return module.float().requires_grad_(True)
+
+
+def model_folder(run: str | Path) -> Path:
+    """The diffusers folder that `run` is or holds (`RUN/model`)."""
+    for folder in (Path(run) / "model", Path(run)):
+        if any((folder / part).is_dir() for part in ("vae", "unet", "text_encoder")):
+            return folder
+    raise ModelError("holds no model", where=run, todo="give a finished run of ldm train, or a diffusers folder")
+
+
+def distinct(samples: Samples, count: int) -> dict[str, int]:
+    """caption → index of the first `count` samples whose captions differ (fewer where 50 × count hold no more)."""
+    found: dict[str, int] = {}
+    for index in range(50 * count):
+        found.setdefault(samples.captions(index, 1)[0], index)
+        if len(found) == count:
+            break
+    return found

@@ -1,0 +1,103 @@
+"""Stage 2, the text tower: a small CLIP trained by contrast with an image tower on the autoencoder's latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.parts import load_vae_from, save_parts
+from ldm.device import pick_device
+from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
+from ldm.nn.text import ClipText
+from ldm.training import keyed
+from ldm.training.bank import Bank, encode_images
+from ldm.training.samples import open_samples
+from ldm.training.settings import TextSettings
+from ldm.training.stages.common import SEED_OFFSET, distinct, model_folder
+
+
+class Text:
+    """Captions against latents; the tokenizer is trained first, on captions alone."""
+
+    def __init__(self, settings: TextSettings):
+        s = self.settings = settings
+        self.device = pick_device(s.device)
+        self.samples = open_samples(s.data, s.seed)
+        self.vae = load_vae_from(model_folder(s.vae))
+        self.vae.module.to(self.device)
+        captions = self.samples.captions(0, s.tokenizer_captions)
+        self.tokenizer = train_tokenizer(captions, s.vocabulary, s.max_length)
+        torch.manual_seed(keyed.key(s.seed, "text"))
+        self.module = SmallClip(self._text_config(), self._image_config())
+        held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
+        found = distinct(held_out, s.validation)
+        images = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
+        self.validation = (self._tokens(list(found)), self._latents(images))
+
+    def _text_config(self) -> dict:
+        t = self.tokenizer
+        ids = {"bos_token_id": t.bos_token_id, "eos_token_id": t.eos_token_id, "pad_token_id": t.pad_token_id}
+        sizes = {"vocab_size": len(t), "max_position_embeddings": self.settings.max_length}
+        return {**self.settings.model, **sizes, **ids}  # without eos_token_id transformers pools position 0
+
+    def _image_config(self) -> dict:
+        size = self.settings.data.resolution // self.vae.factor
+        return {**self.settings.image_tower, "num_channels": self.vae.latent_channels, "image_size": size}
+
+    def _tokens(self, captions: list[str]) -> Tensor:
+        rows = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.settings.max_length)
+        return torch.tensor(rows["input_ids"]).to(self.device)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        return encode_images(self.vae, images, self.device)
+
+    def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        s = self.settings
+        bank = Bank(self.samples, self._latents, self._tokens, s.bank, s.renew, s.workers, first_step)
+        for number in range(first_step * s.accumulation, s.steps * s.accumulation):
+            step, micro = divmod(number, s.accumulation)
+            rows = keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
+            bank.at(step)
+            yield bank.texts[rows], bank.latents[rows]
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int, micro: int) -> Tensor:
+        return self.module(*batch)
+
+    @torch.no_grad()
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
+        """R@1 among held-out samples with distinct captions, and how often a synonym is nearest to its own object."""
+        tokens, latents = self.validation
+        forward, backward = recall_at_1(ema.embed_text(tokens), ema.embed_image(latents))
+        scores = {"text_to_image": forward, "image_to_text": backward}
+        return scores if self.settings.data.folder else {**scores, "synonyms": self._synonyms(ema)}
+
+    def _synonyms(self, ema: nn.Module) -> float:
+        from ldm.data.emoji import objects
+
+        things = objects()
+        names = torch.cat([ema.embed_text(self._tokens([f"a {t.word}" for t in part])) for part in _parts(things)])
+        right, total = 0, 0
+        for part in _parts([(i, w) for i, t in enumerate(things) for w in t.words if w != t.word]):
+            nearest = (ema.embed_text(self._tokens([f"a {word}" for _, word in part])) @ names.T).argmax(1).tolist()
+            right += sum(things[n].looks == things[i].looks for n, (i, _) in zip(nearest, part))
+            total += len(part)
+        return right / max(1, total)
+
+    def picture(self, ema: nn.Module) -> None:
+        return None
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+        from transformers import CLIPTextModel
+
+        tower = CLIPTextModel(ema.text.config)
+        state = {k: v for k, v in ema.text.state_dict().items() if not k.startswith("text_projection.")}
+        bare = {k.removeprefix("text_model."): v for k, v in state.items()}
+        tower.load_state_dict({k: bare[k.removeprefix("text_model.")] for k in tower.state_dict()}, strict=True)
+        save_parts(folder, torch.bfloat16, text=ClipText(tower, self.tokenizer))
+
+
+def _parts(items, size: int = 256) -> list:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,144 @@
+"""Stage 3, the U-Net: denoising the bank's latents under their captions' embeddings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import images
+from ldm.checkpoint import Model, save_model
+from ldm.checkpoint.parts import load_text_from, load_vae_from
+from ldm.config import build
+from ldm.device import pick_device
+from ldm.diffusion.denoiser import denoiser, training_loss
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError, nearest
+from ldm.nn.text import Conditioning
+from ldm.nn.unet import UNet, UNetConfig
+from ldm.training import keyed
+from ldm.training.bank import Bank, encode_images
+from ldm.training.samples import open_samples
+from ldm.training.settings import UNetSettings
+from ldm.training.stages.common import SEED_OFFSET, distinct, model_folder, start_from
+
+GRID = 16  # pictures in the sample grid
+
+
+class UNetStage:
+    """Our U-Net on cached latents; the autoencoder and the text tower are frozen."""
+
+    def __init__(self, settings: UNetSettings):
+        s = self.settings = settings
+        if s.sampler not in SAMPLERS:
+            raise ConfigError(f"unknown sampler {s.sampler!r}", where="sampler", todo=nearest(s.sampler, SAMPLERS))
+        self.device = pick_device(s.device)
+        self.schedule = build(Schedule, s.schedule, "schedule")
+        self.vae, self.text = load_vae_from(model_folder(s.vae)), load_text_from(model_folder(s.text))
+        self.vae.module.to(self.device)
+        self.text.model.to(self.device)
+        torch.manual_seed(keyed.key(s.seed, "unet"))
+        self.module = start_from(s.init, "unet") or UNet(self._config())
+        self.network: Callable[..., Tensor] = torch.compile(self.module) if s.compile else self.module
+        self.samples = open_samples(s.data, s.seed)
+        self.empty = self._states([""])  # (1, S, D)
+        self._hold_out()
+
+    def _config(self) -> UNetConfig:
+        channels = {"in_channels": self.vae.latent_channels, "out_channels": self.vae.latent_channels}
+        size = {"sample_size": self.settings.data.resolution // self.vae.factor}
+        width = {"cross_attention_dim": self.text.width}
+        return build(UNetConfig, {**channels, **size, **width, **self.settings.model}, "model")
+
+    def _hold_out(self) -> None:
+        """Fixed latents, texts, noise and stratified timesteps for the validation loss, captions for the grid."""
+        s = self.settings
+        held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
+        found = distinct(held_out, s.validation)
+        pictures = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
+        x0 = self._latents(pictures)
+        noise = keyed.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
+        u = (torch.arange(len(x0)) + 0.5) / len(x0)
+        order = torch.randperm(len(x0), generator=keyed.generator(s.seed, "validation order"))
+        self.validation = (x0, noise, self._timesteps(u[order]), self._states(list(found)))
+        self.grid_captions = list(found)[:GRID]
+
+    @torch.no_grad()
+    def _states(self, captions: list[str]) -> Tensor:
+        tokens = self.text.tokenize(captions).to(self.device)
+        return torch.cat([self.text.model(input_ids=part).last_hidden_state for part in tokens.split(64)])
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return encode_images(self.vae, pictures, self.device)
+
+    def _timesteps(self, u: Tensor) -> Tensor:
+        """Uniform (B,) in [0, 1) → timesteps of the schedule, spread as the settings say."""
+        if self.settings.timesteps == "logit_normal":
+            u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
+        if self.schedule.is_flow:
+            return u.clamp(1e-4, 1 - 1e-4).to(self.device)
+        total = self.schedule.num_train_timesteps
+        return (u * total).long().clamp(max=total - 1).to(self.device)
+
+    def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        s = self.settings
+        bank = Bank(self.samples, self._latents, self._states, s.bank, s.renew, s.workers, first_step)
+        for number in range(first_step * s.accumulation, s.steps * s.accumulation):
+            step, micro = divmod(number, s.accumulation)
+            rows = keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
+            bank.at(step)
+            yield bank.latents[rows], bank.texts[rows]
+
+    def loss(self, batch: tuple[Tensor, Tensor], step: int, micro: int) -> Tensor:
+        s, (x0, states) = self.settings, batch
+        size = len(x0)
+        noise = keyed.normal(tuple(x0.shape), s.seed, "noise", step, micro).to(self.device)
+        u = keyed.uniform((2, size), s.seed, "timesteps", step, micro)
+        timesteps = self._timesteps((torch.arange(size) + u[0]) / size)  # one from each of B equal parts
+        dropped = (u[1] < s.caption_dropout).to(self.device)[:, None, None]
+        states = torch.where(dropped, self.empty, states)
+        return self._loss(self.network, x0, noise, timesteps, states)
+
+    def _loss(self, network: Callable, x0: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        gamma = self.settings.snr_gamma
+        return training_loss(
+            lambda x, t: network(x, t, states), self.schedule, x0, noise, timesteps, snr_gamma=gamma
+        ).mean()
+
+    @torch.no_grad()
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
+        """The loss on held-out samples, with the same noise and timesteps every time."""
+        parts = zip(*(tensor.split(32) for tensor in self.validation))
+        losses = [(self._loss(ema, *part).item(), len(part[0])) for part in parts]
+        return {"validation_loss": sum(v * n for v, n in losses) / sum(n for _, n in losses)}
+
+    @torch.no_grad()
+    def picture(self, ema: nn.Module):
+        """Sixteen held-out captions rendered with fixed seeds."""
+        s, captions = self.settings, self.grid_captions
+        states = self._states(captions)
+        cond, uncond = Conditioning(states, None, None), Conditioning(self.empty.expand_as(states), None, None)
+        predict = cfg(lambda x, t, c: ema(x, t, c.states), cond, uncond, s.guidance_scale)
+        noise = torch.stack([keyed.normal(tuple(self.validation[0].shape[1:]), s.seed, "grid", i) for i in range(GRID)])
+        sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
+        x = self.schedule.initial(noise[: len(captions)].to(self.device), sigmas, s.sampler)
+        x0 = SAMPLERS[s.sampler](denoiser(predict, self.schedule), x, sigmas, None)
+        return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+        model = Model(unet=ema, vae=self.vae, text=self.text, schedule=self.schedule)
+        save_model(model, folder, dtype=torch.bfloat16, readme=self._card(scores))
+
+    def _card(self, scores: dict[str, Any]) -> str:
+        s = self.settings
+        head = {"library_name": "ldm", "pipeline_tag": "text-to-image", "trained_on": self.device.type}
+        head["ldm"] = {"sampler": s.sampler, "num_inference_steps": s.sample_steps, "guidance_scale": s.guidance_scale}
+        lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+        told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        return f"---\n{lines}\n---\n\nTrained by `ldm train`, {s.steps} steps of {s.batch_size}. {told}\n"

@@ -1,0 +1,196 @@
+"""A run that is killed, stopped or damaged goes on to the very bits of the run that was not."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from ldm.errors import CheckpointError, ConfigError, Interrupted, NumericsError, ResourceError
+from ldm.training import state, train
+from tests.training.conftest import threads
+
+
+def final_bytes(run):
+    """Everything that a finished run says: last checkpoint, model and loss log."""
+    last = state.checkpoints(run)[-1]
+    files = [last / "state.safetensors", run / "loss.jsonl", run / "scores.jsonl"]
+    files += sorted(p for p in (run / "model").rglob("*") if p.is_file())
+    return {str(p.relative_to(run)): p.read_bytes() for p in files}
+
+
+def forked(work):
+    """Run `work` in a child of this process and return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return pid
+
+
+def wait_for_step(run, step, pid, limit=60):
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done = state.checkpoints(run)
+        if done and int(done[-1].name[5:]) >= step:
+            return
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            raise AssertionError("the child ended before it was killed")
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint in time")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, unet_mapping):
+    """What a run that nobody disturbs ends with."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "unet.json").write_text(json.dumps(unet_mapping))
+    with threads(1):
+        train(folder / "unet.json", folder / "run")
+    return final_bytes(folder / "run")
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, unet_settings, uninterrupted, one_thread):
+    run = tmp_path / "killed"
+    for step in (3, 6):
+        pid = forked(lambda: train(unet_settings, run, resume="latest"))
+        wait_for_step(run, step, pid)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert not (run / "model").exists()
+    train(unet_settings, run, resume="latest")
+    assert final_bytes(run) == uninterrupted
+    assert len(state.checkpoints(run)) == 2  # the newest two are kept
+
+
+def test_stopped_by_a_signal_to_its_whole_group_between_two_saves(
+    tmp_path, unet_settings, uninterrupted, one_thread, monkeypatch
+):
+    """As a terminal's Ctrl-C and a job scheduler's SIGTERM do it: the workers get the signal too."""
+    from ldm.training.stages.unet import UNetStage
+
+    run, loss = tmp_path / "stopped", UNetStage.loss
+
+    def interrupting(self, batch, step, micro):
+        if (step, micro) == (4, 1):
+            os.killpg(os.getpid(), signal.SIGTERM)
+        return loss(self, batch, step, micro)
+
+    def child():
+        os.setsid()
+        try:
+            train(unet_settings, run)
+        except Interrupted as stopped:
+            os._exit(stopped.exit_code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNetStage, "loss", interrupting)
+        pid = forked(child)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert [p.name for p in state.checkpoints(run)] == ["step-00000003", "step-00000005"]
+    train(unet_settings, run, resume="latest")
+    assert final_bytes(run) == uninterrupted
+
+
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
+    tmp_path, unet_settings, uninterrupted, one_thread, capsys
+):
+    run = tmp_path / "damaged"
+    train(unet_settings, run, ["steps=6", "decay_from=1"])
+    newest = state.checkpoints(run)[-1] / "state.safetensors"
+    damaged = bytearray(newest.read_bytes())
+    damaged[-100] ^= 1
+    newest.write_bytes(damaged)
+    train(unet_settings, run, resume="latest")
+    assert "set aside as corrupt-step-00000006" in capsys.readouterr().err
+    assert (run / "checkpoints" / "corrupt-step-00000006").is_dir()
+    ours = final_bytes(run)  # steps 1 to 6 are before the learning rate falls, so both runs are the same
+    assert {k: v for k, v in ours.items() if "scores" not in k} == {
+        k: v for k, v in uninterrupted.items() if "scores" not in k
+    }
+
+
+def test_only_damaged_checkpoints_never_mean_a_fresh_start(tmp_path, unet_settings, one_thread):
+    run = tmp_path / "run"
+    train(unet_settings, run, ["steps=3", "validation=4"])
+    for folder in state.checkpoints(run):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train(unet_settings, run, ["steps=3", "validation=4"], resume="latest")
+
+
+def test_changed_settings_are_named(tmp_path, unet_settings, one_thread):
+    run = tmp_path / "run"
+    train(unet_settings, run, ["steps=3"])
+    with pytest.raises(CheckpointError, match=r"batch_size: 4 → 8; seed: 0 → 1.*--allow-changed"):
+        train(unet_settings, run, ["steps=6", "batch_size=8", "seed=1"], resume="latest")
+    train(unet_settings, run, ["steps=4", "batch_size=8"], resume="latest", allow_changed=["batch_size"])
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(unet_settings, run)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(unet_settings, run, resume=str(run / "checkpoints" / "step-99"))
+
+
+def test_nan_stops_the_run_and_is_never_saved(tmp_path, unet_settings, one_thread, monkeypatch):
+    from ldm.training.stages.unet import UNetStage
+
+    run, loss = tmp_path / "run", UNetStage.loss
+    monkeypatch.setattr(UNetStage, "loss", lambda self, b, s, m: loss(self, b, s, m) * (float("nan") if s > 3 else 1))
+    with pytest.raises(NumericsError, match="not finite, 5 steps in a row"):
+        train(unet_settings, run)
+    _, tensors = state.read(state.checkpoints(run)[-1])
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    assert all(json.loads(line)["loss"] > 0 for line in (run / "loss.jsonl").read_text().splitlines())
+
+
+def test_one_bad_step_changes_nothing_but_the_count(tmp_path, unet_settings, one_thread):
+    """A step whose loss is not finite leaves weights, EMA and optimizer as they were."""
+    import torch
+
+    from ldm.training.loop import _step
+    from ldm.training.settings import read_settings
+
+    class Stage:
+        factor = 1.0
+
+        def loss(self, batch, step, micro):
+            return (module.weight * batch).sum() * self.factor
+
+    module, stage = torch.nn.Linear(2, 2), Stage()
+    ema = torch.nn.Linear(2, 2)
+    now = state.TrainState(module, ema, torch.optim.AdamW(module.parameters(), lr=0.1))
+    settings = read_settings(unet_settings, ["accumulation=1"])
+    _step(stage, now, settings, iter([torch.ones(2)]))
+    before = {k: v.clone() for k, v in now.tensors().items()}
+    stage.factor = float("inf")
+    _step(stage, now, settings, iter([torch.ones(2)]))
+    assert now.step == 2
+    assert all(torch.equal(v, before[k]) for k, v in now.tensors().items())
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, unet_settings):
+    from ldm.files import Lock
+
+    with Lock(tmp_path / "run"), pytest.raises(ResourceError, match=f"in use by process {os.getpid()}"):
+        train(unet_settings, tmp_path / "run")
+
+
+def test_bad_settings_are_refused_before_any_work(tmp_path, unet_settings):
+    for overrides, told in (
+        (["learing_rate=1"], "did you mean 'learning_rate'"),
+        (["batch_size=0"], "batch_size: must be at least 1"),
+        (["learning_rate=.nan"], "not a finite number"),
+        (["bank=100"], "multiple of 256"),
+        (["stage=unnet"], "did you mean 'unet'"),
+        (["timesteps=logitnormal"], "did you mean 'logit_normal'"),
+        (["nonsense"], "not KEY=VALUE"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            train(unet_settings, tmp_path / "run", overrides)
+    with pytest.raises(ConfigError, match=r"did you mean 'emoji/unet'"):
+        train("emoji/unett", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
