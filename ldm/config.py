@@ -32,6 +32,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if path.suffix.lower() not in readers:
         raise ConfigError(f"unknown settings format {path.suffix!r}", where=path, todo="use .yaml, .toml or .json")
     value = readers[path.suffix.lower()](text, path)
+    value = {} if value is None else value  # an empty file
     if not isinstance(value, dict):
         raise ConfigError("the settings must be a mapping of names to values", where=path)
     return value
@@ -54,7 +55,7 @@ def _yaml(text: str, path: Path) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(text, Loader) or {}
+        return yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
@@ -134,6 +135,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None

@@ -10,13 +10,24 @@ from types import FrameType
 level = 0  # -1 quiet, 0 normal, 1 verbose; set by the command line
 
 
-def progress(iterable=None, total: int | None = None, desc: str = "", unit: str = "it", disable: bool = False):
+def progress(
+    iterable=None, total: int | None = None, desc: str = "", unit: str = "it", disable: bool = False, initial: int = 0
+):
     """A tqdm bar on stderr; silent when quiet, and when stderr is no terminal unless LDM_PROGRESS=1."""
     from tqdm import tqdm
 
     hidden = disable or level < 0 or not (sys.stderr.isatty() or os.environ.get("LDM_PROGRESS") == "1")
     scale = unit == "B"
-    return tqdm(iterable, total=total, desc=desc, unit=unit, unit_scale=scale, disable=hidden, dynamic_ncols=True)
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=scale,
+        disable=hidden,
+        dynamic_ncols=True,
+        initial=initial,
+    )
 
 
 def say(text: str, verbosity: int = 0) -> None:

@@ -46,6 +46,14 @@ class ResourceError(LdmError):
     exit_code = 4
 
 
+class Interrupted(LdmError):
+    """A signal stopped the work after its state had been saved; the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int, what: str, *, where: object = None, todo: str | None = None):
+        super().__init__(what, where=where, todo=todo)
+        self.exit_code = 128 + number
+
+
 def nearest(name: str, known) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or the whole list when nothing is close."""
     import difflib

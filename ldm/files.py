@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 from ldm.errors import ModelError, ResourceError
 
 MANIFEST = "manifest.json"
-BAR_FROM = 1 << 30  # bytes from which checking shows a progress bar
 
 
 @contextlib.contextmanager
@@ -131,17 +131,13 @@ def sweep(folder: str | Path) -> list[str]:
     return swept
 
 
-def sha256(path: str | Path, progress: bool = False) -> str:
-    """Hex digest of a file, streamed; with a bar from 1 GB on when `progress`."""
-    from ldm.console import progress as bar
-
-    path, digest = Path(path), hashlib.sha256()
-    size = path.stat().st_size
-    show = bar(total=size, desc=f"checking {path.name}", unit="B", disable=not (progress and size >= BAR_FROM))
-    with path.open("rb") as handle, show:
+def sha256(path: str | Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """Hex digest of a file, streamed; `advance` hears of the bytes read."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as handle:
         while block := handle.read(1 << 22):
             digest.update(block)
-            show.update(len(block))
+            advance(len(block))
     return digest.hexdigest()
 
 
@@ -156,7 +152,7 @@ def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Pa
     return atomic_write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
-def verify_manifest(folder: str | Path, progress: bool = False) -> dict[str, dict]:
+def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambda size: None) -> dict[str, dict]:
     """Check every file that `manifest.json` lists; {} where there is no manifest.
 
     Raises ModelError naming the first file that is missing, of another size or of other content.
@@ -176,7 +172,7 @@ def verify_manifest(folder: str | Path, progress: bool = False) -> dict[str, dic
             raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
         if not file.is_file():
             raise ModelError("listed in the manifest, but missing", where=file, todo="get the folder again")
-        if file.stat().st_size != size or sha256(file, progress) != digest:
+        if file.stat().st_size != size or sha256(file, advance) != digest:
             raise ModelError("does not match the manifest's sha256", where=file, todo="get the file again")
     return files
 
@@ -228,31 +224,39 @@ def require_space(folder: str | Path, needed: int) -> None:
 class Lock:
     """One writer for a folder: holds `.lock` with its pid; the lock of a dead process is taken over.
 
-    Raises ResourceError naming the process that holds it.
+    A record lock: the kernel drops it with its process, and worker processes that outlive a killed run do not inherit
+    it. Raises ResourceError naming the process that holds it.
     """
 
+    _held: typing.ClassVar[set[Path]] = set()  # by this process, to which record locks never object
+
     def __init__(self, folder: str | Path):
-        self.path = Path(folder) / ".lock"
+        self.path = Path(folder).resolve() / ".lock"
 
     def __enter__(self) -> Lock:
         import fcntl
 
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.path.open("a+")
+            if self.path in self._held:
+                raise self._refusal(os.getpid())
+            self._handle = self.path.open("r+" if self.path.exists() else "w+")
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._handle.seek(0)
             holder = self._handle.read().strip() or "?"
             self._handle.close()
-            raise ResourceError(
-                f"is in use by process {holder}", where=self.path.parent, todo="wait for it or choose another folder"
-            ) from None
+            raise self._refusal(holder) from None
+        self._held.add(self.path)
         self._handle.truncate(0)
         self._handle.write(str(os.getpid()))
         self._handle.flush()
         return self
 
+    def _refusal(self, holder: object) -> ResourceError:
+        todo = "wait for it or choose another folder"
+        return ResourceError(f"is in use by process {holder}", where=self.path.parent, todo=todo)
+
     def __exit__(self, *_exc) -> None:
-        self._handle.close()  # the kernel drops the lock, also when the process is killed
+        self._held.discard(self.path)
+        self._handle.close()
