@@ -28,7 +28,14 @@ TOP = ("__init__", "__main__", "_weights")  # the front door opens every room; _
 
 # Ours by right: from these two libraries come an autoencoder, encoders and tokenizers, and nothing else.
 DIFFUSERS_ALLOWED = {"AutoencoderKL"}
-TRANSFORMERS_ALLOWED = ("Tokenizer", "TokenizerFast", "_tokenizer", "TextModel", "TextModelWithProjection")
+TRANSFORMERS_ALLOWED = (
+    "Tokenizer",
+    "TokenizerFast",
+    "TokenizerBase",
+    "_tokenizer",
+    "TextModel",
+    "TextModelWithProjection",
+)
 TRANSFORMERS_ALLOWED += ("TextConfig", "VisionModelWithProjection", "VisionConfig", "EncoderModel", "T5Config")
 BENCH = "bench"  # where the peers are the other side of a comparison
 FORBIDDEN_EVERYWHERE = ("peft",)

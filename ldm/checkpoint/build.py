@@ -48,14 +48,14 @@ def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
     Raises ModelError where the tokenizer has more words than the encoder, or another end of text.
     """
     import torch
-    import transformers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from ldm.nn.text import ClipText
     from ldm.nn.weights import load_weights
 
     folder = layout.folder / "text_encoder"
-    kind = getattr(transformers, _text_class(layout))
-    config = _checked(lambda: transformers.CLIPTextConfig.from_dict(dict(layout.configs["text_encoder"])), folder)
+    kind = CLIPTextModelWithProjection if _text_class(layout).endswith("Projection") else CLIPTextModel
+    config = _checked(lambda: CLIPTextConfig.from_dict(dict(layout.configs["text_encoder"])), folder)
     names = _checked(lambda: list(_on_meta(lambda: kind(config)).state_dict()), folder)
     encoder = load_weights(lambda: kind(config), named_as(state, names), folder)
     for name, buffer in list(encoder.named_buffers()):  # not in the files: only the positions 0, 1, 2, …
@@ -64,7 +64,7 @@ def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             encoder.get_submodule(name.rpartition(".")[0]).position_ids = positions
     where = layout.folder / "tokenizer"
-    tokenizer = _checked(lambda: transformers.CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
+    tokenizer = _checked(lambda: CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
     return _checked(lambda: ClipText(encoder, tokenizer), where)
 
 
