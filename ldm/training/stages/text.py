@@ -61,7 +61,12 @@ class Text:
             step, micro = divmod(number, s.accumulation)
             rows = keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
             bank.at(step)
-            yield bank.texts[rows], bank.latents[rows]
+            yield self._trimmed(bank.texts[rows]), bank.latents[rows]
+
+    def _trimmed(self, tokens: Tensor) -> Tensor:
+        """Without the columns in which every row is past its end: attention is causal, so no state changes."""
+        ends = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
+        return tokens[:, : int(ends.max()) + 1]
 
     def loss(self, batch: tuple[Tensor, Tensor], step: int, micro: int) -> Tensor:
         return self.module(*batch)
