@@ -91,7 +91,7 @@ def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int) -> None:
 
 def write_text(text: ClipText, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """`text_encoder/` in `folder`: config.json and weights, whose keys have the `text_model.` prefix."""
-    layouts.write_json(folder / "text_encoder" / "config.json", _text_config(text, dtype))
+    layouts.write_json(folder / "text_encoder" / "config.json", _text_config(text))
     state = {_prefixed(name): tensor for name, tensor in text.model.state_dict().items()}
     write_shards(folder / "text_encoder", layouts.STEMS["text_encoder"], state, dtype, limit)
 
@@ -101,15 +101,18 @@ def _prefixed(name: str) -> str:
     return name if name.startswith((PREFIX, "text_projection.")) else PREFIX + name
 
 
-def _text_config(text: ClipText, dtype: torch.dtype) -> dict:
-    """The encoder's config.json; the dtype under transformers 4's name and 5's."""
+def _text_config(text: ClipText) -> dict:
+    """The encoder's config.json.
+
+    Its dtype is float32 however the weights are stored, under transformers 4's name and 5's: transformers would load
+    this part alone as stored, and diffusers the others in fp32.
+    """
     config = json.loads(text.model.config.to_json_string(use_diff=False))
-    short = str(dtype).removeprefix("torch.")
     return {
         **{key: value for key, value in config.items() if key not in NOT_CLIPS},
         "architectures": [type(text.model).__name__],
-        "torch_dtype": short,
-        "dtype": short,
+        "torch_dtype": "float32",
+        "dtype": "float32",
     }
 
 

@@ -109,6 +109,18 @@ def test_diffusers_loads_bf16_shards_and_keeps_their_bits(tiny, tmp_path, caplog
     )
 
 
+def test_diffusers_draws_from_a_bf16_folder_without_being_told_a_dtype(tiny, tmp_path, caplog):
+    """As README and forums say it: from_pretrained(folder) and nothing else."""
+    folder = save_model(tiny, tmp_path / "bf16", "bf16")
+    pipe, warnings = diffusers_pipeline(folder, caplog)
+    assert warnings == []
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+    theirs = pipe("a cat", latents=latents, num_inference_steps=4, guidance_scale=5.0, output_type="np").images
+    ours = our_picture(load_model(folder, "cpu", "fp32"), "a cat", latents, steps=4, scale=5.0)
+    assert np.abs(ours - theirs).max() <= 1 / 255
+
+
 def test_model_index_is_what_diffusers_writes(saved, tmp_path, caplog):
     pipe, _ = diffusers_pipeline(saved, caplog)
     pipe.save_pretrained(tmp_path / "theirs")

@@ -1,3 +1,5 @@
+"""`python -m ldm` is the command `ldm`."""
+
 import sys
 
 from ldm.cli import main
