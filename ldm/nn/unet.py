@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,15 @@ class Pointwise(nn.Conv2d):
         return super().forward(x) if self.training or not x.is_cpu else in_blocks(super().forward, x, 2)
 
 
+def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
+    """function(x) for an elementwise function, image by image in eval mode on a CPU.
+
+    PyTorch computes whole vectors and what is left over at the end of each thread's share with another exp; where a
+    share ends depends on the size of the batch.
+    """
+    return function(x) if training or not x.is_cpu else in_blocks(function, x, 1)
+
+
 def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
     """layer(x), computed on blocks of exactly so many images; the last one is filled up with zeros."""
     short = -len(x) % images
@@ -71,7 +81,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = Linear(embed, embed)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(per_image(F.silu, self.linear_1(x), self.training))
 
 
 class AttentionPooling(nn.Module):
@@ -116,8 +126,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Pointwise(channels, out) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
-        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(temb)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(per_image(F.silu, self.norm1(x), self.training)) + self.time_emb_proj(temb)[:, :, None, None]
+        return self.conv_shortcut(x) + self.conv2(per_image(F.silu, self.norm2(h), self.training))
 
 
 class Attention(nn.Module):
@@ -145,7 +155,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return x * per_image(F.gelu, gate, self.training)
 
 
 class FeedForward(nn.Module):
@@ -313,7 +323,8 @@ class UNet(nn.Module):
         return self._predict(*inputs)[: len(x)]
 
     def _predict(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
-        temb = F.silu(self._embed(x, timesteps, states, pooled, time_ids))  # (B, E)
+        temb = self._embed(x, timesteps, states, pooled, time_ids)
+        temb = per_image(F.silu, temb, self.training)  # (B, E)
         x = self.conv_in(x)
 
         # Down
@@ -340,18 +351,19 @@ class UNet(nn.Module):
             if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
                 x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
 
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(per_image(F.silu, self.conv_norm_out(x), self.training))
 
     def _embed(self, x, timesteps, states, pooled, time_ids) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
-        temb = self.time_embedding(sinusoidal(timesteps, self.config.block_out_channels[0]).to(x.dtype))
+        waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
+        temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype))
         if self.config.addition_embed_type == "text":
             temb = temb + self.add_embedding(states)
         elif self.config.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
-            sizes = sinusoidal(time_ids.flatten(), self.config.addition_time_embed_dim)
-            sizes = sizes.view(len(x), -1).to(x.dtype)  # (B, 6 * addition_time_embed_dim)
+            waves = partial(sinusoidal, channels=self.config.addition_time_embed_dim)
+            sizes = torch.cat([waves(ids).flatten()[None] for ids in time_ids]).to(x.dtype)  # (B, 6 * that)
             temb = temb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
         return temb
 
