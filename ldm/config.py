@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +21,14 @@ T = TypeVar("T")
 def load(path: str | Path) -> dict[str, Any]:
     """Read one settings file (.yaml .yml .toml .json) into a dict.
 
-    Raises ConfigError with the line for bad syntax, duplicate keys and YAML aliases (they can grow without bound).
+    Raises ConfigError with the place for bad syntax, duplicate keys and YAML aliases (they can grow without bound).
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError("no such settings file", where=path, todo="give a packaged name or a path") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read ({error})", where=path) from None
     readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
     if path.suffix.lower() not in readers:
@@ -38,30 +40,53 @@ def load(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def _yaml(text: str, path: Path) -> Any:
+def _yaml(text: str, path: Path | str) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise ConfigError(error.problem or "bad YAML", where=where) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        where = f"{path}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        raise ConfigError(f"the character {chr(error.character)!r} is not allowed", where=where) from None
+    except RecursionError:
+        raise ConfigError("nested too deeply", where=path) from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last three: odd !!tags
+        raise ConfigError(f"bad YAML ({error})", where=path) from None
+
+
+@functools.cache
+def _yaml_loader() -> type:
+    """YAML 1.1 as settings need it: 1e-3 is a number, a date is text; no aliases, no key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012, as in the base class
+            first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
         def compose_node(self, parent, index):
             if self.check_event(yaml.events.AliasEvent):
                 raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            for key, (key_node, _) in zip(keys, node.value):
-                if keys.count(key) > 1:
+            seen = set()
+            for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                key = self.construct_object(key_node)
+                if isinstance(key, Hashable) and key in seen:
                     raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
+                seen |= {key} if isinstance(key, Hashable) else set()
             return super().construct_mapping(node, deep)
 
-    try:
-        return yaml.load(text, Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
-        raise ConfigError(error.problem or "bad YAML", where=where) from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"bad YAML ({error})", where=path) from None
+    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def _toml(text: str, path: Path) -> Any:
@@ -69,15 +94,29 @@ def _toml(text: str, path: Path) -> Any:
 
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"bad TOML ({error})", where=path) from None
+    except RecursionError:
+        raise ConfigError("nested too deeply", where=path) from None
+    except ValueError as error:  # TOMLDecodeError is one, and a number of too many digits another
+        place = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
+        where = f"{path}:{place[1]}:{place[2]}" if place else path
+        raise ConfigError(f"bad TOML ({str(error)[: place.start() if place else None]})", where=where) from None
 
 
 def _json(text: str, path: Path) -> Any:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise ConfigError(f"duplicate key {twice!r}", where=path)
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=distinct)
     except json.JSONDecodeError as error:
         raise ConfigError(error.msg, where=f"{path}:{error.lineno}:{error.colno}") from None
+    except ValueError as error:  # a number of too many digits
+        raise ConfigError(f"bad JSON ({error})", where=path) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=path) from None
 
@@ -102,13 +141,10 @@ def override(mapping: Mapping[str, Any], assignments: Sequence[str]) -> dict[str
 
 
 def _scalar(text: str, key: str) -> Any:
-    value = _yaml(text, Path(key)) if text.strip() else ""
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
-        except ValueError:
-            return value
-    return value
+    text = text.strip()
+    if not text or (" #" in text and text[0] not in "'\"[{"):  # on the command line, # starts no comment
+        return text
+    return _yaml(text, key)
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -118,12 +154,12 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     with None. Raises ConfigError naming the key for an unknown name (with the nearest), a missing or mistyped value.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"expected a group of settings, got {mapping!r}", where=where or cls.__name__)
+        raise ConfigError(f"expected a group of settings, got {_shown(mapping)}", where=where or cls.__name__)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"unknown setting {key!r}", where=where or None, todo=nearest(str(key), fields))
+            raise ConfigError(f"unknown setting {_shown(key)}", where=where or None, todo=nearest(_word(key), fields))
     values = {k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in mapping.items()}
     for name, field in fields.items():
         if name in values or field.default is not dataclasses.MISSING:
@@ -144,7 +180,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{value!r} is not allowed", where=where, todo=nearest(str(value), args))
+            raise ConfigError(f"{_shown(value)} is not allowed", where=where, todo=nearest(_word(value), args))
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
@@ -156,15 +192,32 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigError(f"{value} is not a finite number", where=where)
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an int beyond 1.8e308
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{_shown(value)} is not a finite number", where=where)
+        return number
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     name = getattr(hint, "__name__", None) if origin is None else None
-    raise ConfigError(f"expected {name or hint}, got {value!r}", where=where)
+    raise ConfigError(f"expected {name or hint}, got {_shown(value)}", where=where)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4300 digits
+        text = f"an {type(value).__name__} of too many digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else _shown(value)
 
 
 def require(condition: bool, what: str, where: str) -> None:
