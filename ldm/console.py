@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -66,4 +67,5 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        say(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")
+        with contextlib.suppress(RuntimeError, OSError):  # in the middle of another write; a terminal that is gone
+            say(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,11 +18,12 @@ from pathlib import Path
 from ldm.errors import ModelError, ResourceError
 
 MANIFEST = "manifest.json"
+_numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line with what to do."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write `path` into ResourceError; only FileExistsError passes."""
     try:
         yield
     except OSError as error:
@@ -33,6 +35,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
             errno.EFBIG: "raise the limit on the size of files",
             errno.EROFS: "choose a folder that can be written",
             errno.EACCES: "choose a folder that can be written",
+            errno.ENOTDIR: "choose another folder",
+            errno.ENAMETOOLONG: "choose a shorter name",
         }.get(error.errno)
         raise ResourceError(f"cannot be written ({error.strerror or error})", where=path, todo=todo) from None
 
@@ -56,6 +60,34 @@ def _fsync_file(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # a file is in the place
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other write has, with its suffix: writers of pictures go by that."""
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= 32 else ""
+    return path.with_name(f".tmp-{os.getpid()}-{next(_numbers)}{suffix}")
+
+
+def _publish(tmp: Path, path: Path) -> None:
+    """Give `tmp` the name `path`; FileExistsError where that is taken."""
+    try:
+        os.link(tmp, path)
+    except FileExistsError:
+        raise
+    except OSError:  # file systems without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(tmp, path)
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
 def atomic_write(path: str | Path, data: bytes | str | Callable[[Path], None], overwrite: bool = True) -> Path:
     """Write a whole file or nothing: a temporary name beside it, fsync, rename.
 
@@ -63,10 +95,10 @@ def atomic_write(path: str | Path, data: bytes | str | Callable[[Path], None], o
     kept and FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}"[:200] + path.suffix)
+    tmp = _temporary(path)
     try:
-        with _disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path):
+            _make_folder(path.parent)
             if callable(data):
                 data(tmp)
             else:
@@ -74,12 +106,13 @@ def atomic_write(path: str | Path, data: bytes | str | Callable[[Path], None], o
             _fsync_file(tmp)
             tmp.chmod(0o666 & ~_umask())  # safetensors leaves 0600
             if overwrite:
-                tmp.replace(path)
+                os.replace(tmp, path)
             else:
-                os.link(tmp, path)
+                _publish(tmp, path)
             _fsync_folder(path.parent)
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink()
     return path
 
 
@@ -87,13 +120,17 @@ def atomic_write(path: str | Path, data: bytes | str | Callable[[Path], None], o
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends well; on any error nothing is left of it.
 
-    An existing `target` is moved aside first and removed after the new one is in place.
+    An existing `target` is moved aside first and removed after the new one is in place; a link is followed. Raises
+    ResourceError when the disk is full or the folder cannot be written.
     """
     target = Path(target)
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target
     tmp, old = (target.with_name(f".{kind}-{os.getpid()}-{target.name}") for kind in ("tmp", "old"))
     try:
-        with _disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target):
+            _make_folder(target.parent)
+            if target.exists() and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir()
             yield tmp
@@ -105,12 +142,12 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                     _fsync_folder(path)
             _fsync_folder(tmp)
             if target.exists():
-                target.rename(old)
-            tmp.rename(target)
+                os.rename(target, old)
+            os.rename(tmp, target)
             _fsync_folder(target.parent)
     except BaseException:
         if old.exists() and not target.exists():
-            old.rename(target)
+            os.rename(old, target)
         raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -118,16 +155,18 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: str | Path) -> list[str]:
-    """Remove what killed writers left (`.tmp-…`), put back what they moved aside; returns the names."""
+    """Remove what killed writers left (`.tmp-PID-…`), put back what they moved aside; returns the names."""
     folder, swept = Path(folder), []
-    for path in sorted(folder.glob(".old-*")):
+    left = [p for p in folder.glob(".*") if re.match(r"\.(tmp|old)-\d+-.", p.name)]
+    for path in sorted(left, key=lambda p: p.lstat().st_mtime, reverse=True):  # the newest of two goes back
         target = folder / path.name.split("-", 2)[2]
-        if path.is_dir() and not target.exists():
-            path.rename(target)
-            swept.append(path.name)
-    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         swept.append(path.name)
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name.startswith(".old-") and not target.exists():
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return swept
 
 
@@ -135,7 +174,7 @@ def sha256(path: str | Path, advance: Callable[[int], object] = lambda size: Non
     """Hex digest of a file, streamed; `advance` hears of the bytes read."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as handle:
-        while block := handle.read(1 << 22):
+        while block := handle.read(1 << 20):
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
@@ -164,7 +203,7 @@ def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambd
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         listed = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ModelError("the manifest is damaged", where=path, todo="get the folder again") from None
     for name, (digest, size) in listed.items():
         file = folder / name
@@ -172,7 +211,11 @@ def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambd
             raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
         if not file.is_file():
             raise ModelError("listed in the manifest, but missing", where=file, todo="get the folder again")
-        if file.stat().st_size != size or sha256(file, advance) != digest:
+        try:
+            right = file.stat().st_size == size and sha256(file, advance) == digest
+        except OSError as error:
+            raise ModelError(f"cannot be read ({error.strerror or error})", where=file) from None
+        if not right:
             raise ModelError("does not match the manifest's sha256", where=file, todo="get the file again")
     return files
 
@@ -187,22 +230,29 @@ def unused_path(folder: str | Path, stem: str, suffix: str) -> Path:
     """The first of stem.png, stem-2.png, stem-3.png … that does not exist in `folder`."""
     folder, number = Path(folder), 1
     path = folder / f"{stem}{suffix}"
-    while path.exists():
+    while os.path.lexists(path):
         number += 1
         path = folder / f"{stem}-{number}{suffix}"
     return path
 
 
+def _existing(folder: str | Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    probe = Path(folder).absolute()
+    with disk_errors(Path(folder)):
+        while not probe.exists():
+            probe = probe.parent
+    return probe
+
+
 def require_writable(folder: str | Path) -> None:
     """Raise ResourceError unless a file can be created in `folder` (or its nearest existing parent)."""
-    probe = Path(folder).absolute()
-    while not probe.exists():
-        probe = probe.parent
+    probe = _existing(folder)
     if not probe.is_dir():
         raise ResourceError("is a file, not a folder", where=probe, todo="choose another folder")
     name = probe / f".tmp-{os.getpid()}-probe"
     try:
-        with _disk_errors(Path(folder)):
+        with disk_errors(Path(folder)):
             name.touch()
     finally:
         with contextlib.suppress(OSError):
@@ -211,9 +261,7 @@ def require_writable(folder: str | Path) -> None:
 
 def require_space(folder: str | Path, needed: int) -> None:
     """Raise ResourceError unless `needed` bytes are free where `folder` is or will be."""
-    probe = Path(folder).absolute()
-    while not probe.exists():
-        probe = probe.parent
+    probe = _existing(folder)
     free = shutil.disk_usage(probe).free
     if free < needed:
         raise ResourceError(
@@ -225,38 +273,44 @@ class Lock:
     """One writer for a folder: holds `.lock` with its pid; the lock of a dead process is taken over.
 
     A record lock: the kernel drops it with its process, and worker processes that outlive a killed run do not inherit
-    it. Raises ResourceError naming the process that holds it.
+    it. It is dropped too when this process opens and closes `.lock` anywhere else. Raises ResourceError naming the process that holds it.
     """
 
-    _held: typing.ClassVar[set[Path]] = set()  # by this process, to which record locks never object
+    _held: typing.ClassVar[dict[Path, int]] = {}  # path → pid: record locks never object to their own process
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder).resolve() / ".lock"
 
     def __enter__(self) -> Lock:
+        with disk_errors(self.path):
+            _make_folder(self.path.parent)
+            if self._held.get(self.path) == os.getpid():  # not what a forked child inherited
+                raise self._refusal(os.getpid())
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._take()
+            except BaseException:
+                os.close(self._handle)
+                raise
+        self._held[self.path] = os.getpid()
+        return self
+
+    def _take(self) -> None:
         import fcntl
 
-        with _disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path in self._held:
-                raise self._refusal(os.getpid())
-            self._handle = self.path.open("r+" if self.path.exists() else "w+")
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = self._handle.read().strip() or "?"
-            self._handle.close()
-            raise self._refusal(holder) from None
-        self._held.add(self.path)
-        self._handle.truncate(0)
-        self._handle.write(str(os.getpid()))
-        self._handle.flush()
-        return self
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system that knows no locks
+                raise
+            raise self._refusal(os.read(self._handle, 32).decode("ascii", "replace").strip() or "?") from None
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, str(os.getpid()).encode())
 
     def _refusal(self, holder: object) -> ResourceError:
         todo = "wait for it or choose another folder"
         return ResourceError(f"is in use by process {holder}", where=self.path.parent, todo=todo)
 
     def __exit__(self, *_exc) -> None:
-        self._held.discard(self.path)
-        self._handle.close()
+        self._held.pop(self.path, None)
+        os.close(self._handle)

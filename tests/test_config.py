@@ -1,6 +1,5 @@
 """Settings from text: what is accepted, and that everything else is one line that says where."""
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -307,11 +306,11 @@ def test_two_thousand_mutants_end_in_settings_or_in_one_line(text, suffix, read)
     assert refused + built == 2000 and refused > 1000 and built > 20
 
 
-def test_two_thousand_mutant_overrides(tmp_path):
+def test_two_thousand_mutant_overrides():
     draw = random.Random(0)
     for _ in range(2000):
         text = mutant("inner.rates=[1, 2.5e-3]", draw)
         try:
-            json.dumps(override({"steps": 1}, [text]), default=str)
+            assert override({"steps": 1}, [text])["steps"] == 1
         except ConfigError as error:
             assert "\n" not in str(error)
