@@ -273,7 +273,8 @@ class Lock:
     """One writer for a folder: holds `.lock` with its pid; the lock of a dead process is taken over.
 
     A record lock: the kernel drops it with its process, and worker processes that outlive a killed run do not inherit
-    it. It is dropped too when this process opens and closes `.lock` anywhere else. Raises ResourceError naming the process that holds it.
+    it. It is dropped too when this process opens and closes `.lock` anywhere else. Raises ResourceError naming the
+    process that holds it.
     """
 
     _held: typing.ClassVar[dict[Path, int]] = {}  # path → pid: record locks never object to their own process
