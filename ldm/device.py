@@ -17,13 +17,13 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; `auto` takes CUDA, then MPS, then the CPU. Raises ConfigError if it is not there."""
     import torch
 
-    kind = name.split(":")[0]
-    if kind not in DEVICES:
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or (":" in name and (kind == "auto" or not number.isdecimal())):
         raise ConfigError(f"unknown device {name!r}", where="device", todo=nearest(name, DEVICES))
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
         return torch.device(next(d for d in ("cuda", "mps", "cpu") if present[d]))
-    if not present[kind]:
+    if not present[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"{name} is not available here", where="device", todo="use --device auto or cpu")
     return torch.device(name)
 

@@ -33,7 +33,7 @@ def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str
 
 
 def _usable(point: tuple[float, float], log: bool) -> bool:
-    return math.isfinite(point[1]) and (point[1] > 0 or not log)
+    return all(map(math.isfinite, point)) and (point[1] > 0 or not log)
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,0 +1,111 @@
+"""Where and how precisely to compute, on machines that this one is not."""
+
+import pytest
+import torch
+
+from ldm.device import fast_bf16, pick_device, pick_dtype
+from ldm.errors import ConfigError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes this machine one with or without CUDA, MPS and bfloat16 on the GPU."""
+
+    def machine(cuda=False, mps=False, bf16=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("has", "name", "picked"),
+    [
+        ({}, "auto", "cpu"),
+        ({"cuda": True, "mps": True}, "auto", "cuda"),
+        ({"mps": True}, "auto", "mps"),
+        ({"cuda": True}, "cpu", "cpu"),
+        ({"cuda": True}, "cuda", "cuda"),
+        ({"cuda": True}, "cuda:1", "cuda:1"),
+        ({"mps": True}, "mps", "mps"),
+    ],
+)
+def test_devices(has, name, picked, machine):
+    machine(**has)
+    assert pick_device(name) == torch.device(picked)
+
+
+def test_auto_is_the_default(machine):
+    machine()
+    assert pick_device().type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cdua", "device: unknown device 'cdua'; did you mean 'cuda'?"),
+        ("", "device: unknown device ''; choose from: auto, cpu, cuda, mps"),
+        ("xpu:0", "unknown device 'xpu:0'"),
+        ("cuda", "device: cuda is not available here; use --device auto or cpu"),
+        ("cuda:3", "device: cuda:3 is not available here"),
+        ("mps", "device: mps is not available here"),
+        ("cpu:x", "unknown device 'cpu:x'"),
+        ("auto:1", "unknown device 'auto:1'"),
+    ],
+)
+def test_devices_that_are_not_there(name, told, machine):
+    machine()
+    with pytest.raises(ConfigError) as caught:
+        pick_device(name)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cuda:x", "cuda:", "cuda:-1", "cuda:1:1", "cuda:2"])
+def test_numbers_that_no_gpu_has(name, machine):
+    machine(cuda=True)
+    with pytest.raises(
+        ConfigError, match=f"{name} is not available" if name == "cuda:2" else f"unknown device '{name}'"
+    ):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "bf16", "picked"),
+    [
+        ("auto", "cpu", True, torch.float32),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float32),
+        ("auto", "mps", True, torch.float32),
+        ("fp32", "cuda", True, torch.float32),
+        ("fp16", "cuda", True, torch.float16),
+        ("bf16", "cpu", False, torch.bfloat16),
+    ],
+)
+def test_dtypes(name, device, bf16, picked, machine):
+    machine(cuda=True, bf16=bf16)
+    assert pick_dtype(name, torch.device(device)) is picked
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fp61", "dtype: unknown dtype 'fp61'; did you mean 'fp16'?"),
+        ("float32", "dtype: unknown dtype 'float32'"),
+        ("fp16", "dtype: fp16 is not supported on a CPU; use bf16 or fp32"),
+    ],
+)
+def test_dtypes_that_do_not_go(name, told):
+    with pytest.raises(ConfigError) as caught:
+        pick_dtype(name, torch.device("cpu"))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fast_bf16(bf16, machine, monkeypatch):
+    machine(cuda=True, bf16=bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert fast_bf16(torch.device("cuda")) is bf16
+    assert fast_bf16(torch.device("cpu")) is bf16
+    assert fast_bf16(torch.device("mps")) is False

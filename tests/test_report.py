@@ -1,0 +1,84 @@
+"""Plots that are well-formed SVG whatever the numbers, with the lines where the numbers say."""
+
+import itertools
+import math
+import random
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from ldm.report import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, line_plot
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def lines_of(svg):
+    """[(x, y), …] of each line drawn, in pixels."""
+    found = ET.fromstring(svg).findall(f"{SVG}polyline")
+    return [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in found]
+
+
+def texts_of(svg):
+    return [text.text for text in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_points_lie_where_they_should():
+    svg = line_plot({"loss": [(0, 1), (5, 3), (10, 2)]}, "step", "value")
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    assert lines_of(svg) == [[(LEFT, bottom), ((LEFT + right) / 2, TOP), (right, (TOP + bottom) / 2)]]
+    texts = texts_of(svg)
+    assert {"step", "value", "loss", "0", "10", "1", "3"} <= set(texts)
+
+
+def test_a_logarithmic_axis():
+    svg = line_plot({"loss": [(0, 0.01), (1, 0.1), (2, 1), (3, 0), (4, -1)]}, "x", "y", log=True)
+    [(_, low), (_, middle), (_, high)] = lines_of(svg)[0]
+    assert middle == pytest.approx((low + high) / 2) and high == TOP
+    assert {"0.01", "1"} <= set(texts_of(svg))
+
+
+def test_several_lines_share_one_scale_and_have_names_and_colours():
+    svg = line_plot({f"run {i}": [(0, i), (1, i + 1)] for i in range(10)}, "x", "y")
+    lines = lines_of(svg)
+    assert len(lines) == 10 and all(a[1][1] == b[0][1] for a, b in itertools.pairwise(lines))
+    assert [t for t in texts_of(svg) if t.startswith("run")] == [f"run {i}" for i in range(10)]
+
+
+def test_names_are_escaped():
+    svg = line_plot({"<script>&\"'": [(0, 1)]}, "<x>", "a & b")
+    assert {"<script>&\"'", "<x>", "a & b"} <= set(texts_of(svg))
+    assert "<script>" not in svg
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        [(0, 1)],
+        [(1, 2), (1, 2)],
+        [(0, math.nan), (1, math.inf), (2, -math.inf)],
+        [(math.nan, 1), (math.inf, 1), (0, 1)],
+        [(0, 0), (1, 0)],
+        [(0, 1e-300), (1, 1e300)],
+        [(-1e9, 5), (1e9, 5.000001)],
+    ],
+)
+def test_odd_numbers(points, log):
+    svg = line_plot({"a": points, "b": []}, "x", "y", log)
+    assert "nan" not in svg and "inf" not in svg
+    for line in lines_of(svg):
+        for x, y in line:
+            assert LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM
+
+
+def test_no_lines_at_all():
+    assert lines_of(line_plot({}, "x", "y")) == []
+
+
+@pytest.mark.parametrize("count", [POINTS, POINTS + 1, 100_000])
+def test_many_points_are_averaged(count):
+    draw = random.Random(0)
+    [line] = lines_of(line_plot({"a": [(i, draw.random()) for i in range(count)]}, "x", "y"))
+    assert POINTS / 2 <= len(line) <= POINTS
+    assert [x for x, _ in line] == sorted(x for x, _ in line)
