@@ -1,0 +1,27 @@
+"""Measuring what a model draws: lists of prompts, a judge without a network, scores."""
+
+_LAZY = {  # name -> module; heavy libraries are imported when one is asked for
+    "evaluate": "scores",
+    "judge_pictures": "scores",
+    "judge_scenes": "scores",
+    "summary": "scores",
+    "Judge": "judge",
+    "Verdict": "judge",
+    "LISTS": "lists",
+    "Prompt": "lists",
+    "open_list": "lists",
+    "real_pictures": "real",
+    "shared_judge": "judge",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

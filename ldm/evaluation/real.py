@@ -1,0 +1,69 @@
+"""True pictures of prompts, drawn as the training scenes are: what a perfect model would draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.data.emoji import COLOURS, Card, Placed, SceneConfig, Spec, find_font, render
+from ldm.data.emoji import layout as places
+from ldm.data.emoji.draws import Draw
+from ldm.evaluation.lists import Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MIDDLE = places.FRAME // 2
+BESIDE = ("left", "right", "above", "below")
+
+
+def real_picture(prompt: Prompt, seed: int, font: str | Path | None = None) -> np.ndarray:
+    """uint8 (128, 128, 3), a function of (prompt, seed). Raises DataError where the font is missing."""
+    return render(_spec(prompt, seed), find_font(font))
+
+
+def real_pictures(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> list[np.ndarray]:
+    """One true picture of each prompt."""
+    return [real_picture(prompt, seed, font) for prompt, seed in zip(prompts, seeds)]
+
+
+def _spec(prompt: Prompt, seed: int) -> Spec:
+    draw, cards = Draw(seed, 0), ()
+    colour = prompt.colour or draw.pick(tuple(COLOURS))
+    if prompt.family == "pair":
+        objects = _two(draw, prompt, prompt.detail)
+    elif prompt.family == "count":
+        size, points = places.several(draw, int(prompt.detail))
+        objects = [Placed(prompt.objects[0], *point, size) for point in points]
+    elif prompt.family == "card":
+        cards = _cards(draw, prompt)
+        objects = [
+            Placed(thing, card.x, card.y, round(card.size * places.CARD_SHARE))
+            for thing, card in zip(prompt.objects, cards)
+        ]
+    else:
+        usual = SceneConfig()
+        size = draw.integer(*usual.size)
+        objects = [Placed(prompt.objects[0], *places.jittered(draw, MIDDLE, MIDDLE, size, usual.jitter), size)]
+    return Spec(prompt.family, prompt.text, COLOURS[colour], colour, True, tuple(objects), cards=tuple(cards))
+
+
+def _two(draw: Draw, prompt: Prompt, relation: str) -> list[Placed]:
+    stands = draw.pick(BESIDE) if relation == "and" else relation
+    sizes = (draw.integer(*places.PAIR_SIZE), draw.integer(*places.PAIR_SIZE))
+    points = places.two(draw, stands, sizes)
+    return [Placed(thing, *point, size) for thing, point, size in zip(prompt.objects, points, sizes)]
+
+
+def _cards(draw: Draw, prompt: Prompt) -> list[Card]:
+    colours = prompt.detail.split(",")
+    if len(colours) == 2:
+        sizes = (draw.integer(*places.TWO_CARDS_SIZE), draw.integer(*places.TWO_CARDS_SIZE))
+        points = places.two(draw, draw.pick(BESIDE), sizes)
+    else:
+        sizes = (draw.integer(*places.CARD_SIZE),)
+        points = (places.jittered(draw, MIDDLE, MIDDLE, sizes[0], SceneConfig().jitter),)
+    return [
+        Card(draw.pick(("card", "disc")), colour, *point, size) for colour, point, size in zip(colours, points, sizes)
+    ]
