@@ -62,6 +62,8 @@ class Settings:
         require(self.clip > 0, "must be positive", "clip")
         require(self.warmup >= 0 and self.workers >= 0, "must not be negative", "warmup, workers")
         require(all(0 <= b < 1 for b in self.betas), "must be in [0, 1)", "betas")
+        require(self.weight_decay >= 0, "must not be negative", "weight_decay")
+        require(getattr(self, "validation", 1) >= 1, "must be at least 1", "validation")
         require(self.keep >= 2, "must be at least 2, so that one good checkpoint is always left", "keep")
 
 
@@ -93,6 +95,11 @@ class TextSettings(Settings):
     renew: int = 0  # steps after which 256 of them are replaced; 0: never
     validation: int = 200
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        _check_bank(self.bank, self.renew)
+
 
 @dataclass(frozen=True)
 class UNetSettings(Settings):
@@ -114,10 +121,20 @@ class UNetSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
-        require(self.bank % PIECE == 0 and self.bank > 0, f"must be a multiple of {PIECE}", "bank")
+        require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        require(bool(self.text), NEEDED.format("text", "text"), "text")
+        _check_bank(self.bank, self.renew)
 
 
 PIECE = 256  # latents that are renewed together
+NEEDED = "is needed: the run of `ldm train emoji/{}`, or a model's folder ({}=RUN)"
+
+
+def _check_bank(bank: int, renew: int) -> None:
+    require(bank % PIECE == 0 and bank > 0, f"must be a multiple of {PIECE}", "bank")
+    require(renew >= 0, f"must not be negative, got {renew}", "renew")
+
+
 SETTINGS = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
 # What may differ between a run and its continuation without being asked for by name.
 FREE = {"steps", "learning_rate", "warmup", "decay_from", "final_lr", "workers", "device"}

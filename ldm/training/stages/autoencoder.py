@@ -80,8 +80,9 @@ class Autoencoder:
 
         module = AutoencoderKL.from_config(dict(ema.config))
         module.load_state_dict(ema.state_dict())
-        x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_pictures(256)])
-        standardize(module, x)
+        if not self.settings.freeze_encoder:  # else the latents stay what they were
+            x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_pictures(256)])
+            standardize(module, x)
         save_parts(folder, torch.bfloat16, vae=VAE(module))
 
     def _train_pictures(self, count: int) -> Iterator[Tensor]:

@@ -1,0 +1,200 @@
+"""The three stages in a row, on the user's own pictures and on drawn scenes: each leaves what the next one reads."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import ldm
+from ldm.checkpoint.parts import load_text_from, load_vae_from
+from ldm.cli import main
+from ldm.errors import DataError, LdmError
+from ldm.training import train
+from tests.training.conftest import threads
+
+COLOURS = {"red": (210, 40, 40), "blue": (50, 100, 200), "green": (60, 160, 70), "white": (250, 250, 250)}
+COMMON = {"batch_size": 4, "learning_rate": 0.002, "workers": 0, "precision": "fp32", "device": "cpu", "warmup": 2}
+COMMON |= {"validation": 8, "data": {"resolution": 32}}
+AUTOENCODER = {
+    **COMMON,
+    "stage": "autoencoder",
+    "steps": 12,
+    "crop": 16,
+    "crops": 2,
+    "crop_until": 0.5,
+    "model": {
+        "block_out_channels": [8, 8, 8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+TEXT = {
+    **COMMON,
+    "stage": "text",
+    "steps": 6,
+    "bank": 256,
+    "vocabulary": 560,
+    "max_length": 24,
+    "tokenizer_captions": 50,
+    "model": TOWER,
+    "image_tower": {**TOWER, "patch_size": 1},
+}
+UNET = {
+    **COMMON,
+    "stage": "unet",
+    "steps": 4,
+    "bank": 256,
+    "renew": 2,
+    "sample_steps": 2,
+    "schedule": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "spacing": "trailing"},
+    "model": {
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "transformer_layers": [0, 1],
+        "num_heads": [2, 4],
+        "norm_num_groups": 8,
+        "addition_embed_type": "text",
+        "addition_embed_type_num_heads": 4,
+    },
+}
+
+
+def picture_folder(folder, count):
+    """`count` captioned pictures of different shapes."""
+    folder.mkdir()
+    lines = []
+    for i in range(count):
+        name, rgb = list(COLOURS.items())[i % 4]
+        Image.new("RGB", (40 + 8 * (i % 3), 48), rgb).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name} picture, number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def three_stages(runs, *overrides):
+    """Autoencoder, text tower, U-Net; returns the complete model's folder."""
+    for name, settings in (("vae", AUTOENCODER), ("text", TEXT), ("unet", UNET)):
+        (runs / f"{name}.json").write_text(json.dumps(settings))
+    with threads(1):
+        train(runs / "vae.json", runs / "vae", overrides)
+        train(runs / "text.json", runs / "text", [f"vae={runs / 'vae'}", *overrides])
+        return train(runs / "unet.json", runs / "unet", [f"vae={runs / 'vae'}", f"text={runs / 'text'}", *overrides])
+
+
+def last_scores(run):
+    return json.loads((run / "scores.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_pictures(tmp_path_factory):
+    """The runs of the three stages on twelve captioned pictures."""
+    runs = tmp_path_factory.mktemp("runs")
+    three_stages(runs, f"data.folder={picture_folder(runs / 'pictures', 12)}")
+    return runs
+
+
+def test_three_stages_on_own_pictures_end_in_a_model_that_draws(on_pictures):
+    images = ldm.Pipeline("a red picture", model=on_pictures / "unet" / "model").generate(seed=1)
+    assert images[0].size == (32, 32)
+    record = images.metadata[0]
+    assert (record["num_inference_steps"], record["sampler"], record["guidance_scale"]) == (2, "ddim", 4.0)
+
+
+def test_every_stage_leaves_scores_curve_and_pictures(on_pictures):
+    for name, score in (("vae", "psnr"), ("text", "text_to_image"), ("unet", "validation_loss")):
+        assert score in last_scores(on_pictures / name)
+        assert (on_pictures / name / "settings.json").is_file()
+    assert "synonyms" not in last_scores(on_pictures / "text")  # known for drawn scenes alone
+    for name in ("vae", "unet"):
+        assert list((on_pictures / name / "samples").glob("step-*.png"))
+
+
+def test_the_autoencoder_stays_the_same_through_the_later_stages(on_pictures):
+    first = load_vae_from(on_pictures / "vae" / "model").module.state_dict()
+    last = load_vae_from(on_pictures / "unet" / "model").module.state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in first.items())
+    words = load_text_from(on_pictures / "text" / "model").model.state_dict()
+    kept = load_text_from(on_pictures / "unet" / "model").model.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in words.items())
+
+
+def test_the_whole_model_loads_in_diffusers(on_pictures, caplog):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(on_pictures / "unet" / "model", safety_checker=None)
+    drawn = pipe("a blue picture", num_inference_steps=2, height=32, width=32, output_type="np").images
+    assert drawn.shape == (1, 32, 32, 3)
+
+
+def test_starting_from_another_run_takes_its_exact_average(on_pictures, tmp_path):
+    from ldm.training.stages.common import start_from
+
+    before = start_from(str(on_pictures / "unet"), "unet").state_dict()
+    given = [f"vae={on_pictures / 'vae'}", f"text={on_pictures / 'text'}", f"data.folder={on_pictures / 'pictures'}"]
+    with threads(1):
+        model = train(
+            on_pictures / "unet.json",
+            tmp_path / "more",
+            [*given, f"init={on_pictures / 'unet'}", "steps=1", "learning_rate=1e-30"],
+        )
+    from ldm.checkpoint.parts import load_unet_from
+
+    after = load_unet_from(model).state_dict()
+    assert all(torch.equal(value.bfloat16(), after[name].bfloat16()) for name, value in before.items())
+
+
+def test_decoder_alone_leaves_the_latents_as_they_were(on_pictures, tmp_path):
+    given = [f"data.folder={on_pictures / 'pictures'}", f"init={on_pictures / 'vae'}", "freeze_encoder=true"]
+    with threads(1):
+        model = train(on_pictures / "vae.json", tmp_path / "vae", [*given, "crop=0", "crops=1"])
+    before = load_vae_from(on_pictures / "vae" / "model").module.state_dict()
+    after = load_vae_from(model).module.state_dict()
+    encoder = [name for name in before if name.startswith(("encoder.", "quant_conv."))]
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
+
+
+def test_three_stages_on_drawn_scenes(tmp_path):
+    model = three_stages(tmp_path, "data.scenes.objects=everyday", "steps=2", "validation=4")
+    assert 0 <= last_scores(tmp_path / "text")["synonyms"] <= 1
+    assert ldm.Pipeline("a cat", model=model).generate(num_inference_steps=1, seed=0)[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_very_few_pictures_are_enough(count, tmp_path):
+    model = three_stages(tmp_path, f"data.folder={picture_folder(tmp_path / 'pictures', count)}", "steps=1")
+    assert (model / "model_index.json").is_file()
+
+
+def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        (["emoji/text"], "vae: is needed: the run of `ldm train emoji/autoencoder`"),
+        (["emoji/unet", "vae=x"], "text: is needed: the run of `ldm train emoji/text`"),
+        (["emoji/text", f"vae={tmp_path / 'empty'}"], "holds no model"),
+        (["emoji/text", "vae=/nowhere/run"], "/nowhere/run: holds no model"),
+        (["emoji/autoencoder", "data=/nowhere/pictures"], "/nowhere/pictures"),
+        (["emoji/autoencoder", f"data={tmp_path / 'empty'}"], "empty"),
+        (["emoji/autoencoder", "data.font=/nowhere/font.ttf"], "/nowhere/font.ttf"),
+        (["emoji/autoencoder", "data.scenes.objcts=all"], "did you mean 'objects'"),
+    ):
+        assert main(["train", *words, "-o", str(tmp_path / "run")]) == 2, words
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_pictures_without_captions_are_refused(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 2)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    with pytest.raises(LdmError):
+        train("emoji/autoencoder", tmp_path / "run", [f"data={folder}"])
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(DataError):
+        train("emoji/autoencoder", tmp_path / "run", [f"data={folder}"])
