@@ -62,7 +62,8 @@ def test_keyed_draws_depend_on_every_part_and_on_nothing_else():
 def test_learning_rate_warms_up_stays_and_falls():
     from ldm.training.loop import learning_rate
 
-    s = read_settings("emoji/unet", ["steps=1000", "learning_rate=1", "warmup=10", "decay_from=0.5", "final_lr=0.1"])
+    given = ["vae=x", "text=x", "steps=1000", "learning_rate=1", "warmup=10", "decay_from=0.5", "final_lr=0.1"]
+    s = read_settings("emoji/unet", given)
     assert learning_rate(s, 0) == pytest.approx(0.1)
     assert learning_rate(s, 9) == learning_rate(s, 499) == 1
     assert learning_rate(s, 750) == pytest.approx(0.55)
