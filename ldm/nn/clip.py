@@ -94,8 +94,10 @@ def train_tokenizer(captions: list[str], vocabulary: int, max_length: int):
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    last = [f"{letter}</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(letters) - 2,
+        vocab_size=vocabulary - 2,
+        special_tokens=last,  # numbered first: else in the order of a hash table, by which equal counts are then broken
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -103,7 +105,7 @@ def train_tokenizer(captions: list[str], vocabulary: int, max_length: int):
     bpe.train_from_iterator(captions, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
+    words = [*letters, *last]
     words += [w for w in (pair.replace(" ", "") for pair in merges) if w not in set(words)]
     vocab = {word: number for number, word in enumerate(dict.fromkeys([*words, start, end]))}
     with tempfile.TemporaryDirectory() as folder:
