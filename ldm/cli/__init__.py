@@ -17,7 +17,7 @@ import ldm
 from ldm import console
 from ldm.errors import ConfigError, LdmError, nearest
 
-COMMANDS = ("generate", "train", "data", "evaluate")  # each a module of this room
+COMMANDS = ("generate", "train", "data", "evaluate", "bench")  # each a module of this room
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 

@@ -1,0 +1,93 @@
+"""One picture from models in memory to a file, by our pipeline and by diffusers', from the same folder and noise."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ldm.bench.timing import Timing, alternate
+from ldm.errors import ConfigError, ModelError, NumericsError
+
+PEERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+APART = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; in 16 bits the way is another, so it is reported
+PROMPT, SEED = "a cat on a red background", 7
+
+
+def warm(
+    repeats: int = 5,
+    model: str = "default",
+    steps: int = 25,
+    sampler: str = "ddim",
+    guidance_scale: float = 4.0,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    profile: bool = False,
+) -> Timing:
+    """Time our pipeline and diffusers' by turns: same folder, noise, sampler, steps, dtype, threads; both write PNGs.
+
+    Raises ConfigError for a sampler that diffusers has no equal of, ModelError where `model` is no folder, and
+    NumericsError where the two pictures in fp32 are more than 2 levels of 255 apart: then there is nothing to time.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    if sampler not in PEERS:
+        raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"ldm": Path(folder) / "ours.png", "diffusers": Path(folder) / "theirs.png"}
+        ours = _ours(files["ldm"], model, dtype, device, sampler, settings)
+        theirs = _theirs(files["diffusers"], model, dtype, device, sampler, settings)
+        ours(), theirs()
+        one, other = (np.asarray(Image.open(path)).astype(float) for path in files.values())
+        apart = np.abs(one - other)
+        if apart.max() > APART[dtype]:
+            raise NumericsError(f"the pictures differ by {apart.max():.0f} of 255", where=f"{sampler}, {dtype}")
+        seconds = alternate({"ldm": ours, "diffusers": theirs}, repeats)
+        if profile:
+            print(_profile(ours))
+    agreement = {"largest difference of 255": float(apart.max()), "mean difference of 255": float(apart.mean())}
+    told = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
+    return Timing("warm", seconds, {**told, "threads": torch.get_num_threads()}, agreement)
+
+
+def _ours(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
+    from ldm.pipeline import Pipeline
+
+    pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
+    return lambda: pipe.generate(seed=SEED, sampler=sampler, **settings).save(path)
+
+
+def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
+    import diffusers
+    import torch
+
+    from ldm.checkpoint import check_model
+    from ldm.device import pick_dtype
+
+    folder = check_model(model)
+    try:
+        kind = pick_dtype(dtype, torch.device(device))
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"diffusers cannot read it ({' '.join(str(error).split())[:120]})", where=model) from None
+    pipe.to(device).set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, PEERS[sampler]).from_config(pipe.scheduler.config)
+
+    def draw() -> None:
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        pipe(PROMPT, generator=generator, **settings).images[0].save(path)
+
+    return draw
+
+
+def _profile(call: Callable) -> str:
+    """The operators that take longest, as torch's profiler tells them."""
+    import torch
+
+    with torch.profiler.profile() as found:
+        call()
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40)

@@ -1,0 +1,83 @@
+"""Timing by turns, and the refusal to time what does not agree."""
+
+import json
+import time
+
+import pytest
+
+from ldm.bench import Timing, alternate, bench
+from ldm.bench.warm import warm
+from ldm.cli import main
+from ldm.errors import ConfigError, ModelError, NumericsError
+
+
+def test_sides_take_turns_and_the_first_rounds_do_not_count():
+    calls = []
+    seconds = alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_slower_side_takes_longer():
+    seconds = alternate({"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.002)}, repeats=3)
+    timing = Timing("x", seconds)
+    assert timing.ratio > 2 and timing.medians["slow"] >= 0.02
+
+
+def test_medians_and_ratio():
+    timing = Timing("x", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 4.0, 5.0]}, {"steps": 3})
+    assert timing.medians == {"ours": 2.0, "theirs": 4.0} and timing.ratio == 0.5
+    assert "steps 3" in timing.text() and "ratio 0.50" in timing.text()
+    assert json.loads(json.dumps(timing.record()))["ratio"] == 0.5
+
+
+def test_warm_against_diffusers(tiny_folder, capsys):
+    words = ["bench", "warm", "--model", str(tiny_folder), "--steps", "2", "--repeats", "1", "--json"]
+    assert main(words) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["bench"] == "warm" and set(found["seconds"]) == {"ldm", "diffusers"}
+    assert found["agreement"]["largest difference of 255"] <= 1
+
+
+def test_pictures_that_differ_are_not_timed(tiny_folder, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setattr(
+        "ldm.bench.warm._theirs", lambda path, *_: lambda: Image.new("RGB", (32, 32), (255, 0, 255)).save(path)
+    )
+    with pytest.raises(NumericsError, match="the pictures differ by"):
+        warm(1, str(tiny_folder), steps=1)
+
+
+def test_cold_starts_new_processes(tiny_folder):
+    (timing,) = bench(["cold"], repeats=1, model=str(tiny_folder))
+    assert timing.ratio > 0.5 and all(values[0] > 0.1 for values in timing.seconds.values())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["wram"], "did you mean 'warm'"),
+        (["warm", "--sampler", "heun9"], "no equal of 'heun9'"),
+        (["--repeats", "0"], "repeats: must be at least 1"),
+        (["warm", "--model", "/nowhere"], "/nowhere"),
+        (["warm", "--dtype", "fp31"], "fp31"),
+    ],
+)
+def test_what_is_refused_in_one_line(words, said, capsys):
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ConfigError, match="did you mean 'sampler'"):
+        bench(["warm"], samplr="ddim")
+
+
+def test_a_process_that_fails_is_told(tmp_path):
+    from ldm.bench.cold import cold
+    from ldm.errors import LdmError
+
+    with pytest.raises((LdmError, ModelError), match="ended with 2"):
+        cold(1, str(tmp_path))
