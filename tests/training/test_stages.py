@@ -106,6 +106,16 @@ def test_three_stages_on_own_pictures_end_in_a_model_that_draws(on_pictures):
     assert (record["num_inference_steps"], record["sampler"], record["guidance_scale"]) == (2, "ddim", 4.0)
 
 
+def test_the_card_tells_what_the_run_knows(on_pictures, tmp_path):
+    card = (on_pictures / "unet" / "model" / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert 'trained_on: "cpu"' in head and '"num_inference_steps": 2' in head
+    recipe = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert recipe == json.loads((on_pictures / "unet" / "settings.json").read_text())
+    assert str(on_pictures / "pictures") in text and "Noto Color Emoji" not in text
+    assert f"validation_loss: {last_scores(on_pictures / 'unet')['validation_loss']:.4g}" in text
+
+
 def test_every_stage_leaves_scores_curve_and_pictures(on_pictures):
     for name, score in (("vae", "psnr"), ("text", "text_to_image"), ("unet", "validation_loss")):
         assert score in last_scores(on_pictures / name)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from ldm.nn.text import Conditioning
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training import keyed
 from ldm.training.bank import Bank, encode_images
+from ldm.training.card import unet_card
 from ldm.training.samples import open_samples
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import SEED_OFFSET, distinct, model_folder, start_from
@@ -133,12 +132,6 @@ class UNetStage:
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
         model = Model(unet=ema, vae=self.vae, text=self.text, schedule=self.schedule)
-        save_model(model, folder, dtype=torch.bfloat16, readme=self._card(scores))
-
-    def _card(self, scores: dict[str, Any]) -> str:
-        s = self.settings
-        head = {"library_name": "ldm", "pipeline_tag": "text-to-image", "trained_on": self.device.type}
-        head["ldm"] = {"sampler": s.sampler, "num_inference_steps": s.sample_steps, "guidance_scale": s.guidance_scale}
-        lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-        told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        return f"---\n{lines}\n---\n\nTrained by `ldm train`, {s.steps} steps of {s.batch_size}. {told}\n"
+        modules = {"unet": ema, "vae": self.vae.module, "text encoder": self.text.model}
+        card = unet_card(self.settings, self.device.type, modules, scores)
+        save_model(model, folder, dtype=torch.bfloat16, readme=card)
