@@ -9,7 +9,7 @@ from PIL import Image
 import ldm
 from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.cli import main
-from ldm.errors import DataError, LdmError
+from ldm.errors import ConfigError, DataError, LdmError
 from ldm.training import train
 from tests.training.conftest import threads
 
@@ -208,3 +208,10 @@ def test_pictures_without_captions_are_refused(tmp_path):
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(DataError):
         train("emoji/autoencoder", tmp_path / "run", [f"data={folder}"])
+
+
+def test_compiling_needs_a_compiler(on_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C"):
+        given = [f"vae={on_pictures / 'vae'}", f"text={on_pictures / 'text'}", "compile=true"]
+        train(on_pictures / "unet.json", tmp_path / "run", given)

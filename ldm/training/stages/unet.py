@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,8 @@ class UNetStage:
         if s.sampler not in SAMPLERS:
             raise ConfigError(f"unknown sampler {s.sampler!r}", where="sampler", todo=nearest(s.sampler, SAMPLERS))
         self.device = pick_device(s.device)
+        if s.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise ConfigError("needs a C++ compiler", where="compile", todo="install g++, or leave compile=false")
         self.schedule = build(Schedule, s.schedule, "schedule")
         self.vae, self.text = load_vae_from(model_folder(s.vae)), load_text_from(model_folder(s.text))
         self.vae.module.to(self.device)
