@@ -2,7 +2,8 @@
 
 A list is a text file: comment lines that begin with `#`, then one prompt a line with five columns between tabs:
 the prompt, the objects' code points (between spaces), the ground's colour, the kind of scene (`single`, `pair:left`,
-`count:3`, `card:red` or `card:red,blue` in the objects' order) and 1 where the combination is held out from training.
+`count:3`, `card:red` or `card:red,blue` in the objects' order; `unknown` with `-` for objects where the prompt's words
+were never trained on) and 1 where the combination is held out from training.
 
     python -m ldm.evaluation.lists          writes all lists anew into docs/prompts/
 """
@@ -22,7 +23,7 @@ from ldm.files import atomic_write
 
 FOLDER = Path(__file__).parents[2] / "docs" / "prompts"  # of a checkout
 SEED = 2024
-ALIASES = {"everyday": "everyday-100", "all": "all-200", "tuning": "tuning-60"}
+ALIASES = {"everyday": "everyday-100", "all": "all-200", "tuning": "tuning-60", "unknown": "unknown-30"}
 HEAD = "# prompt\tobjects\tcolour\tkind\theld_out"
 RELATIONS = {
     "left": "{a} to the left of {b}",
@@ -32,6 +33,11 @@ RELATIONS = {
     "and": "{a} and {b}",
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+UNKNOWN = (  # no name, synonym or keyword of the 849 objects
+    "platypus armadillo walrus pelican iguana narwhal stapler wardrobe chandelier harpsichord submarine bulldozer "
+    "gazebo igloo windmill lighthouse escalator thermos spatula colander trampoline papaya artichoke wheelbarrow "
+    "sundial toucan anvil scarecrow metronome typewriter"
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,12 @@ class Prompt:
     text: str
     objects: tuple[EmojiObject, ...]
     colour: str | None  # of the ground; None where any will do
-    kind: str = "single"  # "single" | "pair:RELATION" | "count:N" | "card:COLOUR[,COLOUR]"
+    kind: str = "single"  # "single" | "pair:RELATION" | "count:N" | "card:COLOUR[,COLOUR]" | "unknown"
     held_out: bool = False
 
     @property
     def family(self) -> str:
-        """single, pair, count or card."""
+        """single, pair, count, card or unknown."""
         return self.kind.partition(":")[0]
 
     @property
@@ -69,7 +75,7 @@ class Prompt:
 
     def line(self) -> str:
         """As written in a file."""
-        codes = " ".join(thing.codepoints for thing in self.objects)
+        codes = " ".join(thing.codepoints for thing in self.objects) or "-"
         return "\t".join((self.text, codes, self.colour or "-", self.kind, str(int(self.held_out))))
 
 
@@ -168,6 +174,13 @@ def plain(spec: Spec) -> Prompt:
     return Prompt(text, prompt.objects, spec.colour, prompt.kind, prompt.held_out)
 
 
+def draw_unknown(seed: int) -> list[Prompt]:
+    """Things that no caption of the training names, on a ground of a drawn colour."""
+    spread, words = Spread(Draw(seed, 0)), UNKNOWN.split()
+    colours = [spread.pick(list(COLOURS)) for _ in words]
+    return [Prompt(f"{article(w)} {w} on {coloured(c)}", (), c, "unknown", True) for w, c in zip(words, colours)]
+
+
 ARRANGED = "{} held-out {} of everyday objects: what they are about was never trained on"
 LISTS: dict[str, tuple[str, Callable[[], list[Prompt]]]] = {  # name -> how it was drawn, and the draw
     "everyday-30": (
@@ -189,6 +202,10 @@ LISTS: dict[str, tuple[str, Callable[[], list[Prompt]]]] = {  # name -> how it w
     "tuning-60": (
         "12 everyday objects from each of the five groups on grounds that are trained on: the list to tune with",
         lambda: draw_everyday(12, SEED + 6, kept=False),
+    ),
+    "unknown-30": (
+        "30 things that no caption of the training names: only whether something clear is drawn can be judged",
+        lambda: draw_unknown(SEED + 7),
     ),
 }
 
@@ -257,7 +274,7 @@ def _parse(line: str, where: str) -> Prompt:
         raise DataError("not a line of a prompt list", where=where, todo=todo)
     text, codes, colour, kind, flag = columns
     try:
-        things = tuple(find(code) for code in codes.split())
+        things = () if codes == "-" else tuple(find(code) for code in codes.split())
     except DataError as error:
         raise DataError(error.what, where=where, todo=error.todo) from None
     _check_colour(None if colour == "-" else colour, where)
@@ -274,6 +291,7 @@ def _sound(prompt: Prompt) -> bool:
         return number == len(colours) <= 2 and all(c in COLOURS for c in colours)
     tests = {
         "single": number == 1 and not detail,
+        "unknown": number == 0 and not detail,
         "pair": number == 2 and detail in RELATIONS,
         "count": number == 1 and detail in map(str, NUMBERS),
     }

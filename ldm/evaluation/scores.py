@@ -131,7 +131,7 @@ def judge_by(
     for i, picture in enumerate(console.progress(pictures, desc="judging", unit="picture")):
         pixels, verdict = to_array(picture), None
         for judged, prompts in zip(found, lists):
-            if prompts[i].family == "single":
+            if prompts[i].family in ("single", "unknown"):
                 verdict = verdict or see(pixels)
                 judged.append(_of_single(verdict, prompts[i]))
             else:
@@ -147,7 +147,9 @@ def judge_scenes(
 
 
 def _of_single(verdict: Verdict, prompt: Prompt) -> Judged:
-    rank, ground = verdict.rank(prompt.objects[0]), verdict.ground.colour
+    """Of one object, or of none that is known: then nothing is right but the ground."""
+    rank = verdict.rank(prompt.objects[0]) if prompt.objects else FIVE
+    ground = verdict.ground.colour
     guess, right = verdict.guesses[0].word, None if prompt.colour is None else ground == prompt.colour
     return Judged(prompt, guess, rank == 0, rank < FIVE, ground, right, verdict.match, rank == 0)
 
@@ -163,9 +165,15 @@ def _of_found(found: Found, prompt: Prompt) -> Judged:
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Counts of n: `first`, `five`, `objects`, `ground` (of `ground_n` that tell one), and quantiles of the match."""
+    """Counts: `n`, of which `named` ask for known objects; `first`, `five`, `objects` of those; `ground` of the `ground_n`
+    that tell one. And quantiles of the match."""
     grounds = [j.ground_right for j in judged if j.ground_right is not None]
-    found = {"n": len(judged), "first": sum(j.first for j in judged), "five": sum(j.five for j in judged)}
+    found = {
+        "n": len(judged),
+        "named": sum(bool(j.prompt.objects) for j in judged),
+        "first": sum(j.first for j in judged),
+        "five": sum(j.five for j in judged),
+    }
     found |= {"objects": sum(j.objects for j in judged), "ground": sum(grounds), "ground_n": len(grounds)}
     matches = [j.match for j in judged] or [0.0]
     found |= {f"match_p{q:02d}": round(float(np.percentile(matches, q)), 4) for q in (5, 50)}
@@ -176,15 +184,19 @@ def by_group(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     """Summaries of single objects by their group, of the other kinds by kind."""
     groups: dict[str, list[Judged]] = {}
     for j in judged:
-        groups.setdefault(j.prompt.objects[0].group if j.prompt.family == "single" else j.prompt.kind, []).append(j)
+        single = j.prompt.family == "single"
+        groups.setdefault(j.prompt.objects[0].group if single else j.prompt.kind, []).append(j)
     return {name: summary(members) for name, members in groups.items()}
 
 
 def control(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> dict[str, Any]:
     """What the judge says of true scenes, by their own prompts (`real`) and by prompts of other classes (`shuffled`).
 
-    `shuffled` is None where the list holds too few classes to give every picture another one's prompt.
+    `shuffled` is None where the list holds too few classes to give every picture another one's prompt, and both are
+    where there is no true scene of a prompt.
     """
+    if not all(prompt.objects for prompt in prompts):
+        return {"real": None, "shuffled": None}
     other = shuffle(prompts)
     found = judge_by(real_pictures(prompts, seeds, font), [prompts, *([other] if other else [])], font)
     return {"real": summary(found[0]), "shuffled": summary(found[1]) if other else None}
@@ -211,11 +223,12 @@ def table(report: dict[str, Any]) -> str:
     rows = [*report["groups"].items(), ("all", report["score"])]
     rows += [(label, report[key]) for key, label in CONTROLS.items() if report.get(key)]
     width = max(len(name) for name, _ in rows)
-    head = f"{'':{width}}  {'first guess':>14} {'first five':>14} {'ground':>14} {'match (median)':>15}"
+    head = f"{'':{width}}  {'first guess':>14} {'first five':>14} {'ground':>14} {'match (median':>15} {'5 %)':>5}"
     lines = [f"{report['list']}, {report['n']} pictures by {report['model']}", head]
     for name, s in rows:
-        cells = (_share(s["first"], s["n"]), _share(s["five"], s["n"]), _share(s["ground"], s["ground_n"]))
-        lines.append(f"{name:{width}}  " + " ".join(f"{cell:>14}" for cell in cells) + f" {s['match_p50']:>15.2f}")
+        cells = (_share(s["first"], s["named"]), _share(s["five"], s["named"]), _share(s["ground"], s["ground_n"]))
+        match = f" {s['match_p50']:>15.2f} {s['match_p05']:>5.2f}"
+        lines.append(f"{name:{width}}  " + " ".join(f"{cell:>14}" for cell in cells) + match)
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ def contact_sheet(pictures: Sequence[Image | np.ndarray], judged: Sequence[Judge
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for i, (picture, word) in enumerate(zip(pictures, judged)):
         x, y = GAP + i % columns * cell[0], GAP + i // columns * cell[1]
-        good = word.first and word.ground_right is not False
+        good = (word.first or not word.prompt.objects) and word.ground_right is not False
         pen.rectangle((x, y, x + SIDE + 2 * FRAME - 1, y + SIDE + 2 * FRAME - 1), fill=RIGHT if good else WRONG)
         tile = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         sheet.paste(tile.convert("RGB").resize((SIDE, SIDE)), (x + FRAME, y + FRAME))

@@ -9,7 +9,7 @@ from PIL import Image
 
 import ldm
 from ldm.cli import main
-from ldm.data.emoji import SceneConfig, Scenes, held_out
+from ldm.data.emoji import SceneConfig, Scenes, find, held_out, objects
 from ldm.errors import ConfigError, DataError, LdmError, ModelError
 from ldm.evaluation import LISTS, Prompt, evaluate, open_list, real_pictures
 from ldm.evaluation.lists import FOLDER, _parse, file_text
@@ -73,6 +73,19 @@ def test_arranged_lists_are_held_out():
             else:
                 said = [(p.detail, *codes)] if family == "pair" else [("count", *codes, int(p.detail))]
             assert p.held_out and all(map(held_out, said))
+
+
+def test_unknown_things_are_judged_by_clearness_and_ground_alone(capsys):
+    prompts = open_list("unknown")[1]
+    words = {word for thing in objects() for name in thing.words for word in name.lower().split()}
+    assert len(prompts) == 30 and not any(p.text.split()[1] in words for p in prompts)
+    stand_ins = real_pictures([Prompt("", (find("cat"),), p.colour) for p in prompts], range(30))
+    report = evaluate(prompts="unknown", n=4, renderer=lambda texts, seeds: stand_ins[: len(texts)])
+    score = report["score"]
+    assert (score["named"], score["first"], score["ground"]) == (0, 0, 4) and score["match_p05"] > 0.8
+    assert report["real"] is None and report["shuffled"] is None
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:5] == ["all", "-", "-", "4/4", "100"]
 
 
 def test_plain_captions():
