@@ -165,8 +165,10 @@ def _of_found(found: Found, prompt: Prompt) -> Judged:
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Counts: `n`, of which `named` ask for known objects; `first`, `five`, `objects` of those; `ground` of the `ground_n`
-    that tell one. And quantiles of the match."""
+    """Counts: `n`, of which `named` ask for known objects; `first`, `five`, `objects` of those; `ground` of `ground_n`.
+
+    And quantiles of the match.
+    """
     grounds = [j.ground_right for j in judged if j.ground_right is not None]
     found = {
         "n": len(judged),
