@@ -55,7 +55,7 @@ class Interrupted(LdmError):
 
 
 def nearest(name: str, known) -> str:
-    """` (did you mean 'x'?)` for the closest of `known`, or the whole list when nothing is close."""
+    """`did you mean 'x'?` for the closest of `known`, or the whole list when nothing is close."""
     import difflib
 
     known = [str(k) for k in known]

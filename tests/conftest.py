@@ -44,7 +44,7 @@ def tiny_text(width=32):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return ClipText(transformers.CLIPTextModel(config).eval(), tokenizer)
+    return ClipText(transformers.CLIPTextModel(config).eval(), tokenizer, frozenset(WORDS))
 
 
 def tiny_vae(latent_channels=4):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.folder import CLASSES, Layout, check_digest
+from ldm.checkpoint.folder import CLASSES, WORDS, Layout, check_digest, read_json
 from ldm.checkpoint.tensors import read_tensors
 from ldm.errors import LdmError, ModelError
 
@@ -65,7 +65,8 @@ def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
             encoder.get_submodule(name.rpartition(".")[0]).position_ids = positions
     where = layout.folder / "tokenizer"
     tokenizer = _checked(lambda: CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
-    return _checked(lambda: ClipText(encoder, tokenizer), where)
+    words = read_json(where / WORDS).get("words") if (where / WORDS).is_file() else None
+    return _checked(lambda: ClipText(encoder, tokenizer, None if words is None else frozenset(words)), where)
 
 
 def _text_class(layout: Layout) -> str:

@@ -30,7 +30,8 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "t
 CONFIGS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json"}
 CONFIGS |= {"scheduler": "scheduler_config.json"}
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER += ("added_tokens.json",)
+WORDS = "words.json"  # ours: the words that the text encoder was trained on
+TOKENIZER += ("added_tokens.json", WORDS)
 OTHERS = {  # pipelines that people will bring, by a part of their class name
     "XLImg2Img": "the XL refiner",
     "ControlNet": "ControlNet",
@@ -54,8 +55,13 @@ class Layout:
         """Everything that loading reads beside weights, as paths in the folder."""
         files = [path for paths in self.weights.values() for path in paths]
         indexes = [path.relative_to(self.folder) for path in files if path.suffix == ".json"]
-        names = [p.as_posix() for p in indexes] + (["config.json"] if not self.index else [INDEX])
-        names += [f"{part}/{CONFIGS[part]}" for part in self.configs if self.index]
+        names = [p.as_posix() for p in indexes]
+        if self.index:
+            names += [INDEX, *(f"{part}/{CONFIGS[part]}" for part in self.configs)]
+        elif self.configs.keys() == {"text_encoder"}:
+            names.append("text_encoder/config.json")
+        else:
+            names.append("config.json")  # of an autoencoder's own folder
         return names + [f"tokenizer/{name}" for name in TOKENIZER if (self.folder / "tokenizer" / name).is_file()]
 
     def shards(self, part: str) -> list[Path]:
@@ -221,7 +227,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         return {}
     try:
         card = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
         return {}
     return card if isinstance(card, dict) else {}
 

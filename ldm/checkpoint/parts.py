@@ -28,7 +28,7 @@ def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: C
             write_vae(vae, new, dtype, SHARD)
         if text is not None:
             write_text(text, new, dtype, SHARD)
-            write_tokenizer(text.tokenizer, new / "tokenizer")
+            write_tokenizer(text.tokenizer, new / "tokenizer", text.words)
         write_manifest(new)
     return folder
 
@@ -50,6 +50,7 @@ def load_text_from(folder: Path) -> ClipText:
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
         raise ModelError("holds no text encoder with its tokenizer", where=folder, todo="give a run of the text stage")
     layout = layouts.text_layout(folder)
+    layouts.check_settings(layout)
     state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {}, lambda size: None)
     return build.build_text(layout, state)
 

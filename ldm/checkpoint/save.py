@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def save_model(
         write_unet(model.unet, new, dtype, limit)
         write_vae(model.vae, new, dtype, limit)
         write_text(model.text, new, dtype, limit)
-        write_tokenizer(model.text.tokenizer, new / "tokenizer")
+        write_tokenizer(model.text.tokenizer, new / "tokenizer", model.text.words)
         scheduler = model.schedule.to_diffusers()
         layouts.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         kind = type(model.text.model).__name__
@@ -116,8 +117,11 @@ def _text_config(text: ClipText) -> dict:
     }
 
 
-def write_tokenizer(tokenizer, folder: Path) -> None:
-    """The tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older."""
+def write_tokenizer(tokenizer, folder: Path, words: Iterable[str] | None = None) -> None:
+    """The tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older.
+
+    `words`, where they are known, go beside it into words.json, which only we read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
     if not (folder / "tokenizer.json").is_file():  # a slow tokenizer of transformers 4
@@ -132,6 +136,8 @@ def write_tokenizer(tokenizer, folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(ordered, ensure_ascii=False), encoding="utf-8")
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in table["model"]["merges"])
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    if words is not None:
+        layouts.write_json(folder / layouts.WORDS, {"words": sorted(words)})
     special = {name: str(getattr(tokenizer, name)) for name in SPECIAL if getattr(tokenizer, name)}
     layouts.write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length}

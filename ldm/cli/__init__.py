@@ -18,6 +18,7 @@ from ldm import console
 from ldm.errors import ConfigError, LdmError, nearest
 
 COMMANDS = ("generate", "train", "data", "evaluate", "bench")  # each a module of this room
+PLANNED = ("render", "finetune", "convert", "inspect", "web")  # of the contract, and not there yet
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -77,6 +78,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if first is None and not set(words) & {"-h", "--help", "--version"}:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
+    if first in PLANNED:
+        raise ConfigError(f"`ldm {first}` is not built yet", todo=f"there are {', '.join(commands)}")
     if first is not None and first not in commands:
         raise ConfigError(f"unknown command {first!r}", todo=f'{nearest(first, commands)} (ldm generate "a cat" draws)')
     args, unknown = parser.parse_known_args(list(words))

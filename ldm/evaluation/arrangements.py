@@ -11,7 +11,7 @@ from ldm.data.emoji import layout
 from ldm.evaluation.judge import FRAME, Ground, Judge, Verdict, around, commonest, ground_of
 from ldm.evaluation.lists import Prompt
 
-H, Q, T = FRAME / 2, FRAME / 4, FRAME / 3
+H, T = FRAME / 2, FRAME / 3
 Box = tuple[float, float, float, float]  # left, top, right, bottom: px
 
 SIDES: dict[str, Box] = {

@@ -6,6 +6,7 @@ Shapes:  B texts   S tokens   D width of the states   P width of the pooled text
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,8 +19,6 @@ from ldm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
-
-SMALL_VOCABULARY = 16_384  # below: a vocabulary trained on captions, in which a known word is one token
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,14 @@ class ClipText:
     at is not the tokenizer's, since transformers then pools some other position without a word.
     """
 
-    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        tokenizer: PreTrainedTokenizerBase,
+        words: frozenset[str] | None = None,  # those it was trained on, where they are few and known
+    ):
+        self.model, self.tokenizer, self.words = model, tokenizer, words
+        self._lock = threading.Lock()  # fast tokenizers keep their padding and truncation as state
         config = model.config
         self.width: int = config.hidden_size
         self.max_length: int = min(tokenizer.model_max_length, config.max_position_embeddings)
@@ -112,7 +117,8 @@ class ClipText:
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, S), S = max_length: cut or padded."""
         kwargs = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
-        return self.tokenizer(list(texts), return_tensors="pt", **kwargs).input_ids
+        with self._lock:
+            return self.tokenizer(list(texts), return_tensors="pt", **kwargs).input_ids
 
     @torch.no_grad()
     def encode(self, texts: list[str], clip_skip: int = 0) -> Conditioning:
@@ -140,21 +146,27 @@ class ClipText:
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        with self._lock:
+            ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[self.max_length - 2 :]).strip()  # less the start and the end token
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words, each once, that the vocabulary does not have.
+        """Words, each once, that the encoder was never trained on, as far as that is known.
 
-        In a small vocabulary, trained on captions, that is a word of more than one token; in CLIP's own, which spells
-        every word, only what becomes the unknown token's id.
+        Without a list of its words, as for CLIP's own, only what becomes the unknown token's id.
         """
-        small, unknown = len(self.tokenizer) < SMALL_VOCABULARY, self.tokenizer.unk_token
-        ends = {unknown, self.tokenizer.eos_token}
+        found = spelt(text)
+        if self.words is not None:
+            return [word for word in found if word not in self.words]
+        ends = {self.tokenizer.unk_token, self.tokenizer.eos_token}
+        return [word for word in found if any(piece in ends for piece in self.tokenizer.tokenize(word))]
 
-        def missing(word: str) -> bool:
-            pieces = self.tokenizer.tokenize(word)
-            return len(pieces) != 1 if small else any(piece in ends for piece in pieces)
 
-        words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
-        return [word for word in words if missing(word)]
+def spelt(text: str) -> list[str]:
+    """The words of a text, lower case, each once, in order; numbers and punctuation are none."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
+
+
+def known_words(captions: Iterable[str]) -> frozenset[str]:
+    """Every word of the captions that a text encoder is trained on."""
+    return frozenset(word for caption in captions for word in spelt(caption))

@@ -132,6 +132,8 @@ class Pipeline:
         """All pictures, batch by batch. A picture that is NaN is drawn again in fp32, alone, and its record says so."""
         import torch
 
+        if model.device.type == "cuda" and model.dtype == torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
         drawn, count = [], len(settings.seeds)
         batches = [range(i, min(i + settings.batch_size, count)) for i in range(0, count, settings.batch_size)]
         total = len(batches) * settings.num_inference_steps

@@ -105,8 +105,8 @@ class Settings:
         h, w = self.latents.shape[2:] if self.latents is not None else (None, None)
         filled = replace(
             self,
-            num_inference_steps=self.num_inference_steps or int(own.get("num_inference_steps", STEPS)),
-            guidance_scale=float(own.get("guidance_scale", GUIDANCE))
+            num_inference_steps=self.num_inference_steps or _own(own, "num_inference_steps", int, STEPS),
+            guidance_scale=_own(own, "guidance_scale", float, GUIDANCE)
             if self.guidance_scale is None
             else self.guidance_scale,
             sampler=self.sampler or check_sampler(own.get("sampler", SAMPLER)),
@@ -248,6 +248,20 @@ def check_size(value: Any, where: str, factor: int | None) -> int:
         below, above = number // factor * factor, -(-number // factor) * factor
         near = f"{below} or {above}" if below else str(above)
         raise ConfigError(f"{number} is not a multiple of {factor}", where=where, todo=f"use {near}")
+    return number
+
+
+def _own(card: Mapping[str, Any], name: str, kind: Callable, default: Any) -> Any:
+    """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
+    value = card.get(name, default)
+    try:
+        number = kind(value)
+        good = 0 < number <= 1000
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        todo = f"mend the card (README.md), or give {name} yourself"
+        raise ConfigError(f"the model's card says {value!r:.80}", where=name, todo=todo)
     return number
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ldm import files, report
 from ldm.console import StopRequest, progress, say
 from ldm.device import fast_bf16, pick_device
-from ldm.errors import CheckpointError, Interrupted, NumericsError
+from ldm.errors import CheckpointError, DataError, Interrupted, NumericsError, ResourceError
 from ldm.training import state as states
+from ldm.training.checks import fingerprints
 from ldm.training.settings import Settings, as_dict, changed
 from ldm.training.state import TrainState
 
@@ -55,26 +56,79 @@ def precision(settings: Settings, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def fit(stage: Stage, settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str]) -> Path:
+def fit(
+    stage: Stage, settings: Settings, out: Path, checkpoint: Path | None, allow_changed: Sequence[str] = ()
+) -> Path:
     """Train `stage` to `settings.steps` in the run folder `out` and return the folder of its model.
 
-    Raises Interrupted after a signal (state saved), NumericsError after five bad steps in a row (the last good
-    checkpoint stays), CheckpointError where the folder holds another run.
+    `checkpoint` is what `to_resume` found. Raises Interrupted after a signal (state saved), NumericsError after five
+    bad steps in a row (the last good checkpoint stays), CheckpointError where the models that the run reads are not
+    those it began with, ResourceError out of memory, DataError (exit code 5, state saved) for a bad picture.
     """
     device = pick_device(settings.device)
     module = stage.module.to(device).train()
     state = TrainState(module, copy.deepcopy(module).eval().requires_grad_(False), _optimizer(settings, module, device))
-    losses = _resume(state, settings, out, resume, allow_changed)
+    inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
+    losses = _restore(state, checkpoint, inputs, allow_changed) if checkpoint else []
     files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
-    log = LossLog(out / "loss.jsonl", state.step, losses)
-    if state.step == 0:
-        _show(stage, state, out)
-    with StopRequest() as stop:
-        _steps(stage, state, settings, out, log, stop)
-    scores = log.scores or _show(stage, state, out)
-    stage.export(state.ema, out / "model", scores)
+    log = LossLog(out / "loss.jsonl", state.step, losses, inputs)
+    try:
+        if state.step == 0:
+            _show(stage, state, out)
+        with StopRequest() as stop:
+            _steps(stage, state, settings, out, log, stop)
+        scores = log.scores or _show(stage, state, out)
+        stage.export(state.ema, out / "model", scores)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        todo = "lower batch_size (and raise accumulation); the last checkpoint is good"
+        raise ResourceError(f"out of memory ({error})", where=f"{out}: step {state.step}", todo=todo) from None
     say(f"{out / 'model'}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
     return out / "model"
+
+
+def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str]) -> Path | None:
+    """The checkpoint to go on from, its settings compared; `resume`: None, "latest" or a checkpoint's folder.
+
+    Checkpoints of the run that are newer than the one named are set aside as `later-step-…`. Raises CheckpointError
+    where the folder holds another run, the checkpoint is damaged or belongs to other settings.
+    """
+    for folder in (out, out / "checkpoints"):
+        files.sweep(folder)
+    if resume is None:
+        if states.checkpoints(out):
+            raise CheckpointError(
+                "already holds a run", where=out, todo="go on with --resume, or choose another folder"
+            )
+        return None
+    folder = states.newest(out) if resume == "latest" else Path(resume)
+    if folder is None:
+        say(f"{out}: nothing to resume, starting from the beginning")
+        return None
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
+    about = states.read_about(folder)
+    differing = {k: v for k, v in changed(about["settings"], settings).items() if k not in allow_changed}
+    if differing:
+        told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
+        raise CheckpointError(f"settings changed ({told})", where=folder, todo="allow each by --allow-changed NAME")
+    for later in states.checkpoints(out):
+        if later.parent.resolve() == folder.parent.resolve() and later.name > folder.name:
+            later.rename(later.with_name(f"later-{later.name}"))
+            say(f"{later.name} is newer than what is resumed: set aside as later-{later.name}")
+    return folder
+
+
+def _restore(state: TrainState, folder: Path, inputs: dict[str, str], allow_changed: Sequence[str]) -> list[float]:
+    """Bring `state` to where the run was; returns the losses of the steps that no line of the log covers yet."""
+    about = states.read_about(folder)
+    for name, digest in about.get("inputs", {}).items():
+        if inputs.get(name) != digest and name not in allow_changed:
+            told = f"the {name} is not the one that this run began with"
+            raise CheckpointError(told, where=folder, todo=f"put that one back, or --allow-changed {name}")
+    state.restore(states.read_tensors(folder), about["step"])
+    states.tell_differences(about["environment"], next(state.module.parameters()).device)
+    say(f"resuming {folder.name}")
+    return about["losses"]
 
 
 def _optimizer(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -87,42 +141,12 @@ def _optimizer(settings: Settings, module: nn.Module, device: torch.device) -> t
     )
 
 
-def _resume(
-    state: TrainState, settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str]
-) -> list[float]:
-    """Bring `state` to where the run was; `resume`: None, "latest" or a checkpoint's folder.
-
-    Returns the losses of the steps that no line of the log covers yet.
-    """
-    files.sweep(out / "checkpoints")
-    if resume is None:
-        if states.checkpoints(out):
-            raise CheckpointError(
-                "already holds a run", where=out, todo="go on with --resume, or choose another folder"
-            )
-        return []
-    folder = states.newest(out) if resume == "latest" else Path(resume)
-    if folder is None:
-        say(f"{out}: nothing to resume, starting from the beginning")
-        return []
-    if not folder.is_dir():
-        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
-    about, tensors = states.read(folder)
-    differing = {k: v for k, v in changed(about["settings"], settings).items() if k not in allow_changed}
-    if differing:
-        told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
-        raise CheckpointError(f"settings changed ({told})", where=folder, todo="allow each by --allow-changed NAME")
-    state.restore(tensors, about["step"])
-    say(f"resuming {folder.name} of {settings.steps} steps")
-    return about["losses"]
-
-
 def _steps(stage: Stage, state: TrainState, settings: Settings, out: Path, log: LossLog, stop: StopRequest) -> None:
     batches, bad = stage.batches(state.step) if state.step < settings.steps else iter(()), 0
     samples, since = settings.batch_size * settings.accumulation * settings.log_every, time.monotonic()
     with progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step") as bar:
         while state.step < settings.steps:
-            loss = _step(stage, state, settings, batches)
+            loss = _guarded_step(stage, state, settings, batches, out, log)
             bad = 0 if math.isfinite(loss) else bad + 1
             if bad == MAX_BAD_STEPS:
                 raise NumericsError(
@@ -141,11 +165,25 @@ def _steps(stage: Stage, state: TrainState, settings: Settings, out: Path, log: 
             if state.step % settings.validate_every == 0 or last:
                 log.scores = _show(stage, state, out)
                 since = time.monotonic()
-            if state.step % settings.save_every == 0 or last or stop.signal:
-                states.save(state, out, as_dict(settings), settings.keep, {"losses": log.values})
-            if stop.signal and not last:
+            stopped = stop.signal
+            if state.step % settings.save_every == 0 or last or stopped:
+                log.save(state, settings, out)
+            if stopped and not last:
                 told = f"stopped after step {state.step}, all saved"
-                raise Interrupted(stop.signal, told, where=out, todo="go on with --resume latest")
+                raise Interrupted(stopped, told, where=out, todo="go on with --resume latest")
+
+
+def _guarded_step(
+    stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any], out: Path, log: LossLog
+) -> float:
+    """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
+    try:
+        return _step(stage, state, settings, batches)
+    except DataError as error:
+        if state.step:
+            log.save(state, settings, out)
+        error.exit_code = 5
+        raise
 
 
 def _step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> float:
@@ -184,7 +222,6 @@ def _show(stage: Stage, state: TrainState, out: Path) -> dict[str, float]:
         scores = stage.validate(state.ema, state.step)
         image = stage.picture(state.ema)
     if image is not None:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
         files.atomic_write(out / "samples" / f"step-{state.step:08d}.png", lambda path: image.save(path, format="PNG"))
     if (out / "loss.jsonl").exists():
         rows = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
@@ -200,8 +237,8 @@ def _show(stage: Stage, state: TrainState, out: Path) -> dict[str, float]:
 class LossLog:
     """`loss.jsonl`: one line {step, loss, lr} for the mean of every `log_every` steps, cut back on resume."""
 
-    def __init__(self, path: Path, step: int, losses: list[float]):
-        self.path, self.mean, self.scores = path, math.nan, {}
+    def __init__(self, path: Path, step: int, losses: list[float], inputs: dict[str, str] | None = None):
+        self.path, self.mean, self.scores, self.inputs = path, math.nan, {}, inputs or {}
         self.values = losses  # of the steps since the last line
         if path.exists():
             files.atomic_write(path, "".join(f"{line}\n" for line in self.until(path, step)))
@@ -224,5 +261,10 @@ class LossLog:
         if step % every == 0 and self.values:
             self.mean = sum(self.values) / len(self.values)
             self.values.clear()
-            with self.path.open("a") as handle:
+            with files.disk_errors(self.path), self.path.open("a") as handle:
                 handle.write(json.dumps({"step": step, "loss": self.mean, "lr": rate}) + "\n")
+
+    def save(self, state: TrainState, settings: Settings, out: Path) -> None:
+        """A checkpoint of the run, with what the log has not written yet and what the run reads."""
+        extra = {"losses": self.values, "inputs": self.inputs}
+        states.save(state, out, as_dict(settings), settings.keep, extra)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import build
+from ldm.config import build, require
+from ldm.errors import DataError
 from ldm.training.keyed import generator
 from ldm.training.settings import DataSettings
 
@@ -29,6 +30,7 @@ class EmojiSamples:
     def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
         from ldm.data.emoji import SceneConfig, Scenes
 
+        require("held_out" not in data.scenes, "is not yours to set: the stages draw both", "data.scenes.held_out")
         config = build(SceneConfig, {**data.scenes, "resolution": data.resolution, "held_out": held_out}, "data.scenes")
         self.scenes = Scenes(config, seed, font=data.font)
 
@@ -77,11 +79,17 @@ class _Indexed(torch.utils.data.Dataset):
     def __init__(self, samples: Samples):
         self.samples = samples
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        return self.samples[index]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str] | DataError:
+        try:
+            return self.samples[index]
+        except DataError as error:  # handed on: what a worker raises comes out as a page of traceback
+            return error
 
 
-def _collate(items: Sequence[tuple[np.ndarray, str]]) -> tuple[Tensor, list[str]]:
+def _collate(items: Sequence[tuple[np.ndarray, str] | DataError]) -> tuple[Tensor, list[str]] | DataError:
+    bad = [item for item in items if isinstance(item, DataError)]
+    if bad:
+        return bad[0]
     images = torch.from_numpy(np.stack([image for image, _ in items]))
     return images, [caption for _, caption in items]
 
@@ -93,7 +101,10 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers."""
+    """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers.
+
+    Raises DataError for a picture that cannot be read, at its place in the order.
+    """
     loader = torch.utils.data.DataLoader(
         _Indexed(samples),
         sampler=range(start, 1 << 40),
@@ -105,7 +116,10 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
         prefetch_factor=2 if workers else None,
         timeout=300 if workers else 0,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -33,7 +33,6 @@ class Settings:
     learning_rate: float
     data: DataSettings = DataSettings()
     model: dict[str, Any] = field(default_factory=dict)  # the network's config
-    init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
     accumulation: int = 1  # micro-batches of batch_size a step
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -46,7 +45,6 @@ class Settings:
     workers: int = 1  # processes that draw or read pictures
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is faster
-    compile: bool = False
     save_every: int = 1000  # steps
     validate_every: int = 1000  # steps
     log_every: int = 20  # steps
@@ -71,6 +69,7 @@ class Settings:
 class AutoencoderSettings(Settings):
     """Pictures to latents and back."""
 
+    init: str | None = None  # another run or a diffusers folder to start from
     crop: int = 0  # train on square crops of this size, placed around what is drawn; 0: whole pictures
     crops: int = 1  # crops taken from each picture
     crop_until: float = 1.0  # fraction of the steps after which whole pictures are used (GroupNorm sees more there)
@@ -80,6 +79,17 @@ class AutoencoderSettings(Settings):
     kl: float = 1e-6
     freeze_encoder: bool = False  # train the decoder alone: the latents stay what they were
     validation: int = 200  # held-out scenes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.data.resolution
+        factor = 2 ** (len(self.model.get("block_out_channels", (64,))) - 1)
+        require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
+        require(0 <= self.crop <= size and self.crop % factor == 0, f"must be 0 to {size} by {factor}", "crop")
+        fits = self.crops >= 1 and self.batch_size % self.crops == 0
+        require(fits, f"must divide batch_size {self.batch_size}, got {self.crops}", "crops")
+        for name in ("use_quant_conv", "use_post_quant_conv"):  # they take the scale of the latents
+            require(self.model.get(name, True), "is needed", f"model.{name}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class UNetSettings(Settings):
 
     vae: str = ""
     text: str = ""
+    init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
+    compile: bool = False  # torch.compile: needs a C++ compiler on a CPU, a minute at the start
     schedule: dict[str, Any] = field(default_factory=dict)  # fields of ldm.diffusion.schedule.Schedule
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     snr_gamma: float | None = None
@@ -121,6 +133,7 @@ class UNetSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
+        require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         require(bool(self.text), NEEDED.format("text", "text"), "text")
         _check_bank(self.bank, self.renew)
@@ -143,8 +156,9 @@ FREE |= {"save_every", "validate_every", "log_every", "keep"}
 
 def packaged_configs() -> Path:
     """The folder of the shipped settings: `configs/` of the checkout, or its copy in the wheel."""
-    here = Path(__file__).resolve().parents[1]
-    return next((p for p in (here.parent / "configs", here / "_configs") if p.is_dir()), here / "_configs")
+    from ldm.checkpoint import shipped
+
+    return shipped("configs")
 
 
 def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -159,9 +173,8 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
         if str(source) not in names:
             raise ConfigError(f"no packaged settings {str(source)!r}", where="config", todo=nearest(str(source), names))
         path = names[str(source)]
+    overrides = [f"data.folder={word[5:]}" if word.startswith("data=") else word for word in overrides]
     mapping = config.override(config.load(path), overrides)
-    if isinstance(mapping.get("data"), str):  # data=DIR
-        mapping["data"] = {"folder": mapping["data"]}
     stage = mapping.get("stage")
     if stage not in SETTINGS:
         raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", todo=nearest(str(stage), SETTINGS))

@@ -49,9 +49,15 @@ class TrainState:
         for name, parameter in trainable(self.module).items():
             slots = {k.rpartition(".")[2]: v for k, v in parts["optimizer"].items() if k.rpartition(".")[0] == name}
             if slots:
-                device = {k: v.to(parameter.device) if v.dim() else v for k, v in slots.items()}
-                self.optimizer.state[parameter] = device
+                self.optimizer.state[parameter] = {k: _laid_out_as(parameter, v) for k, v in slots.items()}
         self.step = step
+
+
+def _laid_out_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A moment in the memory layout of its parameter: the fused optimizer walks both by address."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)  # the count of steps
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -59,9 +65,12 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What the bits of a run depend on beside its settings."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    where = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        where = "cuda", torch.cuda.get_device_name(device)
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": " ".join(where)}
 
 
 def save(state: TrainState, run: Path, settings: dict[str, Any], keep: int, extra: Mapping[str, Any] = {}) -> Path:
@@ -74,7 +83,8 @@ def save(state: TrainState, run: Path, settings: dict[str, Any], keep: int, extr
         raise CheckpointError(f"{len(bad)} tensors are not finite ({bad[0]}, …)", where=run, todo="nothing was saved")
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     files.require_space(run, int(1.2 * sum(v.numel() * v.element_size() for v in tensors.values())))
-    about = {"format": FORMAT, "step": state.step, "settings": settings, "environment": environment(), **extra}
+    about = {"format": FORMAT, "step": state.step, "settings": settings, **extra}
+    about["environment"] = environment(next(state.module.parameters()).device)
     with files.atomic_folder(folder) as tmp:
         save_file(tensors, tmp / "state.safetensors")
         (tmp / "state.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -109,10 +119,8 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state.json, tensors) of a checkpoint. Raises CheckpointError naming both versions for another format."""
-    from safetensors.torch import load_file
-
+def read_about(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError; for another format it names both versions."""
     try:
         about = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError):
@@ -121,8 +129,20 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     if about.get("format") != FORMAT:
         raise CheckpointError(f"has format {about.get('format')}, this version reads {FORMAT}", where=folder)
-    if about["environment"] != environment():
-        differing = {k: (v, environment().get(k)) for k, v in about["environment"].items() if v != environment().get(k)}
-        told = ", ".join(f"{k} {old} → {new}" for k, (old, new) in differing.items())
+    return about
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, after its manifest has vouched for them. Raises ModelError where it does not."""
+    from safetensors.torch import load_file
+
+    files.verify_manifest(folder)
+    return load_file(folder / "state.safetensors")
+
+
+def tell_differences(before: Mapping[str, Any], device: torch.device) -> None:
+    """Say in one line what of the environment is not as it was, so that the weights cannot be bit-identical."""
+    now = environment(device)
+    told = ", ".join(f"{name} {old} → {now.get(name)}" for name, old in before.items() if old != now.get(name))
+    if told:
         say(f"resuming in another environment ({told}): the weights will not be bit-identical")
-    return about, load_file(folder / "state.safetensors")

@@ -1,5 +1,6 @@
 """The wheel carries weights/ and configs/; a checkout and an editable install read the checkout's."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,19 @@ from ldm.errors import ModelError
 
 ROOT = Path(__file__).parents[2]
 BUILD = "import setuptools.build_meta as b, sys; getattr(b, sys.argv[1])('out')"
+
+
+def test_a_default_install_never_pulls_torchvision():
+    """Its wheels need CUDA's libraries; beside a CPU build of torch they break `import transformers`."""
+    from importlib.metadata import requires
+
+    needed = [line for line in requires("ldm-pipeline") if "extra ==" not in line]
+    names = {re.split(r"[ <>=!~;\[(]", line)[0] for line in needed}
+    assert "torch" in names and not names & {"torchvision", "open_clip_torch", "xformers", "timm"}
+    assert not any("torchvision" in line for line in needed)
+    for name in names - {"torch"}:  # and none of those needs it
+        of_it = [line for line in requires(name) or [] if "extra ==" not in line]
+        assert not any(line.startswith("torchvision") for line in of_it), name
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.clip import train_tokenizer
-from ldm.nn.text import ClipText, Conditioning
+from ldm.nn.text import ClipText, Conditioning, known_words
 
 CAPTIONS = ["a cat on a red card", "two dogs on blue", "a dog and a cat", "a red house"] * 20
 
@@ -92,7 +92,22 @@ def test_what_is_cut_off_is_told(text):
 
 
 def test_unknown_words_are_told_once(text):
-    assert text.unknown_words("a Cat, two zebras and a zebras house") == ["zebras"]
+    assert text.unknown_words("a Cat, two zebras and a zebras house") == []  # without a list of words none is known
+    told = ClipText(text.model, text.tokenizer, known_words(["A cat and 2 dogs!", "two houses"]))
+    assert told.words == {"a", "cat", "and", "dogs", "two", "houses"}
+    assert told.unknown_words("a Cat, two zebras and 7 zebras house") == ["zebras", "house"]
+
+
+def test_threads_share_a_tokenizer(text):
+    """A fast tokenizer keeps its padding as state, which a call without padding takes away."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def use(i):
+        return text.tokenize(["a cat"] * (i % 3 + 1)).shape if i % 2 else text.truncated("cat " * 40)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(use, range(400)))
+    assert all(shape == (i % 3 + 1, 12) for i, shape in enumerate(found) if i % 2)
 
 
 def test_nothing_to_encode_is_refused(text):

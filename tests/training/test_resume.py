@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ldm.errors import CheckpointError, ConfigError, Interrupted, NumericsError, ResourceError
+from ldm.errors import CheckpointError, ConfigError, Interrupted, ModelError, NumericsError, ResourceError
 from ldm.training import state, train
 from tests.training.conftest import threads
 
@@ -123,6 +123,26 @@ def test_only_damaged_checkpoints_never_mean_a_fresh_start(tmp_path, unet_settin
         train(unet_settings, run, ["steps=3", "validation=4"], resume="latest")
 
 
+def test_going_back_to_an_older_checkpoint_sets_the_newer_ones_aside(
+    tmp_path, unet_settings, uninterrupted, one_thread
+):
+    run = tmp_path / "run"
+    train(unet_settings, run, ["decay_from=1", "keep=4"])
+    older = run / "checkpoints" / "step-00000006"
+    damaged = bytearray((older / "state.safetensors").read_bytes())
+    damaged[-100] ^= 1
+    train(unet_settings, run, resume=str(run / "checkpoints" / "step-00000003"))
+    assert sorted(p.name for p in (run / "checkpoints").glob("later-*"))[0] == "later-step-00000006"
+    ours = final_bytes(run)
+    assert {k: v for k, v in ours.items() if "scores" not in k} == {
+        k: v for k, v in uninterrupted.items() if "scores" not in k
+    }
+    newest = state.checkpoints(run)[-1]
+    (newest / "state.safetensors").write_bytes(damaged)
+    with pytest.raises(ModelError, match=r"state\.safetensors"):
+        train(unet_settings, run, ["steps=15"], resume=str(newest))
+
+
 def test_changed_settings_are_named(tmp_path, unet_settings, one_thread):
     run = tmp_path / "run"
     train(unet_settings, run, ["steps=3"])
@@ -142,7 +162,7 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path, unet_settings, one_threa
     monkeypatch.setattr(UNetStage, "loss", lambda self, b, s, m: loss(self, b, s, m) * (float("nan") if s > 3 else 1))
     with pytest.raises(NumericsError, match="not finite, 5 steps in a row"):
         train(unet_settings, run)
-    _, tensors = state.read(state.checkpoints(run)[-1])
+    tensors = state.read_tensors(state.checkpoints(run)[-1])
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     assert all(json.loads(line)["loss"] > 0 for line in (run / "loss.jsonl").read_text().splitlines())
 

@@ -1,15 +1,17 @@
 """The three stages in a row, on the user's own pictures and on drawn scenes: each leaves what the next one reads."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
 import ldm
+from ldm.checkpoint import default_folder
 from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.cli import main
-from ldm.errors import ConfigError, DataError, LdmError
+from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
 from tests.training.conftest import threads
 
@@ -182,6 +184,9 @@ def test_very_few_pictures_are_enough(count, tmp_path):
     assert (model / "model_index.json").is_file()
 
 
+VAE = default_folder()  # any model will do
+
+
 def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, said in (
@@ -193,11 +198,24 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
         (["emoji/autoencoder", f"data={tmp_path / 'empty'}"], "empty"),
         (["emoji/autoencoder", "data.font=/nowhere/font.ttf"], "/nowhere/font.ttf"),
         (["emoji/autoencoder", "data.scenes.objcts=all"], "did you mean 'objects'"),
+        (["emoji/autoencoder", "data.scenes.held_out=true"], "data.scenes.held_out: is not yours to set"),
+        (["emoji/autoencoder", "model.latent_chanels=4"], "did you mean 'latent_channels'"),
+        (["emoji/autoencoder", "data.resolution=100"], "100 is not a multiple of the autoencoder's 8"),
+        (["emoji/autoencoder", "crops=3"], "crops: must divide batch_size 16"),
+        (["emoji/autoencoder", "crop=200"], "crop: must be 0 to 128"),
+        (["emoji/autoencoder", "compile=true"], "compile"),
+        (["emoji/text", f"vae={VAE}", "model.hiden_size=3"], "did you mean 'hidden_size'"),
+        (["emoji/text", f"vae={VAE}", "init=x"], "unknown setting 'init'"),
+        (["emoji/unet", f"vae={VAE}", f"text={VAE}", "model.layers=2"], "unknown setting 'layers'"),
+        (["emoji/unet", f"vae={VAE}", f"text={VAE}", "schedule.spacing=trailling"], "did you mean 'trailing'"),
+        (["emoji/unet", f"vae={VAE}", f"text={VAE}", "sampler=eular"], "did you mean 'euler'"),
     ):
         assert main(["train", *words, "-o", str(tmp_path / "run")]) == 2, words
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert not (tmp_path / "run").exists(), words
+        assert main(["train", *words, "-o", str(tmp_path / "run"), "--dry-run"]) == 2
+        capsys.readouterr()
 
 
 def test_pictures_without_captions_are_refused(tmp_path):
@@ -208,6 +226,71 @@ def test_pictures_without_captions_are_refused(tmp_path):
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(DataError):
         train("emoji/autoencoder", tmp_path / "run", [f"data={folder}"])
+
+
+@pytest.mark.parametrize("name", ["vae", "text"])
+def test_a_resumed_stage_equals_an_uninterrupted_one(name, on_pictures, tmp_path):
+    """Its moments too: those of the autoencoder lie in memory as channels-last, as its weights do."""
+    config, given = on_pictures / f"{name}.json", [f"data.folder={on_pictures / 'pictures'}", "decay_from=1", "ema=0.5"]
+    given += [f"vae={on_pictures / 'vae'}"] if name == "text" else ["crop_until=1"]
+    with threads(1):
+        train(config, tmp_path / "whole", [*given, "steps=6"])
+        train(config, tmp_path / "halves", [*given, "steps=3"])
+        train(config, tmp_path / "halves", [*given, "steps=6"], resume="latest")
+    whole, halves = (
+        (tmp_path / run / "checkpoints" / "step-00000006" / "state.safetensors").read_bytes()
+        for run in ("whole", "halves")
+    )
+    assert whole == halves
+
+
+def test_another_autoencoder_or_tokenizer_is_noticed_on_resuming(on_pictures, tmp_path):
+    other = tmp_path / "vae"
+    shutil.copytree(on_pictures / "vae" / "model", other / "model")
+    data = f"data.folder={on_pictures / 'pictures'}"
+    with threads(1):
+        train(on_pictures / "text.json", tmp_path / "run", [f"vae={other}", data, "steps=1"])
+        with (other / "model" / "manifest.json").open("a") as manifest:
+            manifest.write("\n")
+        with pytest.raises(CheckpointError, match="the vae is not the one that this run began with"):
+            train(on_pictures / "text.json", tmp_path / "run", [f"vae={other}", data, "steps=2"], resume="latest")
+        shutil.copy(on_pictures / "vae" / "model" / "manifest.json", other / "model")
+        lines = (on_pictures / "pictures" / "metadata.jsonl").read_text().replace("picture", "drawing")
+        shutil.copytree(on_pictures / "pictures", tmp_path / "pictures")
+        (tmp_path / "pictures" / "metadata.jsonl").write_text(lines)
+        changed = [f"vae={other}", f"data.folder={tmp_path / 'pictures'}", "steps=2"]
+        with pytest.raises(CheckpointError, match="the tokenizer is not the one"):
+            train(on_pictures / "text.json", tmp_path / "run", changed, resume="latest", allow_changed=["data"])
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_with_all_before_it_saved(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 40)
+    broken = (folder / "3.png").read_bytes()
+    (tmp_path / "vae.json").write_text(json.dumps({**AUTOENCODER, "steps": 400, "workers": 1}))
+    with threads(1), pytest.raises(DataError) as stopped:
+        for name in ("3.png", "17.png"):
+            (folder / name).write_bytes(broken[: len(broken) // 2])
+        train(tmp_path / "vae.json", tmp_path / "run", [f"data={folder}", "batch_size=2", "crops=1", "crop=0"])
+    assert stopped.value.exit_code == 5 and "png" in str(stopped.value) and "Traceback" not in str(stopped.value)
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+def test_the_words_of_the_captions_are_known_to_the_model(on_pictures):
+    model = on_pictures / "unet" / "model"
+    words = json.loads((model / "tokenizer" / "words.json").read_text())["words"]
+    assert words == sorted({"a", "red", "blue", "green", "white", "picture", "number"})
+    images = ldm.Pipeline("a red zebra", model=model).generate(seed=1)
+    assert images.metadata[0]["unknown_words"] == ["zebra"]
+
+
+def test_another_network_than_that_of_init_is_refused(on_pictures, tmp_path):
+    given = [f"vae={on_pictures / 'vae'}", f"text={on_pictures / 'text'}", f"data.folder={on_pictures / 'pictures'}"]
+    with pytest.raises(ConfigError, match=r"model.block_out_channels: asks for .* leave it out"):
+        more = [f"init={on_pictures / 'unet'}", "model.block_out_channels=[16,64]"]
+        train(on_pictures / "unet.json", tmp_path / "run", [*given, *more])
+    with pytest.raises(ConfigError, match=r"model.latent_channels: asks for 8"):
+        more = [f"init={on_pictures / 'vae'}", "model.latent_channels=8", given[2]]
+        train(on_pictures / "vae.json", tmp_path / "run", more)
 
 
 def test_compiling_needs_a_compiler(on_pictures, tmp_path, monkeypatch):

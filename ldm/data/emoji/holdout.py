@@ -3,7 +3,7 @@
 A combination is one of
     ("on", object, colour)                      an object on a ground of that colour
     ("left" | "right" | "above" | "below", a, b)    a is left of b, ...
-    ("and", a, b)                               a and b in one picture
+    ("and", a, b)                               a and b, where nothing is said of who stands where; and on two cards
     ("count", object, n)                        n = 2, 3 or 4 of one object
     ("card", object, colour)                    an object on a card or disc of that colour
 with objects given by their code points ("1F408"). Changing anything here makes every score incomparable.

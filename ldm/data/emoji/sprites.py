@@ -20,6 +20,7 @@ PLACES = (
     "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
     "~/.local/share/fonts/NotoColorEmoji.ttf",
 )
+NAME = "Noto Color Emoji"
 STRIKE = 109  # the only pixel size of the font's bitmaps
 BITMAP = (136, 128)  # width, height of one bitmap
 TODO = "install it (Debian: apt install fonts-noto-color-emoji) or name its file with --font FILE"
@@ -43,9 +44,12 @@ def _open(path: Path):
     from PIL import ImageFont
 
     try:
-        return ImageFont.truetype(str(path), STRIKE)
+        font = ImageFont.truetype(str(path), STRIKE)
     except OSError as error:
         raise DataError(f"not a font with bitmaps of {STRIKE} pixels ({error})", where=path, todo=TODO) from None
+    if font.getname()[0] != NAME:  # any other would draw its box for what it does not have
+        raise DataError(f"is the font {font.getname()[0]}, not {NAME}", where=path, todo=TODO)
+    return font
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm import images
 from ldm.device import pick_device
 from ldm.training import keyed
+from ldm.training.checks import check_same
 from ldm.training.samples import open_samples, stream, to_float
 from ldm.training.settings import AutoencoderSettings
 from ldm.training.stages.common import SEED_OFFSET, start_from
@@ -28,6 +29,8 @@ class Autoencoder:
         torch.manual_seed(keyed.key(settings.seed, "autoencoder"))
         size = {"sample_size": settings.data.resolution}
         self.module = start_from(settings.init, "vae") or AutoencoderKL.from_config({**size, **settings.model})
+        if settings.init:
+            check_same(settings.model, self.module.config, settings.init)
         if settings.freeze_encoder:
             for part in (self.module.encoder, self.module.quant_conv):
                 part.requires_grad_(False)

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from ldm.checkpoint.parts import load_unet_from, load_vae_from
-from ldm.errors import ModelError
 from ldm.training import state
+from ldm.training.checks import model_folder
 from ldm.training.samples import Samples
 
 SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
@@ -23,19 +23,11 @@ def start_from(init: str | None, part: str) -> nn.Module | None:
     if init is None:
         return None
     module = load_vae_from(model_folder(init)).module if part == "vae" else load_unet_from(model_folder(init))
-    newest = state.newest(Path(init)) if (Path(init) / "checkpoints").is_dir() else None
-    if newest is not None and part == "unet":
-        _, tensors = state.read(newest)
+    newest = state.checkpoints(Path(init))[-1:]
+    if newest and part == "unet":
+        tensors = state.read_tensors(newest[0])
         module.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
     return module.float().requires_grad_(True)
-
-
-def model_folder(run: str | Path) -> Path:
-    """The diffusers folder that `run` is or holds (`RUN/model`)."""
-    for folder in (Path(run) / "model", Path(run)):
-        if any((folder / part).is_dir() for part in ("vae", "unet", "text_encoder")):
-            return folder
-    raise ModelError("holds no model", where=run, todo="give a finished run of ldm train, or a diffusers folder")
 
 
 def distinct(samples: Samples, count: int) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,13 @@ from torch import Tensor, nn
 from ldm.checkpoint.parts import load_vae_from, save_parts
 from ldm.device import pick_device
 from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
-from ldm.nn.text import ClipText
+from ldm.nn.text import ClipText, known_words
 from ldm.training import keyed
 from ldm.training.bank import Bank, encode_images
+from ldm.training.checks import model_folder
 from ldm.training.samples import open_samples
 from ldm.training.settings import TextSettings
-from ldm.training.stages.common import SEED_OFFSET, distinct, model_folder
+from ldm.training.stages.common import SEED_OFFSET, distinct
 
 
 class Text:
@@ -30,6 +33,9 @@ class Text:
         self.vae.module.to(self.device)
         captions = self.samples.captions(0, s.tokenizer_captions)
         self.tokenizer = train_tokenizer(captions, s.vocabulary, s.max_length)
+        self.words = known_words(captions)
+        entries = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        self.inputs = {"tokenizer": hashlib.sha256(entries.encode()).hexdigest()}  # trained anew where a run resumes
         torch.manual_seed(keyed.key(s.seed, "text"))
         self.module = SmallClip(self._text_config(), self._image_config())
         held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
@@ -101,7 +107,7 @@ class Text:
         state = {k: v for k, v in ema.text.state_dict().items() if not k.startswith("text_projection.")}
         bare = {k.removeprefix("text_model."): v for k, v in state.items()}
         tower.load_state_dict({k: bare[k.removeprefix("text_model.")] for k in tower.state_dict()}, strict=True)
-        save_parts(folder, torch.bfloat16, text=ClipText(tower, self.tokenizer))
+        save_parts(folder, torch.bfloat16, text=ClipText(tower, self.tokenizer, self.words))
 
 
 def _parts(items, size: int = 256) -> list:

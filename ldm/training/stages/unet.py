@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +19,16 @@ from ldm.diffusion.denoiser import denoiser, training_loss
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
-from ldm.errors import ConfigError, nearest
+from ldm.errors import ConfigError, ModelError
 from ldm.nn.text import Conditioning
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training import keyed
 from ldm.training.bank import Bank, encode_images
 from ldm.training.card import unet_card
+from ldm.training.checks import check_same, model_folder
 from ldm.training.samples import open_samples
 from ldm.training.settings import UNetSettings
-from ldm.training.stages.common import SEED_OFFSET, distinct, model_folder, start_from
+from ldm.training.stages.common import SEED_OFFSET, distinct, start_from
 
 GRID = 16  # pictures in the sample grid
 
@@ -36,8 +38,6 @@ class UNetStage:
 
     def __init__(self, settings: UNetSettings):
         s = self.settings = settings
-        if s.sampler not in SAMPLERS:
-            raise ConfigError(f"unknown sampler {s.sampler!r}", where="sampler", todo=nearest(s.sampler, SAMPLERS))
         self.device = pick_device(s.device)
         if s.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             raise ConfigError("needs a C++ compiler", where="compile", todo="install g++, or leave compile=false")
@@ -46,7 +46,7 @@ class UNetStage:
         self.vae.module.to(self.device)
         self.text.model.to(self.device)
         torch.manual_seed(keyed.key(s.seed, "unet"))
-        self.module = start_from(s.init, "unet") or UNet(self._config())
+        self.module = self._started() if s.init else UNet(self._config())
         self.network: Callable[..., Tensor] = torch.compile(self.module) if s.compile else self.module
         self.samples = open_samples(s.data, s.seed)
         self.empty = self._states([""])  # (1, S, D)
@@ -57,6 +57,18 @@ class UNetStage:
         size = {"sample_size": self.settings.data.resolution // self.vae.factor}
         width = {"cross_attention_dim": self.text.width}
         return build(UNetConfig, {**channels, **size, **width, **self.settings.model}, "model")
+
+    def _started(self) -> UNet:
+        """The U-Net of `init`. Raises ConfigError or ModelError where it is not what the settings and parts need."""
+        s, module = self.settings, start_from(self.settings.init, "unet")
+        check_same(s.model, dataclasses.asdict(module.config), s.init)
+        have, need = module.config.in_channels, self.vae.latent_channels
+        if have != need:
+            raise ModelError(f"its U-Net takes {have} latent channels, the autoencoder has {need}", where=s.init)
+        have, need = module.config.cross_attention_dim, self.text.width
+        if have != need:
+            raise ModelError(f"its U-Net takes text of width {have}, the text encoder has {need}", where=s.init)
+        return module
 
     def _hold_out(self) -> None:
         """Fixed latents, texts, noise and stratified timesteps for the validation loss, captions for the grid."""
