@@ -225,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
     rows = [*report["groups"].items(), ("all", report["score"])]
     rows += [(label, report[key]) for key, label in CONTROLS.items() if report.get(key)]
     width = max(len(name) for name, _ in rows)
-    head = f"{'':{width}}  {'first guess':>14} {'first five':>14} {'ground':>14} {'match (median':>15} {'5 %)':>5}"
+    head = f"{'':{width}}  {'first guess':>14} {'first five':>14} {'ground':>14} {'match: median':>15} {'5 %':>5}"
     lines = [f"{report['list']}, {report['n']} pictures by {report['model']}", head]
     for name, s in rows:
         cells = (_share(s["first"], s["named"]), _share(s["five"], s["named"]), _share(s["ground"], s["ground_n"]))
