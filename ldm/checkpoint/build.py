@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,29 +43,49 @@ def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], fold
 
 
 def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
-    """CLIP's text encoder and tokenizer; keys with and without `text_model.` are taken.
+    """The folder's text encoder with its tokenizer. Raises ModelError where they do not belong together."""
+    where = layout.folder / "tokenizer"
+    words = read_json(where / WORDS).get("words") if (where / WORDS).is_file() else None
+    config = {**layout.configs["text_encoder"], "architectures": [_text_class(layout)]}
+    return clip_text(config, state, clip_tokenizer(where), layout.folder / "text_encoder", words)
 
-    Raises ModelError where the tokenizer has more words than the encoder, or another end of text.
+
+def clip_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer of a checked folder, from either form of its files. Raises ModelError."""
+    from transformers import CLIPTokenizer
+
+    return _checked(lambda: CLIPTokenizer.from_pretrained(str(folder), local_files_only=True), folder)
+
+
+def clip_text(
+    config: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    tokenizer: Any,
+    where: object,
+    words: Iterable[str] | None = None,
+) -> ClipText:
+    """CLIP's text encoder from config.json and tensors, in eval mode; keys with and without `text_model.` are taken.
+
+    config["architectures"][0] is CLIPTextModel (or nothing) or CLIPTextModelWithProjection; `words` are those that it
+    was trained on, where they are few and known. Raises ModelError for tensors that do not fit, and where the tokenizer
+    has more words than the encoder or another end of text.
     """
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from ldm.nn.text import ClipText
     from ldm.nn.weights import load_weights
 
-    folder = layout.folder / "text_encoder"
-    kind = CLIPTextModelWithProjection if _text_class(layout).endswith("Projection") else CLIPTextModel
-    config = _checked(lambda: CLIPTextConfig.from_dict(dict(layout.configs["text_encoder"])), folder)
-    names = _checked(lambda: list(_on_meta(lambda: kind(config)).state_dict()), folder)
-    encoder = load_weights(lambda: kind(config), named_as(state, names), folder)
+    projected = (config.get("architectures") or ("",))[0] == "CLIPTextModelWithProjection"
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    settings = _checked(lambda: CLIPTextConfig.from_dict(dict(config)), where)
+    names = _checked(lambda: list(_on_meta(lambda: kind(settings)).state_dict()), where)
+    encoder = load_weights(lambda: kind(settings), named_as(state, names), where)
     for name, buffer in list(encoder.named_buffers()):  # not in the files: only the positions 0, 1, 2, …
         if buffer.is_meta and name.endswith("position_ids"):
             device = next(encoder.parameters()).device
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
             encoder.get_submodule(name.rpartition(".")[0]).position_ids = positions
-    where = layout.folder / "tokenizer"
-    tokenizer = _checked(lambda: CLIPTokenizer.from_pretrained(str(where), local_files_only=True), where)
-    words = read_json(where / WORDS).get("words") if (where / WORDS).is_file() else None
     return _checked(lambda: ClipText(encoder, tokenizer, None if words is None else frozenset(words)), where)
 
 

@@ -149,7 +149,7 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
         digests |= extra
     else:
         vae = build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
-    for module in (unet, vae.module, text.model):
+    for module in (unet, vae.module, *text.modules):
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
     info = {**layouts.read_card(folder), **({"ignored": ignored} if ignored else {})}

@@ -52,7 +52,7 @@ def save_model(
     folder, limit = Path(folder), int(max_shard_mb * 1e6)
     _refuse_foreign(folder)
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, folder)
-    modules = (model.unet, model.vae.module, model.text.model)
+    modules = (model.unet, model.vae.module, *model.text.modules)
     require_space(folder, sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize + 10_000_000)
     with atomic_folder(folder) as new:
         write_unet(model.unet, new, dtype, limit)

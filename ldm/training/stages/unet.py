@@ -44,7 +44,7 @@ class UNetStage:
         self.schedule = build(Schedule, s.schedule, "schedule")
         self.vae, self.text = load_vae_from(model_folder(s.vae)), load_text_from(model_folder(s.text))
         self.vae.module.to(self.device)
-        self.text.model.to(self.device)
+        self.text.to(self.device)
         torch.manual_seed(keyed.key(s.seed, "unet"))
         self.module = self._started() if s.init else UNet(self._config())
         self.network: Callable[..., Tensor] = torch.compile(self.module) if s.compile else self.module
@@ -85,8 +85,7 @@ class UNetStage:
 
     @torch.no_grad()
     def _states(self, captions: list[str]) -> Tensor:
-        tokens = self.text.tokenize(captions).to(self.device)
-        return torch.cat([self.text.model(input_ids=part).last_hidden_state for part in tokens.split(64)])
+        return self.text.encode_together(captions).states
 
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
@@ -147,6 +146,6 @@ class UNetStage:
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
         model = Model(unet=ema, vae=self.vae, text=self.text, schedule=self.schedule)
-        modules = {"unet": ema, "vae": self.vae.module, "text encoder": self.text.model}
+        modules = {"unet": ema, "vae": self.vae.module, "text encoder": nn.ModuleList(self.text.modules)}
         card = unet_card(self.settings, self.device.type, modules, scores)
         save_model(model, folder, dtype=torch.bfloat16, readme=card)

@@ -1,0 +1,89 @@
+"""What every text encoder hands to the U-Net, and what they share.
+
+Shapes:  B texts   S tokens   D width of the states   P width of the pooled text
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What any text encoder hands to the U-Net; CLIP has no mask, T5 no pooled text."""
+
+    states: Tensor  # (B, S, D)
+    pooled: Tensor | None = None  # (B, P)
+    mask: Tensor | None = None  # (B, S) bool, True = a token to attend to; None = all of them
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Conditioning:
+        """The texts of a slice or a list of positions (repeated ones too); an int gives a batch of one."""
+        if isinstance(index, int):
+            index = [index]
+        return self._map(lambda t: t[index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Moves all, casts all but the mask."""
+        return self._map(lambda t: t.to(device=device, dtype=None if t.dtype == torch.bool else dtype))
+
+    @classmethod
+    def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
+        """One after the other. Shorter states are padded with zeros that the mask leaves out.
+
+        Raises ModelError where widths differ or only some parts have pooled text.
+        """
+        parts = list(parts)
+        if len({part.states.shape[-1] for part in parts}) != 1 or len({part.pooled is None for part in parts}) != 1:
+            raise ModelError("texts of different encoders cannot be put together")
+        longest = max(part.states.shape[1] for part in parts)
+        padded = [part._padded(longest) for part in parts]
+        masked = any(part.mask is not None for part in padded)
+        return cls(
+            torch.cat([part.states for part in padded]),
+            None if parts[0].pooled is None else torch.cat([part.pooled for part in padded]),
+            torch.cat([part._full_mask() for part in padded]) if masked else None,
+        )
+
+    def _padded(self, length: int) -> Conditioning:
+        short = length - self.states.shape[1]
+        if not short:
+            return self
+        return Conditioning(F.pad(self.states, (0, 0, 0, short)), self.pooled, F.pad(self._full_mask(), (0, short)))
+
+    def _full_mask(self) -> Tensor:
+        return self.states.new_ones(self.states.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+    def _map(self, function) -> Conditioning:
+        return Conditioning(*(None if t is None else function(t) for t in (self.states, self.pooled, self.mask)))
+
+
+def one_by_one(texts: Sequence[str | None], encode: Callable[[str | None], Conditioning]) -> Conditioning:
+    """`encode` of each distinct text alone, so that its bits do not depend on the others, in the order of `texts`.
+
+    Raises ConfigError where there is none.
+    """
+    if not texts:
+        raise ConfigError("there is no text to encode")
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    return Conditioning.cat(encode(text) for text in distinct)[[distinct[text] for text in texts]]
+
+
+def spelt(text: str) -> list[str]:
+    """The words of a text, lower case, each once, in order; numbers and punctuation are none."""
+    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
+
+
+def known_words(captions: Iterable[str]) -> frozenset[str]:
+    """Every word of the captions that a text encoder is trained on."""
+    return frozenset(word for caption in captions for word in spelt(caption))
