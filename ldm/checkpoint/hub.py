@@ -9,17 +9,15 @@ import os
 import re
 from pathlib import Path
 
+from ldm.checkpoint.folder import CARD, CLASSES, INDEX, STEMS
 from ldm.checkpoint.safety import PICKLES, read_json
+from ldm.console import progress
 from ldm.errors import LdmError, ModelError
+from ldm.files import MANIFEST
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-STEMS |= {"text_encoder": "model", "text_encoder_2": "model"}
-SETTINGS = ["model_index.json", "config.json", "manifest.json", "README.md"]
-SETTINGS += [
-    f"{part}/*{suffix}" for part in (*STEMS, "tokenizer", "tokenizer_2", "scheduler") for suffix in (".json", ".txt")
-]
-SETTINGS += ["tokenizer/spiece.model"]
+SETTINGS = [INDEX, "config.json", MANIFEST, CARD]
+SETTINGS += [f"{part}/*{suffix}" for part in CLASSES for suffix in (".json", ".txt", "spiece.model")]
 WEIGHTS = ["diffusion_pytorch_model*.safetensors", *(f"{part}/{stem}*.safetensors" for part, stem in STEMS.items())]
 HALF = ["*.fp16.*", "*.fp16-*"]  # fetched only where a repository has nothing else
 NEVER = ["*non_ema*", "*flax*", "*openvino*"]
@@ -49,9 +47,9 @@ def snapshot(name: str, weights: bool = True) -> Path:
     _commits[place] = folder.name
     if weights and missing_weights(folder):
         folder = _download(repo, folder.name, wanted, NEVER)
-    if weights and (missing := missing_weights(folder)):
-        what = f"the repository {repo} has no {missing} (pickles are never fetched), or it is not in the cache"
-        raise ModelError(f"{what} {constants.HF_HUB_CACHE}", where=name, todo="choose a repository with safetensors")
+    if weights and (file := missing_weights(folder)):
+        what = f"the repository has no {file}, and pickles are never fetched (cache: {constants.HF_HUB_CACHE})"
+        raise ModelError(what, where=name, todo="choose a repository with safetensors")
     return folder
 
 
@@ -62,34 +60,36 @@ def forget() -> None:
 
 def _download(repo: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    quiet = progress(total=0).disable and not are_progress_bars_disabled()  # where our own bars are not shown
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if quiet:
+        disable_progress_bars()
     try:
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline
         )
     except Exception as error:  # the library has many: no network, no such repository, gated, a full disk
-        reason, todo = _reason(error, repo, revision)
-        reason = "offline" if offline else reason
-        file = _absent(repo, revision)
+        reason, todo = _reason(error, repo)
         raise ModelError(
-            f"{file} of the repository {repo} is neither in the cache {constants.HF_HUB_CACHE}"
-            f" nor could it be downloaded ({reason})",
+            f"no such folder here, and {_absent(repo, revision)} of the repository {repo} is neither in the cache"
+            f" {constants.HF_HUB_CACHE} nor could it be downloaded ({'offline' if offline else reason})",
             where=repo if revision is None else f"{repo}@{revision}",
             todo=todo,
         ) from None
+    finally:
+        if quiet:
+            enable_progress_bars()
     return Path(folder)
 
 
-def _reason(error: Exception, repo: str, revision: str | None) -> tuple[str, str]:
+def _reason(error: Exception, repo: str) -> tuple[str, str]:
     """Why a download failed and what to do, by the name of the library's error: its modules move between versions."""
     known = {
-        "GatedRepoError": (
-            "access must be asked for",
-            f"open its page, then `hf auth login`, then `hf download {repo}`",
-        ),
-        "RepositoryNotFoundError": ("no such repository, or it is private", "check the name; no folder has it either"),
-        "RevisionNotFoundError": (f"it has no revision {revision!r}", "check the name after the @"),
+        "GatedRepoError": ("access is given on request", f"ask for it on the page of {repo}, then `hf auth login`"),
+        "RepositoryNotFoundError": ("there is none of this name, or it is private", "check the name"),
+        "RevisionNotFoundError": ("it has no such revision", "check what stands after the @"),
     }
     names = [kind.__name__ for kind in type(error).__mro__]
     todo = f"connect and try again, or run `hf download {repo}` on a machine that is, and copy the cache"
@@ -100,17 +100,17 @@ def _absent(repo: str, revision: str | None) -> str:
     """The first file of a model that the cache does not hold."""
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    index = try_to_load_from_cache(repo, INDEX, revision=revision)
     missing = missing_weights(Path(index).parent) if isinstance(index, str) else None
-    return missing or "model_index.json"
+    return missing or INDEX
 
 
 def missing_weights(folder: Path) -> str | None:
     """The first weight file (as a path in the folder) that model_index.json asks for and that is not there."""
     try:
-        index = read_json(folder / "model_index.json")
+        index = read_json(folder / INDEX)
     except LdmError:  # an autoencoder alone, or no model: said by whoever reads the folder
         return None
-    parts = [part for part in STEMS if part in index and index[part] not in (None, [None, None])]
-    lacking = (part for part in parts if not list((folder / part).glob(f"{STEMS[part]}*.safetensors")))
+    parts = [part for part in STEMS if index.get(part) not in (None, [None, None])]
+    lacking = (part for part in parts if not any((folder / part).glob(f"{STEMS[part]}*.safetensors")))
     return next((f"{part}/{STEMS[part]}.safetensors" for part in lacking), None)

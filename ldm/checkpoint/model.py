@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.default import default_folder
-from ldm.checkpoint.hub import is_hub_id, snapshot
+from ldm.checkpoint.hub import forget, is_hub_id, snapshot
 from ldm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def load_model(
 
 
 def clear_cache() -> None:
-    """Forget every loaded model; those in use stay with their users."""
+    """Forget every loaded model, and which commit a hub id means; those in use stay with their users."""
+    forget()
     with _lock:
         _cache.clear()
 
@@ -153,6 +154,9 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
     info = {**layouts.read_card(folder), **({"ignored": ignored} if ignored else {})}
+    info.pop("commit", None)  # a card's word for it is no proof
+    if is_hub_id(name):
+        info["commit"] = folder.name
     short = name if name == "default" or is_hub_id(name) else folder.resolve().name
     return Model(unet, vae, text, schedule, short, folder.resolve(), layouts.digest_of(digests), info)
 

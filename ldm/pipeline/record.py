@@ -31,6 +31,7 @@ def make_records(model: Any, settings: Settings, prompts: Sequence[str], negativ
         "latents": "given" if settings.latents is not None else None,
         "model": model.name,
         "model_hash": model.hash,
+        "commit": model.info.get("commit"),  # of a model from the hub
         "schedule": model.schedule.to_diffusers(),
         "dtype": dtype_name(model.dtype),
         "device": str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}",
