@@ -1,9 +1,11 @@
-"""Models by their name on the hub: from a server of the test's own, from the cache, or one line that says what to do."""
+"""Models by their name on the hub: from a server of the test's own, from the cache, or one line on what to do."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -26,10 +28,15 @@ class Hub:
     def __init__(self):
         self.repositories: dict[str, dict[str, Path]] = {}
         self.asked: list[tuple[str, str, str | None]] = []  # (method, path, authorization)
+        self.connections: list[socket.socket] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                super().setup()
+                hub.connections.append(self.connection)
 
             def do_GET(self):
                 hub.asked.append((self.command, self.path, self.headers.get("Authorization")))
@@ -54,6 +61,9 @@ class Hub:
     def stop(self):
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:  # kept alive by the client, and by a thread that would go on serving
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def answer(self, path):
         """(status, headers, body) as the hub's documented interface has them."""
@@ -199,7 +209,7 @@ def test_half_precision_is_taken_where_there_is_nothing_else(served, saved, tmp_
     ("name", "said"),
     [
         ("someone/nothing", r"model_index.json of the repository someone/nothing .*there is none of this name"),
-        ("someone/model@v9", r"someone/model@v9: .*it has no such revision; check what stands after the @"),
+        ("someone/model@v9", r"someone/model@v9: .*it has no such revision\); check what stands after the @"),
         ("someone/pickled", r"has no vae/diffusion_pytorch_model.safetensors, and pickles are never fetched"),
     ],
 )
@@ -227,7 +237,7 @@ def test_settings_without_weights_are_not_taken_for_a_model(served, cache):
     check_model("someone/model")
     served.stop()
     clear_cache()
-    with pytest.raises(ModelError, match="unet/diffusion_pytorch_model.safetensors of the repository") as error:
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model.safetensors of the repository") as error:
         load_model("someone/model", "cpu", "fp32")
     assert str(cache) in str(error.value)
 
