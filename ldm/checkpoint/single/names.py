@@ -1,0 +1,200 @@
+"""Where each tensor of a single file belongs: Stable Diffusion's original names against those of diffusers' folders.
+
+All maps are made by rule from the parts' settings, so that they hold for networks of any width and depth. An entry maps
+a module (or a whole name) of the file to the same in the folder; what follows it in a name stays as it is. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldm.nn.unet_config import UNetConfig
+
+Config = Mapping[str, Any]
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+QKV = ("q_proj", "k_proj", "v_proj")  # the order in which OpenCLIP stacks them as in_proj
+RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2"}
+RESNET |= {"out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn": "self_attn",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of the VAE
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a model inside a single file."""
+
+    name: str  # unet, vae, text_encoder, text_encoder_2
+    prefixes: tuple[str, ...]  # that its tensors may have in a file; the first one is written
+    modules: Mapping[str, str]  # module in the file -> module in the folder; {} for equal names
+    form: str = "same"  # how tensors differ: same, vae (1x1 convolutions in attention), open_clip (stacked q, k, v)
+    unused: tuple[str, ...] = ()  # of what the file may hold beyond the folder: beginnings of names
+
+    def inner(self, key: str) -> str | None:
+        """The key without this part's prefix; None for another part's."""
+        prefix = next((prefix for prefix in self.prefixes if key.startswith(prefix)), None)
+        return None if prefix is None else key[len(prefix) :]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a single file goes: its name in the folder, or three for q, k, v that are stacked."""
+
+    part: str
+    names: tuple[str, ...]
+    change: str = ""  # transposed, flat (a 1x1 convolution as a matrix), or nothing
+
+
+def place(part: Part, key: str) -> Place | None:
+    """The place of one tensor of a file; None for a name that `part` does not have."""
+    name = translated(part.inner(key) or "", part.modules)
+    if name is None:
+        return None
+    module, _, kind = name.rpartition(".")
+    if part.form == "open_clip" and kind in ("in_proj_weight", "in_proj_bias"):
+        return Place(part.name, tuple(f"{module}.{one}.{kind.removeprefix('in_proj_')}" for one in QKV))
+    if part.form == "open_clip" and name == "text_projection.weight":
+        return Place(part.name, (name,), "transposed")
+    flat = part.form == "vae" and ".attentions." in name and kind == "weight" and "group_norm" not in name
+    return Place(part.name, (name,), "flat" if flat else "")
+
+
+def originals(part: Part, names: Iterable[str]) -> Iterator[tuple[str, Place | None]]:
+    """(key in the file, its place) for a component's tensors; None as the place of a name that has no counterpart."""
+    back, prefix, done = {new: old for old, new in part.modules.items()}, part.prefixes[0], set()
+    for name in names:
+        old = translated(name, back)
+        if old is not None and part.form == "open_clip":
+            for one in QKV:
+                old = old.replace(f".attn.{one}.", ".attn.in_proj_")
+        if old is None:
+            yield name, None
+        elif old not in done:
+            done.add(old)
+            yield prefix + old, place(part, prefix + old)
+
+
+def translated(name: str, modules: Mapping[str, str]) -> str | None:
+    """`name` with its longest beginning that is a module replaced; None where there is none."""
+    if not modules:
+        return name or None
+    head, tail = name, ""
+    while head:
+        if head in modules:
+            return modules[head] + tail
+        head, dot, last = head.rpartition(".")
+        tail = dot + last + tail
+    return None
+
+
+def parts_of(configs: Mapping[str, Config]) -> dict[str, Part]:
+    """The components of a model with these settings (component -> config.json), as a single file holds them."""
+    unet = UNetConfig.from_diffusers(configs["unet"])
+    parts = {"unet": Part("unet", (UNET,), unet_modules(unet)), "vae": vae_part(configs["vae"])}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in configs:
+            parts[name] = text_part(name, configs[name], unet)
+    return parts
+
+
+def vae_part(config: Config, prefix: str = VAE) -> Part:
+    unused = ("loss.", "model_ema.")
+    return Part("vae", (prefix,), vae_modules(config), "vae", unused)
+
+
+def text_part(name: str, config: Config, unet: UNetConfig) -> Part:
+    """A text encoder: as transformers names it in 1.x and as XL's first, as OpenCLIP does in 2.x and as XL's second."""
+    xl = unet.addition_embed_type == "text_time"
+    clip = "CLIP" in (config.get("architectures") or ("CLIP",))[0]
+    if not clip or (name == "text_encoder" and (xl or not unet.use_linear_projection)):
+        prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
+        unused = ("text_model.embeddings.position_ids", "embeddings.position_ids", "text_projection.weight")
+        return Part(name, (prefix,), {}, unused=unused[: 2 if _projects(config) else 3])
+    inside = (
+        ("conditioner.embedders.1.model.",) if xl else ("cond_stage_model.model.", "conditioner.embedders.0.model.")
+    )
+    unused = ["logit_scale", "attn_mask", f"transformer.resblocks.{config['num_hidden_layers']}."]
+    unused += [] if _projects(config) else ["text_projection"]
+    return Part(name, inside, open_clip_modules(config), "open_clip", tuple(unused))
+
+
+def _projects(config: Config) -> bool:
+    return (config.get("architectures") or ("",))[0].endswith("WithProjection")
+
+
+def unet_modules(config: UNetConfig) -> dict[str, str]:
+    """The U-Net: numbered input blocks, a middle and numbered output blocks."""
+    table = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    table |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+    if config.addition_embed_type == "text_time":
+        table |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
+    else:
+        table["add_embedding"] = "add_embedding"  # pooled text, of which the original code knows nothing
+    levels, number = len(config.block_out_channels), 1
+    for level in range(levels):
+        down = f"down_blocks.{level}"
+        for i in range(config.layers_per_block):
+            table |= _resnet(f"input_blocks.{number}.0", f"{down}.resnets.{i}")
+            if config.transformer_layers[level]:
+                table[f"input_blocks.{number}.1"] = f"{down}.attentions.{i}"
+            number += 1
+        if level < levels - 1:
+            table[f"input_blocks.{number}.0.op"] = f"{down}.downsamplers.0.conv"
+            number += 1
+    table |= _resnet("middle_block.0", "mid_block.resnets.0") | _resnet("middle_block.2", "mid_block.resnets.1")
+    table["middle_block.1"] = "mid_block.attentions.0"
+    number = 0
+    for level in range(levels):
+        up, attends = f"up_blocks.{level}", config.transformer_layers[levels - 1 - level]
+        for i in range(config.layers_per_block + 1):
+            table |= _resnet(f"output_blocks.{number}.0", f"{up}.resnets.{i}")
+            if attends:
+                table[f"output_blocks.{number}.1"] = f"{up}.attentions.{i}"
+            number += 1
+        if level < levels - 1:
+            table[f"output_blocks.{number - 1}.{2 if attends else 1}.conv"] = f"{up}.upsamplers.0.conv"
+    return table
+
+
+def _resnet(old: str, new: str) -> dict[str, str]:
+    return {f"{old}.{inside}": f"{new}.{name}" for inside, name in RESNET.items()}
+
+
+def vae_modules(config: Config) -> dict[str, str]:
+    """The autoencoder; the original code counts the decoder's levels from the highest resolution."""
+    table = {name: name for name in ("quant_conv", "post_quant_conv")}
+    levels, layers = len(config["block_out_channels"]), config.get("layers_per_block", 1)
+    for side, way, moves in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        table |= {f"{side}.{name}": f"{side}.{name}" for name in ("conv_in", "conv_out")}
+        table[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        for level in range(levels):
+            old = f"{side}.{way}.{level if way == 'down' else levels - 1 - level}"
+            new = f"{side}.{way}_blocks.{level}"
+            for i in range(layers + (way == "up")):
+                table[f"{old}.block.{i}"] = f"{new}.resnets.{i}"
+                table[f"{old}.block.{i}.nin_shortcut"] = f"{new}.resnets.{i}.conv_shortcut"
+            table[f"{old}.{moves}.conv"] = f"{new}.{moves}rs.0.conv"
+        for i in (0, 1):
+            table[f"{side}.mid.block_{i + 1}"] = f"{side}.mid_block.resnets.{i}"
+        for old, new in ATTENTION.items():
+            table[f"{side}.mid.attn_1.{old}"] = f"{side}.mid_block.attentions.0.{new}"
+    return table
+
+
+def open_clip_modules(config: Config) -> dict[str, str]:
+    """OpenCLIP's text tower, as transformers names it."""
+    table = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
+    table["positional_embedding"] = "text_model.embeddings.position_embedding.weight"
+    if _projects(config):
+        table["text_projection"] = "text_projection.weight"
+    for i in range(config["num_hidden_layers"]):
+        for old, new in BLOCK.items():
+            table[f"transformer.resblocks.{i}.{old}"] = f"text_model.encoder.layers.{i}.{new}"
+    return table
