@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.folder import CLASSES, WORDS, Layout, check_digest, read_json
+from ldm.checkpoint.folder import T5, WORDS, Layout, check_digest, read_json
 from ldm.checkpoint.tensors import read_tensors
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.nn.text import ClipText
+    from ldm.nn.text import ClipText, T5Text, TextEncoder
     from ldm.nn.unet import UNet, UNetConfig
     from ldm.nn.vae import VAE
 
 PREFIX = "text_model."  # on CLIP's keys in files since ever; transformers 5 leaves it out of CLIPTextModel
+TIED = "encoder.embed_tokens.weight"  # T5's second name for shared.weight
 
 
 def unet_config(layout: Layout) -> UNetConfig:
@@ -42,12 +43,25 @@ def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], fold
     return _checked(lambda: VAE.from_state(config, state, folder), folder / "config.json")
 
 
-def build_text(layout: Layout, state: Mapping[str, torch.Tensor]) -> ClipText:
-    """The folder's text encoder with its tokenizer. Raises ModelError where they do not belong together."""
-    where = layout.folder / "tokenizer"
+def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]]) -> TextEncoder:
+    """The folder's text encoders (component -> tensors) with their tokenizers. Raises ModelError where they clash."""
+    from ldm.nn.text import XLText
+
+    if layout.text_class("text_encoder") in T5:
+        config, where = layout.configs["text_encoder"], layout.folder / "text_encoder"
+        return t5_text(config, states["text_encoder"], layout.tokenizer("text_encoder"), where)
+    first, *more = (_build_clip(layout, part, states[part]) for part in layout.texts())
+    if not more:
+        return first
+    zero_empty = bool(layout.index.get("force_zeros_for_empty_prompt", True))
+    return _checked(lambda: XLText(first, *more, zero_empty), layout.folder)
+
+
+def _build_clip(layout: Layout, part: str, state: Mapping[str, torch.Tensor]) -> ClipText:
+    where = layout.tokenizer(part)
     words = read_json(where / WORDS).get("words") if (where / WORDS).is_file() else None
-    config = {**layout.configs["text_encoder"], "architectures": [_text_class(layout)]}
-    return clip_text(config, state, clip_tokenizer(where), layout.folder / "text_encoder", words)
+    config = {**layout.configs[part], "architectures": [layout.text_class(part)]}
+    return clip_text(config, state, clip_tokenizer(where), layout.folder / part, words)
 
 
 def clip_tokenizer(folder: Path) -> Any:
@@ -89,10 +103,31 @@ def clip_text(
     return _checked(lambda: ClipText(encoder, tokenizer, None if words is None else frozenset(words)), where)
 
 
-def _text_class(layout: Layout) -> str:
-    """CLIPTextModel, or the one with projection where model_index.json or the encoder's own config says so."""
-    named = layout.index.get("text_encoder") or layout.configs["text_encoder"].get("architectures") or ()
-    return next((name for name in CLASSES["text_encoder"] if name in named), CLASSES["text_encoder"][0])
+def t5_text(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokenizer: Path, where: object) -> T5Text:
+    """T5's encoder from config.json and tensors, in eval mode, with the tokenizer of a folder. Raises ModelError."""
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    from ldm.nn.text import T5Text
+    from ldm.nn.weights import load_weights
+
+    settings = _checked(lambda: T5Config.from_dict(dict(config)), where)
+    names = _checked(lambda: list(_on_meta(lambda: T5EncoderModel(settings)).state_dict()), where)
+    twice = state.get("shared.weight", state.get(TIED))  # one table of words under one or both of its names
+    given = {**state, **({} if twice is None else {name: twice for name in ("shared.weight", TIED) if name in names})}
+    encoder = load_weights(lambda: T5EncoderModel(settings), given, where)
+    encoder.set_input_embeddings(encoder.shared)
+    read = _checked(lambda: PreTrainedTokenizerFast.from_pretrained(str(tokenizer), local_files_only=True), tokenizer)
+    return _checked(lambda: T5Text(encoder, read), tokenizer)
+
+
+def text_widths(layout: Layout) -> tuple[int, int | None]:
+    """Widths of the states and of the pooled text, as the configs say them; T5 has no pooled text."""
+    configs = [layout.configs[part] for part in layout.texts()]
+    if layout.text_class("text_encoder") in T5:
+        return configs[0].get("d_model", 512), None
+    widths = [config.get("hidden_size", 512) for config in configs]  # defaults are CLIPTextConfig's
+    projected = layout.text_class(layout.texts()[-1]).endswith("Projection")
+    return sum(widths), configs[-1].get("projection_dim", 512) if projected else widths[-1]
 
 
 def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
@@ -106,11 +141,19 @@ def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, t
     return {name(key): tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
 
 
-def check_fit(config: UNetConfig, channels: int, width: int, where: object) -> None:
-    """Raise ModelError unless the U-Net goes with a VAE of so many latent channels and text states of this width."""
+def check_fit(config: UNetConfig, channels: int, width: int, where: object, pooled: int | None = None) -> None:
+    """Raise ModelError unless the U-Net goes with a VAE of so many latent channels and text states of this width.
+
+    `pooled` is the width of the pooled text, where there is one; XL's U-Net reads it.
+    """
     if config.cross_attention_dim != width:
         what = f"the U-Net is for text of width {config.cross_attention_dim}, this one has {width}"
         raise ModelError(what, where=where)
+    if config.addition_embed_type == "text_time" and pooled is not None:
+        wanted = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        if pooled != wanted:
+            what = f"the U-Net is for pooled text of width {wanted}, this one has {pooled}"
+            raise ModelError(what, where=where)
     if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
         shape = f"{config.in_channels} channels in, {config.out_channels} out"
         raise ModelError(f"the U-Net has {shape}, the VAE {channels} latent channels", where=where)

@@ -17,25 +17,40 @@ from ldm.files import MANIFEST, sha256
 
 INDEX = "model_index.json"
 CARD = "README.md"  # not in the manifest, so that it can be edited
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+T5_PIPELINE = "LdmT5Pipeline"  # diffusers layout, our class: diffusers has none of this name and refuses the folder
+T5_MODULE = ["ldm.nn.text", "T5Text"]  # in model_index.json; its StableDiffusionPipeline would drop the text's mask
+T5_LAYOUT = "diffusers layout, our class: diffusers has no pipeline for T5 with this U-Net"
+ONE = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TWO = (*ONE, "text_encoder_2", "tokenizer_2")
+PIPELINES = {  # what is supported, and the components of each
+    "StableDiffusionPipeline": ONE,
+    "StableDiffusionImg2ImgPipeline": ONE,
+    "StableDiffusionInpaintPipeline": ONE,
+    "StableDiffusionXLPipeline": TWO,
+    "StableDiffusionXLImg2ImgPipeline": TWO,
+    "StableDiffusionXLInpaintPipeline": TWO,
+    T5_PIPELINE: ONE,
+}
+T5 = ("T5EncoderModel", T5_MODULE[1])
 CLASSES = {  # what each component may be
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", *T5),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "scheduler": (),  # the schedule reads its settings and refuses what it does not know
 }
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # named in Model.info, not loaded
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-CONFIGS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json"}
-CONFIGS |= {"scheduler": "scheduler_config.json"}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+STEMS |= {"text_encoder": "model", "text_encoder_2": "model"}
+CONFIGS = {**dict.fromkeys(STEMS, "config.json"), "scheduler": "scheduler_config.json"}
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WORDS = "words.json"  # ours: the words that the text encoder was trained on
 TOKENIZER += ("added_tokens.json", WORDS)
 OTHERS = {  # pipelines that people will bring, by a part of their class name
-    "XLImg2Img": "the XL refiner",
     "ControlNet": "ControlNet",
-    "XL": "Stable Diffusion XL",
+    "XL": "this kind of Stable Diffusion XL",
     "Diffusion3": "Stable Diffusion 3",
     "Flux": "FLUX",
 }
@@ -62,7 +77,21 @@ class Layout:
             names.append("text_encoder/config.json")
         else:
             names.append("config.json")  # of an autoencoder's own folder
-        return names + [f"tokenizer/{name}" for name in TOKENIZER if (self.folder / "tokenizer" / name).is_file()]
+        tokenizers = [self.tokenizer(part) for part in self.texts()]
+        return names + [f"{t.name}/{name}" for t in tokenizers for name in TOKENIZER if (t / name).is_file()]
+
+    def texts(self) -> list[str]:
+        """The text encoders, the first first."""
+        return [part for part in self.weights if part.startswith("text_encoder")]
+
+    def tokenizer(self, part: str) -> Path:
+        """The folder of a text encoder's tokenizer."""
+        return self.folder / part.replace("text_encoder", "tokenizer")
+
+    def text_class(self, part: str) -> str:
+        """The class of a text encoder, by model_index.json, else by its own config, else CLIPTextModel."""
+        named = self.index.get(part) or self.configs[part].get("architectures") or ()
+        return next((name for name in CLASSES[part] if name in named), CLASSES[part][0])
 
     def shards(self, part: str) -> list[Path]:
         return [path for path in self.weights[part] if path.suffix == ".safetensors"]
@@ -75,23 +104,29 @@ def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     tensor table that is missing or malformed, a file that has not the size that the manifest says.
     """
     index = check_index(folder)
-    parts = [part for part in CLASSES if part not in skip]
+    parts = [part for part in PIPELINES[index["_class_name"]] if part not in skip]
     configs = {part: read_json(folder / part / CONFIGS[part]) for part in parts if part in CONFIGS}
     weights = {part: weight_files(folder / part, STEMS[part]) for part in parts if part in STEMS}
-    _check_tokenizer(folder / "tokenizer")
-    return _with_headers(Layout(folder, index, configs, weights, _manifest(folder)))
+    return _checked(Layout(folder, index, configs, weights, _manifest(folder)))
 
 
 def text_layout(folder: Path) -> Layout:
-    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more."""
+    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more; XL's two are refused."""
+    if (folder / "text_encoder_2").is_dir():
+        raise ModelError("has two text encoders, which is not supported for training yet", where=folder)
     config = read_json(folder / "text_encoder" / "config.json")
     weights = weight_files(folder / "text_encoder", STEMS["text_encoder"])
-    _check_tokenizer(folder / "tokenizer")
-    return _with_headers(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, _manifest(folder)))
+    return _checked(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, _manifest(folder)))
 
 
-def _with_headers(layout: Layout) -> Layout:
-    """The same layout, the tensor table of every weight file checked."""
+def _checked(layout: Layout) -> Layout:
+    """The same layout, its text encoders, tokenizers and the tensor table of every weight file checked."""
+    for part in layout.texts():
+        named, kind = layout.text_class(part), layout.configs[part].get("model_type")
+        if (kind == "t5") != (named in T5):
+            path = layout.folder / part / CONFIGS[part]
+            raise ModelError(f"is of model type {kind}, and the text encoder is said to be {named}", where=path)
+        _check_tokenizer(layout.tokenizer(part), named in T5)
     for part in layout.weights:
         for path in layout.shards(part):
             read_header(path)
@@ -118,7 +153,7 @@ def vae_layout(folder: Path) -> Layout:
     if not manifest and folder.name == "vae":  # a part of a whole model
         whole = _manifest(folder.parent).items()
         manifest = {name.removeprefix("vae/"): entry for name, entry in whole if name.startswith("vae/")}
-    return _with_headers(Layout(folder, {}, {"vae": config}, {"vae": weights}, manifest))
+    return _checked(Layout(folder, {}, {"vae": config}, {"vae": weights}, manifest))
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -149,19 +184,25 @@ def _check_classes(index: Mapping[str, Any], where: Path) -> None:
         known = next((name for part, name in OTHERS.items() if part in str(pipeline)), None)
         what = f"{known} ({pipeline})" if known else f"the pipeline {pipeline}"
         raise ModelError(f"{what} is not supported", where=where, todo=f"supported: {', '.join(PIPELINES)}")
+    components = PIPELINES[pipeline]
+    missing = [part for part in components if index.get(part) in (None, [None, None])]
+    if {"text_encoder_2", "tokenizer_2"} <= set(components) - set(missing) and "text_encoder" in missing:
+        raise ModelError(f"the XL refiner ({pipeline}) is not supported", where=where)
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or part in IGNORED or value == [None, None]:
             continue
         name = value[-1] if value and isinstance(value[-1], str) else str(value)
-        if part not in CLASSES or (CLASSES[part] and name not in CLASSES[part]):
+        if part not in components or (CLASSES[part] and name not in CLASSES[part]):
             raise ModelError(f"the component {part} ({name}) is not supported", where=where)
-    missing = [part for part in CLASSES if index.get(part) in (None, [None, None])]
     if missing:
         raise ModelError(f"names no {' and no '.join(missing)}", where=where, todo="get the whole model folder")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path, t5: bool) -> None:
     has = {name for name in TOKENIZER if (folder / name).is_file()}
+    if t5 and "tokenizer.json" not in has:
+        todo = "transformers' T5TokenizerFast writes it from spiece.model"
+        raise ModelError("no tokenizer.json", where=folder, todo=todo)
     if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
         raise ModelError("no vocab.json and merges.txt, nor tokenizer.json", where=folder, todo="get the whole folder")
     for name in has - {"merges.txt"}:
@@ -232,21 +273,21 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def index_for(text_class: str, scheduler_class: str) -> dict[str, Any]:
-    """model_index.json as diffusers' StableDiffusionPipeline writes it."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
+def index_for(pipeline: str, texts: Mapping[str, Any], scheduler_class: str) -> dict[str, Any]:
+    """model_index.json as diffusers' pipelines write it; `texts` are the entries of text encoders and tokenizers."""
+    index = {
+        "_class_name": pipeline,
         "_diffusers_version": version("diffusers"),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", text_class],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        **texts,
     }
+    if PIPELINES[pipeline] is ONE:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    return dict(sorted(index.items()))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.diffusion.schedule import Schedule
-    from ldm.nn.text import ClipText
+    from ldm.nn.text import TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
 
@@ -32,7 +32,7 @@ class Model:
 
     unet: UNet
     vae: VAE
-    text: ClipText
+    text: TextEncoder
     schedule: Schedule
     name: str = ""  # as it was asked for: "default", a folder's name, a hub id
     path: Path | None = None  # the folder it came from
@@ -138,13 +138,13 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
     digests = layouts.check_settings(layout)
     schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
     channels = layouts.vae_layout(vae_folder).configs["vae"] if vae_folder else layout.configs["vae"]
-    width = layout.configs["text_encoder"].get("hidden_size", 512)  # of CLIPTextConfig
-    build.check_fit(build.unet_config(layout), channels.get("latent_channels", 4), width, folder)
+    width, pooled = build.text_widths(layout)
+    build.check_fit(build.unet_config(layout), channels.get("latent_channels", 4), width, folder, pooled)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
     with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
     unet = build.build_unet(layout, state.pop("unet"))
-    text = build.build_text(layout, state.pop("text_encoder"))
+    text = build.build_text(layout, {part: state.pop(part) for part in layout.texts()})
     if vae_folder:
         vae, extra = load_vae(vae_folder, device, dtype)
         digests |= extra
@@ -154,6 +154,8 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
     info = {**layouts.read_card(folder), **({"ignored": ignored} if ignored else {})}
+    if layout.text_class("text_encoder") in layouts.T5:
+        info["layout"] = layouts.T5_LAYOUT
     info.pop("commit", None)  # a card's word for it is no proof
     if is_hub_id(name):
         info["commit"] = folder.name

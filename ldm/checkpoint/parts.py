@@ -7,28 +7,27 @@ from typing import TYPE_CHECKING
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import model as models
-from ldm.checkpoint.save import write_text, write_tokenizer, write_vae
+from ldm.checkpoint.save import write_text, write_vae
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.nn.text import ClipText
+    from ldm.nn.text import TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
 
 SHARD = 15_000_000  # bytes
 
 
-def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: ClipText | None = None) -> Path:
+def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: TextEncoder | None = None) -> Path:
     """Write the given parts and a manifest, atomically; what was there before is replaced."""
     with atomic_folder(folder) as new:
         if vae is not None:
             write_vae(vae, new, dtype, SHARD)
         if text is not None:
             write_text(text, new, dtype, SHARD)
-            write_tokenizer(text.tokenizer, new / "tokenizer", text.words)
         write_manifest(new)
     return folder
 
@@ -41,7 +40,7 @@ def load_vae_from(folder: Path) -> VAE:
     return models.load_vae(inner, torch.device("cpu"), torch.float32)[0]
 
 
-def load_text_from(folder: Path) -> ClipText:
+def load_text_from(folder: Path) -> TextEncoder:
     """The text encoder and tokenizer of a run or model folder, fp32 on the CPU. Raises ModelError."""
     import torch
 
@@ -52,7 +51,7 @@ def load_text_from(folder: Path) -> ClipText:
     layout = layouts.text_layout(folder)
     layouts.check_settings(layout)
     state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {}, lambda size: None)
-    return build.build_text(layout, state)
+    return build.build_text(layout, {"text_encoder": state})
 
 
 def load_unet_from(folder: Path) -> UNet:

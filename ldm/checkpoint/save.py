@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
-from ldm.checkpoint.build import PREFIX, check_fit
+from ldm.checkpoint.build import PREFIX, TIED, check_fit
 from ldm.checkpoint.tensors import write_shards
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint.model import Model
-    from ldm.nn.text import ClipText
+    from ldm.nn.text import ClipText, T5Text, TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
 
@@ -58,15 +58,37 @@ def save_model(
         write_unet(model.unet, new, dtype, limit)
         write_vae(model.vae, new, dtype, limit)
         write_text(model.text, new, dtype, limit)
-        write_tokenizer(model.text.tokenizer, new / "tokenizer", model.text.words)
         scheduler = model.schedule.to_diffusers()
         layouts.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
-        kind = type(model.text.model).__name__
-        layouts.write_json(new / layouts.INDEX, layouts.index_for(kind, scheduler["_class_name"]))
+        layouts.write_json(new / layouts.INDEX, _index(model, scheduler["_class_name"]))
         write_manifest(new)
         if readme is not None:
             (new / layouts.CARD).write_text(readme, encoding="utf-8")
     return folder
+
+
+def _singles(text: TextEncoder) -> dict[str, ClipText | T5Text]:
+    """The encoders by what their folders' names end with."""
+    from ldm.nn.text import XLText
+
+    return {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
+
+
+def _index(model: Model, scheduler: str) -> dict[str, Any]:
+    """model_index.json: the pipeline by the text encoders and by what the U-Net takes in."""
+    from ldm.nn.text import T5Text, XLText
+
+    if isinstance(model.text, T5Text):
+        texts = {"text_encoder": layouts.T5_MODULE, "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
+        return layouts.index_for(layouts.T5_PIPELINE, texts, scheduler)
+    pipeline, texts = "StableDiffusion", {}
+    if isinstance(model.text, XLText):
+        pipeline, texts = "StableDiffusionXL", {"force_zeros_for_empty_prompt": model.text.zero_empty}
+    inpainting = model.unet.config.in_channels != model.vae.latent_channels
+    for suffix, text in _singles(model.text).items():
+        texts[f"text_encoder{suffix}"] = ["transformers", type(text.model).__name__]
+        texts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+    return layouts.index_for(pipeline + ("InpaintPipeline" if inpainting else "Pipeline"), texts, scheduler)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -90,19 +112,29 @@ def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int) -> None:
     write_shards(folder / "vae", layouts.STEMS["vae"], vae.module.state_dict(), dtype, limit)
 
 
-def write_text(text: ClipText, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    """`text_encoder/` in `folder`: config.json and weights, whose keys have the `text_model.` prefix."""
-    layouts.write_json(folder / "text_encoder" / "config.json", _text_config(text))
-    state = {_prefixed(name): tensor for name, tensor in text.model.state_dict().items()}
-    write_shards(folder / "text_encoder", layouts.STEMS["text_encoder"], state, dtype, limit)
+def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int) -> None:
+    """`text_encoder/` and `tokenizer/` in `folder`, of XL also the second ones; CLIP's keys begin with `text_model.`"""
+    from ldm.nn.text import T5Text
+
+    for suffix, one in _singles(text).items():
+        place = folder / f"text_encoder{suffix}"
+        layouts.write_json(place / "config.json", _text_config(one))
+        state = one.model.state_dict()
+        if isinstance(one, T5Text):
+            state.pop(TIED, None)
+            write_tokenizer_json(one.tokenizer, folder / f"tokenizer{suffix}", "PreTrainedTokenizerFast")
+        else:
+            state = {_prefixed(name): tensor for name, tensor in state.items()}
+            write_tokenizer(one.tokenizer, folder / f"tokenizer{suffix}", one.words)
+        write_shards(place, layouts.STEMS["text_encoder"], state, dtype, limit)
 
 
 def _prefixed(name: str) -> str:
-    """The text encoder's key as every tool knows it; a projection stays beside the text model."""
+    """CLIP's key as every tool knows it; a projection stays beside the text model."""
     return name if name.startswith((PREFIX, "text_projection.")) else PREFIX + name
 
 
-def _text_config(text: ClipText) -> dict:
+def _text_config(text: ClipText | T5Text) -> dict:
     """The encoder's config.json.
 
     Its dtype is float32 however the weights are stored, under transformers 4's name and 5's: transformers would load
@@ -118,18 +150,11 @@ def _text_config(text: ClipText) -> dict:
 
 
 def write_tokenizer(tokenizer, folder: Path, words: Iterable[str] | None = None) -> None:
-    """The tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older.
+    """CLIP's tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older.
 
     `words`, where they are known, go beside it into words.json, which only we read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
-    if not (folder / "tokenizer.json").is_file():  # a slow tokenizer of transformers 4
-        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
-
-        convert_slow_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
-    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    layouts.write_json(folder / "tokenizer.json", {**table, "truncation": None, "padding": None})  # of its last call
+    table = write_tokenizer_json(tokenizer, folder, "CLIPTokenizer", add_prefix_space=False)
     vocabulary = dict(table["model"]["vocab"])
     vocabulary |= {token["content"]: token["id"] for token in table["added_tokens"]}
     ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
@@ -138,7 +163,20 @@ def write_tokenizer(tokenizer, folder: Path, words: Iterable[str] | None = None)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     if words is not None:
         layouts.write_json(folder / layouts.WORDS, {"words": sorted(words)})
+
+
+def write_tokenizer_json(tokenizer, folder: Path, kind: str, **settings: bool) -> dict[str, Any]:
+    """tokenizer.json, less the padding of its last call, and the settings for the class `kind`; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    if not (folder / "tokenizer.json").is_file():  # a slow tokenizer of transformers 4
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        convert_slow_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    layouts.write_json(folder / "tokenizer.json", {**table, "truncation": None, "padding": None})
     special = {name: str(getattr(tokenizer, name)) for name in SPECIAL if getattr(tokenizer, name)}
     layouts.write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length}
-    layouts.write_json(folder / "tokenizer_config.json", {"add_prefix_space": False, **special, **settings})
+    settings |= {**special, "tokenizer_class": kind, "model_max_length": tokenizer.model_max_length}
+    layouts.write_json(folder / "tokenizer_config.json", settings)
+    return table

@@ -21,7 +21,7 @@ class Encoder:
         self._one = lru_cache(KEPT)(lambda prompt: text.encode([prompt]).to(device, dtype))
 
     def __call__(self, texts: Sequence[str | None]) -> Conditioning:
-        rows = [self._one(text or "") for text in texts]
+        rows = [self._one(text) for text in texts]
         return type(rows[0]).cat(rows)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint import Model
+    from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
     from ldm.pipeline.encoding import Encoder
 
@@ -161,7 +162,7 @@ class Pipeline:
             prompts = [row // settings.num_images for row in rows]
             cond = encode([self.prompts[p] for p in prompts])
             uncond = encode([self.negative_prompts[p] for p in prompts])
-            predict = cfg(network(model.unet), cond, uncond, settings.guidance_scale)
+            predict = cfg(network(model.unet, settings), cond, uncond, settings.guidance_scale)
             denoise = denoiser(predict, model.schedule, cond.states.dtype)
             sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
             noise, start = starting_noise(model, settings, rows)
@@ -190,11 +191,14 @@ class Pipeline:
         return Encoder(model.text, model.device, model.dtype)
 
 
-def network(unet: Callable) -> Callable:
-    """The U-Net as predict(x, timesteps, cond)."""
+def network(unet: UNet, settings: Settings) -> Callable:
+    """The U-Net as predict(x, timesteps, cond); XL's is told of a picture that was this large and is not cropped."""
+    h, w = settings.height, settings.width
+    sizes = (h, w, 0, 0, h, w) if unet.config.addition_embed_type == "text_time" else None  # original, crop, target
 
     def predict(x, timesteps, cond):
-        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled)
+        time_ids = None if sizes is None else timesteps.new_tensor([sizes] * len(x))
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=time_ids)
 
     return predict
 

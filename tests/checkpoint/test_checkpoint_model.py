@@ -305,6 +305,10 @@ def breaks(name):
     def stranger(folder):
         shutil.copy(shard(folder), folder / "unet/diffusion_pytorch_model.safetensors")
 
+    def no_tokenizer(folder):
+        shutil.rmtree(folder / "tokenizer")
+        (folder / "manifest.json").unlink()
+
     def escape(folder):
         index = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
         edit(index, weight_map={"a": "../vae/x.safetensors"})
@@ -314,7 +318,7 @@ def breaks(name):
         "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
         "index syntax": (lambda f: (f / "model_index.json").write_text("{"), "not valid JSON"),
         "no config": (lambda f: (f / "unet/config.json").unlink(), "config.json: no such file"),
-        "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "no vocab.json"),
+        "no tokenizer": (no_tokenizer, "no vocab.json"),
         "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json: no such file"),
         "size": (cut, "not the size that the manifest says"),
         "truncated": (cut_without_manifest, "is truncated"),
@@ -322,8 +326,25 @@ def breaks(name):
         "pickle": (pickled, "pickle"),
         "escape": (escape, "no safetensors file beside it"),
         "manifest": (lambda f: (f / "manifest.json").write_text('{"files": 3}'), "manifest is damaged"),
-        "SDXL": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"), "Diffusion XL"),
-        "refiner": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"), "refiner"),
+        "XL": (
+            lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+            "names no text_encoder_2 and no tokenizer_2",
+        ),
+        "XL edit": (
+            lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLInstructPix2PixPipeline"),
+            "this kind of Stable Diffusion XL",
+        ),
+        "refiner": (
+            lambda f: edit(
+                f / "model_index.json",
+                _class_name="StableDiffusionXLImg2ImgPipeline",
+                text_encoder=[None, None],
+                tokenizer=[None, None],
+                text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+                tokenizer_2=["transformers", "CLIPTokenizer"],
+            ),
+            "XL refiner",
+        ),
         "SD3": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "Stable Diffusion 3"),
         "FLUX": (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FLUX"),
         "ControlNet": (
@@ -332,7 +353,15 @@ def breaks(name):
         ),
         "T5": (
             lambda f: edit(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),
-            r"text_encoder \(T5EncoderModel\)",
+            "is of model type clip_text_model, and the text encoder is said to be T5EncoderModel",
+        ),
+        "T5 config": (
+            lambda f: edit(f / "text_encoder/config.json", model_type="t5"),
+            "is of model type t5, and the text encoder is said to be CLIPTextModel",
+        ),
+        "AltCLIP": (
+            lambda f: edit(f / "model_index.json", text_encoder=["diffusers", "RobertaSeriesModelWithTransformation"]),
+            r"text_encoder \(RobertaSeriesModelWithTransformation\)",
         ),
         "second encoder": (
             lambda f: edit(f / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),

@@ -2,5 +2,9 @@
 
 from ldm.nn.text.clip import ClipText
 from ldm.nn.text.conditioning import Conditioning, known_words
+from ldm.nn.text.t5 import T5Text
+from ldm.nn.text.xl import XLText
 
-__all__ = ["ClipText", "Conditioning", "known_words"]
+TextEncoder = ClipText | XLText | T5Text
+
+__all__ = ["ClipText", "Conditioning", "T5Text", "TextEncoder", "XLText", "known_words"]

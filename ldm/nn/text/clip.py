@@ -80,28 +80,29 @@ class ClipText:
         for an impossible one.
         """
         self.check_skip(clip_skip)
-        return one_by_one([text or "" for text in texts], lambda text: self._encode(text, clip_skip))
+        return one_by_one([text or "" for text in texts], lambda text: self._states(self.tokenize([text]), clip_skip))
 
     @torch.no_grad()
     def encode_together(self, texts: list[str]) -> Conditioning:
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
-        return Conditioning.cat(self._states(ids, 0) for ids in self.tokenize(texts).split(64))
+        return Conditioning.cat(self._states(ids) for ids in self.tokenize(texts).split(64))
 
-    def check_skip(self, clip_skip: int, taken: int = 0) -> None:
-        """Raise ConfigError unless so many layers, beside the last ones `taken`, can be left out."""
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise ConfigError where no layer would be left."""
         layers = self.model.config.num_hidden_layers
-        if not 0 <= clip_skip < layers - taken:
+        if not 0 <= clip_skip < layers:
             raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder has {layers} layers")
 
-    def _encode(self, text: str, clip_skip: int) -> Conditioning:
-        return self._states(self.tokenize([text]), clip_skip)
+    def without_norm(self, text: str, back: int) -> Conditioning:
+        """The states `back` layers before the last, (1, S, D) without the final norm, and the pooled text."""
+        return self._states(self.tokenize([text]), back, norm=False)
 
-    def _states(self, ids: Tensor, clip_skip: int) -> Conditioning:
-        out = self.model(input_ids=ids.to(self.device), output_hidden_states=clip_skip > 0)
+    def _states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
+        out = self.model(input_ids=ids.to(self.device), output_hidden_states=back > 0)
         states, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
-        if clip_skip:
+        if back:
             tower = getattr(self.model, "text_model", self.model)  # transformers 5 has no text_model in CLIPTextModel
-            states = tower.final_layer_norm(out.hidden_states[-1 - clip_skip])
+            states = tower.final_layer_norm(out.hidden_states[-1 - back]) if norm else out.hidden_states[-1 - back]
         return Conditioning(states, out.pooler_output if pooled is None else pooled)
 
     def truncated(self, text: str) -> str:

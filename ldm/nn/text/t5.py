@@ -1,0 +1,95 @@
+"""T5's encoder (Raffel et al. 2020) with an attention mask and no pooled text.
+
+Shapes:  B texts   S tokens   D width of the states
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ldm.errors import ConfigError, ModelError
+from ldm.nn.text.conditioning import Conditioning, one_by_one, spelt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+LONGEST = 512  # tokens, where the tokenizer names no limit: T5 has none itself
+
+
+class T5Text:
+    """T5EncoderModel with its tokenizer. Raises ModelError where the two do not belong together."""
+
+    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast):
+        self.model, self.tokenizer = model, tokenizer
+        self._lock = threading.Lock()  # fast tokenizers keep their padding and truncation as state
+        config = model.config
+        self.width: int = config.d_model
+        self.max_length: int = min(tokenizer.model_max_length, LONGEST)
+        if len(tokenizer) > config.vocab_size:
+            raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder only {config.vocab_size}")
+        for name in ("eos_token_id", "pad_token_id"):
+            ours, theirs = getattr(config, name), getattr(tokenizer, name)
+            if ours != theirs:
+                raise ModelError(f"{name} is {ours} for the text encoder and {theirs} for the tokenizer")
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every network that it owns: to move, freeze, save or adapt."""
+        return (self.model,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def to(self, *args, **kwargs) -> T5Text:
+        """Moves the weights, as Module.to does; returns itself."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:
+        """States (B, S, D), zeros after the text's end, and the mask (B, S); S = max_length, None is the empty text.
+
+        Each distinct text is encoded alone, so that its bits do not depend on the others. Raises ConfigError for any
+        clip_skip: that belongs to CLIP.
+        """
+        if clip_skip:
+            raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder is T5, not CLIP")
+        return one_by_one([text or "" for text in texts], lambda text: self._states([text]))
+
+    @torch.no_grad()
+    def encode_together(self, texts: list[str]) -> Conditioning:
+        """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
+        return Conditioning.cat(self._states(texts[i : i + 64]) for i in range(0, len(texts), 64))
+
+    def _states(self, texts: list[str]) -> Conditioning:
+        kwargs = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
+        with self._lock:
+            found = self.tokenizer(texts, return_tensors="pt", **kwargs)
+        ids, mask = found.input_ids.to(self.device), found.attention_mask.to(self.device)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return Conditioning(states * mask[..., None].to(states.dtype), mask=mask.bool())
+
+    def truncated(self, text: str) -> str:
+        """The end of the text that does not fit into max_length tokens; "" if all of it does."""
+        with self._lock:
+            ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return self.tokenizer.decode(ids[self.max_length - 1 :]).strip()  # less the end token
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words, each once, of which a part is no token of the tokenizer's."""
+        unknown = self.tokenizer.unk_token_id
+        return [word for word in spelt(text) if unknown in self._ids(word)]
+
+    def _ids(self, word: str) -> list[int]:
+        with self._lock:
+            return self.tokenizer(word, add_special_tokens=False, truncation=False).input_ids

@@ -1,0 +1,76 @@
+"""The two CLIP text encoders of Stable Diffusion XL, side by side (Podell et al. 2023).
+
+Shapes:  B texts   S tokens   D width of the states, of both together   P width of the pooled text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ldm.errors import ModelError
+from ldm.nn.text.clip import ClipText
+from ldm.nn.text.conditioning import Conditioning, one_by_one
+
+
+class XLText:
+    """States of both encoders' last layer but one, without the final norm; pooled is the second's projected text.
+
+    Raises ModelError where the second does not project, or the two do not take equally many tokens.
+    """
+
+    def __init__(self, first: ClipText, second: ClipText, zero_empty: bool):
+        self.first, self.second = first, second
+        self.zero_empty = zero_empty  # None becomes zeros; else it is encoded as ""
+        self.width: int = first.width + second.width
+        self.max_length: int = first.max_length
+        if second.max_length != first.max_length:
+            raise ModelError(f"one text encoder takes {first.max_length} tokens, the other {second.max_length}")
+        if type(second.model).__name__ != "CLIPTextModelWithProjection":
+            raise ModelError("the second text encoder has no projection, and pooled text is made of it")
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Both networks, the first first."""
+        return (*self.first.modules, *self.second.modules)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    def to(self, *args, **kwargs) -> XLText:
+        """Moves the weights, as Module.to does; returns itself."""
+        self.first.to(*args, **kwargs)
+        self.second.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:
+        """States (B, S, D) and pooled (B, P), each distinct text alone; "" is encoded, None as `zero_empty` says.
+
+        clip_skip leaves out so many layers more, as in diffusers. Raises ConfigError for an impossible one.
+        """
+        for part in (self.first, self.second):
+            part.check_skip(clip_skip + 1)
+        return one_by_one(texts, lambda text: self._encode(text, clip_skip + 1))
+
+    def _encode(self, text: str | None, back: int) -> Conditioning:
+        first, second = (part.without_norm(text or "", back) for part in (self.first, self.second))
+        states, pooled = torch.cat([first.states, second.states], dim=-1), second.pooled
+        if text is None and self.zero_empty:
+            return Conditioning(torch.zeros_like(states), torch.zeros_like(pooled))
+        return Conditioning(states, pooled)
+
+    def truncated(self, text: str) -> str:
+        """The end of the text that does not fit into max_length tokens; "" if all of it does."""
+        return self.first.truncated(text)  # both have CLIP's words
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words, each once, that either encoder was never trained on, as far as that is known."""
+        return list(dict.fromkeys(self.first.unknown_words(text) + self.second.unknown_words(text)))
