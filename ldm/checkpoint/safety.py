@@ -11,6 +11,9 @@ from ldm.errors import ModelError
 
 HEAD = 4096  # bytes of a suspicious file that are looked at, at most
 MAX_HEADER = 16 << 20  # bytes; the header of SDXL's U-Net has 0.3 MB
+MAX_MARKS = 500_000  # of { [ and : in a header; a tensor has 8, so that reading the header stays within a second
+MAX_NAME = 500  # characters of a tensor's name
+MAX_NUMBERS = 1 << 48  # in one tensor
 MAX_JSON = 16 << 20  # bytes of a config, index or vocabulary
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
@@ -47,6 +50,7 @@ def refuse_pickle(path: str | Path) -> None:
 
 
 def _head(path: Path) -> bytes:
+    _check_kind(path)
     try:
         with path.open("rb", buffering=0) as handle:
             return handle.read(HEAD) or b""
@@ -54,6 +58,12 @@ def _head(path: Path) -> bytes:
         raise ModelError("no such file", where=path) from None
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def _check_kind(path: Path) -> None:
+    """Raise ModelError for a folder, and for a pipe or device, which could be read without end."""
+    if path.exists() and not path.is_file():
+        raise ModelError("is a folder, not a file" if path.is_dir() else "is not an ordinary file", where=path)
 
 
 def _foreign(head: bytes) -> str | None:
@@ -106,6 +116,8 @@ def header_length(start: bytes, size: int, where: object) -> int:
 
 def parse_header(raw: bytes, size: int, where: object) -> Header:
     """Check the header's JSON against the format; `size` is the whole file's. Raises ModelError with the reason."""
+    if sum(raw.count(mark) for mark in (b"{", b"[", b":")) > MAX_MARKS:
+        raise _malformed("its header lists more than any model's", where)
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -113,7 +125,8 @@ def parse_header(raw: bytes, size: int, where: object) -> Header:
         raise _malformed(reason, where) from None
     if not isinstance(table, dict) or raw[:1] != b"{":
         raise _malformed("its header is not a table", where)
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed("its metadata is not text", where)
     spans = sorted((_span(name, entry, where) for name, entry in table.items()), key=lambda span: span[:2])
@@ -131,6 +144,8 @@ def parse_header(raw: bytes, size: int, where: object) -> Header:
 
 def _span(name: str, entry: object, where: object) -> tuple[int, int, str, Tensor]:
     """(begin, end, name, tensor) of one header entry, its size checked against its shape."""
+    if not name.isprintable() or len(name) > MAX_NAME:
+        raise _malformed(f"a tensor has the name {name[:80]!r} … of {len(name)} characters", where)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(f"the entry of {name!r} is not dtype, shape and data_offsets", where)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -138,6 +153,8 @@ def _span(name: str, entry: object, where: object) -> tuple[int, int, str, Tenso
         raise _malformed(f"{name!r} has the unknown dtype {str(dtype)[:20]!r}", where)
     if not (_naturals(shape) and len(shape) <= 16 and _naturals(offsets) and len(offsets) == 2):
         raise _malformed(f"{name!r} has a bad shape or offsets", where)
+    if math.prod(max(side, 1) for side in shape) > MAX_NUMBERS:
+        raise _malformed(f"{name!r} is too large: {shape}", where)
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _malformed(f"the size of {name!r} does not match its shape", where)
@@ -155,8 +172,9 @@ class _Duplicate(ValueError):
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(f"its header lists {next(n for n in names if names.count(n) > 1)!r} twice")
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise _Duplicate(f"its header lists {name[:80]!r} twice")
     return table
 
 
@@ -171,6 +189,7 @@ def _malformed(reason: str, where: object) -> ModelError:
 def read_json(path: str | Path) -> dict:
     """A JSON object from a model folder. Raises ModelError with the line of bad syntax."""
     path = Path(path)
+    _check_kind(path)
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelError("is too large for a settings file", where=path)
