@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.checkpoint.safety import Header, Tensor, header_length, parse_header, read_json, refuse_pickle
 from ldm.errors import ModelError
@@ -21,9 +22,13 @@ HEADER_ROOM = 200  # bytes that one tensor's entry may take in a shard's header,
 
 
 def read_tensors(
-    path: Path, dtype: torch.dtype, device: torch.device | str, advance: Callable[[int], object] = lambda size: None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    advance: Callable[[int], object] = lambda size: None,
+    wanted: Container[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """All tensors of one safetensors file, floating ones as `dtype` on `device`, and the file's sha256.
+    """The tensors of one safetensors file (all, or those `wanted`), floating ones as `dtype` on `device`; its sha256.
 
     Every byte is read once, straight into the tensor's own memory. `advance` hears of the bytes read. Raises
     ModelError for a malformed header before any tensor is read, and naming a tensor that is not finite in `dtype`.
@@ -31,15 +36,23 @@ def read_tensors(
     refuse_pickle(path)
     digest, tensors = hashlib.sha256(), {}
     with path.open("rb") as handle:
-        for name, tensor in _read(handle, path, digest):
-            tensors[name] = _placed(name, tensor, dtype, device, path)
-            advance(tensor.nbytes)
+        for name, entry in _header(handle, path, digest).tensors.items():
+            if wanted is None or name in wanted:
+                tensors[name] = _placed(name, _tensor(handle, entry, digest, path), dtype, device, path)
+            else:
+                _pass_over(handle, entry.size, digest, path)
+            advance(entry.size)
     return tensors, digest.hexdigest()
 
 
-def _read(handle, path: Path, digest) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, entry in _header(handle, path, digest).tensors.items():
-        yield name, _tensor(handle, entry, digest, path)
+def _pass_over(handle, size: int, digest, path: Path) -> None:
+    """Hash the next bytes and forget them."""
+    while size:
+        block = handle.read(min(size, 1 << 20))
+        if not block:
+            raise ModelError("became shorter while it was read", where=path)
+        digest.update(block)
+        size -= len(block)
 
 
 def _header(handle, path: Path, digest) -> Header:
@@ -78,6 +91,50 @@ def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: P
     return placed
 
 
+class Source(NamedTuple):
+    """One tensor to write: made when its turn comes, so that a file of any size needs no second copy in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> Source:
+    """A tensor as it is written: as `dtype` if it is a floating one, refused while writing if it is not finite."""
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return Source(kind, tuple(tensor.shape), lambda: _placed(name, tensor.detach(), dtype, "cpu", path))
+
+
+def write_tensors(
+    path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Callable[[int], object]
+) -> None:
+    """Write a safetensors file, tensor by tensor, in the order and the bytes of the safetensors library.
+
+    `advance` hears of the bytes written.
+    """
+    import torch
+
+    names = {getattr(torch, name): code for code, name in TORCH.items()}
+    order = sorted(sources, key=lambda name: (-sources[name].dtype.itemsize, name))
+    header, position = {"__metadata__": dict(metadata)}, 0
+    for name in order:
+        one, start = sources[name], position
+        position += one.size
+        header[name] = {"dtype": names[one.dtype], "shape": list(one.shape), "data_offsets": [start, position]}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        for name in order:
+            tensor = sources[name].make().contiguous()
+            handle.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            advance(sources[name].size)
+
+
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_bytes: int
 ) -> list[Path]:
@@ -86,16 +143,14 @@ def write_shards(
     Floating tensors become `dtype`. Only a single tensor larger than `max_bytes` makes a larger file. Raises ModelError
     naming a tensor that is not finite.
     """
-    from safetensors.torch import save
-
     shards = _split({name: (t.numel() * _width(t, dtype)) for name, t in tensors.items()}, max_bytes)
     names = [f"{stem}.safetensors"]
     if len(shards) > 1:
         names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     for file, shard in zip(names, shards):
-        content = {n: _placed(n, tensors[n].detach(), dtype, "cpu", folder / file).contiguous() for n in shard}
-        (folder / file).write_bytes(save(content, metadata={"format": "pt"}))
+        content = {name: source(tensors[name], dtype, name, folder / file) for name in shard}
+        write_tensors(folder / file, content, {"format": "pt"}, lambda size: None)
     if len(shards) > 1:
         total = sum(t.numel() * _width(t, dtype) for t in tensors.values())
         places = {name: file for file, shard in zip(names, shards) for name in shard}
