@@ -1,0 +1,21 @@
+"""LoRA and DoRA files: read, checked against a model, merged into a copy of it, written."""
+
+from ldm.checkpoint.lora.apply import Fit, Target, fit, target_in, target_of, unapplied_line, with_loras
+from ldm.checkpoint.lora.read import LoraFile, LoraHeader, find_lora, read_lora, read_lora_header
+from ldm.checkpoint.lora.write import write_lora
+
+__all__ = [
+    "Fit",
+    "LoraFile",
+    "LoraHeader",
+    "Target",
+    "find_lora",
+    "fit",
+    "read_lora",
+    "read_lora_header",
+    "target_in",
+    "target_of",
+    "unapplied_line",
+    "with_loras",
+    "write_lora",
+]

@@ -1,0 +1,105 @@
+"""The names of layers in LoRA files: what a key means, and every spelling that a model's layer has.
+
+Spellings are made from the model's own layers and looked up, never taken apart: kohya's `_` for `.` cannot be undone.
+No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from ldm.checkpoint.single.names import translated, unet_modules
+from ldm.errors import ModelError
+from ldm.nn.unet_config import UNetConfig
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+KOHYA = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+CLIP = "text_model."  # in files since ever; transformers 5 leaves it out of CLIPTextModel
+ROLES = {  # how a key ends -> what the tensor is
+    ".lora_A.weight": "down",  # PEFT
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",  # PEFT, the adapter's name left in
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",  # diffusers
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",  # diffusers, text encoders
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",  # diffusers, attention processors
+    "_lora.up.weight": "up",
+    ".lora_down.weight": "down",  # kohya
+    ".lora_up.weight": "up",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",  # kohya
+    ".lora_magnitude_vector": "magnitude",  # PEFT
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
+}
+OTHER_KINDS = {"hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "lora_mid": "LoCon in Tucker form", "ia3": "IA3"}
+# The oldest files call a text encoder's layers as the U-Net's.
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(the layer as the file names it, what the tensor is); None for a key that is nothing of a low-rank update."""
+    end = max((end for end in ROLES if key.endswith(end)), key=len, default=None)
+    if end is None:
+        return None
+    layer = key[: -len(end)].replace(".processor.", ".")
+    if match := re.fullmatch(r"(.+\.self_attn\.)(to_q|to_k|to_v|to_out)", layer):
+        layer = match[1] + OLD_TEXT[match[2]]
+    elif layer.endswith(".to_out"):
+        layer += ".0"
+    return layer, ROLES[end]
+
+
+def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str, tuple[str, str]]:
+    """Every name that a file may give a layer -> (part, layer); `shapes` has the names of each part's layers.
+
+    Raises ModelError where two layers would share a name.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for part, names in shapes.items():
+        names = list(names)
+        originals = sgm_names(names, unet) if part == "unet" else {}
+        for name in names:
+            for spelt in dict.fromkeys(_spellings(part, name, originals.get(name))):
+                if found.setdefault(spelt, (part, name)) != (part, name):
+                    raise ModelError(f"{name} and {found[spelt][1]} would both be {spelt} in a LoRA file", where=part)
+    return found
+
+
+def _spellings(part: str, name: str, original: str | None) -> list[str]:
+    if part == "unet":
+        forms, bare = [name, *([original] if original else [])], [name]  # the oldest files have no prefix at all
+    else:
+        stem, bare = name.removeprefix(CLIP), []
+        forms = [stem, CLIP + stem]
+    flat = [f"{prefix}_{flattened(form)}" for prefix in KOHYA[part] for form in forms]
+    return [*(f"{part}.{form}" for form in forms), *bare, *flat]
+
+
+def flattened(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def peft_name(part: str, name: str) -> str:
+    """A layer's name in files in the layout of PEFT and diffusers."""
+    return f"{part}.{_in_files(part, name)}"
+
+
+def kohya_name(part: str, name: str, originals: Mapping[str, str], xl: bool) -> str:
+    """A layer's name in kohya's files: of XL the original code's (`originals`, see sgm_names), else diffusers'."""
+    prefix = "lora_te1" if xl and part == "text_encoder" else KOHYA[part][0]
+    return f"{prefix}_{flattened(originals[name] if xl and part == 'unet' else _in_files(part, name))}"
+
+
+def _in_files(part: str, name: str) -> str:
+    return CLIP + name if part != "unet" and name.startswith("encoder.layers.") else name
+
+
+def sgm_names(names: Iterable[str], unet: UNetConfig) -> dict[str, str]:
+    """diffusers' names of a U-Net's layers -> those of the original code, which kohya's XL files have."""
+    back = {new: old for old, new in unet_modules(unet).items()}
+    found = {name: translated(name, back) for name in names}
+    return {name: original for name, original in found.items() if original is not None}

@@ -1,0 +1,179 @@
+"""LoRA files written: for PEFT and diffusers, or for kohya's relatives (A1111, ComfyUI), each with a model card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ldm
+from ldm.checkpoint.lora.apply import networks
+from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
+from ldm.checkpoint.lora.read import FILE, METADATA
+from ldm.errors import ModelError
+from ldm.files import atomic_folder, write_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint.model import Model
+    from ldm.nn.lora import LowRank
+
+Layers = Mapping[str, Mapping[str, "LowRank"]]  # part (unet, text_encoder, text_encoder_2) -> layer -> update
+CARD = "README.md"
+
+
+def write_lora(
+    folder: str | Path,
+    model: Model,
+    layers: Layers,
+    layout: str = "peft",
+    dtype: torch.dtype | None = None,
+    note: str = "",
+) -> Path:
+    """Write updates of `model`'s layers into a folder with a manifest and a model card; returns the file's path.
+
+    layout  "peft": pytorch_lora_weights.safetensors, alphas in the header alone (diffusers refuses others); "kohya":
+            <folder's name>.safetensors, alphas in tensors and in the header, XL's layers by the original code's names
+    dtype   of the weights; None leaves them as they are
+    note    a paragraph for the card: what it was trained on
+    Raises ModelError for NaN and infinity, layers that the model has not, and what a layout cannot hold.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file()):
+        raise ModelError("is there already and no LoRA's folder", where=folder, todo="choose a new folder")
+    layers = {part: dict(found) for part, found in layers.items() if found}
+    _check(layers, model, folder)
+    if layout not in LAYOUTS:
+        raise ModelError(f"unknown layout {layout!r}", todo=f"choose from: {', '.join(LAYOUTS)}")
+    tensors, metadata = LAYOUTS[layout](model, layers)
+    data = save({name: _placed(name, t, dtype, folder) for name, t in tensors.items()}, {"format": "pt", **metadata})
+    name = FILE if layout == "peft" else f"{folder.resolve().name}.safetensors"
+    with atomic_folder(folder) as new:
+        (new / name).write_bytes(data)
+        write_manifest(new)
+        (new / CARD).write_text(_card(folder.resolve().name, name, model, layers, layout, note), encoding="utf-8")
+    return folder / name
+
+
+def _check(layers: Layers, model: Model, folder: Path) -> None:
+    from ldm.nn.lora import layers_of
+
+    if not layers:
+        raise ModelError("there is no layer to write", where=folder)
+    known = {part: layers_of(module) for part, module in networks(model).items()}
+    for part, found in layers.items():
+        if missing := [name for name in found if name not in known.get(part, {})]:
+            raise ModelError(f"the model has no layer {part}.{missing[0]}", where=folder)
+
+
+def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, folder: Path) -> torch.Tensor:
+    placed = tensor.detach().to("cpu", tensor.dtype if name.endswith(".alpha") else dtype).contiguous()
+    if not placed.isfinite().all():
+        raise ModelError(f"{name!r} holds NaN or infinity", where=folder, todo="nothing was written")
+    return placed
+
+
+def _peft(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors and metadata in the layout of PEFT as diffusers saves it.
+
+    Text encoders have diffusers' older names, since its loader cannot tell the newer ones in every case.
+    """
+    tensors, settings = {}, {}
+    for part, found in layers.items():
+        down, up = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+        for name, update in found.items():
+            key = peft_name(part, name)
+            tensors |= {f"{key}.{down}.weight": update.down, f"{key}.{up}.weight": update.up}
+            if update.magnitude is not None:
+                wide = (1, -1, 1, 1) if update.down.ndim == 4 else (-1,)
+                tensors[f"{key}.lora_magnitude_vector"] = update.magnitude.reshape(wide)
+        settings |= {f"{part}.{key}": value for key, value in _peft_settings(part, found).items()}
+    return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
+
+
+def _peft_settings(part: str, found: Mapping[str, LowRank]) -> dict[str, Any]:
+    """PEFT's LoraConfig, as far as needed; layers without `text_model.`, which it finds in both forms."""
+    found = {name.removeprefix(CLIP): update for name, update in found.items()}
+    if len({update.magnitude is None for update in found.values()}) > 1:
+        raise ModelError("PEFT's layout cannot hold LoRA and DoRA in one part", where=part, todo="use layout 'kohya'")
+    ranks = {name: update.rank for name, update in found.items()}
+    alphas = {name: _plain(update.alpha) for name, update in found.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(found),
+        "rank_pattern": {name: its for name, its in ranks.items() if its != rank},
+        "alpha_pattern": {name: its for name, its in alphas.items() if its != alpha},
+        "use_dora": any(update.magnitude is not None for update in found.values()),
+        "lora_bias": False,
+        "bias": "none",
+    }
+
+
+def _kohya(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors and metadata as sd-scripts writes them."""
+    import torch
+
+    xl = is_xl(model)
+    originals = sgm_names(layers.get("unet", {}), model.unet.config) if xl else {}
+    tensors = {}
+    for part, found in layers.items():
+        for name, update in found.items():
+            key = kohya_name(part, name, originals, xl)
+            tensors |= {f"{key}.lora_down.weight": update.down, f"{key}.lora_up.weight": update.up}
+            tensors[f"{key}.alpha"] = torch.tensor(float(update.alpha))
+            if update.magnitude is not None:
+                tensors[f"{key}.dora_scale"] = update.magnitude.reshape(-1, *[1] * (update.down.ndim - 1))
+    every = [update for found in layers.values() for update in found.values()]
+    version = "sdxl_base_v1-0" if xl else {768: "sd_v1", 1024: "sd_v2"}.get(model.unet.config.cross_attention_dim)
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(_commonest({i: update.rank for i, update in enumerate(every)})),
+        "ss_network_alpha": str(_commonest({i: _plain(update.alpha) for i, update in enumerate(every)})),
+        "ss_sd_model_name": model.name,
+        "ss_training_comment": f"written by ldm {ldm.__version__}",
+    }
+    return tensors, metadata | ({"ss_base_model_version": version} if version else {})
+
+
+LAYOUTS = {"peft": _peft, "kohya": _kohya}
+
+
+def is_xl(model: Model) -> bool:
+    return model.unet.config.addition_embed_type == "text_time"
+
+
+def _commonest(values: Mapping[Any, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def _card(name: str, file: str, model: Model, layers: Layers, layout: str, note: str) -> str:
+    """A short model card, its head as the hub reads it."""
+    every = [update for found in layers.values() for update in found.values()]
+    kind = "DoRA" if any(update.magnitude is not None for update in every) else "LoRA"
+    ranks, alphas = ({f"{v:g}" for v in values} for values in ([u.rank for u in every], [u.alpha for u in every]))
+    parts = ", ".join(f"{len(found)} layers of {part}" for part, found in layers.items())
+    base = f"{model.name or 'a model'}{f' (sha256 {model.hash[:12]})' if model.hash else ''}"
+    head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": {"kind": kind.lower(), "layout": layout}}
+    other = f'pipe.load_lora_weights(".", weight_name="{file}")'
+    return f"""---
+{json.dumps(head)}
+---
+# {name}
+
+A {kind} for {base}: {parts}; rank {", ".join(sorted(ranks))}, alpha {", ".join(sorted(alphas))}.
+{note and f"{chr(10)}{note}{chr(10)}"}
+In this folder: `{file}`. To use it: `ldm generate "…" --lora {file}:0.8`, or `{other}` in diffusers{
+        ", or put the file into A1111's or ComfyUI's folder of LoRAs" if layout == "kohya" else ""
+    }.
+"""

@@ -1,0 +1,201 @@
+"""Low-rank updates of linear layers and convolutions: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024).
+
+    LoRA  W' = W + s B A                            s = factor * alpha / rank
+    DoRA  W' = m (W + s B A) / |W + s B A|          one norm and one m for each output, as PEFT has it
+
+To render, the updates are merged into a copy that shares all other weights: a layer then is what it was, so an image
+keeps its bits. To train, a LoraLayer stands in the place of each layer.
+
+Shapes:  W (out, in) or (out, in, k, k)   A (r, in) or (r, in, k, k)   B (out, r) or (out, r, 1, 1)   m (out,)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter does to one layer."""
+
+    down: Tensor  # A
+    up: Tensor  # B
+    alpha: float
+    magnitude: Tensor | None = None  # m; None: LoRA
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def delta(self, weight: Tensor, factor: float = 1.0) -> Tensor:
+        """s B A in the shape of `weight`, in fp32 on its device."""
+        up, down = (t.to(weight.device, torch.float32).flatten(1) for t in (self.up, self.down))
+        return (factor * self.alpha / self.rank) * (up @ down).view(weight.shape)
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that can have an update, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def merged(weight: Tensor, updates: Iterable[tuple[LowRank, float]]) -> Tensor:
+    """`weight` with every (update, factor), computed in fp32, in its own dtype. Factor 0 is no update at all.
+
+    A factor scales B A, for DoRA too (inside the norm), as PEFT's adapter weights do; the changes are added up.
+    """
+    base = weight.float()
+    total = base
+    for update, factor in updates:
+        if factor == 0:
+            continue
+        change = update.delta(base, factor)
+        if update.magnitude is not None:
+            whole = base + change
+            change = _per_output(_dora_scale(update.magnitude.to(base), whole), whole) * whole - base
+        total = total + change
+    return total.to(weight.dtype)
+
+
+def _dora_scale(magnitude: Tensor, whole: Tensor) -> Tensor:
+    """m / |W + s B A| (out,); the norm is a constant to the gradient (Liu et al. 2024, section 4.3)."""
+    norm = whole.detach().flatten(1).norm(dim=1).clamp_min(torch.finfo(whole.dtype).tiny)
+    return magnitude / norm
+
+
+def _per_output(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))  # (out,) -> (out, 1, …)
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """The same module again, on the same memory: giving the copy other weights, or moving it, leaves the first alone.
+
+    Writing into its weights would change both.
+    """
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
+    memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def merge(module: nn.Module, updates: Mapping[str, Sequence[tuple[LowRank, float]]]) -> dict[str, nn.Parameter]:
+    """Give the named layers of `module` merged weights in place; returns the weights that they had, for `unmerge`."""
+    kept = {}
+    with torch.no_grad():
+        for name, found in updates.items():
+            layer = module.get_submodule(name)
+            kept[name] = layer.weight
+            layer.weight = nn.Parameter(merged(layer.weight, found), requires_grad=False)
+    return kept
+
+
+def unmerge(module: nn.Module, kept: Mapping[str, nn.Parameter]) -> None:
+    """Give the layers back what `merge` returned: the same bits, without arithmetic."""
+    for name, weight in kept.items():
+        module.get_submodule(name).weight = weight
+
+
+class LoraLayer(nn.Module):
+    """A frozen linear layer or convolution with an update that is trained, in fp32.
+
+    In eval mode it computes with the merged weight, as rendering will, so that an image keeps its bits.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, update: LowRank):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        device = layer.weight.device
+        self.down = nn.Parameter(update.down.detach().to(device, torch.float32, copy=True))
+        self.up = nn.Parameter(update.up.detach().to(device, torch.float32, copy=True))
+        self.magnitude = None
+        if update.magnitude is not None:
+            self.magnitude = nn.Parameter(update.magnitude.detach().to(device, torch.float32, copy=True))
+        self.alpha = update.alpha
+
+    def update(self) -> LowRank:
+        """The update as it is now, on the parameters' own memory."""
+        return LowRank(self.down, self.up, self.alpha, self.magnitude)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, …, in) -> (B, …, out), or (B, in, H, W) -> (B, out, H', W')
+        if not self.training:
+            weight = merged(self.layer.weight, [(self.update(), 1.0)])
+            return torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+        base, low = self.layer(x), self._low_rank(x)
+        if self.magnitude is None:
+            return base + low
+        whole = self.layer.weight.float() + self.update().delta(self.layer.weight)
+        scale, bias = _dora_scale(self.magnitude, whole).to(x.dtype), self.layer.bias
+        if x.ndim == 4 and isinstance(self.layer, nn.Conv2d):
+            scale = scale.view(1, -1, 1, 1)
+            bias = None if bias is None else bias.view(1, -1, 1, 1)
+        unbiased = base if bias is None else base - bias
+        return base + (scale - 1) * unbiased + scale * low
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """s B A x."""
+        down, up, scale = self.down.to(x.dtype), self.up.to(x.dtype), self.alpha / len(self.down)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(F.linear(x, down), up) * scale
+        return F.conv2d(F.conv2d(x, down, stride=self.layer.stride, padding=self.layer.padding), up) * scale
+
+
+def new_updates(
+    module: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dora: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, LowRank]:
+    """An update that changes nothing yet (A random, B zero) for each layer whose name is or ends in one of `targets`.
+
+    "to_q" takes every to_q, "attn2.to_q" those of cross attention. Raises ConfigError for one that names no layer.
+    """
+    found = layers_of(module)
+    names = {t: [name for name in found if name == t or name.endswith(f".{t}")] for t in targets}
+    if missing := [target for target, layers in names.items() if not layers]:
+        raise ConfigError(f"{type(module).__name__} has no layer named {', '.join(missing)}", where="targets")
+    chosen = {name for layers in names.values() for name in layers}
+    return {name: _new(layer, rank, alpha, dora, generator) for name, layer in found.items() if name in chosen}
+
+
+def _new(layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, dora: bool, generator) -> LowRank:
+    """A uniform within 1/sqrt(fan_in), as PEFT starts it, B zero, m the rows' own norms."""
+    weight = layer.weight.detach().float()
+    out, *fan = weight.shape
+    bound = 1 / math.sqrt(math.prod(fan))
+    down = (torch.rand((rank, *fan), generator=generator) * 2 - 1) * bound
+    up = torch.zeros(out, rank, *[1] * (len(fan) - 1))
+    return LowRank(down, up, alpha, weight.flatten(1).norm(dim=1) if dora else None)
+
+
+def attach(module: nn.Module, updates: Mapping[str, LowRank]) -> None:
+    """Put a LoraLayer in the place of each named layer, and freeze all else. Changes `module`: never a shared one.
+
+    Raises ModelError for a name that is no layer of it.
+    """
+    found = layers_of(module)
+    if missing := [name for name in updates if name not in found]:
+        raise ModelError(f"{type(module).__name__} has no layer {missing[0]}")
+    module.requires_grad_(False)
+    for name, update in updates.items():
+        module.set_submodule(name, LoraLayer(found[name], update).train(module.training))
+
+
+def updates_of(module: nn.Module) -> dict[str, LowRank]:
+    """Copies of the updates of every LoraLayer in `module`, by the name of the layer it stands for."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: copy.deepcopy(_detached(layer.update())) for name, layer in layers.items()}
+
+
+def _detached(update: LowRank) -> LowRank:
+    tensors = (None if t is None else t.detach() for t in (update.down, update.up, update.magnitude))
+    down, up, magnitude = tensors
+    return LowRank(down, up, update.alpha, magnitude)
