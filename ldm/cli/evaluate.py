@@ -7,7 +7,8 @@ examples:
   ldm evaluate --prompts mine.tsv --guidance-scale 3   a list of your own, in the form of docs/prompts/
 
 Printed: how often everything asked for is the first guess of all 849 objects, is among the first five, and the ground's
-colour; below it the same for true scenes and for those under shuffled captions, which is what the judge itself can do.
+colour; below it the same for true scenes, for those under shuffled captions, and for those passed through the model's
+autoencoder, which is what the judge itself can do.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ldm.checkpoint import Model
+    from ldm.nn.vae import VAE
 
 FIVE = 5  # "first five": the right class is among so many guesses
 PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "vae", "device", "dtype")  # the rest goes to `generate`
@@ -74,11 +75,11 @@ def evaluate(
     seed        picture i (from 1) is drawn with seed + i
     batch_size  pictures that are denoised together
     renderer    draws instead of a model: (texts, seeds) -> pictures
-    controls    judge true scenes of the same prompts too, and those against shuffled prompts
+    controls    judge true scenes of the same prompts too, those against shuffled prompts, and those through the VAE
     font        the font's file, where it is not in a usual place
     settings    go to Pipeline and generate: num_inference_steps, guidance_scale, sampler, dtype, device, …
 
-    The report holds `score`, `groups`, `real`, `shuffled` and `pictures` (one record each). Raises DataError for lists
+    The report holds `score`, `groups`, `real`, `shuffled`, `autoencoder` and `pictures` (one record each). Raises DataError for lists
     and the font, ConfigError and ModelError for settings and models before anything is drawn, ResourceError for `out`.
     """
     name, entries = open_list(prompts)
@@ -95,7 +96,7 @@ def evaluate(
     report = {"list": name, "model": str(getattr(model, "name", model)), "n": len(entries), "seed": seed}
     report |= {"settings": settings, "score": summary(judged), "groups": by_group(judged)}
     if controls:
-        report |= control(entries, seeds, font)
+        report |= control(entries, seeds, font, None if renderer else _vae(model, settings))
     report["pictures"] = [{"line": i, "seed": s, **j.record()} for i, (s, j) in enumerate(zip(seeds, judged), 1)]
     print(table(report), flush=True)
     if out is not None:
@@ -191,17 +192,42 @@ def by_group(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     return {name: summary(members) for name, members in groups.items()}
 
 
-def control(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> dict[str, Any]:
+def _vae(model: Any, settings: dict[str, Any]) -> VAE:
+    from ldm.checkpoint import load_model
+
+    return load_model(model, **{key: settings[key] for key in ("vae", "device", "dtype") if key in settings}).vae
+
+
+def control(
+    prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None, vae: VAE | None = None
+) -> dict[str, Any]:
     """What the judge says of true scenes, by their own prompts (`real`) and by prompts of other classes (`shuffled`).
 
-    `shuffled` is None where the list holds too few classes to give every picture another one's prompt, and both are
-    where there is no true scene of a prompt.
+    `autoencoder`: of the true scenes encoded and decoded by `vae`, which no model that draws its latents surpasses.
+    `shuffled` is None where the list holds too few classes to give every picture another one's prompt, `autoencoder`
+    where there is no VAE, and all are where there is no true scene of a prompt.
     """
+    found: dict[str, Any] = dict.fromkeys(CONTROLS)
     if not all(prompt.objects for prompt in prompts):
-        return {"real": None, "shuffled": None}
-    other = shuffle(prompts)
-    found = judge_by(real_pictures(prompts, seeds, font), [prompts, *([other] if other else [])], font)
-    return {"real": summary(found[0]), "shuffled": summary(found[1]) if other else None}
+        return found
+    other, pictures = shuffle(prompts), real_pictures(prompts, seeds, font)
+    judged = judge_by(pictures, [prompts, *([other] if other else [])], font)
+    found |= {"real": summary(judged[0]), "shuffled": summary(judged[1]) if other else None}
+    if vae is not None:
+        found["autoencoder"] = summary(judge_pictures(through(vae, pictures), prompts, font))
+    return found
+
+
+def through(vae: VAE, pictures: Sequence[np.ndarray]) -> list[Image]:
+    """Pictures uint8 (H, W, 3) after encoding, to the mean, and decoding: one at a time."""
+    import torch
+    from PIL import Image
+
+    from ldm.images import to_pil, to_tensor
+
+    drawn = [to_tensor(Image.fromarray(picture)) for picture in pictures]
+    with torch.no_grad():
+        return [to_pil(vae.decode(vae.encode(one)).cpu())[0] for one in drawn]
 
 
 def shuffle(prompts: Sequence[Prompt]) -> list[Prompt] | None:
@@ -234,7 +260,11 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-CONTROLS = {"real": "the judge on true scenes", "shuffled": "… with shuffled captions"}
+CONTROLS = {
+    "real": "the judge on true scenes",
+    "shuffled": "… with shuffled captions",
+    "autoencoder": "… passed through the autoencoder",
+}
 
 
 def _share(part: int, whole: int) -> str:

@@ -189,3 +189,12 @@ def test_export_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         emoji.export(tmp_path / "scenes", n=5)
     assert drawn == [0, 1, 2] and list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_leaves_few_sizes_and_places():
+    scenes = Scenes(SceneConfig(size=(88, 104), jitter=8, grid=8))
+    placed = [scenes.spec(i).objects[0] for i in range(200)]
+    assert {p.size for p in placed} == {88, 96, 104}
+    assert {p.x for p in placed} == {p.y for p in placed} == {56, 64, 72}
+    with pytest.raises(ConfigError, match="grid"):
+        SceneConfig(grid=0)

@@ -109,7 +109,7 @@ def test_a_perfect_renderer_and_its_report(tmp_path, capsys):
     report = evaluate(prompts="everyday-30", out=tmp_path / "new", n=15, renderer=perfect(prompts))
     score = report["score"]
     assert score["n"] == score["first"] == score["five"] == score["ground"] == 15
-    assert report["real"]["first"] == 15 and report["shuffled"]["first"] == 0
+    assert report["real"]["first"] == 15 and report["shuffled"]["first"] == 0 and report["autoencoder"] is None
     assert len(report["groups"]) == 5 and sum(g["n"] for g in report["groups"].values()) == 15
     assert [p["seed"] for p in report["pictures"]] == list(range(1, 16))
     assert json.loads((tmp_path / "new" / "scores.json").read_text()) == report
@@ -196,6 +196,8 @@ def test_the_pipeline_draws(tiny_folder, tmp_path):
     assert report["score"] == again["score"] and report["score"]["first"] == 0
     assert report["settings"] == {"num_inference_steps": 2, "dtype": "fp32"}
     assert (out / "sheet.png").is_file() and report["list"] == "tuning-60"
+    assert report["autoencoder"]["n"] == report["real"]["first"] == 3  # through an untrained autoencoder: mud
+    assert report["autoencoder"]["first"] == 0 and "autoencoder" not in again
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,15 @@ def _inside(value: int, size: int) -> int:
     return min(max(value, half), FRAME - half)
 
 
-def jittered(draw: Draw, x: int, y: int, size: int, jitter: int, jitter_y: int | None = None) -> Place:
-    """A centre near (x, y), moved back so far that a square of `size` lies inside the frame."""
-    down = jitter if jitter_y is None else jitter_y
+def jittered(draw: Draw, x: int, y: int, size: int, jitter: int | Place, grid: int = 1) -> Place:
+    """A centre near (x, y), by steps of `grid`, moved back so far that a square of `size` lies inside the frame.
+
+    jitter: how far it may lie from (x, y), or how far across and how far down.
+    """
+    across, down = (far // grid for far in (jitter if isinstance(jitter, tuple) else (jitter, jitter)))
     return (
-        _inside(x + draw.integer(-jitter, jitter), size),
-        _inside(y + draw.integer(-down, down), size),
+        _inside(x + grid * draw.integer(-across, across), size),
+        _inside(y + grid * draw.integer(-down, down), size),
     )
 
 
@@ -35,7 +38,7 @@ def two(draw: Draw, relation: str, sizes: tuple[int, int]) -> tuple[Place, Place
     points, jitter = ((first, middle), (second, middle)), (along, PAIR_ACROSS)
     if relation in ("above", "below"):
         points, jitter = ((middle, first), (middle, second)), (PAIR_ACROSS, along)
-    a, b = (jittered(draw, *point, size, *jitter) for point, size in zip(points, sizes))
+    a, b = (jittered(draw, *point, size, jitter) for point, size in zip(points, sizes))
     return a, b
 
 

@@ -32,6 +32,7 @@ class SceneConfig:
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
     jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
+    grid: int = 1  # steps of a single object's size and place: whole latents of an autoencoder of factor 8 with 8
     grounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
     mention: float = 0.85  # share of captions that tell the ground's colour
     two_cards: float = 0.5  # share of card scenes that have two
@@ -46,6 +47,7 @@ class SceneConfig:
         require(sum(self.kinds.values()) > 0, "all weights are zero", "kinds")
         require(8 <= self.size[0] <= self.size[1] <= 128, f"needs 8 <= low <= high <= 128, got {self.size}", "size")
         require(0 <= self.jitter <= 128, f"must be 0 to 128, got {self.jitter}", "jitter")
+        require(1 <= self.grid <= 128, f"must be 1 to 128, got {self.grid}", "grid")
         require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
         for name in ("everyday_share", "mention", "two_cards"):
             require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
@@ -214,9 +216,10 @@ def _finish(draw: Draw, config: SceneConfig, kind: str, said: str, ground, place
 
 def _single(draw: Draw, config: SceneConfig) -> Spec:
     thing, ground = _object(draw, config), _ground(draw, config)
-    size = draw.integer(*config.size)
+    low, high = config.size
+    size = low + config.grid * draw.integer(0, (high - low) // config.grid)
     middle = layout.FRAME // 2
-    x, y = layout.jittered(draw, middle, middle, size, config.jitter)
+    x, y = layout.jittered(draw, middle, middle, size, config.jitter, config.grid)
     judged = [("on", thing.codepoints, ground[1] or nearest_colour(ground[0]))]
     said = captions.noun_phrase(draw, thing)
     return _finish(draw, config, "single", said, ground, [Placed(thing, x, y, size)], judged)
