@@ -24,7 +24,7 @@ from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, SAMPLER_LAB
 
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 FROM_CALL += ("num_images", "batch_size")
-FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "device", "dtype")
+FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +56,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
     add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
-    add("--lora", metavar="FILE", help=argparse.SUPPRESS)
+    add(
+        "--lora",
+        metavar="FILE[:WEIGHT]",
+        action="append",
+        type=_lora,
+        help="a LoRA or DoRA; may be given several times",
+    )
+    add("--lora-dir", metavar="FOLDER", help="where <lora:name:0.8> in the prompt finds name.safetensors")
+    add("--allow-unapplied", action="store_true", help="warn of a LoRA's keys that fit nowhere, instead of refusing it")
     add("--from", dest="source", metavar="PICTURE", help=argparse.SUPPRESS)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; a colon in the name is no weight unless a number follows."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _options(name: str) -> list[str]:

@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import console
 from ldm.errors import ConfigError, LdmError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
+from ldm.pipeline.adapters import take_adapters
 from ldm.pipeline.record import dtype_name, make_records, warnings_of
 from ldm.pipeline.result import Images
 from ldm.pipeline.settings import Settings, canonical, check_negative, check_prompts, check_settings, check_steps
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from ldm.nn.vae import VAE
     from ldm.pipeline.encoding import Encoder
 
-OWN = ("prompt", "model", "negative_prompt", "vae", "device", "dtype")
+OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "device", "dtype")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("latents", "callback", "batch_size")
 
@@ -35,6 +37,9 @@ class Pipeline:
     prompt           what to draw; up to 100,000 characters each
     model            "default", a diffusers folder, a hub id, or a loaded model
     negative_prompt  what to keep away from: one text, or one for each prompt
+    lora             LoRA files for every prompt: a path, (path, weight), or a list of these
+    lora_dir         where <lora:name:0.8> in a prompt finds name.safetensors, for that prompt alone
+    allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     vae              another VAE's folder in place of the model's own
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
     diffusers' and A1111's words for these are taken too (see ldm.pipeline.settings.ALIASES).
@@ -51,19 +56,24 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str] | None = "",
         lora: Any = None,
+        lora_dir: str | os.PathLike | None = None,
+        allow_unapplied: bool = False,
         vae: str | os.PathLike | None = None,
         device: str = "auto",
         dtype: str = "auto",
         **other: Any,
     ):
         words = {"model": model, "negative_prompt": negative_prompt, "vae": vae, "device": device, "dtype": dtype}
-        given = canonical({**other, "lora": lora}, words, other=CALL)
-        self.prompts = check_prompts(prompt)
-        self.negative_prompts = check_negative(given["negative_prompt"], len(self.prompts))
+        words |= {"lora": lora, "lora_dir": lora_dir, "allow_unapplied": allow_unapplied}
+        given = canonical(other, words, other=CALL)
+        prompts = check_prompts(prompt)
+        self.negative_prompts = check_negative(given["negative_prompt"], len(prompts))
+        self.prompts, self._adapters = take_adapters(prompts, self.negative_prompts, lora, lora_dir, allow_unapplied)
         self.model = given["model"]
         self.vae = given["vae"]
         self.device, self.dtype = _place(self.model, given["device"], given["dtype"])
         self._folder = _check_model(self.model, self.vae)
+        self._adapters.check(self.model)
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -113,11 +123,14 @@ class Pipeline:
             return Images(self._draw_all(model, settings, records), records)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path."""
+        """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path.
+
+        The LoRAs of `lora` are merged into it, those of tags in prompts are not.
+        """
         from ldm.checkpoint import save_model
 
         with self._lock:
-            model = self._load()
+            model = self._adapters.model(self._load(), self._adapters.everywhere)
             card = model.path / "README.md" if model.path else None
             text = card.read_text(encoding="utf-8") if card and card.is_file() else None
             return save_model(model, folder, dtype=model.dtype, readme=text)
@@ -135,14 +148,18 @@ class Pipeline:
 
         if model.device.type == "cuda" and model.dtype == torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
-        drawn, count = [], len(settings.seeds)
-        batches = [range(i, min(i + settings.batch_size, count)) for i in range(0, count, settings.batch_size)]
+        drawn, adapted = [], None
+        batches = self._batches(settings)
         total = len(batches) * settings.num_inference_steps
-        encode = self._encoder(model)
         try:
             with console.progress(total=total, desc="drawing", unit="step") as bar:
                 for rows in batches:
-                    images = self._draw(model, encode, settings, rows, bar.update)
+                    before, adapted = adapted, self._adapted(model, settings, rows[0])
+                    if adapted is not before:
+                        encode = self._encoder(adapted)
+                    for row in rows:
+                        records[row] |= {key: value for key, value in adapted.info.items() if key == "lora"}
+                    images = self._draw(adapted, encode, settings, rows, bar.update)
                     for row, image in zip(rows, images):
                         if not torch.isfinite(image).all():
                             image = self._draw_in_fp32(settings, records[row], row)
@@ -151,6 +168,18 @@ class Pipeline:
             stop.images = Images(drawn, records[: len(drawn)])
             raise
         return drawn
+
+    def _batches(self, settings: Settings) -> list[list[int]]:
+        """The rows that are drawn together: at most batch_size, under the same LoRAs."""
+        batches, size = [], settings.batch_size
+        for _, group in groupby(range(len(settings.seeds)), lambda row: self._adapters.of(row // settings.num_images)):
+            rows = list(group)
+            batches += [rows[i : i + size] for i in range(0, len(rows), size)]
+        return batches
+
+    def _adapted(self, model: Model, settings: Settings, row: int) -> Model:
+        """The model with the LoRAs that picture `row` is drawn with."""
+        return self._adapters.model(model, self._adapters.of(row // settings.num_images))
 
     def _draw(self, model: Model, encode: Encoder, settings: Settings, rows: Sequence[int], advance) -> torch.Tensor:
         """One batch, from texts and seeds to pictures (B, 3, H, W) in [-1, 1] on the CPU."""
@@ -176,7 +205,7 @@ class Pipeline:
 
         if self.dtype != torch.float32 and isinstance(self.model, (str, os.PathLike)):
             console.warn(f"seed {record['seed']}: NaN in {dtype_name(self.dtype)}, drawing it again in fp32")
-            model = self._load(torch.float32)
+            model = self._adapted(self._load(torch.float32), settings, row)
             (image,) = self._draw(model, self._encoder(model), settings, [row], lambda steps: None)
             record["dtype"] = "fp32"
             if torch.isfinite(image).all():

@@ -93,6 +93,8 @@ def _short(text: str, most: int = 200) -> str:
 
 def parameters(record: dict) -> str:
     """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
+    loras = record.get("lora", ())
+    prompt = " ".join([record["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])
     fields = {
         "Steps": record["num_inference_steps"],
         "Sampler": SAMPLER_LABELS.get(record["sampler"], (record["sampler"],))[0],
@@ -102,12 +104,13 @@ def parameters(record: dict) -> str:
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": record["model_hash"][:10] if record["model_hash"] else None,
         "Model": record["model"],
+        "Lora hashes": ", ".join(f"{lora['name']}: {lora['short_hash']}" for lora in loras) or None,
         "RNG": "CPU",
         "Version": f"ldm {record['versions']['ldm']}",
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {record['negative_prompt']}" if record["negative_prompt"] else ""
-    return f"{record['prompt']}{negative}\n{line}"
+    return f"{prompt}{negative}\n{line}"
 
 
 def _quoted(value: Any) -> str:

@@ -52,7 +52,6 @@ ALIASES: dict[str, str] = {
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
 # What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
-    "lora": ((None,), "LoRA files are not supported yet"),
     "image": ((None,), "image-to-image is not supported yet"),
     "mask_image": ((None,), "inpainting is not supported yet"),
     "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),

@@ -74,7 +74,7 @@ def test_no_metadata_and_format(generate, files):
         (["--seed", "-5"], "seed: -5 is outside"),
         (["--model", "nowhere"], "nowhere: no such model folder"),
         (["--model", "old.ckpt"], "pickle"),
-        (["--lora", "x.safetensors"], "LoRA files are not supported yet"),
+        (["--lora", "x.safetensors:0.5"], "x.safetensors: no such file"),
         (["--from", "old.png"], "not supported yet"),
         (["-o", "old.ckpt/x.png"], "is a file, not a folder"),
         (["-o", "x.gif"], "unknown image format '.gif'"),

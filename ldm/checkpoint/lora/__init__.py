@@ -1,6 +1,6 @@
 """LoRA and DoRA files: read, checked against a model, merged into a copy of it, written."""
 
-from ldm.checkpoint.lora.apply import Fit, Target, fit, target_in, target_of, unapplied_line, with_loras
+from ldm.checkpoint.lora.apply import Fit, Target, fit, target_at, target_of, unapplied_line, with_loras
 from ldm.checkpoint.lora.read import LoraFile, LoraHeader, find_lora, read_lora, read_lora_header
 from ldm.checkpoint.lora.write import write_lora
 
@@ -13,7 +13,7 @@ __all__ = [
     "fit",
     "read_lora",
     "read_lora_header",
-    "target_in",
+    "target_at",
     "target_of",
     "unapplied_line",
     "with_loras",

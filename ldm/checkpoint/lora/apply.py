@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,17 @@ def _check_shape(header: LoraHeader, entry: Entry, part: str, name: str, shape: 
     )
 
 
+def target_at(model: Any) -> Target | None:
+    """Of a model's folder, or of a loaded model; None where that cannot be known before weights are read."""
+    from ldm.checkpoint.default import default_folder
+    from ldm.checkpoint.folder import read_layout
+
+    if not isinstance(model, (str, os.PathLike)):
+        return target_of(model)
+    folder = default_folder() if str(model) == "default" else Path(model).expanduser()
+    return target_in(read_layout(folder, skip=("vae",))) if folder.is_dir() else None
+
+
 def target_in(layout: Layout) -> Target:
     """Of a model folder, from the headers of its weight files; no torch."""
     shapes = {
@@ -135,7 +147,7 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
         if updates[part]:
             changed[id(module)] = copied = sharing_copy(module)
             merge(copied, updates[part])
-    info = {**model.info, "lora": [_told(lora, weight) for lora, weight in loras]}
+    info = {**model.info, "lora": [*model.info.get("lora", ()), *(_told(lora, weight) for lora, weight in loras)]}
     unet = changed.get(id(model.unet), model.unet)
     return dataclasses.replace(model, unet=unet, text=_with_networks(model.text, changed), info=info)
 

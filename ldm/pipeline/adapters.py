@@ -1,0 +1,125 @@
+"""The LoRAs of a pipeline, from `lora=` and tags in its prompts: checked before any weight is read, then merged."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import console
+from ldm.errors import ConfigError
+from ldm.prompts import take_loras
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import Model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    path: Path  # a LoRA file, or a folder with one
+    weight: float
+
+
+class Adapters:
+    """Which LoRAs each prompt of a pipeline is drawn with, and the model with them; that used last is kept."""
+
+    def __init__(self, sets: Sequence[tuple[Adapter, ...]], everywhere: tuple[Adapter, ...], allow_unapplied: bool):
+        self.everywhere = everywhere  # those of `lora=`
+        self._sets = tuple((*everywhere, *own) for own in sets)
+        self._allow = allow_unapplied
+        self._fitted = False
+        self._last: tuple[Model, tuple[Adapter, ...], Model] | None = None
+
+    def of(self, prompt: int) -> tuple[Adapter, ...]:
+        """Those that prompt number `prompt` is drawn with."""
+        return self._sets[prompt]
+
+    def check(self, model: Any) -> None:
+        """Read the header of each file and fit it to `model`, where that is a folder. Raises ModelError in one line.
+
+        Says, once a file, where alpha is taken to be the rank, and which keys are left out.
+        """
+        from ldm.checkpoint.lora import fit, read_lora_header, target_at, unapplied_line
+
+        headers = [read_lora_header(path) for path in dict.fromkeys(a.path for own in self._sets for a in own)]
+        target = target_at(model) if headers else None
+        self._fitted = target is not None
+        for header in headers:
+            found = fit(header, target, self._allow) if target else None
+            if header.assumed:
+                console.say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
+            if found and found.unapplied:
+                console.warn(unapplied_line(header, found))
+
+    def model(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
+        """`base` with these merged into a copy; `base` itself without any. Raises ModelError."""
+        if not adapters:
+            return base
+        if self._last is None or self._last[0] is not base or self._last[1] != adapters:
+            self._last = None  # its memory goes before the next one's comes
+            self._last = (base, adapters, self._merged(base, adapters))
+        return self._last[2]
+
+    def _merged(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
+        from ldm.checkpoint.lora import fit, read_lora, target_of, unapplied_line, with_loras
+
+        loras = [(read_lora(adapter.path), adapter.weight) for adapter in adapters]
+        if not self._fitted:  # the model's shapes were not to be had at first
+            self._fitted = True
+            for lora, _ in loras:
+                found = fit(lora.header, target_of(base), self._allow)
+                if found.unapplied:
+                    console.warn(unapplied_line(lora.header, found))
+        return with_loras(base, loras, self._allow)
+
+
+def take_adapters(
+    prompts: Sequence[str], negatives: Sequence[str | None], lora: Any, lora_dir: Any, allow_unapplied: Any
+) -> tuple[tuple[str, ...], Adapters]:
+    """(the prompts without their tags, the LoRAs of all and of each). Raises ConfigError; opens no file."""
+    from ldm.checkpoint.lora import find_lora
+
+    if not isinstance(allow_unapplied, bool):
+        raise ConfigError(f"expected True or False, got {allow_unapplied!r:.80}", where="allow_unapplied")
+    if lora_dir is not None and not isinstance(lora_dir, (str, os.PathLike)):
+        raise ConfigError(f"expected a folder, got {lora_dir!r:.80}", where="lora_dir")
+    if any("<lora:" in (text or "") for text in negatives):
+        raise ConfigError("a <lora:…> tag belongs into the prompt", where="negative_prompt")
+    everywhere, texts, sets = check_lora(lora), [], []
+    for i, prompt in enumerate(prompts):
+        text, tags = take_loras(prompt, where=f"prompt[{i}]" if len(prompts) > 1 else "prompt")
+        if tags and lora_dir is None:
+            todo = "give lora_dir (--lora-dir), or lora (--lora)"
+            raise ConfigError(
+                f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", todo=todo
+            )
+        texts.append(text)
+        sets.append(tuple(Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags))
+    return tuple(texts), Adapters(sets, everywhere, allow_unapplied)
+
+
+def check_lora(value: Any) -> tuple[Adapter, ...]:
+    """A path, (path, weight), or a list of these. Raises ConfigError."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, os.PathLike)) or (isinstance(value, tuple) and len(value) == 2 and _number(value[1])):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"expected a path, (path, weight) or a list of them, got {value!r:.80}", where="lora")
+    return tuple(_adapter(item) for item in value)
+
+
+def _adapter(item: Any) -> Adapter:
+    path, weight = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, 1.0)
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ConfigError(f"expected a path, or (path, weight), got {item!r:.80}", where="lora")
+    if not _number(weight) or not math.isfinite(weight):
+        raise ConfigError(f"the weight of {path} is not a finite number: {weight!r:.80}", where="lora")
+    return Adapter(Path(path).expanduser(), float(weight))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
