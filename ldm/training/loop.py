@@ -20,6 +20,7 @@ from ldm.device import fast_bf16, pick_device
 from ldm.errors import CheckpointError, DataError, Interrupted, NumericsError, ResourceError
 from ldm.training import state as states
 from ldm.training.checks import fingerprints
+from ldm.training.optimizers import make_optimizer
 from ldm.training.settings import Settings, as_dict, changed
 from ldm.training.state import TrainState
 
@@ -67,9 +68,10 @@ def fit(
     """
     device = pick_device(settings.device)
     module = stage.module.to(device).train()
-    state = TrainState(module, copy.deepcopy(module).eval().requires_grad_(False), _optimizer(settings, module, device))
+    ema = copy.deepcopy(module).eval().requires_grad_(False)
+    state = TrainState(module, ema, make_optimizer(settings, module, device))
     inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
-    losses = _restore(state, checkpoint, inputs, allow_changed) if checkpoint else []
+    losses = _restore(state, checkpoint, settings, inputs, allow_changed) if checkpoint else []
     files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
     log = LossLog(out / "loss.jsonl", state.step, losses, inputs)
     try:
@@ -118,27 +120,23 @@ def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: 
     return folder
 
 
-def _restore(state: TrainState, folder: Path, inputs: dict[str, str], allow_changed: Sequence[str]) -> list[float]:
+def _restore(
+    state: TrainState, folder: Path, settings: Settings, inputs: dict[str, str], allow_changed: Sequence[str]
+) -> list[float]:
     """Bring `state` to where the run was; returns the losses of the steps that no line of the log covers yet."""
     about = states.read_about(folder)
     for name, digest in about.get("inputs", {}).items():
         if inputs.get(name) != digest and name not in allow_changed:
             told = f"the {name} is not the one that this run began with"
             raise CheckpointError(told, where=folder, todo=f"put that one back, or --allow-changed {name}")
-    state.restore(states.read_tensors(folder), about["step"])
+    tensors = states.read_tensors(folder)
+    if about["settings"].get("optimizer", "adamw") != settings.optimizer:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
+        say(f"{settings.optimizer} begins without moments")
+    state.restore(tensors, about["step"])
     states.tell_differences(about["environment"], next(state.module.parameters()).device)
     say(f"resuming {folder.name}")
     return about["losses"]
-
-
-def _optimizer(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        states.trainable(module).values(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
 
 
 def _steps(stage: Stage, state: TrainState, settings: Settings, out: Path, log: LossLog, stop: StopRequest) -> None:

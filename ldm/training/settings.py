@@ -34,6 +34,7 @@ class Settings:
     data: DataSettings = DataSettings()
     model: dict[str, Any] = field(default_factory=dict)  # the network's config
     accumulation: int = 1  # micro-batches of batch_size a step
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     warmup: int = 100  # steps of linear warm-up
@@ -121,6 +122,7 @@ class UNetSettings(Settings):
     compile: bool = False  # torch.compile: needs a C++ compiler on a CPU, a minute at the start
     schedule: dict[str, Any] = field(default_factory=dict)  # fields of ldm.diffusion.schedule.Schedule
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = 1.0  # above 1: more often at high noise, where the text decides
     snr_gamma: float | None = None
     caption_dropout: float = 0.1
     bank: int = 4096
@@ -132,6 +134,7 @@ class UNetSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
@@ -186,8 +189,13 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
 
 def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
     """The settings, by name, that a continuation would change and that change what is trained: name → (old, new)."""
-    now = as_dict(new)
-    return {k: (old.get(k), v) for k, v in now.items() if k not in FREE and old.get(k) != v}
+    now, before = as_dict(new), {**_defaults(type(new)), **old}
+    return {k: (old.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+
+
+def _defaults(kind: type[Settings]) -> dict[str, Any]:
+    """What a setting was before it existed: its default."""
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

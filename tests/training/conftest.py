@@ -45,6 +45,8 @@ def unet_mapping(parts):
         "batch_size": 4,
         "accumulation": 2,
         "learning_rate": 1e-3,
+        "optimizer": "muon",
+        "timestep_shift": 2.0,
         "warmup": 5,
         "ema": 0.9,
         "workers": 2,

@@ -128,14 +128,17 @@ def test_timesteps_are_stratified():
 
     stage.schedule = Schedule(prediction_type="v_prediction")
     stage.settings = read_settings("emoji/unet", ["vae=x", "text=x"])
-    t = stage._timesteps((torch.arange(16) + keyed.uniform((16,), 0)) / 16)
+    t = stage._timesteps(stage._spread((torch.arange(16) + keyed.uniform((16,), 0)) / 16))
     assert [int(v) * 16 // 1000 for v in t] == list(range(16))
     stage.settings = read_settings("emoji/unet", ["vae=x", "text=x", "timesteps=logit_normal"])
-    t = stage._timesteps((torch.arange(1000) + 0.5) / 1000).double() / 1000
+    even = (torch.arange(1000) + 0.5) / 1000
+    t = stage._timesteps(stage._spread(even)).double() / 1000
     logits = torch.log(t / (1 - t))
     assert abs(logits.mean()) < 0.02
     assert abs(logits.std() - 1) < 0.02
     assert math.isfinite(logits.min())
+    stage.settings = read_settings("emoji/unet", ["vae=x", "text=x", "timestep_shift=3"])
+    assert torch.allclose(stage._spread(torch.tensor([0.0, 0.25, 0.5])), torch.tensor([0.0, 0.5, 0.75]))
 
 
 def test_stopped_log_is_cut_back(tmp_path):

@@ -90,10 +90,15 @@ class UNetStage:
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
 
-    def _timesteps(self, u: Tensor) -> Tensor:
-        """Uniform (B,) in [0, 1) → timesteps of the schedule, spread as the settings say."""
-        if self.settings.timesteps == "logit_normal":
+    def _spread(self, u: Tensor) -> Tensor:
+        """Uniform (B,) in [0, 1) → [0, 1), as often at low and at high noise as the settings say."""
+        s = self.settings
+        if s.timesteps == "logit_normal":
             u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
+        return s.timestep_shift * u / (1 + (s.timestep_shift - 1) * u)  # Esser et al. 2024, eq. 23
+
+    def _timesteps(self, u: Tensor) -> Tensor:
+        """(B,) in [0, 1) → timesteps of the schedule."""
         if self.schedule.is_flow:
             return u.clamp(1e-4, 1 - 1e-4).to(self.device)
         total = self.schedule.num_train_timesteps
@@ -113,7 +118,7 @@ class UNetStage:
         size = len(x0)
         noise = keyed.normal(tuple(x0.shape), s.seed, "noise", step, micro).to(self.device)
         u = keyed.uniform((2, size), s.seed, "timesteps", step, micro)
-        timesteps = self._timesteps((torch.arange(size) + u[0]) / size)  # one from each of B equal parts
+        timesteps = self._timesteps(self._spread((torch.arange(size) + u[0]) / size))  # one from each of B equal parts
         dropped = (u[1] < s.caption_dropout).to(self.device)[:, None, None]
         states = torch.where(dropped, self.empty, states)
         return self._loss(self.network, x0, noise, timesteps, states)
