@@ -155,6 +155,12 @@ OTHERS = {  # a part of a name -> what has such names and is none of these
     "edm_mean": "Playground 2.5, which is not supported",
     "edm_vpred.": "CosXL, which is not supported",
 }
+ROOTS = ("alphas_cumprod", "one_minus_alphas_cumprod", "recip_alphas_cumprod", "recipm1_alphas_cumprod")
+SCHEDULE_BUFFERS = {  # of the noise schedule, in old files of whole models: made anew from its settings
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "lvlb_weights", "logvar"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("scale_factor", "denoiser.sigmas", *(f"sqrt_{name}" for name in ROOTS)),
+}
 CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix"}
 
 

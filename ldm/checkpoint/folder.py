@@ -161,7 +161,8 @@ def _index(folder: Path) -> dict[str, Any]:
         refuse_pickle(folder)
         if folder.suffix.lower() == ".safetensors":
             read_header(folder)
-            raise ModelError("single-file models are not supported yet", where=folder, todo="use a diffusers folder")
+            todo = "make a folder of it: ldm convert FILE FOLDER"
+            raise ModelError("is a single file, and a model folder is needed here", where=folder, todo=todo)
         raise ModelError("is neither a model folder nor a weight file", where=folder)
     if not folder.is_dir():
         raise ModelError("no such model folder", where=folder, todo="check the path, or leave --model out")
@@ -246,11 +247,21 @@ def check_settings(layout: Layout) -> dict[str, str]:
 
 
 def identity(folder: Path) -> tuple:
-    """What changes when any file of the model does: names, sizes, times and inodes; () for what is no folder."""
+    """What changes when any file of the model does: names, sizes, times and inodes.
+
+    Of a single file also those of the settings beside it; () for what is not there.
+    """
     parts = [folder, *(folder / part for part in CLASSES)]
     paths = sorted(path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file())
+    if folder.is_file():
+        paths = [path for path in (folder, *beside(folder)) if path.is_file()]
     stats = ((path, path.stat()) for path in paths)
-    return tuple((path.relative_to(folder).as_posix(), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats)
+    return tuple((str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats)
+
+
+def beside(file: Path) -> tuple[Path, Path]:
+    """Where settings of the original code may lie: the single file's name with .yaml or .yml."""
+    return file.with_suffix(".yaml"), file.with_suffix(".yml")
 
 
 def digest_of(digests: Mapping[str, str]) -> str:
@@ -258,12 +269,16 @@ def digest_of(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in sorted(digests.items())).encode()).hexdigest()
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """The settings between the `---` lines at the head of README.md; {} where there are none."""
+def read_card(folder: Path) -> str | None:
+    """README.md of a model's folder; None where there is none."""
+    path = folder / CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def card_settings(text: str) -> dict[str, Any]:
+    """The settings between the `---` lines at the head of a model card; {} where there are none."""
     import yaml
 
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     if not text.startswith("---\n"):
         return {}
     try:

@@ -1,16 +1,19 @@
-"""A model as one object, loaded from a diffusers folder and saved as one."""
+"""A model as one object, loaded from a diffusers folder or a single file."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
+from ldm.checkpoint import single
 from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.hub import forget, is_hub_id, snapshot
+from ldm.checkpoint.safety import read_header, read_json
 from ldm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,8 +38,8 @@ class Model:
     text: TextEncoder
     schedule: Schedule
     name: str = ""  # as it was asked for: "default", a folder's name, a hub id
-    path: Path | None = None  # the folder it came from
-    hash: str = ""  # one sha256 over all files it was read from
+    path: Path | None = None  # the folder or file it came from
+    hash: str = ""  # one sha256 over all files it was read from; a single file's own
     info: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model card's settings, what was left out
 
     @property
@@ -48,19 +51,26 @@ class Model:
         return next(self.unet.parameters()).dtype
 
 
-def check_model(model: str | Path | Model = "default") -> Path | None:
-    """The model's folder, after every check that needs no weight: a few milliseconds, no torch.
+def check_model(
+    model: str | Path | Model = "default", vae: str | Path | None = None, prediction_type: str | None = None
+) -> Path | None:
+    """The model's folder or file, after every check that needs no weight: a few milliseconds, no torch.
 
     Of a hub id only the settings are fetched. Raises ModelError in one line; None for a loaded model without a folder.
     """
+    asked, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
     if isinstance(model, Model):
         return model.path
-    folder = _resolve(model, weights=False)
+    place = _resolve(model, weights=False)
     if is_hub_id(str(model)):
-        layouts.check_index(folder)
+        layouts.check_index(place)
+    elif _is_single(place):
+        single.plan_of(place, asked, skip)
     else:
-        layouts.read_layout(folder)
-    return folder
+        layouts.read_layout(place, skip)
+    if vae is not None and _is_single(Path(vae)):
+        single.vae_prefix(read_header(vae), Path(vae))
+    return place
 
 
 def load_model(
@@ -69,11 +79,14 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | VAE | None = None,
     cache: bool = True,
+    prediction_type: str | None = None,
 ) -> Model:
-    """A model in eval mode, without gradients: "default", a diffusers folder or a hub id (a loaded one is given back).
+    """A model in eval mode, without gradients: "default", a diffusers folder, a single file or a hub id.
 
-    `vae` takes the autoencoder from elsewhere: its own folder, a whole model's, or a loaded one. Models are shared by
-    (path, file identity, dtype, device); `cache=False` gives one of your own, to be trained. Raises ModelError.
+    `vae` takes the autoencoder from elsewhere: its own folder or file, a whole model's, or a loaded one.
+    `prediction_type` (epsilon, v_prediction, sample) overrides what the model says of itself. A loaded model is given
+    back. Models are shared by (path, file identity, dtype, device); `cache=False` gives one of your own, to be trained.
+    Raises ModelError.
     """
     if isinstance(model, Model):
         return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
@@ -84,10 +97,9 @@ def load_model(
     folder = _resolve(model)
     own_vae = vae if isinstance(vae, str | Path | None) else None
     vae_folder = _resolve_vae(own_vae) if own_vae is not None else None
-    if not cache:
-        loaded = _load(folder, str(model), device, dtype, vae_folder)
-    else:
-        loaded = _cached(folder, str(model), device, dtype, vae_folder)
+    asked = single.check_prediction_type(prediction_type)
+    read = _cached if cache else _load
+    loaded = read(folder, str(model), device, dtype, vae_folder, asked)
     return loaded if vae is own_vae else _with_vae(loaded, vae, device, dtype)
 
 
@@ -98,13 +110,13 @@ def clear_cache() -> None:
         _cache.clear()
 
 
-def _cached(folder: Path, name: str, device, dtype, vae: Path | None) -> Model:
+def _cached(folder: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
     """The model from the cache, loaded once however many threads ask; older versions of the same files are dropped."""
-    place = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype))
+    place = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), asked)
     with _lock:
         key = (place, layouts.identity(folder), vae and layouts.identity(vae))
         if key not in _cache:
-            loaded = _load(folder, name, device, dtype, vae)
+            loaded = _load(folder, name, device, dtype, vae, asked)
             for old in [old for old in _cache if old[0] == place]:
                 del _cache[old]
             _cache[key] = loaded
@@ -123,37 +135,76 @@ def _resolve(model: str | Path, weights: bool = True) -> Path:
 
 
 def _resolve_vae(vae: str | Path) -> Path:
-    """The folder that holds the autoencoder's config.json: the one named, or `vae/` in it."""
+    """The file, or the folder that holds the autoencoder's config.json: the one named, or `vae/` in it."""
     folder = _resolve(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
-def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Model:
-    """Settings, checks, then weights, part by part."""
+def _is_single(place: Path) -> bool:
+    """Whether this is (or is named like) a single file; any other file is left to the reader of folders to refuse."""
+    return place.is_file() and place.suffix.lower() == ".safetensors"
+
+
+def _load(place: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
+    """The model with every change that was asked for."""
+    if _is_single(place):
+        plan = single.plan_of(place, asked, ("vae",) if vae else ())
+        loaded = single.read_single(place, device, dtype, plan)
+    else:
+        loaded = _load_folder(place, name, device, dtype, vae)
+    if asked is not None and asked != loaded.schedule.prediction_type:
+        loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=asked)
+    return loaded if vae is None else _with_vae(loaded, vae, device, dtype)
+
+
+def settings_of(place: Path | None) -> Mapping[str, Mapping[str, Any]]:
+    """Component -> settings of a model's folder or single file (`vae` of an autoencoder's), as far as can be read.
+
+    Reads no weight, imports no torch, and leaves it to loading to say what is wrong.
+    """
+    if place is None:
+        return {}
+    try:
+        if _is_single(place):
+            return single.plan_of(place, "epsilon", ("vae",)).configs
+        names = {"vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
+        found = {part: place / name for part, name in names.items() if (place / name).is_file()}
+        return {part: read_json(path) for part, path in (found or {"vae": place / "config.json"}).items()}
+    except ModelError:
+        return {}
+
+
+def card_of(model: Model) -> str | None:
+    """The text of the model card that came with a loaded model."""
+    if model.path is None:
+        return None
+    if _is_single(model.path):
+        return (single.own_settings(read_header(model.path), model.path) or {}).get("card")
+    return layouts.read_card(model.path)
+
+
+def _load_folder(folder: Path, name: str, device, dtype, own_vae: Path | None) -> Model:
+    """Settings, checks, then weights, part by part; without the autoencoder where the user has one of his own."""
     from ldm.checkpoint import build
     from ldm.console import progress
     from ldm.diffusion.schedule import Schedule
 
-    layout = layouts.read_layout(folder, skip=("vae",) if vae_folder else ())
+    layout = layouts.read_layout(folder, skip=("vae",) if own_vae else ())
     digests = layouts.check_settings(layout)
     schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
-    channels = layouts.vae_layout(vae_folder).configs["vae"] if vae_folder else layout.configs["vae"]
+    vae_config = settings_of(own_vae).get("vae", {}) if own_vae else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
-    build.check_fit(build.unet_config(layout), channels.get("latent_channels", 4), width, folder, pooled)
+    build.check_fit(build.unet_config(layout), vae_config.get("latent_channels", 4), width, folder, pooled)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
     with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
     unet = build.build_unet(layout, state.pop("unet"))
     text = build.build_text(layout, {part: state.pop(part) for part in layout.texts()})
-    if vae_folder:
-        vae, extra = load_vae(vae_folder, device, dtype)
-        digests |= extra
-    else:
-        vae = build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
-    for module in (unet, vae.module, *text.modules):
+    vae = None if own_vae else build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
+    for module in (unet, *text.modules, *(() if vae is None else (vae.module,))):
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
-    info = {**layouts.read_card(folder), **({"ignored": ignored} if ignored else {})}
+    info = {**layouts.card_settings(layouts.read_card(folder) or ""), **({"ignored": ignored} if ignored else {})}
     if layout.text_class("text_encoder") in layouts.T5:
         info["layout"] = layouts.T5_LAYOUT
     info.pop("commit", None)  # a card's word for it is no proof
@@ -163,15 +214,23 @@ def _load(folder: Path, name: str, device, dtype, vae_folder: Path | None) -> Mo
     return Model(unet, vae, text, schedule, short, folder.resolve(), layouts.digest_of(digests), info)
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[VAE, dict[str, str]]:
-    """An autoencoder from its own folder (config.json and weights), and the sha256 of its files. Raises ModelError."""
+def load_vae(
+    place: Path, device: torch.device, dtype: torch.dtype, like: Mapping[str, Any] | None = None
+) -> tuple[VAE, dict[str, str]]:
+    """An autoencoder from its own folder (config.json and weights) or a file, and the sha256 of what was read.
+
+    A file that holds nothing else has no settings: it gets those of `like`. Raises ModelError.
+    """
     from ldm.checkpoint import build
 
-    layout = layouts.vae_layout(folder)
+    if _is_single(place):
+        vae, digest = single.read_vae(place, device, dtype, like)
+        return vae, {"vae": digest}
+    layout = layouts.vae_layout(place)
     digests: dict[str, str] = {}
     state = build.read_part(layout, "vae", dtype, device, digests, lambda size: None)
     digests |= layouts.check_settings(layout)
-    vae = build.build_vae(layout.configs["vae"], state, folder)
+    vae = build.build_vae(layout.configs["vae"], state, place)
     return vae, {f"vae/{name}": digest for name, digest in digests.items()}
 
 
@@ -181,7 +240,7 @@ def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
 
     digests = {"model": model.hash, "vae": "of the caller"}
     if isinstance(vae, str | Path):
-        vae, extra = load_vae(_resolve_vae(vae), device, dtype)
+        vae, extra = load_vae(_resolve_vae(vae), device, dtype, settings_of(model.path).get("vae"))
         digests |= extra
     check_fit(model.unet.config, vae.latent_channels, model.text.width, model.path)
     return dataclasses.replace(model, vae=vae, hash=layouts.digest_of(digests))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NOT_CLIPS = ("_name_or_path", "_attn_implementation", "dtype", "torch_dtype", "chunk_size_feed_forward", "id2label")
 NOT_CLIPS += ("label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states")
 NOT_CLIPS += ("is_encoder_decoder",)  # settings that transformers gives every config
+NOT_VAES = ("_name_or_path", "_use_default_values", "_diffusers_version")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -67,7 +68,7 @@ def save_model(
     return folder
 
 
-def _singles(text: TextEncoder) -> dict[str, ClipText | T5Text]:
+def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
     """The encoders by what their folders' names end with."""
     from ldm.nn.text import XLText
 
@@ -85,7 +86,7 @@ def _index(model: Model, scheduler: str) -> dict[str, Any]:
     if isinstance(model.text, XLText):
         pipeline, texts = "StableDiffusionXL", {"force_zeros_for_empty_prompt": model.text.zero_empty}
     inpainting = model.unet.config.in_channels != model.vae.latent_channels
-    for suffix, text in _singles(model.text).items():
+    for suffix, text in encoders(model.text).items():
         texts[f"text_encoder{suffix}"] = ["transformers", type(text.model).__name__]
         texts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
     return layouts.index_for(pipeline + ("InpaintPipeline" if inpainting else "Pipeline"), texts, scheduler)
@@ -106,27 +107,39 @@ def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int) -> None
 
 def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """`vae/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
-    config = json.loads(vae.module.to_json_string())
-    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}
-    layouts.write_json(folder / "vae" / "config.json", {**config, "_diffusers_version": version("diffusers")})
+    layouts.write_json(folder / "vae" / "config.json", {**vae_config(vae), "_diffusers_version": version("diffusers")})
     write_shards(folder / "vae", layouts.STEMS["vae"], vae.module.state_dict(), dtype, limit)
+
+
+def vae_config(vae: VAE) -> dict[str, Any]:
+    """The autoencoder's config.json, but for the version of diffusers."""
+    config = json.loads(vae.module.to_json_string())
+    return {key: value for key, value in config.items() if key not in NOT_VAES}
 
 
 def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int) -> None:
     """`text_encoder/` and `tokenizer/` in `folder`, of XL also the second ones; CLIP's keys begin with `text_model.`"""
     from ldm.nn.text import T5Text
 
-    for suffix, one in _singles(text).items():
+    for suffix, one in encoders(text).items():
         place = folder / f"text_encoder{suffix}"
-        layouts.write_json(place / "config.json", _text_config(one))
-        state = one.model.state_dict()
+        layouts.write_json(place / "config.json", text_config(one))
+        tokenizer = folder / f"tokenizer{suffix}"
         if isinstance(one, T5Text):
-            state.pop(TIED, None)
-            write_tokenizer_json(one.tokenizer, folder / f"tokenizer{suffix}", "PreTrainedTokenizerFast")
+            write_tokenizer_json(one.tokenizer, tokenizer, "PreTrainedTokenizerFast")
         else:
-            state = {_prefixed(name): tensor for name, tensor in state.items()}
-            write_tokenizer(one.tokenizer, folder / f"tokenizer{suffix}", one.words)
-        write_shards(place, layouts.STEMS["text_encoder"], state, dtype, limit)
+            write_tokenizer(one.tokenizer, tokenizer, one.words)
+        write_shards(place, layouts.STEMS["text_encoder"], text_state(one), dtype, limit)
+
+
+def text_state(text: ClipText | T5Text) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors by the names in its file: CLIP's begin with `text_model.`, T5's has no tensor twice."""
+    from ldm.nn.text import T5Text
+
+    state = text.model.state_dict()
+    if isinstance(text, T5Text):
+        return {name: tensor for name, tensor in state.items() if name != TIED}
+    return {_prefixed(name): tensor for name, tensor in state.items()}
 
 
 def _prefixed(name: str) -> str:
@@ -134,7 +147,7 @@ def _prefixed(name: str) -> str:
     return name if name.startswith((PREFIX, "text_projection.")) else PREFIX + name
 
 
-def _text_config(text: ClipText | T5Text) -> dict:
+def text_config(text: ClipText | T5Text) -> dict:
     """The encoder's config.json.
 
     Its dtype is float32 however the weights are stored, under transformers 4's name and 5's: transformers would load

@@ -464,7 +464,7 @@ def test_single_files_and_near_misses_are_told_apart(saved, tmp_path):
     (tmp_path / "m.ckpt").write_bytes(b"\x80\x02")
     (tmp_path / "run").mkdir()
     shutil.copytree(saved, tmp_path / "run/model")
-    cases = {single: "single-file", tmp_path / "m.ckpt": "pickle", tmp_path / "run": "did you mean .*run/model"}
+    cases = {single: "holds no U-Net", tmp_path / "m.ckpt": "pickle", tmp_path / "run": "did you mean .*run/model"}
     cases |= {saved / "unet": "a single UNet2DConditionModel", saved / "model_index.json": "neither a model folder"}
     cases |= {"": "name is empty", tmp_path / "none": "no such model folder", "owner/m.ckpt": "no such model folder"}
     for model, said in cases.items():

@@ -1,0 +1,261 @@
+"""A single file as a Model: planned from its header, checked on the meta device, then each byte read once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoint.families import SCHEDULE_BUFFERS, family_of
+from ldm.checkpoint.safety import Header, read_header
+from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, own_settings, prediction_type, zero_snr
+from ldm.checkpoint.single.names import UNET, VAE, Part, Place, parts_of, place, vae_part
+from ldm.errors import LdmError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint.model import Model
+    from ldm.nn.text import TextEncoder
+    from ldm.nn.unet import UNet
+    from ldm.nn.vae import VAE as Autoencoder
+
+FLAGS = (V_KEY, ZERO_SNR_KEY)
+SHOWN = 5  # names of unknown keys that an error lists
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A single file, understood from its header: which settings, and where each tensor goes."""
+
+    path: Path
+    header: Header
+    family: str | None  # None: a width of our own
+    configs: Mapping[str, Mapping[str, Any]]  # component -> config.json, `scheduler` included
+    tokenizers: Mapping[str, Mapping[str, Any]]  # text encoder -> as in single/write.py
+    places: Mapping[str, Place]  # key in the file -> part and names
+    ignored: Mapping[str, int]  # group of names that are known and not needed -> how many
+    zero_empty: bool = True  # XL: None as a prompt is zeros
+    card: str | None = None  # the model card
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Name in the folder -> shape, of one component."""
+        found = {}
+        for key, goes in self.places.items():
+            if goes.part == part:
+                shape = self.header.tensors[key].shape
+                found |= dict.fromkeys(goes.names, _shape_in_folder(shape, goes, key, self.path))
+        return found
+
+
+def plan_of(path: Path, asked: str | None = None, skip: tuple[str, ...] = ()) -> Plan:
+    """Understand a file from its header alone: a few milliseconds, no torch.
+
+    `asked` is the prediction type that the user gives; parts in `skip` may lack. Raises ModelError: a pickle, a
+    malformed header, no family that is known, a prediction type that nothing tells, keys that have no place.
+    """
+    header = read_header(path)
+    own = own_settings(header, path)
+    if own is None:
+        family = family_of({name: tensor.shape for name, tensor in header.tensors.items()}, path)
+        if not any(name.startswith(UNET) for name in header.tensors):
+            what = f"holds the U-Net of {family.title} alone, by diffusers' names"
+            raise ModelError(what, where=path, todo="give the model's folder")
+        configs = family.configs(prediction_type(header, family, path, asked), zero_snr(header))
+        tokenizers: Mapping = {part: {"pad_token": pad} for part, pad in family.pads.items()}
+        return _placed(Plan(path, header, family.name, configs, tokenizers, {}, {}), skip)
+    told = (own.get("family"), own["configs"], own["tokenizers"], {}, {}, own.get("zero_empty", True), own.get("card"))
+    return _placed(Plan(path, header, *told), skip)
+
+
+def _placed(plan: Plan, skip: tuple[str, ...]) -> Plan:
+    """The same plan with a place for every tensor. Raises ModelError for parts that lack and keys that are unknown."""
+    with named(plan.path):
+        parts = parts_of(plan.configs)
+    places, ignored, unknown = {}, Counter(), []
+    for key in (key for key in plan.header.tensors if key not in FLAGS):
+        part = next((part for part in parts.values() if part.inner(key) is not None), None)
+        group = _group(key, part)
+        found = place(part, key) if part is not None and group is None else None
+        if found is not None and found.part in skip:
+            group = f"{found.part} (another one is used)"
+        if group is not None:
+            ignored[group] += 1
+        elif found is not None:
+            places[key] = found
+        else:
+            unknown.append(key)
+    if unknown:
+        names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
+        raise ModelError(f"has {len(unknown)} keys that belong to no part of the model ({names})", where=plan.path)
+    lacking = [name for name in parts if name not in skip and not any(p.part == name for p in places.values())]
+    if lacking:
+        todo = "give one with --vae" if lacking == ["vae"] else "get the whole model"
+        raise ModelError(f"holds no {' and no '.join(lacking)}", where=plan.path, todo=todo)
+    return replace(plan, places=places, ignored=dict(ignored))
+
+
+def _group(key: str, part: Part | None) -> str | None:
+    """What a tensor that is known and not needed counts as; None for all others."""
+    if key.startswith("model_ema."):
+        return "model_ema.*"
+    if key in SCHEDULE_BUFFERS:
+        return "buffers of the schedule"
+    inner = part.inner(key) if part else None
+    unused = part.unused if inner is not None else ()
+    return next((f"{part.prefixes[0]}{start}*" for start in unused if inner.startswith(start)), None)
+
+
+def _shape_in_folder(shape: tuple[int, ...], goes: Place, key: str, path: Path) -> tuple[int, ...]:
+    if len(goes.names) > 1:
+        if not shape or shape[0] % len(goes.names):
+            raise ModelError(f"{key!r} of shape {list(shape)} does not hold q, k and v", where=path)
+        return (shape[0] // len(goes.names), *shape[1:])
+    if goes.change == "transposed":
+        return shape[::-1]
+    return shape[:2] if goes.change == "flat" and set(shape[2:]) <= {1} else shape
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What goes wrong with settings or parts of a file names the file."""
+    try:
+        yield
+    except LdmError as error:
+        if error.where == path:
+            raise
+        inside = f"{error.where}: " if error.where is not None and not Path(str(error.where)).is_absolute() else ""
+        raise ModelError(inside + error.what, where=path, todo=error.todo) from None
+
+
+def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan) -> Model:
+    """The model of a planned file (its `vae` is None where the plan leaves it out), with the file's sha256 as its hash.
+
+    Raises ModelError for tensors that do not fit before any is read, and for weights that are not finite.
+    """
+    from ldm.checkpoint.build import check_fit
+    from ldm.checkpoint.folder import card_settings
+    from ldm.checkpoint.model import Model
+    from ldm.console import progress
+    from ldm.diffusion.schedule import Schedule
+
+    with named(path):
+        schedule = Schedule.from_diffusers(dict(plan.configs["scheduler"]))
+    unet, _, text = _build(plan, _on_meta(plan))
+    channels = plan.configs["vae"].get("latent_channels", 4)
+    pooled = plan.configs.get("text_encoder_2", {}).get("projection_dim")
+    check_fit(unet.config, channels, text.width, path, pooled)
+    size = path.stat().st_size
+    with progress(total=size, desc=f"loading {path.name}", unit="B", disable=size < 1 << 30) as bar:
+        states, digest = _read(plan, device, dtype, bar.update)
+    unet, vae, text = _build(plan, states)
+    for module in (unet, *(() if vae is None else (vae.module,)), *text.modules):
+        module.requires_grad_(False)
+    info = {**card_settings(plan.card or ""), "family": plan.family}
+    info |= {"ignored_keys": dict(plan.ignored)} if plan.ignored else {}
+    return Model(unet, vae, text, schedule, path.stem, path.resolve(), digest, info)
+
+
+def _on_meta(plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
+    """The file's tensors without memory, to find out whether they fit."""
+    import torch
+
+    names = {goes.part for goes in plan.places.values()}
+    return {
+        part: {name: torch.empty(shape, device="meta") for name, shape in plan.shapes(part).items()} for part in names
+    }
+
+
+def _build(plan: Plan, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[UNet, Autoencoder, TextEncoder]:
+    """The networks with the tensors of `states` (part -> name -> tensor) themselves. Raises ModelError."""
+    from ldm.nn.unet import UNetConfig, load_unet
+    from ldm.nn.vae import VAE as Autoencoder
+
+    with named(plan.path), TemporaryDirectory() as files:
+        unet = load_unet(UNetConfig.from_diffusers(plan.configs["unet"]), states["unet"], "the U-Net")
+        vae = Autoencoder.from_state(plan.configs["vae"], states["vae"], "the VAE") if "vae" in states else None
+        return unet, vae, _text(plan, states, Path(files))
+
+
+def _text(plan: Plan, states: Mapping[str, Mapping[str, torch.Tensor]], files: Path) -> TextEncoder:
+    from ldm.checkpoint.build import clip_text, t5_text
+    from ldm.checkpoint.single.tokenizers import clips, unpack
+    from ldm.nn.text import XLText
+
+    texts = []
+    for part in sorted(plan.tokenizers):
+        config, state, stored = plan.configs[part], states[part], plan.tokenizers[part]
+        if config.get("model_type") == "t5":
+            return t5_text(config, state, unpack(stored, files / part), part)
+        texts.append(clip_text(config, state, clips(stored, files / part), part, stored.get("words")))
+    return texts[0] if len(texts) == 1 else XLText(*texts, plan.zero_empty)
+
+
+def _read(
+    plan: Plan, device: torch.device, dtype: torch.dtype, advance: Callable[[int], object]
+) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
+    """(part -> name in the folder -> tensor, the file's sha256); every byte is read once."""
+    from ldm.checkpoint.tensors import read_tensors
+
+    tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.places)
+    states: dict[str, dict[str, torch.Tensor]] = {goes.part: {} for goes in plan.places.values()}
+    for key, goes in plan.places.items():
+        states[goes.part] |= dict(zip(goes.names, _pieces(tensors.pop(key), goes)))
+    return states, digest
+
+
+def _pieces(tensor: torch.Tensor, goes: Place) -> list[torch.Tensor]:
+    """The tensor as the folder has it: cut into q, k and v (memory of their own), turned, or flat."""
+    if len(goes.names) > 1:
+        return [piece.clone() for piece in tensor.chunk(len(goes.names))]
+    if goes.change == "transposed":
+        return [tensor.t().contiguous()]
+    return [tensor.flatten(1) if goes.change == "flat" else tensor]
+
+
+def read_vae(
+    path: Path, device: torch.device, dtype: torch.dtype, like: Mapping[str, Any] | None
+) -> tuple[Autoencoder, str]:
+    """(the autoencoder in a file, the file's sha256): a whole model's, or alone by its original or diffusers' names.
+
+    Names and shapes do not tell the scale of its latents: an autoencoder alone gets the settings `like`, those of the
+    model that it is for. Raises ModelError.
+    """
+    from ldm.checkpoint.tensors import read_tensors
+    from ldm.nn.vae import VAE as Autoencoder
+
+    header = read_header(path)
+    prefix = vae_prefix(header, path)
+    own = own_settings(header, path)
+    if own is not None:
+        config = own["configs"]["vae"]
+    elif any(key.startswith(UNET) for key in header.tensors):
+        config = family_of({name: tensor.shape for name, tensor in header.tensors.items()}, path).vae
+    elif like is not None:
+        config = like
+    else:
+        raise ModelError("is an autoencoder without settings", where=path, todo="give its folder, with config.json")
+    theirs = any(key.startswith(f"{prefix}decoder.up_blocks.") for key in header.tensors)
+    part = Part("vae", (prefix,), {}) if theirs else vae_part(config, prefix)
+    inside = {key: place(part, key) for key in header.tensors if key.startswith(prefix) and not _group(key, part)}
+    if unknown := [key for key, goes in inside.items() if goes is None]:
+        raise ModelError(f"has {len(unknown)} keys of no autoencoder ({', '.join(unknown[:SHOWN])})", where=path)
+    tensors, digest = read_tensors(path, dtype, device, wanted=inside)
+    state = {goes.names[0]: _pieces(tensors.pop(key), goes)[0] for key, goes in inside.items()}
+    with named(path):
+        vae = Autoencoder.from_state(config, state, "the VAE")
+    vae.module.requires_grad_(False)
+    return vae, digest
+
+
+def vae_prefix(header: Header, path: Path) -> str:
+    """What stands before the names of the autoencoder in a file. Raises ModelError where there is none."""
+    found = (p for p in (VAE, "vae.", "") if any(key.startswith(f"{p}decoder.") for key in header.tensors))
+    prefix = next(found, None)
+    if prefix is None:
+        raise ModelError("holds no autoencoder", where=path)
+    return prefix

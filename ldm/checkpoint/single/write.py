@@ -1,0 +1,139 @@
+"""A Model written as one file under Stable Diffusion's original names, which A1111, ComfyUI and diffusers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoint.families import family_of
+from ldm.checkpoint.safety import read_header
+from ldm.checkpoint.single.header import FORMAT, V_KEY, ZERO_SNR_KEY, metadata_of
+from ldm.checkpoint.single.names import UNET, Part, Place, originals, parts_of
+from ldm.errors import LdmError, ModelError
+from ldm.files import atomic_write, require_space
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint.model import Model
+    from ldm.checkpoint.tensors import Source
+
+SUFFIX = ".safetensors"
+
+
+def save_single(
+    model: Model,
+    path: str | Path,
+    dtype: torch.dtype,
+    card: str | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> Path:
+    """Write the whole model into one file, atomically; only another single-file model is replaced.
+
+    Weights become `dtype`; `card`, the model card, goes into the header with all settings. `advance` hears of the bytes
+    written. Raises ModelError for weights that are not finite in `dtype` and parts that do not belong together,
+    ResourceError where the file cannot be written.
+    """
+    from ldm.checkpoint.build import check_fit
+    from ldm.checkpoint.tensors import write_tensors
+
+    path = Path(path)
+    check_target(path)
+    check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)
+    own, states = _settings(model, card), _states(model)
+    sources: dict[str, Source] = {}
+    for part in parts_of(own["configs"]).values():
+        sources |= _sources(part, states[part.name], dtype, path)
+    sources |= _flags(own["configs"]["scheduler"])
+    metadata = metadata_of(own, model.name or path.stem)
+    require_space(path.parent, sum(one.size for one in sources.values()) + 10_000_000)
+    return atomic_write(path, lambda temporary: write_tensors(temporary, sources, metadata, advance))
+
+
+def check_target(path: Path) -> None:
+    """Raise ModelError unless `path` can become a single-file model: a new file, or one that holds such a model."""
+    if path.suffix != SUFFIX:
+        raise ModelError(f"is no name of a single file, which ends with {SUFFIX}", where=path)
+    if path.is_dir():
+        raise ModelError("is a folder", where=path, todo="choose another name")
+    if not path.exists():
+        return
+    try:
+        replaceable = any(name.startswith(UNET) for name in read_header(path).tensors)
+    except LdmError:
+        replaceable = False
+    if not replaceable:
+        raise ModelError("is there already and no model", where=path, todo="choose another name")
+
+
+def _settings(model: Model, card: str | None) -> dict[str, Any]:
+    """The table for the header: component -> config as a folder has it, tokenizers, and what else a folder tells."""
+    from ldm.checkpoint.save import encoders, text_config, vae_config
+    from ldm.checkpoint.single.tokenizers import stored
+    from ldm.nn.text import XLText
+
+    configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
+    configs["scheduler"] = model.schedule.to_diffusers()
+    tokenizers = {}
+    with TemporaryDirectory() as files:
+        for suffix, text in encoders(model.text).items():
+            part = f"text_encoder{suffix}"
+            configs[part], tokenizers[part] = text_config(text), stored(text, Path(files) / part)
+    own = {"format": FORMAT, "family": _family(model), "configs": configs, "tokenizers": tokenizers}
+    if isinstance(model.text, XLText):
+        own["zero_empty"] = model.text.zero_empty
+    return own if card is None else {**own, "card": card}
+
+
+def _family(model: Model) -> str | None:
+    try:
+        return family_of({name: tuple(tensor.shape) for name, tensor in model.unet.state_dict().items()}).name
+    except ModelError:
+        return None
+
+
+def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
+    from ldm.checkpoint.save import encoders, text_state
+
+    states = {"unet": model.unet.state_dict(), "vae": model.vae.module.state_dict()}
+    return states | {f"text_encoder{suffix}": text_state(text) for suffix, text in encoders(model.text).items()}
+
+
+def _sources(part: Part, state: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path) -> dict[str, Source]:
+    """Key in the file -> what is written there."""
+    from ldm.checkpoint.tensors import Source, source
+
+    def one(key: str, place: Place) -> Source:
+        pieces = [source(state[name], dtype, key, path) for name in place.names]
+        first = pieces[0]
+        shape = (len(pieces) * first.shape[0], *first.shape[1:])
+        shape = {"transposed": shape[::-1], "flat": (*shape, 1, 1)}.get(place.change, shape)
+        return Source(first.dtype, shape, lambda: _joined([piece.make() for piece in pieces], shape, place))
+
+    found = {}
+    for key, place in originals(part, state):
+        if place is None:
+            raise ModelError(f"the tensor {key!r} of {part.name} has no name in a single file", where=path)
+        found[key] = one(key, place)
+    return found
+
+
+def _joined(tensors: list[torch.Tensor], shape: tuple[int, ...], place: Place) -> torch.Tensor:
+    """The folder's tensors as the file has them: q, k and v one under the other, turned, or as a 1x1 convolution."""
+    import torch
+
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return whole.t() if place.change == "transposed" else whole.reshape(shape)
+
+
+def _flags(scheduler: Mapping[str, Any]) -> dict[str, Source]:
+    """Empty tensors by which other programs know a v-prediction model, and one with zero terminal SNR."""
+    import torch
+
+    from ldm.checkpoint.tensors import Source
+
+    v = scheduler["prediction_type"] == "v_prediction"
+    names = [V_KEY] * v + [ZERO_SNR_KEY] * (v and bool(scheduler.get("rescale_betas_zero_snr")))
+    return {name: Source(torch.float32, (0,), lambda: torch.zeros(0)) for name in names}
