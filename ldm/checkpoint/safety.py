@@ -93,7 +93,7 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     refuse_pickle(path)
     try:
-        with path.open("rb") as handle:
+        with path.open("rb", buffering=0) as handle:
             size = path.stat().st_size
             start = handle.read(8)
             length = header_length(start, size, path)

@@ -116,6 +116,29 @@ def test_a_header_beyond_the_limit_is_refused_before_it_is_read(tmp_path):
     assert time.perf_counter() - start < 1
 
 
+COSTLY = {  # headers as large as is read, that would take long
+    "entries": lambda n: b"{" + b",".join(b'"%x":{}' % i for i in range(n // 9)) + b"}",
+    "lists": lambda n: b'{"a":[' + b"[]," * (n // 3 - 9) + b"1]}",
+    "texts": lambda n: b'{"a":[' + b'"ab",' * (n // 5 - 9) + b"1]}",
+    "digits": lambda n: b'{"a":' + b"1" * (n - 9) + b"}",
+    "metadata": lambda n: b'{"__metadata__":{' + b",".join(b'"%x":""' % i for i in range(n // 10)) + b"}}",
+    "last one twice": lambda n: b"{" + b",".join(b'"%x":1' % (i % 99_000) for i in range(99_001)) + b"}",
+    "just allowed": lambda n: json.dumps({f"{i:x}": entry(0, 0) for i in range(60_000)}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_no_header_takes_a_second(tmp_path, name):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(packed(COSTLY[name](MAX_HEADER)))
+    start = time.process_time()
+    try:
+        assert len(read_header(path).tensors) == 60_000 and name == "just allowed"
+    except ModelError as error:
+        assert len(str(error)) < 500
+    assert time.process_time() - start < 1
+
+
 class Payload:
     """Unpickling it writes a file."""
 
