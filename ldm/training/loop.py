@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,9 +140,12 @@ def _restore(
 
 
 def _steps(stage: Stage, state: TrainState, settings: Settings, out: Path, log: LossLog, stop: StopRequest) -> None:
-    batches, bad = stage.batches(state.step) if state.step < settings.steps else iter(()), 0
+    if state.step >= settings.steps:
+        return
+    batches, bad = stage.batches(state.step), 0
     samples, since = settings.batch_size * settings.accumulation * settings.log_every, time.monotonic()
-    with progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step") as bar:
+    bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
+    with bar, closing(batches):  # else its workers, which hear no signal, outlive an error that nobody catches
         while state.step < settings.steps:
             loss = _guarded_step(stage, state, settings, batches, out, log)
             bad = 0 if math.isfinite(loss) else bad + 1
