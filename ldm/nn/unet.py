@@ -85,7 +85,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """One query, the mean of all tokens plus a learned vector, attends to itself and to all tokens."""
+    """One query, the mean of all tokens that count plus a learned vector, attends to itself and to them."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -95,10 +95,15 @@ class AttentionPooling(nn.Module):
         self.q_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, S, D) -> (B, D)
-        query = x.mean(dim=1) + self.positional_embedding.to(x.dtype)  # (B, D)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, D)
+        if mask is None:
+            query = x.mean(dim=1)
+        else:
+            query = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
+        query = query + self.positional_embedding.to(x.dtype)  # (B, D)
         x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
-        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads)[:, 0]
+        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
 
 
 class TextTimeEmbedding(nn.Module):
@@ -111,8 +116,8 @@ class TextTimeEmbedding(nn.Module):
         self.proj = Linear(width, embed)
         self.norm2 = nn.LayerNorm(embed)
 
-    def forward(self, states: Tensor) -> Tensor:  # (B, S, D) -> (B, E)
-        return self.norm2(self.proj(self.pool(self.norm1(states))))
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, E)
+        return self.norm2(self.proj(self.pool(self.norm1(states), mask)))
 
 
 class ResnetBlock(nn.Module):
@@ -323,7 +328,7 @@ class UNet(nn.Module):
         return self._predict(*inputs)[: len(x)]
 
     def _predict(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
-        temb = self._embed(x, timesteps, states, pooled, time_ids)
+        temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
         temb = per_image(F.silu, temb, self.training)  # (B, E)
         x = self.conv_in(x)
 
@@ -353,12 +358,12 @@ class UNet(nn.Module):
 
         return self.conv_out(per_image(F.silu, self.conv_norm_out(x), self.training))
 
-    def _embed(self, x, timesteps, states, pooled, time_ids) -> Tensor:
+    def _embed(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
         waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
         temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype))
         if self.config.addition_embed_type == "text":
-            temb = temb + self.add_embedding(states)
+            temb = temb + self.add_embedding(states, mask)
         elif self.config.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")

@@ -85,7 +85,17 @@ class UNetStage:
 
     @torch.no_grad()
     def _states(self, captions: list[str]) -> Tensor:
-        return self.text.encode_together(captions).states
+        """(B, S, D); of a text encoder with a mask (B, S, D + 1), the mask last."""
+        found = self.text.encode_together(captions)
+        if found.mask is None:
+            return found.states
+        return torch.cat([found.states, found.mask[..., None].to(found.states.dtype)], dim=-1)
+
+    def _conditioning(self, packed: Tensor) -> Conditioning:
+        """What `_states` packed."""
+        width = self.text.width
+        mask = packed[..., width].bool() if packed.shape[-1] > width else None
+        return Conditioning(packed[..., :width], None, mask)
 
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
@@ -124,9 +134,9 @@ class UNetStage:
         return self._loss(self.network, x0, noise, timesteps, states)
 
     def _loss(self, network: Callable, x0: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        gamma = self.settings.snr_gamma
+        gamma, cond = self.settings.snr_gamma, self._conditioning(states)
         return training_loss(
-            lambda x, t: network(x, t, states), self.schedule, x0, noise, timesteps, snr_gamma=gamma
+            lambda x, t: network(x, t, cond.states, mask=cond.mask), self.schedule, x0, noise, timesteps, gamma
         ).mean()
 
     @torch.no_grad()
@@ -141,8 +151,8 @@ class UNetStage:
         """Sixteen held-out captions rendered with fixed seeds."""
         s, captions = self.settings, self.grid_captions
         states = self._states(captions)
-        cond, uncond = Conditioning(states, None, None), Conditioning(self.empty.expand_as(states), None, None)
-        predict = cfg(lambda x, t, c: ema(x, t, c.states), cond, uncond, s.guidance_scale)
+        cond, uncond = self._conditioning(states), self._conditioning(self.empty.expand_as(states))
+        predict = cfg(lambda x, t, c: ema(x, t, c.states, mask=c.mask), cond, uncond, s.guidance_scale)
         noise = torch.stack([keyed.normal(tuple(self.validation[0].shape[1:]), s.seed, "grid", i) for i in range(GRID)])
         sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
         x = self.schedule.initial(noise[: len(captions)].to(self.device), sigmas, s.sampler)
