@@ -41,6 +41,7 @@ class Plan:
     ignored: Mapping[str, int]  # group of names that are known and not needed -> how many
     zero_empty: bool = True  # XL: None as a prompt is zeros
     card: str | None = None  # the model card
+    unknown: tuple[str, ...] = ()  # keys that have no place; only where `plan_of` was not strict
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Name in the folder -> shape, of one component."""
@@ -52,11 +53,12 @@ class Plan:
         return found
 
 
-def plan_of(path: Path, asked: str | None = None, skip: tuple[str, ...] = ()) -> Plan:
+def plan_of(path: Path, asked: str | None = None, skip: tuple[str, ...] = (), strict: bool = True) -> Plan:
     """Understand a file from its header alone: a few milliseconds, no torch.
 
     `asked` is the prediction type that the user gives; parts in `skip` may lack. Raises ModelError: a pickle, a
-    malformed header, no family that is known, a prediction type that nothing tells, keys that have no place.
+    malformed header, no family that is known, a prediction type that nothing tells; if `strict`, keys that have no
+    place and parts that lack.
     """
     header = read_header(path)
     own = own_settings(header, path)
@@ -67,12 +69,12 @@ def plan_of(path: Path, asked: str | None = None, skip: tuple[str, ...] = ()) ->
             raise ModelError(what, where=path, todo="give the model's folder")
         configs = family.configs(prediction_type(header, family, path, asked), zero_snr(header))
         tokenizers: Mapping = {part: {"pad_token": pad} for part, pad in family.pads.items()}
-        return _placed(Plan(path, header, family.name, configs, tokenizers, {}, {}), skip)
+        return _placed(Plan(path, header, family.name, configs, tokenizers, {}, {}), skip, strict)
     told = (own.get("family"), own["configs"], own["tokenizers"], {}, {}, own.get("zero_empty", True), own.get("card"))
-    return _placed(Plan(path, header, *told), skip)
+    return _placed(Plan(path, header, *told), skip, strict)
 
 
-def _placed(plan: Plan, skip: tuple[str, ...]) -> Plan:
+def _placed(plan: Plan, skip: tuple[str, ...], strict: bool) -> Plan:
     """The same plan with a place for every tensor. Raises ModelError for parts that lack and keys that are unknown."""
     with named(plan.path):
         parts = parts_of(plan.configs)
@@ -89,6 +91,8 @@ def _placed(plan: Plan, skip: tuple[str, ...]) -> Plan:
             places[key] = found
         else:
             unknown.append(key)
+    if not strict:
+        return replace(plan, places=places, ignored=dict(ignored), unknown=tuple(unknown))
     if unknown:
         names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
         raise ModelError(f"has {len(unknown)} keys that belong to no part of the model ({names})", where=plan.path)
