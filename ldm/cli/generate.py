@@ -25,6 +25,7 @@ from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, SAMPLER_LAB
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 FROM_CALL += ("num_images", "batch_size")
 FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
+FROM_PIPELINE += ("prediction_type",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", metavar="PIXELS", type=int, help="(the model's)")
     add("--height", metavar="PIXELS", type=int, help="(the model's)")
     add("--batch-size", metavar="N", type=int, help=f"pictures drawn together ({BATCH}); changes no picture")
-    add("--model", metavar="MODEL", default="default", help="a diffusers folder or a hub id (the shipped model)")
-    add("--vae", metavar="FOLDER", help="another VAE")
+    model = "a diffusers folder, a .safetensors file or a hub id (the shipped model)"
+    add("--model", metavar="MODEL", default="default", help=model)
+    add("--vae", metavar="PATH", help="another VAE's folder or file")
+    add("--prediction-type", metavar="NAME", help="epsilon, v_prediction, sample (what the model says)")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")

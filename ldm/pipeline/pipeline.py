@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ldm.pipeline.encoding import Encoder
 
 OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "device", "dtype")
+OWN += ("prediction_type",)
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("latents", "callback", "batch_size")
 
@@ -35,12 +36,13 @@ class Pipeline:
     """Draws pictures of `prompt`, a text or a list of texts.
 
     prompt           what to draw; up to 100,000 characters each
-    model            "default", a diffusers folder, a hub id, or a loaded model
+    model            "default", a diffusers folder, a single .safetensors file, a hub id, or a loaded model
     negative_prompt  what to keep away from: one text, or one for each prompt
     lora             LoRA files for every prompt: a path, (path, weight), or a list of these
     lora_dir         where <lora:name:0.8> in a prompt finds name.safetensors, for that prompt alone
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
-    vae              another VAE's folder in place of the model's own
+    vae              another VAE's folder or file in place of the model's own
+    prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
     diffusers' and A1111's words for these are taken too (see ldm.pipeline.settings.ALIASES).
 
@@ -59,12 +61,14 @@ class Pipeline:
         lora_dir: str | os.PathLike | None = None,
         allow_unapplied: bool = False,
         vae: str | os.PathLike | None = None,
+        prediction_type: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         **other: Any,
     ):
         words = {"model": model, "negative_prompt": negative_prompt, "vae": vae, "device": device, "dtype": dtype}
         words |= {"lora": lora, "lora_dir": lora_dir, "allow_unapplied": allow_unapplied}
+        words["prediction_type"] = prediction_type
         given = canonical(other, words, other=CALL)
         prompts = check_prompts(prompt)
         self.negative_prompts = check_negative(given["negative_prompt"], len(prompts))
@@ -72,7 +76,8 @@ class Pipeline:
         self.model = given["model"]
         self.vae = given["vae"]
         self.device, self.dtype = _place(self.model, given["device"], given["dtype"])
-        self._folder = _check_model(self.model, self.vae)
+        self.prediction_type = given["prediction_type"]
+        self._folder = _check_model(self.model, self.vae, self.prediction_type)
         self._adapters.check(self.model)
         self._lock = threading.RLock()
 
@@ -127,20 +132,19 @@ class Pipeline:
 
         The LoRAs of `lora` are merged into it, those of tags in prompts are not.
         """
-        from ldm.checkpoint import save_model
+        from ldm.checkpoint import card_of, save_model
 
         with self._lock:
             model = self._adapters.model(self._load(), self._adapters.everywhere)
-            card = model.path / "README.md" if model.path else None
-            text = card.read_text(encoding="utf-8") if card and card.is_file() else None
-            return save_model(model, folder, dtype=model.dtype, readme=text)
+            return save_model(model, folder, dtype=model.dtype, readme=card_of(model))
 
     def _load(self, dtype: torch.dtype | None = None) -> Model:
         from ldm.checkpoint import load_model
 
         if not isinstance(self.model, (str, os.PathLike)):
             return self.model
-        return load_model(self.model, device=self.device, dtype=dtype or self.dtype, vae=self.vae)
+        asked = {"vae": self.vae, "prediction_type": self.prediction_type}
+        return load_model(self.model, device=self.device, dtype=dtype or self.dtype, **asked)
 
     def _draw_all(self, model: Model, settings: Settings, records: list[dict]) -> list:
         """All pictures, batch by batch. A picture that is NaN is drawn again in fp32, alone, and its record says so."""
@@ -308,14 +312,16 @@ def _place(model: Any, device: Any, dtype: Any) -> tuple[torch.device, torch.dty
     return model.device, model.dtype
 
 
-def _check_model(model: Any, vae: Any) -> Path | None:
-    """The model's folder, looked at but not loaded; None for a loaded model that came from none."""
+def _check_model(model: Any, vae: Any, prediction_type: str | None) -> Path | None:
+    """The model's folder or file, looked at but not loaded; None for a loaded model that came from none."""
     from ldm.checkpoint import check_model
 
     if vae is not None and not isinstance(vae, (str, os.PathLike)):
-        raise ConfigError(f"expected a folder, got {type(vae).__name__}", where="vae")
+        raise ConfigError(f"expected a folder or a file, got {type(vae).__name__}", where="vae")
     if vae is not None and not isinstance(model, (str, os.PathLike)):
         raise ConfigError("a loaded model has its VAE already", where="vae")
     if vae is not None and not Path(vae).exists():
         raise ModelError("no such VAE", where=vae)
-    return check_model(model)
+    if prediction_type is not None and not isinstance(model, (str, os.PathLike)):
+        raise ConfigError("a loaded model has its schedule already", where="prediction_type")
+    return check_model(model, vae, prediction_type)

@@ -5,7 +5,6 @@ Imports nothing heavy, so that the command line can print the tables in its help
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -345,24 +344,21 @@ def check_callback(value: Any) -> Callable | None:
 
 def check_steps(settings: Settings, folder: str | os.PathLike | None) -> None:
     """Raise ConfigError where the model's own schedule cannot take these steps and spacing; reads no weight."""
+    from ldm.checkpoint import settings_of
     from ldm.diffusion.schedule import Schedule
 
-    if folder is None:
-        return
-    try:
-        text = (Path(folder) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-        schedule = Schedule.from_diffusers(json.loads(text))
-    except (OSError, ValueError):
+    config = settings_of(folder and Path(folder)).get("scheduler")
+    if config is None:
         return  # loading the model says what is wrong with it
+    schedule = Schedule.from_diffusers(dict(config))
     schedule.sigmas(settings.num_inference_steps or 1, settings.sampler or SAMPLER, settings.spacing)
 
 
 def vae_factor(folder: str | os.PathLike | None) -> int | None:
-    """Pixels per latent, from vae/config.json of a diffusers folder (or config.json of a VAE); None where unknown."""
-    for name in ("vae/config.json", "config.json") if folder else ():
-        try:
-            config = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-            return 2 ** (len(config["block_out_channels"]) - 1)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    """Pixels per latent, by the settings of a model or a VAE (folder or file); None where unknown."""
+    from ldm.checkpoint import settings_of
+
+    try:
+        return 2 ** (len(settings_of(folder and Path(folder))["vae"]["block_out_channels"]) - 1)
+    except (KeyError, TypeError):
+        return None
