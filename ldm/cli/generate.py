@@ -25,6 +25,7 @@ from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, SAMPLER_LAB
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 FROM_CALL += ("num_images", "batch_size")
 FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
+FROM_PIPELINE += ("offload", "attention")
 FROM_PIPELINE += ("prediction_type",)
 
 
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prediction-type", metavar="NAME", help="epsilon, v_prediction, sample (what the model says)")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
+    add("--offload", action="store_true", help="keep parts in main memory, on the GPU only while they work")
+    add("--attention", metavar="NAME", default="auto", help="of the U-Net: auto, sdpa, chunked, xformers")
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
     add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
     add(

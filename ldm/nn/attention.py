@@ -25,12 +25,14 @@ def backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
-def check_backend(name: str) -> str:
-    """`name` again if it can be used here. Raises ConfigError (unknown) or ModelError (not installed)."""
+def check_backend(name: str, device: torch.device | None = None) -> str:
+    """`name` again if it can be used here (on `device`). Raises ConfigError (unknown) or ModelError (not usable)."""
     if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"unknown attention '{name}'", todo=nearest(name, ["auto", *BACKENDS]))
+        raise ConfigError(f"unknown attention {name!r:.80}", todo=nearest(str(name), ["auto", *BACKENDS]))
     if name == "xformers":
         _memory_efficient_attention()
+        if device is not None and device.type != "cuda":
+            raise ModelError(f"attention 'xformers' needs a GPU, not {device}", todo="use attention 'auto'")
     return name
 
 
@@ -82,14 +84,18 @@ def _softmax(scores: Tensor, bias: Tensor | None) -> Tensor:  # (B, group, rows,
 
 @backend
 def xformers(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
-    """xformers' memory-efficient kernels, for GPUs. Raises ModelError where they are absent."""
+    """xformers' memory-efficient kernels, for GPUs. Raises ModelError where they are absent or have none for this."""
     kernel = _memory_efficient_attention()
     q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))  # (B, tokens, heads, head size)
     if bias is not None:  # xformers wants the whole (B, heads, L, S), its last stride aligned to 8
         tokens = bias.shape[-1]
         bias = F.pad(bias, (0, -tokens % 8))[:, None, None, :].expand(-1, num_heads, q.shape[1], -1)
         bias = bias.contiguous()[..., :tokens]
-    return kernel(q, k, v, attn_bias=bias).flatten(2)
+    try:
+        return kernel(q, k, v, attn_bias=bias).flatten(2)
+    except (NotImplementedError, ValueError) as error:  # no kernel for this head size, dtype or card
+        reason = str(error).partition("\n")[0][:200]
+        raise ModelError(f"attention 'xformers' cannot do this ({reason})", todo="use attention 'auto'") from None
 
 
 def _memory_efficient_attention() -> Callable[..., Tensor]:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from ldm.nn.text import Conditioning
+    from ldm.pipeline.work import Work
 
 KEPT = 256  # distinct texts whose states stay in memory during one call
 
 
 class Encoder:
-    """Encodes texts alone and once each: (B texts) -> Conditioning with states (B, S, D) on the U-Net's device."""
+    """Encodes texts alone and once each: (B texts) -> Conditioning with states (B, S, D) where the U-Net works."""
 
-    def __init__(self, text: Any, device: torch.device, dtype: torch.dtype):
-        self._one = lru_cache(KEPT)(lambda prompt: text.encode([prompt]).to(device, dtype))
+    def __init__(self, text: Any, work: Work, dtype: torch.dtype):
+        self._text, self._work, self._dtype = text, work, dtype
+        self._known: dict[str | None, Conditioning] = {}
 
     def __call__(self, texts: Sequence[str | None]) -> Conditioning:
-        rows = [self._one(text) for text in texts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            with self._work.on(self._text) as encoder:
+                self._known |= {text: encoder.encode([text]).to(self._work.device, self._dtype) for text in new}
+        rows = [self._known[text] for text in texts]
+        for text in list(self._known)[:-KEPT]:
+            del self._known[text]
         return type(rows[0]).cat(rows)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "device", "dtype")
 OWN += ("prediction_type",)
+OWN += ("offload", "attention")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("latents", "callback", "batch_size")
 
@@ -44,6 +45,8 @@ class Pipeline:
     vae              another VAE's folder or file in place of the model's own
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
+    offload          whether parts are kept in main memory, and on the device only while they work
+    attention        of the U-Net: auto, or sdpa, chunked, xformers
     diffusers' and A1111's words for these are taken too (see ldm.pipeline.settings.ALIASES).
 
     Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
@@ -64,18 +67,24 @@ class Pipeline:
         prediction_type: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        offload: bool = False,
+        attention: str = "auto",
         **other: Any,
     ):
         words = {"model": model, "negative_prompt": negative_prompt, "vae": vae, "device": device, "dtype": dtype}
         words |= {"lora": lora, "lora_dir": lora_dir, "allow_unapplied": allow_unapplied}
+        words |= {"offload": offload, "attention": attention}
         words["prediction_type"] = prediction_type
         given = canonical(other, words, other=CALL)
+        from ldm.pipeline.work import Work
+
         prompts = check_prompts(prompt)
         self.negative_prompts = check_negative(given["negative_prompt"], len(prompts))
         self.prompts, self._adapters = take_adapters(prompts, self.negative_prompts, lora, lora_dir, allow_unapplied)
         self.model = given["model"]
         self.vae = given["vae"]
-        self.device, self.dtype = _place(self.model, given["device"], given["dtype"])
+        self.device, self.dtype = _place(self.model, given["device"], given["dtype"], given["offload"])
+        self._work = Work(self.device, given["offload"], given["attention"])
         self.prediction_type = given["prediction_type"]
         self._folder = _check_model(self.model, self.vae, self.prediction_type)
         self._adapters.check(self.model)
@@ -122,7 +131,7 @@ class Pipeline:
         with self._lock:
             model = self._load()
             settings = asked.resolve(model)
-            records = make_records(model, settings, self.prompts, self.negative_prompts)
+            records = make_records(model, self._work, settings, self.prompts, self.negative_prompts)
             for line in warnings_of(records):
                 console.warn(line)
             return Images(self._draw_all(model, settings, records), records)
@@ -144,13 +153,13 @@ class Pipeline:
         if not isinstance(self.model, (str, os.PathLike)):
             return self.model
         asked = {"vae": self.vae, "prediction_type": self.prediction_type}
-        return load_model(self.model, device=self.device, dtype=dtype or self.dtype, **asked)
+        return load_model(self.model, device=self._work.home, dtype=dtype or self.dtype, **asked)
 
     def _draw_all(self, model: Model, settings: Settings, records: list[dict]) -> list:
         """All pictures, batch by batch. A picture that is NaN is drawn again in fp32, alone, and its record says so."""
         import torch
 
-        if model.device.type == "cuda" and model.dtype == torch.float32:
+        if self.device.type == "cuda" and model.dtype == torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
         drawn, adapted = [], None
         batches = self._batches(settings)
@@ -183,25 +192,31 @@ class Pipeline:
 
     def _adapted(self, model: Model, settings: Settings, row: int) -> Model:
         """The model with the LoRAs that picture `row` is drawn with."""
-        return self._adapters.model(model, self._adapters.of(row // settings.num_images))
+        return self._adapters.model(self._work.model(model), self._adapters.of(row // settings.num_images))
 
     def _draw(self, model: Model, encode: Encoder, settings: Settings, rows: Sequence[int], advance) -> torch.Tensor:
         """One batch, from texts and seeds to pictures (B, 3, H, W) in [-1, 1] on the CPU."""
-        from ldm.diffusion.denoiser import denoiser
-        from ldm.diffusion.guidance import cfg
-        from ldm.diffusion.samplers import SAMPLERS
-
         with out_of_memory(settings, len(rows)):
             prompts = [row // settings.num_images for row in rows]
             cond = encode([self.prompts[p] for p in prompts])
             uncond = encode([self.negative_prompts[p] for p in prompts])
-            predict = cfg(network(model.unet, settings), cond, uncond, settings.guidance_scale)
+            noise, start = starting_noise(model.vae, self.device, settings, rows)
+            latents = self._denoise(model, cond, uncond, settings, noise, start, advance)
+            with self._work.on(model.vae) as vae:
+                return decode(vae, latents)
+
+    def _denoise(self, model: Model, cond, uncond, settings: Settings, noise, start, advance) -> torch.Tensor:
+        """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
+        from ldm.diffusion.denoiser import denoiser
+        from ldm.diffusion.guidance import cfg
+        from ldm.diffusion.samplers import SAMPLERS
+
+        with self._work.on(model.unet) as unet:
+            predict = cfg(network(unet, settings), cond, uncond, settings.guidance_scale)
             denoise = denoiser(predict, model.schedule, cond.states.dtype)
             sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
-            noise, start = starting_noise(model, settings, rows)
             x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
-            latents = SAMPLERS[settings.sampler](denoise, x, sigmas, noise, each_step(settings.callback, advance))
-            return decode(model.vae, latents)
+            return SAMPLERS[settings.sampler](denoise, x, sigmas, noise, each_step(settings.callback, advance))
 
     def _draw_in_fp32(self, settings: Settings, record: dict, row: int) -> torch.Tensor:
         """Picture `row` (3, H, W) once more; raises NumericsError where fp32 is what was tried or does not help."""
@@ -221,7 +236,7 @@ class Pipeline:
     def _encoder(self, model: Model) -> Encoder:
         from ldm.pipeline.encoding import Encoder
 
-        return Encoder(model.text, model.device, model.dtype)
+        return Encoder(model.text, self._work, model.dtype)
 
 
 def network(unet: UNet, settings: Settings) -> Callable:
@@ -236,11 +251,12 @@ def network(unet: UNet, settings: Settings) -> Callable:
     return predict
 
 
-def starting_noise(model: Model, settings: Settings, rows: Sequence[int]) -> tuple[Callable, torch.Tensor]:
+def starting_noise(
+    vae: VAE, device: torch.device, settings: Settings, rows: Sequence[int]
+) -> tuple[Callable, torch.Tensor]:
     """(the sampler's noise, the first noise (B, C, h, w)), from the seeds of `rows` or from the given latents."""
     from ldm.pipeline.encoding import Noise
 
-    vae, device = model.vae, model.device
     shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
     noise = Noise([settings.seeds[row] for row in rows], shape, device)
     given = settings.latents
@@ -292,8 +308,8 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
     raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", todo=todo)
 
 
-def _place(model: Any, device: Any, dtype: Any) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype to use; those of a model that is loaded already."""
+def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype to use; those of a model that is loaded already (its dtype alone where parts are lent)."""
     from ldm.checkpoint import Model
     from ldm.device import DTYPES, pick_device, pick_dtype
 
@@ -305,11 +321,11 @@ def _place(model: Any, device: Any, dtype: Any) -> tuple[torch.device, torch.dty
         return picked, wanted
     if not isinstance(model, Model):
         raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
-    if device != "auto" and model.device.type != picked.type:
+    if device != "auto" and model.device.type != picked.type and not offload:
         raise ConfigError(f"the given model is on {model.device}, not {picked}", where="device")
     if dtype != "auto" and model.dtype != wanted:
         raise ConfigError(f"the given model is loaded in {dtype_name(model.dtype)}", where="dtype")
-    return model.device, model.dtype
+    return picked if offload else model.device, model.dtype
 
 
 def _check_model(model: Any, vae: Any, prediction_type: str | None) -> Path | None:

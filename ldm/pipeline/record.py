@@ -6,21 +6,26 @@ import json
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ldm
 from ldm.pipeline.settings import SAMPLER_LABELS, Settings
+
+if TYPE_CHECKING:
+    from ldm.pipeline.work import Work
 
 # Our spacings under the schedule names of A1111 that give the same timesteps.
 SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
-def make_records(model: Any, settings: Settings, prompts: Sequence[str], negatives: Sequence[str | None]) -> list[dict]:
+def make_records(
+    model: Any, work: Work, settings: Settings, prompts: Sequence[str], negatives: Sequence[str | None]
+) -> list[dict]:
     """One record a picture, prompt by prompt: every resolved argument, the model and the machine."""
     import torch
 
-    device = model.device
+    device = work.device
     common = {
         "num_inference_steps": settings.num_inference_steps,
         "guidance_scale": settings.guidance_scale,
@@ -34,6 +39,8 @@ def make_records(model: Any, settings: Settings, prompts: Sequence[str], negativ
         "commit": model.info.get("commit"),  # of a model from the hub
         "schedule": model.schedule.to_diffusers(),
         "dtype": dtype_name(model.dtype),
+        "attention": work.attention,
+        "offload": work.offload,
         "device": str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -1,0 +1,41 @@
+"""Parts on the device only while they work: a copy goes there, works and is forgotten; the part itself stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ldm.nn.lora import sharing_copy
+
+Part = TypeVar("Part")  # a module, or an object that holds some, as VAE and the text encoders do
+
+
+@contextmanager
+def at_work(part: Part, device: torch.device | None) -> Iterator[Part]:
+    """`part` on `device` while the block runs; None leaves it where it is and yields it itself.
+
+    What is lent is a copy whose weights are freed afterwards. The part stays as it is, so that others may use it at
+    the same time, and nothing has to be brought back.
+    """
+    if device is None:
+        yield part
+        return
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the part before this one held
+    yield moved(part, device)
+
+
+def moved(part: Part, device: torch.device) -> Part:
+    """A copy of `part` with all its weights on `device`; what is there already is shared."""
+    if isinstance(part, nn.Module):
+        return sharing_copy(part).to(device)
+    new = copy.copy(part)
+    for name, value in vars(part).items():
+        if isinstance(value, nn.Module) or hasattr(value, "modules"):  # an encoder within an encoder
+            setattr(new, name, moved(value, device))
+    return new
