@@ -204,6 +204,7 @@ QUICK = [
     "ldm.config",
     "ldm.files",
     "ldm.console",
+    "ldm.prompts",
     "ldm.diffusion.samplers",
     "ldm.diffusion.spacings",
 ]

@@ -1,4 +1,4 @@
-"""What prompts hold beside words: LoRA tags, as A1111 has them."""
+"""LoRA tags in prompts, as A1111 has them."""
 
 from __future__ import annotations
 
