@@ -88,14 +88,19 @@ def _publish(tmp: Path, path: Path) -> None:
             raise
 
 
-def atomic_write(path: str | Path, data: bytes | str | Callable[[Path], None], overwrite: bool = True) -> Path:
-    """Write a whole file or nothing: a temporary name beside it, fsync, rename.
+def atomic_write(
+    path: str | Path,
+    data: bytes | str | Callable[[Path], None],
+    overwrite: bool = True,
+    scratch: str | Path | None = None,
+) -> Path:
+    """Write a whole file or nothing: a temporary name beside it (or in `scratch`, an existing folder), fsync, rename.
 
     `data` is the content, or a function that writes the path it is given. With `overwrite=False` an existing file is
     kept and FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    tmp = _temporary(path)
+    tmp = _temporary(Path(scratch or path.parent) / path.name)
     try:
         with disk_errors(path):
             _make_folder(path.parent)

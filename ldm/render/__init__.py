@@ -1,0 +1,1 @@
+"""Prompt files -> images: read (parse), made into jobs (expand, jobs), recorded (manifest)."""
