@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 _LAZY = {"Pipeline": "ldm.pipeline", "train": "ldm.training", "evaluate": "ldm.evaluation"}  # name -> room
 _LAZY["inspect"] = "ldm.checkpoint.inspect"
+_LAZY["convert"] = "ldm.checkpoint.convert"
 
 
 def __getattr__(name: str):

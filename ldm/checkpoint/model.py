@@ -61,14 +61,14 @@ def check_model(
     asked, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
     if isinstance(model, Model):
         return model.path
-    place = _resolve(model, weights=False)
+    place = resolve(model, weights=False)
     if is_hub_id(str(model)):
         layouts.check_index(place)
-    elif _is_single(place):
+    elif is_single(place):
         single.plan_of(place, asked, skip)
     else:
         layouts.read_layout(place, skip)
-    if vae is not None and _is_single(Path(vae)):
+    if vae is not None and is_single(Path(vae)):
         single.vae_prefix(read_header(vae), Path(vae))
     return place
 
@@ -94,7 +94,7 @@ def load_model(
 
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    folder = _resolve(model)
+    folder = resolve(model)
     own_vae = vae if isinstance(vae, str | Path | None) else None
     vae_folder = _resolve_vae(own_vae) if own_vae is not None else None
     asked = single.check_prediction_type(prediction_type)
@@ -126,7 +126,8 @@ def _cached(folder: Path, name: str, device, dtype, vae: Path | None, asked: str
         return _cache[key]
 
 
-def _resolve(model: str | Path, weights: bool = True) -> Path:
+def resolve(model: str | Path, weights: bool = True) -> Path:
+    """Where a model's files are: the default one's, a hub id's snapshot (`weights=False`: settings alone), a path."""
     if str(model) == "default":
         return default_folder()
     if not str(model):
@@ -136,18 +137,18 @@ def _resolve(model: str | Path, weights: bool = True) -> Path:
 
 def _resolve_vae(vae: str | Path) -> Path:
     """The file, or the folder that holds the autoencoder's config.json: the one named, or `vae/` in it."""
-    folder = _resolve(vae)
+    folder = resolve(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
-def _is_single(place: Path) -> bool:
+def is_single(place: Path) -> bool:
     """Whether this is (or is named like) a single file; any other file is left to the reader of folders to refuse."""
     return place.is_file() and place.suffix.lower() == ".safetensors"
 
 
 def _load(place: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
     """The model with every change that was asked for."""
-    if _is_single(place):
+    if is_single(place):
         plan = single.plan_of(place, asked, ("vae",) if vae else ())
         loaded = single.read_single(place, device, dtype, plan)
     else:
@@ -165,7 +166,7 @@ def settings_of(place: Path | None) -> Mapping[str, Mapping[str, Any]]:
     if place is None:
         return {}
     try:
-        if _is_single(place):
+        if is_single(place):
             return single.plan_of(place, "epsilon", ("vae",)).configs
         names = {"vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
         found = {part: place / name for part, name in names.items() if (place / name).is_file()}
@@ -178,7 +179,7 @@ def card_of(model: Model) -> str | None:
     """The text of the model card that came with a loaded model."""
     if model.path is None:
         return None
-    if _is_single(model.path):
+    if is_single(model.path):
         return (single.own_settings(read_header(model.path), model.path) or {}).get("card")
     return layouts.read_card(model.path)
 
@@ -223,7 +224,7 @@ def load_vae(
     """
     from ldm.checkpoint import build
 
-    if _is_single(place):
+    if is_single(place):
         vae, digest = single.read_vae(place, device, dtype, like)
         return vae, {"vae": digest}
     layout = layouts.vae_layout(place)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import PREFIX, TIED, check_fit
-from ldm.checkpoint.tensors import write_shards
+from ldm.checkpoint.tensors import Advance, silent, write_shards
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NOT_CLIPS = ("_name_or_path", "_attn_implementation", "dtype", "torch_dtype", "chunk_size_feed_forward", "id2label")
 NOT_CLIPS += ("label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states")
 NOT_CLIPS += ("is_encoder_decoder",)  # settings that transformers gives every config
-NOT_VAES = ("_name_or_path", "_use_default_values", "_diffusers_version")
+NOT_VAES = ("_name_or_path", "_use_default_values")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -35,12 +35,14 @@ def save_model(
     dtype: str | torch.dtype = "bf16",
     max_shard_mb: float = 15,
     readme: str | None = None,
+    advance: Advance = silent,
 ) -> Path:
     """Write the complete diffusers folder with its manifest, atomically; what was there before is replaced.
 
     Weights become `dtype` (fp32, fp16, bf16) in files of at most `max_shard_mb` million bytes (unless one tensor alone
-    is larger); `readme` is the model card. The model itself is not changed. Raises ModelError for weights that are not
-    finite in `dtype` and parts that do not belong together, ResourceError where the folder cannot be written.
+    is larger); `readme` is the model card, `advance` hears of the bytes written. The model itself is not changed.
+    Raises ModelError for weights that are not finite in `dtype` and parts that do not belong together, ResourceError
+    where the folder cannot be written.
     """
     import torch
 
@@ -51,14 +53,14 @@ def save_model(
             raise ModelError(f"weights cannot be saved as {dtype!r}", todo=f"choose from: {', '.join(DTYPES)}")
         dtype = getattr(torch, DTYPES[dtype])
     folder, limit = Path(folder), int(max_shard_mb * 1e6)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, folder)
     modules = (model.unet, model.vae.module, *model.text.modules)
     require_space(folder, sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize + 10_000_000)
     with atomic_folder(folder) as new:
-        write_unet(model.unet, new, dtype, limit)
-        write_vae(model.vae, new, dtype, limit)
-        write_text(model.text, new, dtype, limit)
+        write_unet(model.unet, new, dtype, limit, advance)
+        write_vae(model.vae, new, dtype, limit, advance)
+        write_text(model.text, new, dtype, limit, advance)
         scheduler = model.schedule.to_diffusers()
         layouts.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         layouts.write_json(new / layouts.INDEX, _index(model, scheduler["_class_name"]))
@@ -92,32 +94,33 @@ def _index(model: Model, scheduler: str) -> dict[str, Any]:
     return layouts.index_for(pipeline + ("InpaintPipeline" if inpainting else "Pipeline"), texts, scheduler)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """Replace a model or nothing: raise ModelError for a folder that holds something else, and for a file."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / layouts.INDEX).is_file()):
         raise ModelError("is there already and no model", where=folder, todo="choose a new folder")
 
 
-def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
     """`unet/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
     config = {**unet.config.to_diffusers(), "_diffusers_version": version("diffusers")}
     layouts.write_json(folder / "unet" / "config.json", config)
-    write_shards(folder / "unet", layouts.STEMS["unet"], unet.state_dict(), dtype, limit)
+    write_shards(folder / "unet", layouts.STEMS["unet"], unet.state_dict(), dtype, limit, advance)
 
 
-def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
     """`vae/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
-    layouts.write_json(folder / "vae" / "config.json", {**vae_config(vae), "_diffusers_version": version("diffusers")})
-    write_shards(folder / "vae", layouts.STEMS["vae"], vae.module.state_dict(), dtype, limit)
+    layouts.write_json(folder / "vae" / "config.json", vae_config(vae))
+    write_shards(folder / "vae", layouts.STEMS["vae"], vae.module.state_dict(), dtype, limit, advance)
 
 
 def vae_config(vae: VAE) -> dict[str, Any]:
-    """The autoencoder's config.json, but for the version of diffusers."""
+    """The autoencoder's config.json."""
     config = json.loads(vae.module.to_json_string())
-    return {key: value for key, value in config.items() if key not in NOT_VAES}
+    config = {key: value for key, value in config.items() if key not in NOT_VAES}
+    return {**config, "_diffusers_version": version("diffusers")}
 
 
-def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int) -> None:
+def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
     """`text_encoder/` and `tokenizer/` in `folder`, of XL also the second ones; CLIP's keys begin with `text_model.`"""
     from ldm.nn.text import T5Text
 
@@ -129,7 +132,7 @@ def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int) 
             write_tokenizer_json(one.tokenizer, tokenizer, "PreTrainedTokenizerFast")
         else:
             write_tokenizer(one.tokenizer, tokenizer, one.words)
-        write_shards(place, layouts.STEMS["text_encoder"], text_state(one), dtype, limit)
+        write_shards(place, layouts.STEMS["text_encoder"], text_state(one), dtype, limit, advance)
 
 
 def text_state(text: ClipText | T5Text) -> dict[str, torch.Tensor]:

@@ -20,12 +20,18 @@ TORCH |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "
 TORCH |= {"U16": "uint16", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 HEADER_ROOM = 200  # bytes that one tensor's entry may take in a shard's header, beside its name
 
+Advance = Callable[[int], object]  # hears of the bytes that were read or written since the last time
+
+
+def silent(size: int) -> None:
+    """Tells nobody."""
+
 
 def read_tensors(
     path: Path,
     dtype: torch.dtype,
     device: torch.device | str,
-    advance: Callable[[int], object] = lambda size: None,
+    advance: Advance = silent,
     wanted: Container[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of one safetensors file (all, or those `wanted`), floating ones as `dtype` on `device`; its sha256.
@@ -109,9 +115,7 @@ def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> S
     return Source(kind, tuple(tensor.shape), lambda: _placed(name, tensor.detach(), dtype, "cpu", path))
 
 
-def write_tensors(
-    path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Callable[[int], object]
-) -> None:
+def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Advance) -> None:
     """Write a safetensors file, tensor by tensor, in the order and the bytes of the safetensors library.
 
     `advance` hears of the bytes written.
@@ -136,7 +140,12 @@ def write_tensors(
 
 
 def write_shards(
-    folder: Path, stem: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_bytes: int
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    max_bytes: int,
+    advance: Advance = silent,
 ) -> list[Path]:
     """Write `<stem>.safetensors`, or shards of at most `max_bytes` with the index that diffusers and transformers read.
 
@@ -150,7 +159,7 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for file, shard in zip(names, shards):
         content = {name: source(tensors[name], dtype, name, folder / file) for name in shard}
-        write_tensors(folder / file, content, {"format": "pt"}, lambda size: None)
+        write_tensors(folder / file, content, {"format": "pt"}, advance)
     if len(shards) > 1:
         total = sum(t.numel() * _width(t, dtype) for t in tensors.values())
         places = {name: file for file, shard in zip(names, shards) for name in shard}

@@ -17,8 +17,8 @@ import ldm
 from ldm import console
 from ldm.errors import ConfigError, LdmError, nearest
 
-COMMANDS = ("generate", "inspect", "train", "data", "evaluate", "bench")  # each a module of this room
-PLANNED = ("render", "finetune", "convert", "web")  # of the contract, and not there yet
+COMMANDS = ("generate", "convert", "inspect", "train", "data", "evaluate", "bench")  # each a module of this room
+PLANNED = ("render", "finetune", "web")  # of the contract, and not there yet
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 

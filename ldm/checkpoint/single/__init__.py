@@ -2,7 +2,16 @@
 
 from ldm.checkpoint.single.header import check_prediction_type, own_settings
 from ldm.checkpoint.single.read import Plan, plan_of, read_single, read_vae, vae_prefix
-from ldm.checkpoint.single.write import check_target, save_single
+from ldm.checkpoint.single.write import SUFFIX, check_target, save_single
 
-__all__ = ["Plan", "check_prediction_type", "check_target", "own_settings", "plan_of", "read_single", "read_vae"]
+__all__ = [
+    "SUFFIX",
+    "Plan",
+    "check_prediction_type",
+    "check_target",
+    "own_settings",
+    "plan_of",
+    "read_single",
+    "read_vae",
+]
 __all__ += ["save_single", "vae_prefix"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from ldm.checkpoint.families import family_of
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single.header import FORMAT, V_KEY, ZERO_SNR_KEY, metadata_of
 from ldm.checkpoint.single.names import UNET, Part, Place, originals, parts_of
+from ldm.checkpoint.tensors import Advance, silent
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
 
@@ -28,7 +29,7 @@ def save_single(
     path: str | Path,
     dtype: torch.dtype,
     card: str | None = None,
-    advance: Callable[[int], object] = lambda size: None,
+    advance: Advance = silent,
 ) -> Path:
     """Write the whole model into one file, atomically; only another single-file model is replaced.
 
@@ -81,6 +82,7 @@ def _settings(model: Model, card: str | None) -> dict[str, Any]:
         for suffix, text in encoders(model.text).items():
             part = f"text_encoder{suffix}"
             configs[part], tokenizers[part] = text_config(text), stored(text, Path(files) / part)
+    configs["vae"].pop("_diffusers_version")  # the same model, the same bytes
     own = {"format": FORMAT, "family": _family(model), "configs": configs, "tokenizers": tokenizers}
     if isinstance(model.text, XLText):
         own["zero_empty"] = model.text.zero_empty
