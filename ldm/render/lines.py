@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-from ldm.errors import ConfigError, nearest
-from ldm.render.words import REFUSED, WORDS, known_word
+from ldm.errors import ConfigError
+from ldm.render.words import REFUSED, WORDS, known_word, near_word
 
 FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
 _DOUBLE = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(?=\s+--|\s*$)', re.DOTALL)
@@ -35,8 +35,7 @@ def pairs_of_text(line: str) -> list[tuple[str, Any]]:
     while match:
         word, equals, rest = match[1].partition("=")
         if known_word(word) is None:
-            near = nearest(f"--{word[:80]}", [f"--{known}" for known in [*WORDS, *REFUSED]])
-            todo = f"{near} write \\-- for text" if near.startswith("did") else "write \\-- for text"
+            todo = f"{near_word(word[:80], '--')} write \\-- for text".strip()
             raise ConfigError(f"unknown flag --{word:.80}", where=f"--{word:.80}", todo=todo)
         start = match.end() - len(rest) if equals else match.end()
         quoted = _DOUBLE.match(line, start) or _SINGLE.match(line, start)

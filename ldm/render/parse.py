@@ -133,7 +133,7 @@ def _is_header(line: str | ConfigError) -> bool:
     if not isinstance(line, str):
         return False
     cells = [cell.strip(" \"'\r\n") for cell in re.split("[,;\t]", line)]
-    known = {WORDS.get(known_word(cell) or "") for cell in cells}
+    known = {WORDS.get(known_word(cell) or "") for cell in cells if not is_comment(cell)}
     return len(cells) > 1 and "prompt" in known and None not in known
 
 

@@ -5,6 +5,7 @@ The words that ldm.pipeline.settings knows are taken from there; those of prompt
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -175,7 +176,8 @@ def _path(value: Any, word: str, base: Path) -> str:
             if path.exists():
                 return str(path)
     except (OSError, ValueError) as error:  # a name too long, a NUL character
-        raise ConfigError(f"{str(given)!r:.80} is no file name ({error})", where=word) from None
+        reason = getattr(error, "strerror", None) or "it cannot be"
+        raise ConfigError(f"{str(given)!r:.80} is no file name ({reason})", where=word) from None
     raise ConfigError(f"{str(given)!r:.200} does not exist, neither in {base} nor here", where=word)
 
 
@@ -253,6 +255,13 @@ def known_word(word: str) -> str | None:
     return next((w for w in (word, plain, plain.lower()) if w in WORDS or w in REFUSED), None)
 
 
+@functools.lru_cache(maxsize=1024)  # the same mistake often stands in every line
+def near_word(word: str, before: str = "") -> str:
+    """`did you mean '…'?`, with `before` in front of the word, or "" where nothing is near."""
+    told = nearest(before + word, [before + known for known in (*WORDS, *REFUSED)])
+    return told if told.startswith("did you mean") else ""
+
+
 def check_words(pairs: Iterable[tuple[str, Any]], base: Path) -> dict[str, Any]:
     """The settings of a line under our names, each checked; None is "not given". Paths are looked up from `base`.
 
@@ -264,8 +273,7 @@ def check_words(pairs: Iterable[tuple[str, Any]], base: Path) -> dict[str, Any]:
     for given, value in pairs:
         word = known_word(given)
         if word is None:
-            todo = nearest(given[:80], [*WORDS, *REFUSED]).partition(" from:")[0]
-            todo = todo if todo.startswith("did") else "begin its name with # to have it ignored"
+            todo = near_word(given[:80]) or "begin its name with # to have it ignored"
             raise ConfigError(f"unknown setting {given!r:.80}", where=given[:80], todo=todo)
         if value is None:
             continue
