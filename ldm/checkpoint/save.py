@@ -71,10 +71,14 @@ def save_model(
 
 
 def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
-    """The encoders by what their folders' names end with."""
-    from ldm.nn.text import XLText
+    """The encoders by what their folders' names end with. Raises ModelError for open_clip's own."""
+    from ldm.nn.text import OpenClipText, XLText
 
-    return {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
+    found = {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
+    if any(isinstance(one, OpenClipText) for one in found.values()):
+        todo = "load the text encoder in transformers' form, as Stable Diffusion's folders have it"
+        raise ModelError("a text encoder of open_clip cannot be saved", todo=todo)
+    return found
 
 
 def _index(model: Model, scheduler: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ClipText:
         self.model, self.tokenizer, self.words = model, tokenizer, words
         self._lock = threading.Lock()  # fast tokenizers keep their padding and truncation as state
         config = model.config
+        self.projects: bool = type(model).__name__.endswith("WithProjection")
         self.width: int = config.hidden_size
         self.max_length: int = min(tokenizer.model_max_length, config.max_position_embeddings)
         end, size = tokenizer.eos_token_id, len(tokenizer)

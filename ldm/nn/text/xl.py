@@ -13,6 +13,7 @@ from torch import nn
 from ldm.errors import ModelError
 from ldm.nn.text.clip import ClipText
 from ldm.nn.text.conditioning import Conditioning, one_by_one
+from ldm.nn.text.open_clip import OpenClipText
 
 
 class XLText:
@@ -21,14 +22,14 @@ class XLText:
     Raises ModelError where the second does not project, or the two do not take equally many tokens.
     """
 
-    def __init__(self, first: ClipText, second: ClipText, zero_empty: bool):
+    def __init__(self, first: ClipText, second: ClipText | OpenClipText, zero_empty: bool):
         self.first, self.second = first, second
         self.zero_empty = zero_empty  # None becomes zeros; else it is encoded as ""
         self.width: int = first.width + second.width
         self.max_length: int = first.max_length
         if second.max_length != first.max_length:
             raise ModelError(f"one text encoder takes {first.max_length} tokens, the other {second.max_length}")
-        if type(second.model).__name__ != "CLIPTextModelWithProjection":
+        if not second.projects:
             raise ModelError("the second text encoder has no projection, and pooled text is made of it")
 
     @property
