@@ -109,3 +109,30 @@ def copied(saved, tmp_path):
     import shutil
 
     return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A function of a kind -> a small model with adapters on it (see lora_cases.Trained)."""
+    from tests.checkpoint.lora_cases import Trained
+
+    made: dict = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = Trained(kind, tmp_path_factory.mktemp("lora"))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture
+def lora_file(tmp_path):
+    """Writes tensors as a LoRA file."""
+    from safetensors.torch import save_file
+
+    def save(tensors, metadata=None, name="x"):
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
+        return tmp_path / f"{name}.safetensors"
+
+    return save

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Layers = Mapping[str, Mapping[str, "LowRank"]]  # part (unet, text_encoder, text_encoder_2) -> layer -> update
 CARD = "README.md"
+UNET_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+TEXT_NAMES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight", "lora_magnitude_vector.weight")
 
 
 def write_lora(
@@ -81,17 +83,18 @@ def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, folder: 
 def _peft(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata in the layout of PEFT as diffusers saves it.
 
-    Text encoders have diffusers' older names, since its loader cannot tell the newer ones in every case.
+    Text encoders have diffusers' older names and PEFT's inner one for magnitudes: diffusers 0.42 with transformers 5
+    cannot tell the newer ones in every case.
     """
     tensors, settings = {}, {}
     for part, found in layers.items():
-        down, up = ("lora_A", "lora_B") if part == "unet" else ("lora_linear_layer.down", "lora_linear_layer.up")
+        down, up, magnitude = UNET_NAMES if part == "unet" else TEXT_NAMES
         for name, update in found.items():
             key = peft_name(part, name)
-            tensors |= {f"{key}.{down}.weight": update.down, f"{key}.{up}.weight": update.up}
+            tensors |= {f"{key}.{down}": update.down, f"{key}.{up}": update.up}
             if update.magnitude is not None:
                 wide = (1, -1, 1, 1) if update.down.ndim == 4 else (-1,)
-                tensors[f"{key}.lora_magnitude_vector"] = update.magnitude.reshape(wide)
+                tensors[f"{key}.{magnitude}"] = update.magnitude.reshape(wide)
         settings |= {f"{part}.{key}": value for key, value in _peft_settings(part, found).items()}
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
