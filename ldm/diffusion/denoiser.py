@@ -50,6 +50,23 @@ def denoiser(predict: Predict, schedule: Schedule, dtype: torch.dtype = torch.fl
     return denoise
 
 
+def consistency(denoise: Denoise, schedule: Schedule) -> Denoise:
+    """`denoise` as a consistency model's map to x0, which is x itself at timestep 0 (Luo et al. 2023); for lcm.
+
+    With sigma_data 0.5 and timesteps times 10, as published models were distilled and as diffusers has it.
+    """
+
+    def to_x0(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        scaled = schedule.timestep(sigma).double() * 10 / 0.5
+        c_skip = 1 / ((scaled**2 + 1) * (1 + sigma.double() ** 2).sqrt())  # of x in the network's scale
+        c_out = scaled / (scaled**2 + 1).sqrt()
+        shape = (-1, *[1] * (x.ndim - 1))
+        c_skip, c_out = (c.to(x.device, x.dtype).view(shape) for c in (c_skip, c_out))
+        return c_skip * x + c_out * denoise(x, sigma)
+
+    return to_x0
+
+
 def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):
     """What the network should answer at x_t = alpha * x0 + sigma * noise; written out, never recovered by division."""
     if schedule.prediction_type == "epsilon":

@@ -11,7 +11,7 @@ T number of training timesteps   n number of sampling steps   B batch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.diffusion.spacings import SPACINGS
+from ldm.diffusion.spacings import (
+    LCM_STEPS,
+    MULTISTEP,
+    SCHEDULE_SPACINGS,
+    SIGMA_SPACINGS,
+    SPACINGS,
+    WHOLE,
+    lcm_timesteps,
+)
 from ldm.errors import ConfigError, nearest
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 CAPPED_ALPHAS_CUMPROD = 2.0**-24  # stands for zero at zero terminal SNR, so that sigma is 4096 and not infinite
-DDIM_INFINITY = 2.0**20  # DDIM is written without sigma = infinity in a denominator: 4096 would show (2.4e-4)
+DDIM_INFINITY = 2.0**20  # DDPM, DDIM and LCM have no sigma = infinity in a denominator: 4096 would show (2.4e-4)
 EDGE = 1e-4  # of one timestep: more than fp32 loses between t and sigma
 FLOW_CAP = 0.999999  # largest flow time that is turned into a sigma; sampling starts at 1 - 1/T, as in diffusers
 
@@ -92,7 +100,7 @@ class Schedule:
         for field, known in (
             ("prediction_type", PREDICTION_TYPES),
             ("beta_schedule", BETAS),
-            ("spacing", SPACINGS),
+            ("spacing", SCHEDULE_SPACINGS),
         ):
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"unknown {field} '{value}'", where="schedule", todo=nearest(str(value), known))
@@ -174,8 +182,9 @@ class Schedule:
     def sigmas(self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None) -> torch.Tensor:
         """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them.
 
-        The last one is 0; for DDIM on betas, without set_alpha_to_one, it is the sigma of timestep 0.
-        Raises ConfigError for a step count that is not possible and for an unknown spacing.
+        The last one is 0; for DDIM on timesteps, without set_alpha_to_one, it is the sigma of timestep 0.
+        spacing None is the schedule's own, for lcm its table. Raises ConfigError for a step count that is not
+        possible, an unknown spacing, and one that does not fit the schedule.
         """
         n = num_inference_steps
         if n < 1:
@@ -183,35 +192,90 @@ class Schedule:
         if self.is_flow:
             if spacing is not None:
                 raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", todo="leave it out")
-            return self._flow_sigmas(n)
-        timesteps = self._spaced(n, sampler, self.spacing if spacing is None else spacing)
+            return self._flow_sigmas(n, sampler)
+        if spacing in SIGMA_SPACINGS:
+            low, high = self.sigmas_all[0].item(), self.sigmas_all[-1].item()
+            sigmas = torch.from_numpy(SPACINGS[spacing](low, high, n)).float()
+            return self._checked(torch.cat([sigmas, sigmas.new_zeros(1)]), f"{n} steps are too many for {spacing}")
+        return self._at_timesteps(self._spaced(n, sampler, spacing), sampler)
+
+    def given(
+        self, sampler: str = "euler", timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
+    ) -> torch.Tensor:
+        """(n + 1,) fp32, as `sigmas` gives them, of timesteps in [0, T - 1] or of sigmas (one of the two), descending.
+
+        Sigmas may end in 0; for flow both are times, timesteps in (0, T] and sigmas in (0, 1], as in diffusers.
+        Raises ConfigError naming the list and what is wrong with it.
+        """
+        where = "timesteps" if sigmas is None else "sigmas"
+        if (timesteps is None) == (sigmas is None):
+            raise ConfigError("give either timesteps or sigmas", where=where)
+        try:
+            values = torch.as_tensor(timesteps if sigmas is None else sigmas, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError("expected a list of numbers", where=where) from error
+        total = self.num_train_timesteps
+        if sigmas is not None and values.ndim == 1 and len(values) > 1 and values[-1] == 0:
+            values = values[:-1]
+        if values.ndim != 1 or not 1 <= len(values) <= total or not values.isfinite().all():
+            raise ConfigError(f"expected a list of 1 to {total} finite numbers", where=where)
+        if sigmas is None:
+            most = total if self.is_flow else total - 1
+        else:
+            most = 1.0 if self.is_flow else self.sigmas_all[-1].item() * 1.01  # published tables are rounded
+        least_fits = values[-1] > 0 or (values[-1] == 0 and sigmas is None and not self.is_flow)
+        if values[0] > most or not least_fits:
+            raise ConfigError(f"{values.min():g} to {values.max():g} is not inside 0 to {most:g}", where=where)
+        if (values.diff() >= 0).any():
+            raise ConfigError("each has to be lower than the one before", where=where)
+        if self.is_flow:
+            result = self.sigma(values if sigmas is None else values * total)
+        elif sigmas is None:
+            return self._at_timesteps(values, sampler)
+        else:
+            result = values.float()
+        return self._checked(torch.cat([result, result.new_zeros(1)]), f"{where}: two are too close together")
+
+    def _at_timesteps(self, timesteps: torch.Tensor, sampler: str) -> torch.Tensor:
         sigmas = self.sigma(timesteps)
         last = 0.0
-        if sampler == "ddim":
-            if self.rescale_betas_zero_snr and self.prediction_type != "epsilon":
-                sigmas[timesteps == self.num_train_timesteps - 1] = DDIM_INFINITY
-            if not self.set_alpha_to_one:
-                last = float(self.sigmas_all[0])
+        if sampler in WHOLE and self.rescale_betas_zero_snr and self.prediction_type != "epsilon":
+            sigmas[timesteps == self.num_train_timesteps - 1] = DDIM_INFINITY
+        if sampler == "ddim" and not self.set_alpha_to_one:
+            last = float(self.sigmas_all[0])
         return torch.cat([sigmas, sigmas.new_tensor([last])])
 
-    def _spaced(self, n: int, sampler: str, spacing: str) -> torch.Tensor:
-        if spacing not in SPACINGS:
-            raise ConfigError(f"unknown spacing '{spacing}'", todo=nearest(spacing, SPACINGS))
+    def _checked(self, sigmas: torch.Tensor, fault: str) -> torch.Tensor:
+        if (sigmas.diff() >= 0).any():
+            raise ConfigError(fault)
+        return sigmas
+
+    def _spaced(self, n: int, sampler: str, spacing: str | None) -> torch.Tensor:
         total = self.num_train_timesteps
-        timesteps = SPACINGS[spacing](total, n, self.steps_offset, sampler) if n <= total else np.empty(0)
+        if spacing is None and sampler == "lcm":
+            if n > LCM_STEPS or total < LCM_STEPS:
+                raise ConfigError(f"lcm has {LCM_STEPS} steps of its own, not {n}", todo="choose fewer, or a spacing")
+            return torch.from_numpy(lcm_timesteps(total, n))
+        name = self.spacing if spacing is None else spacing
+        if name not in SPACINGS:
+            raise ConfigError(f"unknown spacing '{name}'", todo=nearest(name, SPACINGS))
+        timesteps = SPACINGS[name](total, n, self.steps_offset, sampler) if n <= total else np.empty(0)
         if len(timesteps) != n or timesteps[0] > total - 1 or (np.diff(timesteps) >= 0).any():
-            raise ConfigError(f"{n} steps are too many for {total} training timesteps with {spacing} spacing")
+            raise ConfigError(f"{n} steps are too many for {total} training timesteps with {name} spacing")
         return torch.tensor(timesteps.tolist(), dtype=torch.float64)
 
-    def _flow_sigmas(self, n: int) -> torch.Tensor:
-        """Equal steps of t from 1 - 1/T to 0, shifted, as t / (1 - t).
+    def _flow_sigmas(self, n: int, sampler: str) -> torch.Tensor:
+        """Equal steps of t from 1 - 1/T to 0 (for UniPC from 1 to 1/T, then 0), shifted, as t / (1 - t).
 
         Where t * T is whole but for float64's last bit, diffusers rounds down by chance; computed as there and moved
         away from the edge (by 2e-7 in t), so that `timestep` says the same.
         """
         total = self.num_train_timesteps
-        t = 1.0 - np.linspace(1, 1 / total, n + 1)
-        t = (self.flow_shift * t / (1 + (self.flow_shift - 1) * t))[::-1]
+        if sampler == "unipc":
+            t = np.append(np.linspace(1, 1 / total, n + 1)[:-1], 0.0)
+        else:
+            t = (1.0 - np.linspace(1, 1 / total, n + 1))[::-1]
+        t = (self.flow_shift * t / (1 + (self.flow_shift - 1) * t)).clip(max=FLOW_CAP)
         edge = np.floor(t * total) + 1
         t = np.where(edge - t * total < 2 * EDGE, (edge - 2 * EDGE) / total, t)
         return torch.from_numpy(t / (1 - t)).float()
@@ -221,14 +285,14 @@ class Schedule:
     ) -> torch.Tensor:
         """Unit noise (B, C, H, W) scaled to the x that sampling starts from; the one home of this convention.
 
-        Euler with linspace or trailing spacing takes sigma itself; all else takes the scale at which the network's
-        input is the noise unchanged: sqrt(sigma^2 + 1), for flow sigma + 1.
+        Euler and its relatives take sigma itself with any spacing but leading; all else takes the scale at which the
+        network's input is the noise unchanged: sqrt(sigma^2 + 1), for flow sigma + 1.
         """
         sigma = sigmas[0].item()
         if self.is_flow:
             return noise * (sigma + 1)
-        plain = sampler == "ddim" or sampler.startswith("dpmpp") or (spacing or self.spacing) == "leading"
-        return noise * (math.sqrt(sigma**2 + 1) if plain else sigma)
+        unit = sampler in MULTISTEP or sampler in WHOLE or (spacing or self.spacing) == "leading"
+        return noise * (math.sqrt(sigma**2 + 1) if unit else sigma)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Schedule:

@@ -1,0 +1,162 @@
+"""Samplers that add noise: one draw a step (dpmpp_sde two), none on a step to 0 or where eta is 0."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ldm.diffusion.samplers.base import ancestral, evaluate, sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.diffusion.denoiser import Denoise
+    from ldm.diffusion.samplers.base import Callback, Noise
+
+
+@sampler
+def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+    """DDPM (Ho et al. 2020, algorithm 2 with eq. 7's posterior variance) over any list of sigmas."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = evaluate(denoise, x, sigma)
+        kept = (sigma_next / sigma) ** 2
+        x = x0 + kept * (x - x0)
+        if sigma_next > 0:
+            x = x + sigma_next * math.sqrt(1 - kept) * noise(i)
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def euler_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+) -> Tensor:
+    """Euler's method to a lower sigma, and noise back up to the next (k-diffusion): first order."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = evaluate(denoise, x, sigma)
+        down, up = ancestral(sigma, sigma_next, eta)
+        x = x0 + (down / sigma) * (x - x0)
+        if up > 0:
+            x = x + up * noise(i)
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def dpmpp_2s_ancestral(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+) -> Tensor:
+    """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1) to a lower sigma, and noise back up; two evaluations a step."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = d = evaluate(denoise, x, sigma)
+        down, up = ancestral(sigma, sigma_next, eta)
+        if down > 0:
+            middle = math.sqrt(sigma * down)
+            d = evaluate(denoise, x0 + (middle / sigma) * (x - x0), middle)
+        x = d + (down / sigma) * (x - d)
+        if up > 0:
+            x = x + up * noise(i)
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def dpmpp_sde(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+) -> Tensor:
+    """DPM-Solver++(2S) for the stochastic equation (k-diffusion's dpmpp_sde with r = 1/2): two evaluations a step.
+
+    Both stages begin at sigma: the first one's noise is a Brownian path's increment over [middle, sigma], the second
+    one's over [sigma_next, sigma], divided by their lengths' roots. Two fresh draws are the increments over the two
+    parts, and the whole is their sum.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = d = evaluate(denoise, x, sigma)
+        upper, lower = (noise(2 * i), noise(2 * i + 1)) if eta and sigma_next > 0 else (None, None)
+        if sigma_next > 0:
+            middle = math.sqrt(sigma * sigma_next)
+            down, up = ancestral(sigma, middle, eta)
+            x_middle = x0 + (down / sigma) * (x - x0)
+            d = evaluate(denoise, x_middle if upper is None else x_middle + up * upper, middle)
+        down, up = ancestral(sigma, sigma_next, eta)
+        x = d + (down / sigma) * (x - d)
+        if upper is not None:
+            part = (sigma - middle) / (sigma - sigma_next)
+            x = x + up * math.sqrt(part) * upper + up * math.sqrt(1 - part) * lower
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def dpmpp_2m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+) -> Tensor:
+    """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022): one evaluation a step; eta 0 is dpmpp_2m."""
+    x0_last = h_last = None
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = evaluate(denoise, x, sigma)
+        if sigma_next == 0:
+            x = x0
+        else:
+            h = math.log(sigma / sigma_next)
+            d = x0 if x0_last is None else x0 + (x0 - x0_last) * (h / (2 * h_last))
+            x = math.exp(-(1 + eta) * h) * x - math.expm1(-(1 + eta) * h) * d
+            if eta:
+                x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise(i)
+            x0_last, h_last = x0, h
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def dpmpp_3m_sde(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+) -> Tensor:
+    """SDE-DPM-Solver++(3M) with k-diffusion's coefficients: three x0 a step, one evaluation.
+
+    Its last term is half of Taylor's, there as here, which leaves it second order (with a smaller error than 2M).
+    """
+    x0_last = change_last = h_last = h_older = None
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = evaluate(denoise, x, sigma)
+        if sigma_next == 0:
+            x = x0
+        else:
+            h = math.log(sigma / sigma_next)
+            reach = (1 + eta) * h
+            phi_2 = math.expm1(-reach) / reach + 1
+            x = math.exp(-reach) * x - math.expm1(-reach) * x0
+            change = None if x0_last is None else (x0 - x0_last) * (h / h_last)  # h times the slope of x0
+            if change_last is not None:
+                older = change_last * (h / h_last)  # change_last was taken with the h of its own step
+                bend = (change - older) * (h / (h_last + h_older))
+                x = x + phi_2 * (change + bend * (h_last / h)) - (phi_2 / reach - 0.5) * bend
+            elif change is not None:
+                x = x + phi_2 * change
+            if eta:
+                x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * noise(i)
+            x0_last, change_last, h_last, h_older = x0, change, h, h_last
+        if callback:
+            callback(i, x, x0)
+    return x
+
+
+@sampler
+def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+    """Latent consistency models (Luo et al. 2023): x0 at once, and noise back up to the next sigma.
+
+    Wants `denoiser.consistency` around the denoiser: the network is then a map to x0 that keeps x where sigma is 0.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x = x0 = evaluate(denoise, x, sigma)
+        if sigma_next > 0:
+            x = x0 + sigma_next * noise(i)
+        if callback:
+            callback(i, x, x0)
+    return x
