@@ -31,8 +31,8 @@ KINDS = {"sd1": "sd15", "sd2": "sd21", "xl": "xl", "sd1-inpainting": "inpaint"} 
 ATTENTION = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"  # of 1.x and 2.x, as kohya names it
 
 
-def sparse(path, tensors, metadata=None):
-    """A sound safetensors file of zeros that takes no room: name -> (dtype, shape)."""
+def sparse(path, tensors, metadata=None, first=b""):
+    """A sound safetensors file that takes no room: name -> (dtype, shape); zeros after the bytes `first`."""
     table, position = {"__metadata__": metadata} if metadata else {}, 0
     for name, (dtype, shape) in tensors.items():
         end = position + math.prod(shape) * ITEM_BYTES[dtype]
@@ -40,7 +40,7 @@ def sparse(path, tensors, metadata=None):
     raw = json.dumps(table).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(raw)) + raw)
+        handle.write(struct.pack("<Q", len(raw)) + raw + first)
         handle.truncate(8 + len(raw) + position)
     return path
 
@@ -148,6 +148,37 @@ def test_a_full_width_file_is_told_within_a_second(name, tmp_path):
     assert {"holds no vae", "holds no text_encoder"} <= set(found["notes"])
     unsaid = any("prediction type is not in the file" in note for note in found["notes"])
     assert found["prediction_type"] == (None if name == "sd2" else "epsilon") and unsaid == (name == "sd2")
+
+
+@pytest.mark.parametrize("name", ["sd2", "xl"])
+def test_a_full_width_folder_of_the_fp16_variant_is_told(name, tmp_path):
+    family = FAMILIES[name]
+    configs, xl = family.configs("v_prediction"), "XL" if name == "xl" else ""
+    index = {"_class_name": f"StableDiffusion{xl}Pipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for part, config in configs.items():
+        tensors = {"some.weight": ("F16", (2, 3))}
+        if part == "unet":
+            tensors = {key: ("F16", shape) for key, shape in FIXTURES.read(KINDS[name]).items()}
+        if part.startswith("text"):
+            index |= {part: ["transformers", config["architectures"][0]]}
+            index |= {part.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]}
+            (tmp_path / part.replace("text_encoder", "tokenizer")).mkdir()
+            (tmp_path / part.replace("text_encoder", "tokenizer") / "tokenizer.json").write_text("{}")
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        if part != "scheduler":
+            sparse(tmp_path / part / f"{stem}.fp16.safetensors", tensors)
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / f"{'scheduler_' if part == 'scheduler' else ''}config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    start = time.process_time()
+    found = ldm.inspect(tmp_path)
+    assert time.process_time() - start < 1
+    assert found["format"] == f"StableDiffusion{xl}Pipeline folder (fp16 variant)"
+    assert (found["family"], found["prediction_type"], found["manifest"]) == (name, "v_prediction", False)
+    assert found["resolution"] == (1024 if name == "xl" else 768)
+    assert found["parts"].keys() == {"unet", "vae", *family.text}
+    assert found["parameters"] == found["parts"]["unet"]["parameters"] + 6 * (len(found["parts"]) - 1)
 
 
 def test_what_says_the_prediction_type_is_heard(tmp_path):
