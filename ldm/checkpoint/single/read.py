@@ -160,6 +160,7 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
     for module in (unet, *(() if vae is None else (vae.module,)), *text.modules):
         module.requires_grad_(False)
     info = {**card_settings(plan.card or ""), "family": plan.family}
+    info.pop("commit", None)  # of models from the hub alone; a card's word for it is no proof
     info |= {"ignored_keys": dict(plan.ignored)} if plan.ignored else {}
     return Model(unet, vae, text, schedule, path.stem, path.resolve(), digest, info)
 
