@@ -17,7 +17,7 @@ from ldm.files import MANIFEST
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SETTINGS = [INDEX, "config.json", MANIFEST, CARD]
-SETTINGS += [f"{part}/*{suffix}" for part in CLASSES for suffix in (".json", ".txt", "spiece.model")]
+SETTINGS += [f"{part}/*{suffix}" for part in CLASSES for suffix in (".json", ".txt")]
 WEIGHTS = ["diffusion_pytorch_model*.safetensors", *(f"{part}/{stem}*.safetensors" for part, stem in STEMS.items())]
 HALF = ["*.fp16.*", "*.fp16-*"]  # fetched only where a repository has nothing else
 NEVER = ["*non_ema*", "*flax*", "*openvino*"]
