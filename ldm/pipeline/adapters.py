@@ -37,15 +37,15 @@ class Adapters:
         """Those that prompt number `prompt` is drawn with."""
         return self._sets[prompt]
 
-    def check(self, model: Any) -> None:
-        """Read the header of each file and fit it to `model`, where that is a folder. Raises ModelError in one line.
+    def check(self, model: Any, prediction_type: str | None = None) -> None:
+        """Read the header of each file and fit it to `model`, where that is at hand. Raises ModelError in one line.
 
         Says, once a file, where alpha is taken to be the rank, and which keys are left out.
         """
         from ldm.checkpoint.lora import fit, read_lora_header, target_at, unapplied_line
 
         headers = [read_lora_header(path) for path in dict.fromkeys(a.path for own in self._sets for a in own)]
-        target = target_at(model) if headers else None
+        target = target_at(model, prediction_type) if headers else None
         self._fitted = target is not None
         for header in headers:
             found = fit(header, target, self._allow) if target else None

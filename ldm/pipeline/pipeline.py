@@ -87,7 +87,7 @@ class Pipeline:
         self._work = Work(self.device, given["offload"], given["attention"])
         self.prediction_type = given["prediction_type"]
         self._folder = _check_model(self.model, self.vae, self.prediction_type)
-        self._adapters.check(self.model)
+        self._adapters.check(self.model, self.prediction_type)
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import find_lora, fit, read_lora, target_at
-from ldm.errors import ConfigError
+from ldm.checkpoint.single import save_single
+from ldm.errors import ConfigError, ModelError
 from ldm.images import read_metadata
 from ldm.nn.lora import merge, sharing_copy, unmerge
 from tests.checkpoint.lora_cases import KINDS, PROMPTS, SIZE, Q, apart, fresh, ours, pair, theirs
@@ -190,3 +191,12 @@ def test_names_are_looked_up_and_never_guessed(lora_dir):
     shutil.copy(lora_dir / "deeper/red.safetensors", lora_dir / "red.safetensors")
     with pytest.raises(ConfigError, match="2 LoRAs are named 'red'"):
         find_lora("red", lora_dir)
+
+
+def test_single_files_take_loras_and_are_fitted_before_any_weight_is_read(trained, lora_file, tmp_path, monkeypatch):
+    case = trained("1.5")
+    model = save_single(case.model, tmp_path / "model.safetensors", "fp32")
+    assert apart(ours(model, lora=case.file)[0], case.pictures) <= 1
+    monkeypatch.setattr("ldm.checkpoint.load_model", None)
+    with pytest.raises(ModelError, match="this LoRA is for cross_attention_dim 1024, this model has 32"):
+        Pipeline("a cat", model, lora=lora_file(pair(Q.replace("attn1.to_q", "attn2.to_k"), inputs=1024)))

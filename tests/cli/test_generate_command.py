@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.checkpoint import load_model, save_model
 from ldm.cli import main
@@ -144,3 +145,20 @@ def test_it_runs_outside_the_main_thread(generate, files):
     thread.start()
     thread.join()
     assert codes == [0] and files() == ["a-cat.png"]
+
+
+def test_loras_by_file_and_by_tag(generate, tmp_path, capsys):
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    (tmp_path / "loras").mkdir()
+    file = tmp_path / "loras" / "red.safetensors"
+    save_file({**pair, f"{layer}.alpha": torch.tensor(4.0)}, file)
+    words = ["a <lora:red:-0.5> cat", "-o", "x.png", "--lora-dir", str(tmp_path / "loras")]
+    assert generate(*words, "--lora", f"{file}:0.8", "--lora", str(file)) == 0
+    told = [(lora["path"], lora["weight"]) for lora in read_metadata("x.png").ldm["lora"]]
+    assert told == [(str(file), 0.8), (str(file), 1.0), (str(file), -0.5)]
+    save_file({**pair, "unet.nowhere": torch.ones(1)}, file)
+    assert generate("a cat", "--lora", str(file)) == 2
+    assert "1 of 3 keys have no place in this model: unet.nowhere" in capsys.readouterr().err
+    assert generate("a cat", "--lora", str(file), "--allow-unapplied") == 0
+    assert "1 keys are not applied: unet.nowhere" in capsys.readouterr().err

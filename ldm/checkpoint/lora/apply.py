@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,30 +88,40 @@ def _check_shape(header: LoraHeader, entry: Entry, part: str, name: str, shape: 
     )
 
 
-def target_at(model: Any) -> Target | None:
-    """Of a model's folder, or of a loaded model; None where that cannot be known before weights are read."""
+def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
+    """Of a model's folder or single file, or of a loaded model; None where weights would have to be fetched first."""
     from ldm.checkpoint.default import default_folder
     from ldm.checkpoint.folder import read_layout
+    from ldm.checkpoint.single import plan_of
 
     if not isinstance(model, (str, os.PathLike)):
         return target_of(model)
-    folder = default_folder() if str(model) == "default" else Path(model).expanduser()
-    return target_in(read_layout(folder, skip=("vae",))) if folder.is_dir() else None
+    place = default_folder() if str(model) == "default" else Path(model).expanduser()
+    if place.is_dir():
+        return target_in(read_layout(place, skip=("vae",)))
+    if not place.is_file():
+        return None
+    plan = plan_of(place, prediction_type, skip=("vae",))
+    shapes = {part: _layers(plan.shapes(part).items()) for part in PARTS if part in plan.configs}
+    return Target(shapes, UNetConfig.from_diffusers(plan.configs["unet"], place))
 
 
 def target_in(layout: Layout) -> Target:
     """Of a model folder, from the headers of its weight files; no torch."""
-    shapes = {
-        part: {
-            name.removesuffix(".weight"): tensor.shape
-            for path in layout.shards(part)
-            for name, tensor in read_header(path).tensors.items()
-            if name.endswith(".weight") and len(tensor.shape) in (2, 4) and "embedding.weight" not in name
-        }
-        for part in PARTS
-        if part in layout.weights
-    }
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for part in (part for part in PARTS if part in layout.weights):
+        tables = [read_header(path).tensors for path in layout.shards(part)]
+        shapes[part] = _layers((name, tensor.shape) for table in tables for name, tensor in table.items())
     return Target(shapes, UNetConfig.from_diffusers(layout.configs["unet"], layout.folder / "unet"))
+
+
+def _layers(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Linear layers and convolutions, by the names and shapes of their weights."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensors
+        if name.endswith(".weight") and len(shape) in (2, 4) and not name.endswith("embedding.weight")
+    }
 
 
 def networks(model: Model) -> dict[str, Any]:
