@@ -1,13 +1,25 @@
-"""A small tower of open_clip, where that is installed: see the second environment in `.ci/run`."""
+"""A small tower of open_clip, where that is installed: in the second environment of `.ci/run`."""
 
-from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 
+def fits(package):
+    """Whether the compiled part of torchvision loads: it is made for one version and build of torch."""
+    import torch
+
+    for file in Path(find_spec(package).origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(file)
+        except OSError:
+            return False
+    return True
+
+
 def declare_operators():
-    """The names that importing torchvision looks up, where its compiled part is made for another build of torch."""
+    """The names that importing torchvision looks up; nothing here calls them."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -16,12 +28,7 @@ def declare_operators():
     return library
 
 
-def build_of(package):
-    """ "cpu", "cu130", … or "" for the index's own."""
-    return metadata.version(package).partition("+")[2]
-
-
-if find_spec("open_clip") and build_of("torch") != build_of("torchvision"):
+if find_spec("open_clip") and not fits("torchvision"):
     LIBRARY = declare_operators()  # lives as long as the tests
 
 
