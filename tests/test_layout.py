@@ -207,6 +207,7 @@ QUICK = [
     "ldm.prompts",
     "ldm.diffusion.samplers",
     "ldm.diffusion.spacings",
+    "ldm.diffusion.guidance",
 ]
 QUICK += [module_of(path) for path in FILES if path.parent.name == "cli" and path.stem != "__main__"]
 
