@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ModelError
+from ldm.errors import ConfigError, ModelError
 from ldm.nn.attention import attention, check_backend
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
@@ -146,9 +146,12 @@ class Attention(nn.Module):
         self.to_v = Linear(context, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:  # (B, L, C), (B, S, D)
+    def forward(self, x: Tensor, context: Tensor, mask=None, perturb=None) -> Tensor:  # (B, L, C), (B, S, D)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](attention(q, k, v, self.num_heads, mask, self.backend))
+        mixed = attention(q, k, v, self.num_heads, mask, self.backend)
+        if perturb is not None:  # the map of attention is the identity in these rows (Ahn et al. 2024)
+            mixed = torch.where(perturb[:, None, None], v, mixed)
+        return self.to_out[0](mixed)
 
 
 class GEGLU(nn.Module):
@@ -182,9 +185,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, L, C) -> (B, L, C)
+    def forward(self, x: Tensor, states: Tensor, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(h, h, perturb=perturb)
         x = x + self.attn2(self.norm2(x), states, mask)
         return x + self.ff(self.norm3(x))
 
@@ -200,11 +203,11 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
 
-    def forward(self, x: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor, states: Tensor, mask, perturb) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, states, mask)
+            h = block(h, states, mask, perturb)
         return x + (picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x)))
 
 
@@ -264,6 +267,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        down = config.transformer_layers
+        sides = [[f"{side}.{i}" for i, n in enumerate(c) if n] for side, c in (("down", down), ("up", down[::-1]))]
+        self.attention_levels = (*sides[0], "mid", *sides[1])
         widths, layers = config.block_out_channels, config.layers_per_block
         embed = 4 * widths[0]
 
@@ -318,26 +324,39 @@ class UNet(nn.Module):
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        perturb: Tensor | None = None,
+        perturb_in: tuple[str, ...] = (),
     ) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
         -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+
+        perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         """
-        inputs = (x, timesteps, states, mask, pooled, time_ids)
+        if perturb is not None:
+            self.check_levels(perturb_in)
+        inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
         if len(x) % 2 and x.is_cpu and not self.training:  # convolutions may sum in another order at odd batches
             inputs = tuple(t if t is None else torch.cat([t, t[-1:]]) for t in inputs)
-        return self._predict(*inputs)[: len(x)]
+        return self._predict(*inputs, perturb_in)[: len(x)]
 
-    def _predict(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
+    def check_levels(self, names: tuple[str, ...]) -> None:
+        """Raise ConfigError for a level without self-attention."""
+        for name in set(names).difference(self.attention_levels):
+            todo = f"choose from: {', '.join(self.attention_levels)}"
+            raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", todo=todo)
+
+    def _predict(self, x, timesteps, states, mask, pooled, time_ids, perturb, perturb_in) -> Tensor:
         temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
         temb = per_image(F.silu, temb, self.training)  # (B, E)
         x = self.conv_in(x)
+        context = {level: (states, mask, perturb if level in perturb_in else None) for level in self.attention_levels}
 
         # Down
         skips = [x]
-        for block in self.down_blocks:
+        for i, block in enumerate(self.down_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
                 x = self._run(resnet, x, temb)
-                x = x if transformer is None else self._run(transformer, x, states, mask)
+                x = x if transformer is None else self._run(transformer, x, *context[f"down.{i}"])
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
@@ -345,14 +364,14 @@ class UNet(nn.Module):
 
         # Middle
         x = self._run(self.mid_block.resnets[0], x, temb)
-        x = self._run(self.mid_block.attentions[0], x, states, mask)
+        x = self._run(self.mid_block.attentions[0], x, *context["mid"])
         x = self._run(self.mid_block.resnets[1], x, temb)
 
         # Up
-        for block in self.up_blocks:
+        for i, block in enumerate(self.up_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
                 x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                x = x if transformer is None else self._run(transformer, x, states, mask)
+                x = x if transformer is None else self._run(transformer, x, *context[f"up.{i}"])
             if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
                 x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
 
