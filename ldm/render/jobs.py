@@ -2,7 +2,7 @@
 
 A job's key hashes its resolved settings, the hashes of model, LoRAs and input pictures, and how many equal jobs came
 before it. A line without seed gets one from the run's seed, what it says, and how many equal lines came before it. So
-a line inserted above changes neither the keys nor the pictures below it.
+a line inserted above changes no picture below it.
 """
 
 from __future__ import annotations
@@ -125,18 +125,20 @@ class Plan:
                 self.elsewhere += 1
 
     def _seeds(self, line: Mapping[str, Any]) -> Iterator[int]:
-        """The seed of each picture of a line: its own, or drawn from what it says."""
-        own = {name: value for name, value in line.items() if name not in NOT_OF_THE_PICTURE}
-        content = hashlib.sha256(canonical(own)).digest()
-        occurrence = self._lines.count(content)
-        drawn = hashlib.sha256(canonical([self._run_seed, content.hex(), occurrence])).digest()
-        first = int.from_bytes(drawn[:8], "big") % (2**32 - MAX_IMAGES)
+        """The seed of each picture of a line: its own, or drawn from what the line says."""
         given = line.get("seed")
-        if isinstance(given, tuple):
-            return (first + k if seed is None else seed for k, seed in enumerate(given))
         images = line.get("num_images") or self._defaults.get("num_images") or 1
-        first = first if given is None else given
-        return iter(range(first, first + images))
+        if not isinstance(given, tuple):
+            given = [None] * images if given is None else range(given, given + images)
+        own = canonical({name: value for name, value in line.items() if name not in NOT_OF_THE_PICTURE})
+        for k, seed in enumerate(given):
+            yield self._drawn_seed(own, k) if seed is None else seed
+
+    def _drawn_seed(self, content: bytes, k: int) -> int:
+        """The seed of picture `k` of a line that has none; k more than picture 0's, whose line comes as often."""
+        occurrence = self._lines.count(hashlib.sha256(content + k.to_bytes(4, "big")).digest())
+        drawn = hashlib.sha256(b"%d:%d:" % (self._run_seed, occurrence) + content).digest()
+        return int.from_bytes(drawn[:8], "big") % (2**32 - MAX_IMAGES) + k
 
     def _texts(self, asked: Mapping[str, Any], seed: int) -> dict[str, str]:
         if self._wildcards is None:

@@ -17,7 +17,7 @@ def safe_name(name: str) -> str:
 
     At most 120 bytes, NFC, without the suffix of a picture; "" where nothing is left.
     """
-    text = unicodedata.normalize("NFC", name)
+    text = unicodedata.normalize("NFC", name[: 8 * MAX_BYTES])
     text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     text = re.sub(r'[/\\:*?"<>|\s]+', "-", text.strip())
     text = _without_suffix(text)

@@ -27,7 +27,6 @@ from ldm.pipeline.settings import (
 )
 
 MAX_SEED = 2**63 - 1 - MAX_IMAGES  # image k of a line has seed + k
-MAX_NAME = 1000  # characters of a line's own name, before it is made safe
 
 # kohya's letters, and words that mean something else elsewhere: -n is the number of images on the command line, and
 # A1111's batch_size multiplies the images of a line.
@@ -211,7 +210,6 @@ def _model(value: Any, word: str, base: Path) -> str:
 def _name(value: Any, word: str, _base: Path) -> str:
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     require(isinstance(name, str) and bool(name.strip()), f"expected a name, got {value!r:.80}", word)
-    require(len(name) <= MAX_NAME, f"{len(name):,} characters are more than {MAX_NAME:,}", word)
     return name.strip()
 
 
@@ -251,6 +249,8 @@ TEXTS = ("prompt", "negative_prompt")
 
 def known_word(word: str) -> str | None:
     """The word of WORDS or REFUSED that is meant, or None: --cfg-scale, "CFG scale" and cfg_scale are one."""
+    if word in WORDS:
+        return word
     plain = re.sub(r"[\s-]+", "_", word.strip())
     return next((w for w in (word, plain, plain.lower()) if w in WORDS or w in REFUSED), None)
 
