@@ -17,7 +17,7 @@ UNET = {"r": 4, "lora_alpha": 9, "target_modules": ["to_q", "to_k", "to_v", "to_
 TEXT = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "out_proj", "fc1"]}
 # A layer of the U-Net of 1.5.
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-KINDS = {"1.5": False, "1.5 dora": True, "xl": False, "xl dora": True}
+KINDS = {"1.5": False, "1.5 dora": True, "xl": False}  # whether it is DoRA
 
 
 def parts(pipe):
