@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_default_model_and_the_configs(checkout, saved, tmp_
     shipped_names = {name for name in names if name.startswith(("ldm/_weights/", "ldm/_configs/"))}
     model = {f"ldm/_weights/default/{p.relative_to(saved).as_posix()}" for p in saved.rglob("*") if p.is_file()}
     assert shipped_names == model | {"ldm/_configs/emoji/unet.yaml"}
+    assert {"ldm/checkpoint/clip_merges.txt.xz", "ldm/checkpoint/LICENSE-CLIP.txt"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "weights", "configs"))]
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")  # as pip installs it

@@ -1,5 +1,6 @@
 """Single files: names by literal rules, back and forth without loss, and diffusers' pictures from what we write."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import ldm
 from ldm import Pipeline
-from ldm.checkpoint import check_model, clear_cache, load_model
+from ldm.checkpoint import check_model, clear_cache, load_model, save_model
 from ldm.checkpoint.safety import read_header
 from ldm.errors import ModelError
+from ldm.nn.text import T5Text
 from tests.checkpoint.test_families_folders import FAMILIES, SIZE, build, ours, theirs
 
 # Module in diffusers' folder -> module in the original code, for two levels of one layer and three of the autoencoder.
@@ -209,6 +211,20 @@ def test_a_model_of_our_own_comes_back_whole(tiny, saved, tmp_path):
     back = ldm.convert(file, tmp_path / "back", dtype="bf16")
     assert (back / "README.md").read_text() == (saved / "README.md").read_text()
     assert load_model(back, "cpu", "fp32").text.words == tiny.text.words
+
+
+def test_a_model_with_t5_comes_back_whole(tmp_path):
+    from tests.checkpoint.conftest import tiny_model
+    from tests.checkpoint.test_t5 import encoder, tokenizer
+
+    base = tiny_model()
+    model = dataclasses.replace(base, text=T5Text(encoder(), tokenizer()), name="t5")
+    file = ldm.convert(save_model(model, tmp_path / "t5", "fp32"), tmp_path / "t5.safetensors")
+    assert "cond_stage_model.transformer.shared.weight" in load_file(file)
+    found = load_model(file, "cpu", "fp32", cache=False)
+    assert same_bits(found, model) and check_model(file) == file
+    one, other = (m.text.encode(["a red cat", "zebra"]) for m in (model, found))
+    assert torch.equal(one.states, other.states) and torch.equal(one.mask, other.mask)
 
 
 def test_the_record_of_a_picture_names_the_file(models):
