@@ -82,7 +82,7 @@ class Plan:
     wildcards  the folder of __wildcards__; None: prompts hold no templates (they were expanded before)
     shard      only these jobs are given; the others are counted in `elsewhere`
 
-    After iterating: lines, bad (of them), jobs (of this shard), elsewhere. Memory: 64 to 100 bytes a line.
+    After iterating: lines, bad (of them), jobs (of this shard), elsewhere. Memory: at most 150 bytes a picture.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ pictures are drawn again, found to be there, and kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -83,7 +84,7 @@ class Ledger:
         handle = self._files[place >> _OFFSET]
         handle.seek(place & ((1 << _OFFSET) - 1))
         record = _record(handle.readline())
-        if record is None or record["key"] != job.key or not _is_inside(str(record.get("path", ""))):
+        if record is None or record["key"] != job.key or not _is_inside(record.get("path")):
             return None
         return record if (self.folder / record["path"]).is_file() else None
 
@@ -106,8 +107,7 @@ class Ledger:
         return line
 
     def _publish(self, job: Job, data: bytes) -> tuple[Path, str]:
-        import hashlib
-
+        """(the file that holds the picture, its sha256)."""
         digest = hashlib.sha256(data).hexdigest()
         for stem in job.stems():
             path = self.folder / f"{stem}{self.suffix}"
@@ -146,8 +146,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if good and line.endswith(b"\n") else None
 
 
-def _is_inside(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(mark in name for mark in "/\\\0")
+def _is_inside(name: Any) -> bool:
+    """Whether a manifest's path is the name of a file in its own folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
 
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:

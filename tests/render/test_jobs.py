@@ -28,7 +28,7 @@ def test_a_line_inserted_above_changes_nothing_below():
         for new in ("a bird", "a cat", "a {red|blue} dog", "a cat --s 3", "x --d 4", "x"):
             after = identity(jobs_of([*lines[:position], new, *lines[position:]], wildcards=Wildcards()))
             assert len(after) == len(before) + 1 and all(job in after for job in before)
-            if new not in lines:
+            if new not in ("a cat", "x"):  # these change places with their equals
                 assert [job for job in after if job in before] == before
 
 
