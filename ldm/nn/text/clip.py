@@ -72,6 +72,16 @@ class ClipText:
         with self._lock:
             return self.tokenizer(list(texts), return_tensors="pt", **kwargs).input_ids
 
+    def token_ids(self, text: str) -> list[int]:
+        """All of a text's tokens, without start and end."""
+        with self._lock:
+            return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def framed(self, tokens: list[int]) -> Tensor:
+        """Token ids (1, S), S = max_length, of at most S - 2 tokens: with start and end, padded."""
+        ids = [self.tokenizer.bos_token_id, *tokens, self.tokenizer.eos_token_id]
+        return torch.tensor([ids + [self.tokenizer.pad_token_id] * (self.max_length - len(ids))])
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:
         """States (B, S, D), and the pooled text: projected (B, P) where the model projects, else (B, D).
@@ -81,12 +91,12 @@ class ClipText:
         for an impossible one.
         """
         self.check_skip(clip_skip)
-        return one_by_one([text or "" for text in texts], lambda text: self._states(self.tokenize([text]), clip_skip))
+        return one_by_one([text or "" for text in texts], lambda text: self.states(self.tokenize([text]), clip_skip))
 
     @torch.no_grad()
     def encode_together(self, texts: list[str]) -> Conditioning:
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
-        return Conditioning.cat(self._states(ids) for ids in self.tokenize(texts).split(64))
+        return Conditioning.cat(self.states(ids) for ids in self.tokenize(texts).split(64))
 
     def check_skip(self, clip_skip: int) -> None:
         """Raise ConfigError where no layer would be left."""
@@ -96,9 +106,10 @@ class ClipText:
 
     def without_norm(self, text: str, back: int) -> Conditioning:
         """The states `back` layers before the last, (1, S, D) without the final norm, and the pooled text."""
-        return self._states(self.tokenize([text]), back, norm=False)
+        return self.states(self.tokenize([text]), back, norm=False)
 
-    def _states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
+    def states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
+        """Token ids (B, S) -> the states `back` layers before the last, through the final norm or not, and pooled."""
         out = self.model(input_ids=ids.to(self.device), output_hidden_states=back > 0)
         states, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
         if back:
@@ -108,9 +119,7 @@ class ClipText:
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
-        with self._lock:
-            ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.max_length - 2 :]).strip()  # less the start and the end token
+        return self.tokenizer.decode(self.token_ids(text)[self.max_length - 2 :]).strip()  # less start and end
 
     def unknown_words(self, text: str) -> list[str]:
         """Words, each once, that the encoder was never trained on, as far as that is known.

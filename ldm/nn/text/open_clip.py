@@ -65,12 +65,12 @@ class OpenClipText:
         layers more. Raises ConfigError for an impossible one.
         """
         self.check_skip(clip_skip)
-        return one_by_one([text or "" for text in texts], lambda text: self._encode([text], clip_skip))
+        return one_by_one([text or "" for text in texts], lambda text: self.states(self._ids([text]), clip_skip))
 
     @torch.no_grad()
     def encode_together(self, texts: list[str]) -> Conditioning:
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
-        return Conditioning.cat(self._encode(texts[i : i + 64], 0) for i in range(0, len(texts), 64))
+        return Conditioning.cat(self.states(ids) for ids in self._ids(texts).split(64))
 
     def check_skip(self, clip_skip: int) -> None:
         """Raise ConfigError where no layer would be left."""
@@ -80,16 +80,25 @@ class OpenClipText:
 
     def without_norm(self, text: str, back: int) -> Conditioning:
         """The states `back` layers before the last, (1, S, D) without the final norm, and the projected text (1, P)."""
-        ids = self._ids([text])
-        hidden = self._hidden(ids)
-        pooled = self._ends(ids, self.model.ln_final(hidden[-1])) @ self.model.text_projection
-        return Conditioning(hidden[-1 - back], pooled)
+        return self.states(self._ids([text]), back, norm=False)
 
-    def _encode(self, texts: list[str], clip_skip: int) -> Conditioning:
-        ids = self._ids(texts)
+    def states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
+        """Token ids (B, S) -> as `encode` with `back` as clip_skip, or with `norm` False as `without_norm`."""
         hidden = self._hidden(ids)
-        last, taken = (self.model.ln_final(hidden[-1 - self.left_out - skip]) for skip in (0, clip_skip))
+        if not norm:
+            pooled = self._ends(ids, self.model.ln_final(hidden[-1])) @ self.model.text_projection
+            return Conditioning(hidden[-1 - back], pooled)
+        last, taken = (self.model.ln_final(hidden[-1 - self.left_out - skip]) for skip in (0, back))
         return Conditioning(taken, self._ends(ids, last))
+
+    def token_ids(self, text: str) -> list[int]:
+        """All of a text's tokens, without start and end."""
+        return self.tokenizer.encode(text)
+
+    def framed(self, tokens: list[int]) -> Tensor:
+        """Token ids (1, S), S = max_length, of at most S - 2 tokens: with start and end, padded."""
+        ids = [self.tokenizer.sot_token_id, *tokens, self.tokenizer.eot_token_id]
+        return torch.tensor([ids + [0] * (self.max_length - len(ids))], device=self.device)
 
     def _ids(self, texts: list[str]) -> Tensor:
         return self.tokenizer(texts, context_length=self.max_length).to(self.device)
@@ -106,7 +115,7 @@ class OpenClipText:
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
-        return self.tokenizer.decode(self.tokenizer.encode(text)[self.max_length - 2 :]).strip()
+        return self.tokenizer.decode(self.token_ids(text)[self.max_length - 2 :]).strip()
 
     def unknown_words(self, text: str) -> list[str]:
         """None: the tokenizer spells every word, and nothing is known of those that it was trained on."""
