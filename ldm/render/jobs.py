@@ -141,9 +141,16 @@ class Plan:
         return int.from_bytes(drawn[:8], "big") % (2**32 - MAX_IMAGES) + k
 
     def _texts(self, asked: Mapping[str, Any], seed: int) -> dict[str, str]:
-        if self._wildcards is None:
-            return {}
-        return {name: expand(asked[name], seed, self._wildcards, name) for name in TEXTS if asked.get(name)}
+        """The texts with their templates drawn by `seed`."""
+        texts = {}
+        for name in TEXTS if self._wildcards is not None else ():
+            try:
+                if asked.get(name):
+                    texts[name] = expand(asked[name], seed, self._wildcards, name)
+            except ConfigError as error:
+                where = name if error.where == "prompt" else error.where  # or the line of a wildcard file
+                raise ConfigError(error.what, where=where, todo=error.todo) from None
+        return texts
 
     def _job(self, entry: Entry, settings: dict[str, Any], hashes: Mapping[str, Any], number: int) -> Job:
         same = hashlib.sha256(canonical({**settings, **hashes})).digest()

@@ -123,14 +123,14 @@ def test_bad_lines_are_counted_and_what_the_model_refuses_is_one():
             raise ConfigError("100 is not a multiple of 8", where="width", todo="use 96 or 104")
         return resolve(settings)
 
-    lines = ["a", "b --w 100", "c --s 0", "{d", "e --num_images 2"]
+    lines = ["a", "b --w 100", "c --s 0", "d --n {d", "e --num_images 2"]
     plan = Plan(read_entries(lines), {}, picky, wildcards=Wildcards())
     items = list(plan)
     assert (plan.lines, plan.bad, plan.jobs, plan.elsewhere) == (5, 3, 3, 0)
     assert [str(item.error) for item in items if isinstance(item, Entry)] == [
         "prompts, entry 2 (width): 100 is not a multiple of 8; use 96 or 104",
         "prompts, entry 3 (s): 0 is outside 1 to 1000",
-        "prompts, entry 4 (prompt): the { at character 1 is not closed; write \\{ for text",
+        "prompts, entry 4 (negative_prompt): the { at character 1 is not closed; write \\{ for text",
     ]
     assert [item.index for item in items if isinstance(item, Job)] == [1, 2, 3]
 
