@@ -195,7 +195,7 @@ def test_names_are_looked_up_and_never_guessed(lora_dir):
 
 def test_single_files_take_loras_and_are_fitted_before_any_weight_is_read(trained, lora_file, tmp_path, monkeypatch):
     case = trained("1.5")
-    model = save_single(case.model, tmp_path / "model.safetensors", "fp32")
+    model = save_single(case.model, tmp_path / "model.safetensors", torch.float32)
     assert apart(ours(model, lora=case.file)[0], case.pictures) <= 1
     monkeypatch.setattr("ldm.checkpoint.load_model", None)
     with pytest.raises(ModelError, match="this LoRA is for cross_attention_dim 1024, this model has 32"):
