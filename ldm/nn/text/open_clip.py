@@ -24,8 +24,8 @@ class OpenClipText:
 
     `left_out` layers at the end are not computed for the states: 1 for Stable Diffusion 2.x; as the second encoder of
     XLText it does not matter, which takes the last layer but one by itself. Its tokenizer tells "!" from padding and
-    reads "&amp;" as "&"; transformers' tokenizers that pad with "!" do neither. Raises ModelError for a tower of another
-    kind: not causal, with a class token, or pooled elsewhere than at the end of the text.
+    reads "&amp;" as "&"; transformers' tokenizers that pad with "!" do neither. Raises ModelError for a tower of
+    another kind: not causal, with a class token, or pooled elsewhere than at the end of the text.
     """
 
     def __init__(self, model: TextTransformer, tokenizer: SimpleTokenizer, left_out: int = 1):
