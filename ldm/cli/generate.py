@@ -20,13 +20,23 @@ from ldm import console
 from ldm.errors import LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, SAMPLER_LABELS, STEPS
+from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, STEPS
 
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-FROM_CALL += ("num_images", "batch_size")
+FROM_CALL += ("eta", "num_images", "batch_size")
 FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
 FROM_PIPELINE += ("offload", "attention")
 FROM_PIPELINE += ("prediction_type",)
+
+
+class HelpSamplers(argparse.Action):
+    """Prints the table and ends, like --help."""
+
+    def __call__(self, parser, *_):
+        from ldm.diffusion.names import help_text
+
+        print(help_text())
+        parser.exit()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
     )
     add(*_options("negative_prompt"), metavar="TEXT", default="", help="what to keep away from")
-    add(*_options("sampler"), metavar="NAME", help=f"{', '.join(SAMPLER_LABELS)} (the model's, or {SAMPLER})")
-    add(*_options("spacing"), metavar="NAME", help="leading, linspace, trailing (the model's)")
+    add(*_options("sampler"), metavar="NAME", help=f"see --help-samplers (the model's, or {SAMPLER})")
+    add(*_options("spacing"), metavar="NAME", help="trailing, karras, …: see --help-samplers (the model's)")
+    add("--eta", type=float, metavar="X", help="0 to 1: the noise of samplers that add as much as they are told to")
+    add("--help-samplers", action=HelpSamplers, nargs=0, help="list samplers and spacings with all their names")
     add("--width", metavar="PIXELS", type=int, help="(the model's)")
     add("--height", metavar="PIXELS", type=int, help="(the model's)")
     add("--batch-size", metavar="N", type=int, help=f"pictures drawn together ({BATCH}); changes no picture")

@@ -21,7 +21,7 @@ SAMPLER_NAMES: dict[str, tuple[str, ...]] = {
     "heun_flow": ("Heun flow", "FlowMatchHeunDiscreteScheduler"),
     "dpm2": ("DPM2", "KDPM2DiscreteScheduler", "dpm_2"),
     "dpmpp_2s_ancestral": ("DPM++ 2S a",),
-    "dpmpp_2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", "dpmsolver++"),
+    "dpmpp_2m": ("DPM++ 2M", "DPMSolverMultistepScheduler", "dpmsolver", "dpmsolver++"),
     "dpmpp_2m_sde": ("DPM++ 2M SDE",),
     "dpmpp_sde": ("DPM++ SDE", "DPMSolverSDEScheduler"),
     "dpmpp_3m_sde": ("DPM++ 3M SDE",),

@@ -79,8 +79,9 @@ def evaluate(
     font        the font's file, where it is not in a usual place
     settings    go to Pipeline and generate: num_inference_steps, guidance_scale, sampler, dtype, device, …
 
-    The report holds `score`, `groups`, `real`, `shuffled`, `autoencoder` and `pictures` (one record each). Raises DataError for lists
-    and the font, ConfigError and ModelError for settings and models before anything is drawn, ResourceError for `out`.
+    The report holds `score`, `groups`, `real`, `shuffled`, `autoencoder` and `pictures` (one record each). Raises
+    DataError for lists and the font, ConfigError and ModelError for settings and models before anything is drawn,
+    ResourceError for `out`.
     """
     name, entries = open_list(prompts)
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):

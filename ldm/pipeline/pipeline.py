@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplie
 OWN += ("prediction_type",)
 OWN += ("offload", "attention")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-CALL += ("latents", "callback", "batch_size")
+CALL += ("eta", "latents", "callback", "batch_size")
 
 
 class Pipeline:
@@ -105,6 +106,7 @@ class Pipeline:
         width: int | None = None,
         sampler: str | None = None,
         spacing: str | None = None,
+        eta: float | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float = 0.8,
@@ -116,6 +118,8 @@ class Pipeline:
         """Draw `num_images` pictures of each prompt, prompt by prompt; None leaves a setting to the model.
 
         seed        image k of every prompt has seed + k; a list holds one for each picture; None or -1 draws one
+        sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
+        eta         0 to 1, how much noise samplers that have this number add
         latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w)
         batch_size  how many pictures are denoised together; their bits do not depend on it
@@ -209,6 +213,7 @@ class Pipeline:
         """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
         from ldm.diffusion.denoiser import denoiser
         from ldm.diffusion.guidance import cfg
+        from ldm.diffusion.names import options
         from ldm.diffusion.samplers import SAMPLERS
 
         with self._work.on(model.unet) as unet:
@@ -216,7 +221,8 @@ class Pipeline:
             denoise = denoiser(predict, model.schedule, cond.states.dtype)
             sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
             x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
-            return SAMPLERS[settings.sampler](denoise, x, sigmas, noise, each_step(settings.callback, advance))
+            run = partial(SAMPLERS[settings.sampler], **options(settings.sampler, settings.eta))
+            return run(denoise, x, sigmas, noise, each_step(settings.callback, advance))
 
     def _draw_in_fp32(self, settings: Settings, record: dict, row: int) -> torch.Tensor:
         """Picture `row` (3, H, W) once more; raises NumericsError where fp32 is what was tried or does not help."""

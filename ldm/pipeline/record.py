@@ -9,13 +9,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import ldm
-from ldm.pipeline.settings import SAMPLER_LABELS, Settings
+from ldm.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from ldm.pipeline.work import Work
 
-# Our spacings under the schedule names of A1111 that give the same timesteps.
+# Our spacings under the schedule names of A1111 that give the same timesteps, where the names are not the same.
 SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
+SAME_TYPES = ("simple", "karras", "exponential", "beta", "sgm_uniform", "ays")
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -33,6 +34,7 @@ def make_records(
         "width": settings.width,
         "sampler": settings.sampler,
         "spacing": settings.spacing or model.schedule.spacing,
+        "eta": settings.eta,
         "latents": "given" if settings.latents is not None else None,
         "model": model.name,
         "model_hash": model.hash,
@@ -100,12 +102,15 @@ def _short(text: str, most: int = 200) -> str:
 
 def parameters(record: dict) -> str:
     """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
+    from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+
+    types = {**SCHEDULE_TYPES, **{name: SPACING_NAMES[name][0] for name in SAME_TYPES}}
     loras = record.get("lora", ())
     prompt = " ".join([record["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])
     fields = {
         "Steps": record["num_inference_steps"],
-        "Sampler": SAMPLER_LABELS.get(record["sampler"], (record["sampler"],))[0],
-        "Schedule type": SCHEDULE_TYPES.get(record["spacing"]),
+        "Sampler": SAMPLER_NAMES[record["sampler"]][0],
+        "Schedule type": types.get(record["spacing"]),
         "CFG scale": record["guidance_scale"],
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",

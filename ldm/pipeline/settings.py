@@ -55,7 +55,6 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "mask_image": ((None,), "inpainting is not supported yet"),
     "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),
     "clip_skip": ((None, 0), "clip_skip is not supported yet"),
-    "eta": ((None, 0), "stochastic DDIM is not supported yet"),
     "guidance_rescale": ((None, 0), "guidance rescaling is not supported yet"),
     "timesteps": ((None,), "explicit timesteps are not supported yet; num_inference_steps and spacing choose them"),
     "sigmas": ((None,), "explicit sigmas are not supported yet; num_inference_steps and spacing choose them"),
@@ -68,12 +67,6 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "output_type": ((None, "pil"), "the result is always PIL pictures; ldm.images.to_tensor turns them into tensors"),
     "return_dict": ((None, True), "the result is always a sequence of pictures with .seeds and .metadata"),
     "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),
-}
-# Names of the same samplers elsewhere: A1111's label, then diffusers' class.
-SAMPLER_LABELS: dict[str, tuple[str, str]] = {
-    "euler": ("Euler", "EulerDiscreteScheduler"),
-    "ddim": ("DDIM", "DDIMScheduler"),
-    "dpmpp_2m": ("DPM++ 2M", "DPMSolverMultistepScheduler"),
 }
 
 
@@ -89,16 +82,20 @@ class Settings:
     width: int | None
     sampler: str | None
     spacing: str | None  # None: the model's own
+    eta: float | None  # of samplers that have one; None: theirs
     batch_size: int  # images that are denoised together; has no influence on the pictures
     latents: torch.Tensor | None  # (images, C, h, w)
     callback: Callable | None
 
     def resolve(self, model: Any) -> Settings:
         """With every default of `model` filled in. Raises ConfigError where the size or steps do not fit it."""
+        from ldm.diffusion import names
+
         if model.unet.config.in_channels != model.vae.latent_channels:
             raise ConfigError(f"{model.name} is an inpainting model; {UNSUPPORTED['mask_image'][1]}", where="model")
         own = model.info.get("ldm") if isinstance(model.info, Mapping) else None
         own = own if isinstance(own, Mapping) else {}
+        sampler, joined = names.resolve(self.sampler or own.get("sampler", SAMPLER))
         side = (model.unet.config.sample_size or LATENT_SIZE) * model.vae.factor
         h, w = self.latents.shape[2:] if self.latents is not None else (None, None)
         filled = replace(
@@ -107,11 +104,13 @@ class Settings:
             guidance_scale=_own(own, "guidance_scale", float, GUIDANCE)
             if self.guidance_scale is None
             else self.guidance_scale,
-            sampler=self.sampler or check_sampler(own.get("sampler", SAMPLER)),
-            spacing=self.spacing or own.get("spacing"),
+            sampler=sampler,
+            spacing=self.spacing or joined or own.get("spacing"),
             height=self.height or (h * model.vae.factor if h else side),
             width=self.width or (w * model.vae.factor if w else side),
         )
+        names.check(sampler, model.schedule.prediction_type, filled.spacing)
+        names.options(sampler, self.eta)
         for name in ("height", "width"):
             check_size(getattr(filled, name), name, model.vae.factor)
         if filled.latents is not None:
@@ -168,7 +167,7 @@ def check_settings(given: Mapping[str, Any], prompts: int, folder: Path | None =
     Raises ConfigError naming the setting and the values that would do.
     """
     num_images, seeds = check_seeds(given["num_images"], given["seed"], prompts)
-    steps, sampler, spacing = given["num_inference_steps"], given["sampler"], given["spacing"]
+    steps, (sampler, spacing) = given["num_inference_steps"], check_sampler(given["sampler"], given["spacing"])
     factor = vae_factor(folder)
     batch_size = given.get("batch_size")
     return Settings(
@@ -178,8 +177,9 @@ def check_settings(given: Mapping[str, Any], prompts: int, folder: Path | None =
         guidance_scale=None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"]),
         height=None if given["height"] is None else check_size(given["height"], "height", factor),
         width=None if given["width"] is None else check_size(given["width"], "width", factor),
-        sampler=None if sampler is None else check_sampler(sampler),
-        spacing=None if spacing is None else check_spacing(spacing),
+        sampler=sampler,
+        spacing=spacing,
+        eta=check_eta(given["eta"], sampler),
         batch_size=BATCH if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
         latents=None if given["latents"] is None else check_latents(given["latents"], len(seeds)),
         callback=check_callback(given["callback"]),
@@ -263,25 +263,23 @@ def _own(card: Mapping[str, Any], name: str, kind: Callable, default: Any) -> An
     return number
 
 
-def check_sampler(value: Any) -> str:
-    """The name of a sampler, from its name, A1111's label or diffusers' class name."""
-    from ldm.diffusion.samplers import SAMPLERS
+def check_sampler(sampler: Any, spacing: Any) -> tuple[str | None, str | None]:
+    """Our names of a sampler and a spacing, from anybody's; a joined label ("DPM++ 2M Karras") gives both."""
+    from ldm.diffusion import names
 
-    require(isinstance(value, str), f"expected a name, got {value!r:.80}", "sampler")
-    elsewhere = {label.lower(): name for name, labels in SAMPLER_LABELS.items() for label in labels}
-    name = elsewhere.get(value.strip().lower(), value)
-    if name not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {value!r:.80}", where="sampler", todo=nearest(value, SAMPLERS))
-    return name
+    name, joined = (None, None) if sampler is None else names.resolve(sampler)
+    spacing = None if spacing is None else names.resolve_spacing(spacing)
+    if joined and spacing and joined != spacing:
+        raise ConfigError(f"{sampler!r:.80} says {joined}, and {spacing} is given too", where="spacing")
+    return name, spacing or joined
 
 
-def check_spacing(value: Any) -> str:
-    """The name of a noise spacing."""
-    from ldm.diffusion.schedule import SPACINGS
+def check_eta(value: Any, sampler: str | None) -> float | None:
+    """A number from 0 to 1 for a sampler that takes one; None: the sampler's own."""
+    from ldm.diffusion import names
 
-    if not isinstance(value, str) or value not in SPACINGS:
-        raise ConfigError(f"unknown spacing {value!r:.80}", where="spacing", todo=nearest(str(value), SPACINGS))
-    return value
+    names.options(sampler or "ddim", value)  # of a sampler that is not known yet: the range alone
+    return None if value is None else float(value)
 
 
 def check_seeds(num_images: Any, seed: Any, prompts: int) -> tuple[int, tuple[int, ...]]:
@@ -345,13 +343,16 @@ def check_callback(value: Any) -> Callable | None:
 def check_steps(settings: Settings, folder: str | os.PathLike | None) -> None:
     """Raise ConfigError where the model's own schedule cannot take these steps and spacing; reads no weight."""
     from ldm.checkpoint import settings_of
+    from ldm.diffusion import names
     from ldm.diffusion.schedule import Schedule
 
     config = settings_of(folder and Path(folder)).get("scheduler")
     if config is None:
         return  # loading the model says what is wrong with it
     schedule = Schedule.from_diffusers(dict(config))
-    schedule.sigmas(settings.num_inference_steps or 1, settings.sampler or SAMPLER, settings.spacing)
+    sampler = settings.sampler or SAMPLER
+    names.check(sampler, schedule.prediction_type, settings.spacing)
+    schedule.sigmas(settings.num_inference_steps or 1, sampler, settings.spacing)
 
 
 def vae_factor(folder: str | os.PathLike | None) -> int | None:

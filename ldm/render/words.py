@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
+from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError, nearest
 from ldm.pipeline.settings import (
     ALIASES,
@@ -22,7 +23,6 @@ from ldm.pipeline.settings import (
     check_guidance,
     check_int,
     check_prompts,
-    check_sampler,
     check_size,
 )
 
@@ -76,18 +76,6 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "oh": ((), "XL's original size is the picture's own"),
     "ct": ((0,), "XL's crop is not supported"),
     "cl": ((0,), "XL's crop is not supported"),
-}
-# kohya's names of samplers that are neither ours nor A1111's or diffusers'.
-SAMPLER_WORDS = {
-    "euler_a": "euler_ancestral",
-    "k_euler": "euler",
-    "k_euler_a": "euler_ancestral",
-    "k_heun": "heun",
-    "k_lms": "lms",
-    "dpmsolver": "dpmpp_2m",
-    "dpmsolver++": "dpmpp_2m",
-    "k_dpm_2": "dpm2",
-    "dpm_2": "dpm2",
 }
 
 
@@ -153,15 +141,12 @@ def _seeds(value: Any, word: str, _base: Path) -> int | tuple[int | None, ...] |
 
 
 def _sampler(value: Any, word: str, _base: Path) -> str:
-    return check_sampler(SAMPLER_WORDS.get(value.strip().lower(), value) if isinstance(value, str) else value)
+    """The name, with the spacing behind it where the label says one."""
+    return " ".join(filter(None, resolve(value)))
 
 
-def _spacing(value: Any, word: str, _base: Path) -> str:
-    from ldm.diffusion.spacings import SPACINGS  # as settings.check_spacing, without torch
-
-    if not isinstance(value, str) or value not in SPACINGS:
-        raise ConfigError(f"unknown spacing {value!r:.80}", where=word, todo=nearest(str(value)[:80], SPACINGS))
-    return value
+def _spacing(value: Any, word: str, _base: Path) -> str | None:
+    return resolve_spacing(value)
 
 
 def _path(value: Any, word: str, base: Path) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import load_model
+from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError, NumericsError, ResourceError
 from ldm.pipeline import Images, Pipeline
 
@@ -57,6 +58,22 @@ def test_batches_are_put_together_in_order(tiny_folder):
     assert len(set(whole)) == 10
     for batch_size in (1, 3, 4, 10, 17):
         assert pixels(pipe.generate(num_images=5, seed=3, batch_size=batch_size, **FAST)) == whole
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "heun_flow"])
+def test_every_sampler_gives_a_seed_one_picture_in_any_batch(pipe, sampler):
+    settings = {"num_images": 3, "seed": 5, "num_inference_steps": 4, "sampler": sampler}
+    whole = pixels(pipe.generate(**settings))
+    assert len(set(whole)) == 3
+    for batch_size in (1, 2):
+        assert pixels(pipe.generate(**settings, batch_size=batch_size)) == whole
+    assert pixels(pipe.generate(**{**settings, "num_images": 1, "seed": 7})) == whole[2:]
+
+
+def test_eta_reaches_the_sampler(pipe):
+    plain, none, half = (pipe.generate(seed=1, eta=eta, **FAST) for eta in (None, 0, 0.5))
+    assert pixels(plain) == pixels(none) != pixels(half)
+    assert half.metadata[0]["eta"] == 0.5
 
 
 def test_without_guidance_one_image_is_the_same_as_in_a_batch(pipe):

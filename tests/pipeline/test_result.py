@@ -39,9 +39,11 @@ def test_parameters_are_written_as_a1111_writes_them():
     line = "Steps: 25, Sampler: DPM++ 2M, Schedule type: Simple, CFG scale: 6.0, Seed: 7, Size: 96x128"
     tail = "Model hash: 0123456789, Model: default, RNG: CPU, Version: ldm 0.1.0"
     assert parameters(RECORD) == f"a cat\n{line}, {tail}"
+    karras = parameters({**RECORD, "sampler": "dpmpp_2m_sde", "spacing": "karras"})
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Karras," in karras
     assert parameters({**RECORD, "negative_prompt": "a dog"}) == f"a cat\nNegative prompt: a dog\n{line}, {tail}"
-    odd = parameters({**RECORD, "model": 'a, "b": c', "sampler": "new", "spacing": "other", "model_hash": ""})
-    assert odd.splitlines()[1].startswith("Steps: 25, Sampler: new, CFG scale: 6.0, Seed: 7")
+    odd = parameters({**RECORD, "model": 'a, "b": c', "sampler": "heun_flow", "spacing": "other", "model_hash": ""})
+    assert odd.splitlines()[1].startswith("Steps: 25, Sampler: Heun flow, CFG scale: 6.0, Seed: 7")
     assert 'Model: "a, \\"b\\": c", RNG: CPU' in odd and "Model hash" not in odd
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline, settings
 
@@ -52,7 +51,10 @@ BAD_CALLS = {
     "strength": ({"denoising_strength": 0.5}, "strength belongs to image-to-image"),
     "lora": ({"lora": "x.safetensors"}, r"belongs to Pipeline\(...\)"),
     "clip skip": ({"clip_skip": 2}, "clip_skip is not supported yet"),
-    "eta": ({"eta": 0.5}, "eta: "),
+    "eta": ({"eta": 1.5}, "eta: expected a number from 0 to 1"),
+    "eta of another": ({"eta": 0.5, "sampler": "euler"}, "eta: the sampler euler takes no eta"),
+    "two spacings": ({"sampler": "DPM++ 2M Karras", "spacing": "beta"}, "spacing: "),
+    "of flow models": ({"sampler": "heun_flow"}, "sampler: heun_flow is for flow models"),
     "callback": ({"callback": 3}, "callback: expected a function"),
     "latents": ({"latents": [1, 2]}, "latents: expected a tensor, got list"),
     "latents shape": ({"latents": torch.zeros(2, 4, 4, 4)}, "for 1 images, got"),
@@ -163,11 +165,14 @@ def test_every_alias_leads_to_a_setting(tiny_folder):
 def test_words_of_other_tools_are_the_same_settings():
     ours = dict.fromkeys(["num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"])
     theirs = {"num_images_per_prompt": 2, "steps": 5, "cfg_scale": 3, "sampler_name": "DPM++ 2M", "W": 64}
-    theirs |= {"eta": 0.0, "guidance_rescale": 0, "output_type": "pil", "clip_skip": None, "return_dict": True}
+    theirs |= {"guidance_rescale": 0, "output_type": "pil", "clip_skip": None, "return_dict": True}
     found = settings.canonical(theirs, ours)
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
     }
-    assert set(settings.SAMPLER_LABELS) <= set(SAMPLERS)
-    for name, labels in settings.SAMPLER_LABELS.items():
-        assert {settings.check_sampler(label) for label in (name, *labels)} == {name}
+
+
+def test_a_joined_label_gives_sampler_and_spacing():
+    assert settings.check_sampler("DPM++ 2M Karras", None) == ("dpmpp_2m", "karras")
+    assert settings.check_sampler("Euler a", "SGM Uniform") == ("euler_ancestral", "sgm_uniform")
+    assert settings.check_sampler(None, "Automatic") == (None, None)
