@@ -20,10 +20,10 @@ from ldm import console
 from ldm.errors import LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, SAMPLER, STEPS
+from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, GUIDANCE_OPTIONS, GUIDANCE_WORDS, SAMPLER, STEPS
 
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-FROM_CALL += ("eta", "num_images", "batch_size")
+FROM_CALL += ("eta", "num_images", "batch_size", *GUIDANCE_WORDS)
 FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
 FROM_PIPELINE += ("offload", "attention")
 FROM_PIPELINE += ("prediction_type",)
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
     )
+    add("--guidance", metavar="NAME", default="cfg", help="cfg, apg, pag or cfg_zero (cfg)")
+    add("--guidance-rescale", type=float, metavar="X", help="0 to 1: against too much contrast at high scales (0)")
+    interval = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
+    add("--guidance-interval", **interval, help="guide only in this part of the steps, 0 to 1")
+    add("--guidance-sigma-interval", **interval, help="or only between these sigmas")
+    for name in GUIDANCE_OPTIONS:
+        add(f"--{name.replace('_', '-')}", type=OPTION_TYPES.get(name, float), metavar="X", help="of that guidance")
     add(*_options("negative_prompt"), metavar="TEXT", default="", help="what to keep away from")
     add(*_options("sampler"), metavar="NAME", help=f"see --help-samplers (the model's, or {SAMPLER})")
     add(*_options("spacing"), metavar="NAME", help="trailing, karras, …: see --help-samplers (the model's)")
@@ -87,6 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+OPTION_TYPES = {"pag_layers": _names, "zero_init_steps": int}
 
 
 def _lora(text: str) -> tuple[str, float]:

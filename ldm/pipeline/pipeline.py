@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +18,15 @@ from ldm.images import to_pil
 from ldm.pipeline.adapters import take_adapters
 from ldm.pipeline.record import dtype_name, make_records, warnings_of
 from ldm.pipeline.result import Images
-from ldm.pipeline.settings import Settings, canonical, check_negative, check_prompts, check_settings, check_steps
+from ldm.pipeline.settings import (
+    GUIDANCE_WORDS,
+    Settings,
+    canonical,
+    check_negative,
+    check_prompts,
+    check_settings,
+    check_steps,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +40,7 @@ OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplie
 OWN += ("prediction_type",)
 OWN += ("offload", "attention")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-CALL += ("eta", "latents", "callback", "batch_size")
+CALL += ("eta", "latents", "callback", "batch_size", *GUIDANCE_WORDS)
 
 
 class Pipeline:
@@ -101,7 +110,8 @@ class Pipeline:
         num_images: int | None = None,
         seed: int | Sequence[int] | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance: str = "cfg",
         height: int | None = None,
         width: int | None = None,
         sampler: str | None = None,
@@ -117,6 +127,9 @@ class Pipeline:
     ) -> Images:
         """Draw `num_images` pictures of each prompt, prompt by prompt; None leaves a setting to the model.
 
+        guidance    cfg, apg, pag or cfg_zero; with guidance_rescale, guidance_interval=(from, to) in fractions of the
+                    steps or guidance_sigma_interval, and the options of its kind (ldm.diffusion.guidance.Guidance)
+        guidance_scale  one number, or a list with one for each picture; 1 and less: none, and half the work
         seed        image k of every prompt has seed + k; a list holds one for each picture; None or -1 draws one
         sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
         eta         0 to 1, how much noise samplers that have this number add
@@ -128,7 +141,7 @@ class Pipeline:
         Raises ConfigError before any weight is read; ModelError; NumericsError where a picture is NaN in fp32 too;
         ResourceError out of memory. Whatever stops a call part-way carries the finished pictures as `.images`.
         """
-        own = {name: value for name, value in locals().items() if name in CALL}
+        own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in CALL}}
         refused = {"image": image, "mask_image": mask_image, "strength": strength}
         asked = check_settings(canonical({**refused, **other}, own, OWN), len(self.prompts), self.vae or self._folder)
         check_steps(asked, self._folder)
@@ -205,6 +218,7 @@ class Pipeline:
             cond = encode([self.prompts[p] for p in prompts])
             uncond = encode([self.negative_prompts[p] for p in prompts])
             noise, start = starting_noise(model.vae, self.device, settings, rows)
+            settings = replace(settings, guidance=settings.guidance.of(rows))
             latents = self._denoise(model, cond, uncond, settings, noise, start, advance)
             with self._work.on(model.vae) as vae:
                 return decode(vae, latents)
@@ -212,14 +226,14 @@ class Pipeline:
     def _denoise(self, model: Model, cond, uncond, settings: Settings, noise, start, advance) -> torch.Tensor:
         """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
         from ldm.diffusion.denoiser import denoiser
-        from ldm.diffusion.guidance import cfg
+        from ldm.diffusion.guidance import guide
         from ldm.diffusion.names import options
         from ldm.diffusion.samplers import SAMPLERS
 
         with self._work.on(model.unet) as unet:
-            predict = cfg(network(unet, settings), cond, uncond, settings.guidance_scale)
-            denoise = denoiser(predict, model.schedule, cond.states.dtype)
             sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
+            predict = guide(network(unet, settings), cond, uncond, settings.guidance, model.schedule, sigmas)
+            denoise = denoiser(predict, model.schedule, cond.states.dtype)
             x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
             run = partial(SAMPLERS[settings.sampler], **options(settings.sampler, settings.eta))
             return run(denoise, x, sigmas, noise, each_step(settings.callback, advance))
@@ -250,9 +264,9 @@ def network(unet: UNet, settings: Settings) -> Callable:
     h, w = settings.height, settings.width
     sizes = (h, w, 0, 0, h, w) if unet.config.addition_embed_type == "text_time" else None  # original, crop, target
 
-    def predict(x, timesteps, cond):
+    def predict(x, timesteps, cond, **perturbed):
         time_ids = None if sizes is None else timesteps.new_tensor([sizes] * len(x))
-        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=time_ids)
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=time_ids, **perturbed)
 
     return predict
 

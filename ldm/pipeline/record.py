@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import ldm
-from ldm.pipeline.settings import Settings
+from ldm.pipeline.settings import GUIDANCE_WORDS, Settings
 
 if TYPE_CHECKING:
     from ldm.pipeline.work import Work
@@ -29,7 +29,11 @@ def make_records(
     device = work.device
     common = {
         "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
+        **{
+            word: value
+            for word, name in GUIDANCE_WORDS.items()
+            if (value := getattr(settings.guidance, name)) is not None
+        },
         "height": settings.height,
         "width": settings.width,
         "sampler": settings.sampler,
@@ -50,15 +54,24 @@ def make_records(
     }
     reports = [_text_report(model.text, p, n, settings) for p, n in zip(prompts, negatives)]
     rows = [row for row in range(len(prompts)) for _ in range(settings.num_images)]
+    scale = settings.guidance_scale
+    scales = scale if isinstance(scale, tuple) else (scale,) * len(rows)
     return [
-        {"prompt": prompts[row], "negative_prompt": negatives[row], "seed": seed, **common, **reports[row]}
-        for row, seed in zip(rows, settings.seeds)
+        {"prompt": prompts[row], "negative_prompt": negatives[row], "seed": seed, "guidance_scale": s, **common}
+        | reports[row]
+        for row, seed, s in zip(rows, settings.seeds, scales)
     ]
+
+
+def _guidance(guidance: Any) -> dict[str, Any]:
+    """generate's keywords of a guidance, but for its scale."""
+    found = {word: getattr(guidance, name) for word, name in GUIDANCE_WORDS.items()}
+    return {word: value for word, value in found.items() if value is not None}
 
 
 def _text_report(text: Any, prompt: str, negative: str | None, settings: Settings) -> dict[str, Any]:
     """What the model does not see of the texts: the part that is cut off, and words it was never shown."""
-    used = [prompt] + ([negative] if negative and settings.guidance_scale > 1 else [])
+    used = [prompt] + ([negative] if negative and settings.guidance.needs_uncond else [])
     cut = [text.truncated(t) for t in used]
     words = [word for t in used for word in text.unknown_words(t)]
     return {"truncated": " … ".join(part for part in cut if part), "unknown_words": list(dict.fromkeys(words))}

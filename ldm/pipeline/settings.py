@@ -21,6 +21,8 @@ from ldm.errors import ConfigError, nearest
 if TYPE_CHECKING:
     import torch
 
+    from ldm.diffusion.guidance import Guidance
+
 STEPS, GUIDANCE, SAMPLER, BATCH, LATENT_SIZE = 25, 6.0, "dpmpp_2m", 8, 64  # where the model says nothing
 MAX_STEPS, MAX_GUIDANCE, MAX_SIZE, MAX_PROMPT, MAX_IMAGES = 1000, 1000.0, 8192, 100_000, 100_000
 
@@ -48,6 +50,11 @@ ALIASES: dict[str, str] = {
     "torch_dtype": "dtype",
     "pretrained_model_name_or_path": "model",
 }
+# generate's keywords for the fields of ldm.diffusion.guidance.Guidance.
+GUIDANCE_WORDS = {"guidance": "kind", "guidance_rescale": "rescale", "guidance_interval": "interval"}
+GUIDANCE_WORDS |= {"guidance_sigma_interval": "sigma_interval"}
+GUIDANCE_OPTIONS = ("apg_eta", "apg_momentum", "apg_threshold", "pag_scale", "pag_layers", "zero_init_steps")
+GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
 # What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
@@ -55,7 +62,6 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "mask_image": ((None,), "inpainting is not supported yet"),
     "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),
     "clip_skip": ((None, 0), "clip_skip is not supported yet"),
-    "guidance_rescale": ((None, 0), "guidance rescaling is not supported yet"),
     "timesteps": ((None,), "explicit timesteps are not supported yet; num_inference_steps and spacing choose them"),
     "sigmas": ((None,), "explicit sigmas are not supported yet; num_inference_steps and spacing choose them"),
     "prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
@@ -77,7 +83,8 @@ class Settings:
     num_images: int  # of each prompt
     seeds: tuple[int, ...]  # one for each image, prompt by prompt
     num_inference_steps: int | None
-    guidance_scale: float | None
+    guidance_scale: float | tuple[float, ...] | None  # of all, or one for each image
+    guidance: Guidance  # its scale is right once the model's default is known
     height: int | None  # pixels
     width: int | None
     sampler: str | None
@@ -98,12 +105,13 @@ class Settings:
         sampler, joined = names.resolve(self.sampler or own.get("sampler", SAMPLER))
         side = (model.unet.config.sample_size or LATENT_SIZE) * model.vae.factor
         h, w = self.latents.shape[2:] if self.latents is not None else (None, None)
+        given = self.guidance_scale
+        scale = _own(own, "guidance_scale", float, GUIDANCE) if given is None else given
         filled = replace(
             self,
             num_inference_steps=self.num_inference_steps or _own(own, "num_inference_steps", int, STEPS),
-            guidance_scale=_own(own, "guidance_scale", float, GUIDANCE)
-            if self.guidance_scale is None
-            else self.guidance_scale,
+            guidance_scale=scale,
+            guidance=replace(self.guidance, scale=scale),
             sampler=sampler,
             spacing=self.spacing or joined or own.get("spacing"),
             height=self.height or (h * model.vae.factor if h else side),
@@ -111,6 +119,7 @@ class Settings:
         )
         names.check(sampler, model.schedule.prediction_type, filled.spacing)
         names.options(sampler, self.eta)
+        model.unet.check_levels(self.guidance.pag_layers or ())
         for name in ("height", "width"):
             check_size(getattr(filled, name), name, model.vae.factor)
         if filled.latents is not None:
@@ -169,12 +178,14 @@ def check_settings(given: Mapping[str, Any], prompts: int, folder: Path | None =
     num_images, seeds = check_seeds(given["num_images"], given["seed"], prompts)
     steps, (sampler, spacing) = given["num_inference_steps"], check_sampler(given["sampler"], given["spacing"])
     factor = vae_factor(folder)
+    scale = None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"], len(seeds))
     batch_size = given.get("batch_size")
     return Settings(
         num_images=num_images,
         seeds=seeds,
         num_inference_steps=None if steps is None else check_int(steps, "num_inference_steps", 1, MAX_STEPS),
-        guidance_scale=None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"]),
+        guidance_scale=scale,
+        guidance=make_guidance(GUIDANCE if scale is None else scale, given),
         height=None if given["height"] is None else check_size(given["height"], "height", factor),
         width=None if given["width"] is None else check_size(given["width"], "width", factor),
         sampler=sampler,
@@ -226,9 +237,12 @@ def check_int(value: Any, where: str, least: int, most: int) -> int:
     return number
 
 
-def check_guidance(value: Any) -> float:
-    """A finite guidance scale from 0 up; 1 and below is without guidance."""
+def check_guidance(value: Any, images: int | None = None) -> float | tuple[float, ...]:
+    """A finite guidance scale from 0 up, 1 and below being without guidance; or a list of them, one for each image."""
     where = "guidance_scale"
+    if images is not None and isinstance(value, (list, tuple)):
+        require(len(value) == images, f"{len(value)} scales for {images} images", where)
+        return tuple(check_guidance(one) for one in value)
     number = None if isinstance(value, (bool, str, bytes)) else value
     try:
         number = float(number)
@@ -237,6 +251,14 @@ def check_guidance(value: Any) -> float:
     require(math.isfinite(number), f"{number} is not a finite number", where)
     require(0 <= number <= MAX_GUIDANCE, f"{number:g} is outside 0 to {MAX_GUIDANCE:g}", where)
     return number
+
+
+def make_guidance(scale: float | tuple[float, ...], given: Mapping[str, Any]) -> Guidance:
+    """The kind of guidance and its options, from generate's keywords. Raises ConfigError naming the keyword."""
+    from ldm.diffusion.guidance import Guidance
+
+    words = {name: given[word] for word, name in GUIDANCE_WORDS.items() if given.get(word) is not None}
+    return Guidance(scale=scale, **words)
 
 
 def check_size(value: Any, where: str, factor: int | None) -> int:

@@ -76,6 +76,42 @@ def test_eta_reaches_the_sampler(pipe):
     assert half.metadata[0]["eta"] == 0.5
 
 
+GUIDANCE = {
+    "apg": {"guidance": "apg", "apg_threshold": 2.0},
+    "pag": {"guidance": "pag", "pag_scale": 2.0},
+    "cfg_zero": {"guidance": "cfg_zero"},
+    "rescale": {"guidance_rescale": 0.7},
+    "interval": {"guidance_interval": (0.0, 0.5)},
+    "one each": {"guidance_scale": [1.0, 4.0, 9.0]},
+}
+
+
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_every_guidance_gives_a_seed_one_picture_in_any_batch(pipe, kind):
+    settings = {"num_images": 3, "seed": 5, "num_inference_steps": 4, "sampler": "euler"}
+    plain, whole = (pixels(pipe.generate(**{**settings, **words})) for words in ({}, GUIDANCE[kind]))
+    assert plain != whole
+    for batch_size in (1, 2):
+        assert pixels(pipe.generate(**{**settings, **GUIDANCE[kind]}, batch_size=batch_size)) == whole
+
+
+def test_steps_outside_of_the_interval_cost_half(pipe, monkeypatch):
+    from ldm.nn.unet import UNet
+
+    rows, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, x, *a, **k: rows.append(len(x)) or forward(self, x, *a, **k))
+    pipe.generate(seed=1, num_inference_steps=4, sampler="euler", guidance_interval=(0.25, 0.75))
+    assert rows == [1, 2, 2, 1]
+
+
+def test_guidance_is_recorded_and_repeats_the_picture(pipe):
+    words = {"guidance": "apg", "apg_threshold": 0.0, "guidance_rescale": 0.5, "guidance_scale": 4.0}
+    images = pipe.generate(seed=3, **words, **FAST)
+    record = images.metadata[0]
+    assert {name: record[name] for name in words} == words
+    assert pixels(pipe.generate(seed=3, **{name: record[name] for name in words}, **FAST)) == pixels(images)
+
+
 def test_without_guidance_one_image_is_the_same_as_in_a_batch(pipe):
     together = pipe.generate(num_images=3, seed=5, guidance_scale=1, **FAST)
     alone = [pipe.generate(seed=seed, guidance_scale=1, **FAST)[0] for seed in together.seeds]

@@ -53,6 +53,10 @@ BAD_CALLS = {
     "clip skip": ({"clip_skip": 2}, "clip_skip is not supported yet"),
     "eta": ({"eta": 1.5}, "eta: expected a number from 0 to 1"),
     "eta of another": ({"eta": 0.5, "sampler": "euler"}, "eta: the sampler euler takes no eta"),
+    "kind of guidance": ({"guidance": "apgg"}, "guidance: unknown guidance 'apgg'; did you mean 'apg'"),
+    "option of another": ({"apg_eta": 0.5}, "apg_eta: belongs to guidance 'apg', not 'cfg'"),
+    "scales": ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 scales for 1 images"),
+    "interval": ({"guidance_interval": (0.8, 0.2)}, "guidance_interval: 0.8 is not below 0.2"),
     "two spacings": ({"sampler": "DPM++ 2M Karras", "spacing": "beta"}, "spacing: "),
     "of flow models": ({"sampler": "heun_flow"}, "sampler: heun_flow is for flow models"),
     "callback": ({"callback": 3}, "callback: expected a function"),
@@ -165,7 +169,7 @@ def test_every_alias_leads_to_a_setting(tiny_folder):
 def test_words_of_other_tools_are_the_same_settings():
     ours = dict.fromkeys(["num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"])
     theirs = {"num_images_per_prompt": 2, "steps": 5, "cfg_scale": 3, "sampler_name": "DPM++ 2M", "W": 64}
-    theirs |= {"guidance_rescale": 0, "output_type": "pil", "clip_skip": None, "return_dict": True}
+    theirs |= {"output_type": "pil", "clip_skip": None, "return_dict": True}
     found = settings.canonical(theirs, ours)
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
