@@ -329,11 +329,9 @@ class UNet(nn.Module):
     ) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
         -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
-
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         """
-        if perturb is not None:
-            self.check_levels(perturb_in)
+        self.check_levels(perturb_in)
         inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
         if len(x) % 2 and x.is_cpu and not self.training:  # convolutions may sum in another order at odd batches
             inputs = tuple(t if t is None else torch.cat([t, t[-1:]]) for t in inputs)
