@@ -140,9 +140,9 @@ def _seeds(value: Any, word: str, _base: Path) -> int | tuple[int | None, ...] |
     return tuple(seeds) if len(seeds) > 1 else seeds[0]
 
 
-def _sampler(value: Any, word: str, _base: Path) -> str:
-    """The name, with the spacing behind it where the label says one."""
-    return " ".join(filter(None, resolve(value)))
+def _sampler(value: Any, word: str, _base: Path) -> tuple[str, str | None]:
+    """(sampler, the spacing that a joined label such as "DPM++ 2M Karras" says)."""
+    return resolve(value)
 
 
 def _spacing(value: Any, word: str, _base: Path) -> str | None:
@@ -226,6 +226,7 @@ FIELDS: dict[str, Callable[[Any, str, Path], Any]] = {
     "model": _model,
     "name": _name,
 }
+_PAIRS = {"size": ("width", "height"), "sampler": ("sampler", "spacing")}  # words that set two things
 _PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 WORDS: dict[str, str] = {word: name for word, name in ALIASES.items() if name in FIELDS and word not in _PYTHON_ONLY}
 WORDS |= {name: name for name in FIELDS} | FILE_WORDS
@@ -273,7 +274,9 @@ def check_words(pairs: Iterable[tuple[str, Any]], base: Path) -> dict[str, Any]:
         if name in UNSUPPORTED:
             _refuse(*UNSUPPORTED[name], value, given)
             continue
-        for own, item in zip(("width", "height"), value) if name == "size" else ((name, value),):
+        for own, item in zip(_PAIRS[name], value) if name in _PAIRS else ((name, value),):
+            if own == "spacing" and item is None:  # "Automatic", or a label that says none
+                continue
             if own == "lora":
                 item = found.get(own, ()) + item
             elif own in found and found[own] != item:

@@ -292,6 +292,18 @@ def test_what_changes_nothing_is_taken(tmp_path):
     assert "not supported" in str(refused(tmp_path, "a --tiling").error)
 
 
+def test_sampler_labels_may_say_the_spacing(tmp_path):
+    both = {"prompt": "a", "sampler": "dpmpp_2m", "spacing": "karras"}
+    for line in (
+        "a --ss DPM++ 2M Karras",
+        "a --sampler_name DPM++ 2M --schedule Karras",
+        "a --ss dpmsolver++ --spacing karras",
+    ):
+        assert one(tmp_path, line) == both
+    assert one(tmp_path, "a --ss euler_a --schedule Automatic") == {"prompt": "a", "sampler": "euler_ancestral"}
+    assert "same setting" in str(refused(tmp_path, "a --ss DPM++ 2M Karras --spacing trailing").error)
+
+
 def test_a1111_batches_multiply_images(tmp_path):
     assert one(tmp_path, "a --n_iter 3 --batch_size 2")["num_images"] == 6
     assert one(tmp_path, "a --batch_size 2")["num_images"] == 2
