@@ -225,7 +225,7 @@ class Pipeline:
 
     def _denoise(self, model: Model, cond, uncond, settings: Settings, noise, start, advance) -> torch.Tensor:
         """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
-        from ldm.diffusion.denoiser import denoiser
+        from ldm.diffusion.denoiser import consistency, denoiser
         from ldm.diffusion.guidance import guide
         from ldm.diffusion.names import options
         from ldm.diffusion.samplers import SAMPLERS
@@ -234,6 +234,8 @@ class Pipeline:
             sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
             predict = guide(network(unet, settings), cond, uncond, settings.guidance, model.schedule, sigmas)
             denoise = denoiser(predict, model.schedule, cond.states.dtype)
+            if settings.sampler == "lcm":
+                denoise = consistency(denoise, model.schedule)
             x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
             run = partial(SAMPLERS[settings.sampler], **options(settings.sampler, settings.eta))
             return run(denoise, x, sigmas, noise, each_step(settings.callback, advance))

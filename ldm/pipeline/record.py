@@ -27,6 +27,7 @@ def make_records(
     import torch
 
     device = work.device
+    own_table = settings.sampler == "lcm" or model.schedule.is_flow  # such have no spacing that could be named
     common = {
         "num_inference_steps": settings.num_inference_steps,
         **{
@@ -37,7 +38,7 @@ def make_records(
         "height": settings.height,
         "width": settings.width,
         "sampler": settings.sampler,
-        "spacing": settings.spacing or model.schedule.spacing,
+        "spacing": settings.spacing or (None if own_table else model.schedule.spacing),
         "eta": settings.eta,
         "latents": "given" if settings.latents is not None else None,
         "model": model.name,

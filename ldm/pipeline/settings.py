@@ -113,7 +113,7 @@ class Settings:
             guidance_scale=scale,
             guidance=replace(self.guidance, scale=scale),
             sampler=sampler,
-            spacing=self.spacing or joined or own.get("spacing"),
+            spacing=self.spacing or joined or (None if sampler == "lcm" else own.get("spacing")),  # it has its own
             height=self.height or (h * model.vae.factor if h else side),
             width=self.width or (w * model.vae.factor if w else side),
         )

@@ -95,6 +95,22 @@ def test_every_guidance_gives_a_seed_one_picture_in_any_batch(pipe, kind):
         assert pixels(pipe.generate(**{**settings, **GUIDANCE[kind]}, batch_size=batch_size)) == whole
 
 
+def test_lcm_takes_its_own_timesteps_and_boundary(pipe, tiny_folder):
+    from ldm.diffusion.denoiser import consistency, denoiser
+
+    model, watch = load_model(tiny_folder, dtype="fp32"), Watch(3)
+    pipe = Pipeline("a cat", model=tiny_folder, dtype="fp32")
+    images = pipe.generate(seed=4, num_inference_steps=3, sampler="lcm", guidance_scale=1.0, callback=watch)
+    cond, sigmas = model.text.encode(["a cat"]), model.schedule.sigmas(3, "lcm")
+    draw = torch.Generator("cpu").manual_seed(4)
+    noise = [torch.randn((1, *watch.rows[0].shape), generator=draw) for _ in range(4)]
+    denoise = denoiser(lambda x, t: model.unet(x, t, cond.states), model.schedule)
+    x = model.schedule.initial(noise[0], sigmas, "lcm")
+    x = SAMPLERS["lcm"](consistency(denoise, model.schedule), x, sigmas, lambda i: noise[1 + i])
+    assert torch.allclose(x[0], watch.rows[0], atol=1e-5)
+    assert images.metadata[0]["spacing"] is None
+
+
 def test_steps_outside_of_the_interval_cost_half(pipe, monkeypatch):
     from ldm.nn.unet import UNet
 
