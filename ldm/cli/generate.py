@@ -25,8 +25,7 @@ from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, GUIDANCE_OPTIONS, GU
 FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 FROM_CALL += ("eta", "num_images", "batch_size", *GUIDANCE_WORDS)
 FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
-FROM_PIPELINE += ("offload", "attention")
-FROM_PIPELINE += ("prediction_type",)
+FROM_PIPELINE += ("offload", "attention", "prediction_type")
 
 
 class HelpSamplers(argparse.Action):

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
     from ldm.nn.vae import VAE
     from ldm.pipeline.encoding import Encoder
 
-OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "device", "dtype")
-OWN += ("prediction_type",)
-OWN += ("offload", "attention")
+OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
+OWN += ("device", "dtype", "offload", "attention")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("eta", "latents", "callback", "batch_size", *GUIDANCE_WORDS)
 
@@ -81,11 +79,8 @@ class Pipeline:
         attention: str = "auto",
         **other: Any,
     ):
-        words = {"model": model, "negative_prompt": negative_prompt, "vae": vae, "device": device, "dtype": dtype}
-        words |= {"lora": lora, "lora_dir": lora_dir, "allow_unapplied": allow_unapplied}
-        words |= {"offload": offload, "attention": attention}
-        words["prediction_type"] = prediction_type
-        given = canonical(other, words, other=CALL)
+        own = {name: value for name, value in locals().items() if name in OWN and name != "prompt"}
+        given = canonical(other, own, other=CALL)
         from ldm.pipeline.work import Work
 
         prompts = check_prompts(prompt)
@@ -225,20 +220,16 @@ class Pipeline:
 
     def _denoise(self, model: Model, cond, uncond, settings: Settings, noise, start, advance) -> torch.Tensor:
         """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
-        from ldm.diffusion.denoiser import consistency, denoiser
         from ldm.diffusion.guidance import guide
-        from ldm.diffusion.names import options
-        from ldm.diffusion.samplers import SAMPLERS
+        from ldm.diffusion.sampling import sample
 
+        s, schedule, dtype = settings, model.schedule, cond.states.dtype
         with self._work.on(model.unet) as unet:
-            sigmas = model.schedule.sigmas(settings.num_inference_steps, settings.sampler, settings.spacing)
-            predict = guide(network(unet, settings), cond, uncond, settings.guidance, model.schedule, sigmas)
-            denoise = denoiser(predict, model.schedule, cond.states.dtype)
-            if settings.sampler == "lcm":
-                denoise = consistency(denoise, model.schedule)
-            x = model.schedule.initial(start, sigmas, settings.sampler, settings.spacing)
-            run = partial(SAMPLERS[settings.sampler], **options(settings.sampler, settings.eta))
-            return run(denoise, x, sigmas, noise, each_step(settings.callback, advance))
+            sigmas = schedule.sigmas(s.num_inference_steps, s.sampler, s.spacing)
+            predict = guide(network(unet, s), cond, uncond, s.guidance, schedule, sigmas)
+            after = each_step(s.callback, advance)
+            own = {"spacing": s.spacing, "eta": s.eta, "dtype": dtype, "callback": after}
+            return sample(predict, schedule, sigmas, start, s.sampler, noise=noise, **own)
 
     def _draw_in_fp32(self, settings: Settings, record: dict, row: int) -> torch.Tensor:
         """Picture `row` (3, H, W) once more; raises NumericsError where fp32 is what was tried or does not help."""
@@ -333,10 +324,9 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
 def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:
     """The device and dtype to use; those of a model that is loaded already (its dtype alone where parts are lent)."""
     from ldm.checkpoint import Model
-    from ldm.device import DTYPES, pick_device, pick_dtype
+    from ldm.device import pick_device, pick_dtype
 
-    names = {f"torch.{full}": short for short, full in DTYPES.items()}
-    device, dtype = str(device), names.get(str(dtype), str(dtype))  # torch's own objects are taken too
+    device, dtype = str(device), dtype_name(dtype)  # torch's own objects are taken too
     picked = pick_device(device)
     wanted = pick_dtype(dtype, picked)
     if isinstance(model, (str, os.PathLike)):

@@ -39,13 +39,16 @@ def check(settings: Settings) -> None:
 
 
 def _check_unet(settings: UNetSettings) -> None:
+    from ldm.diffusion import names
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.diffusion.schedule import Schedule
     from ldm.nn.unet import UNetConfig
 
     _known_names(settings.model, [field.name for field in dataclasses.fields(UNetConfig)], "model")
     _known_names([settings.sampler], SAMPLERS, "sampler")
-    build(Schedule, settings.schedule, "schedule").sigmas(settings.sample_steps, settings.sampler)
+    schedule = build(Schedule, settings.schedule, "schedule")
+    names.check(settings.sampler, schedule.prediction_type)
+    schedule.sigmas(settings.sample_steps, settings.sampler)
 
 
 def _autoencoder_names() -> list[str]:

@@ -15,7 +15,7 @@ from ldm.nn.text import T5Text
 from ldm.nn.unet import UNet
 from ldm.training import train
 from tests.checkpoint.conftest import tiny_model
-from tests.training.conftest import threads
+from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 from tests.training.test_stages import picture_folder
 
 WORDS = ["a", "cat", "dog", "red", "blue", "on", "and", "card"]
@@ -197,16 +197,8 @@ def test_the_unet_trains_on_t5_and_the_run_draws(model, folder, tmp_path):
         "vae": str(folder),
         "text": str(folder),
         "data": {"resolution": 32, "folder": str(picture_folder(tmp_path / "pictures", 8))},
-        "schedule": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "spacing": "trailing"},
-        "model": {
-            "block_out_channels": [16, 32],
-            "layers_per_block": 1,
-            "transformer_layers": [0, 1],
-            "num_heads": [2, 4],
-            "norm_num_groups": 8,
-            "addition_embed_type": "text",
-            "addition_embed_type_num_heads": 4,
-        },
+        "schedule": SCHEDULE,
+        "model": TINY_UNET,
     }
     (tmp_path / "unet.json").write_text(json.dumps(settings))
     with threads(1):

@@ -5,6 +5,17 @@ import json
 
 import pytest
 
+SCHEDULE = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "spacing": "trailing"}
+TINY_UNET = {
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "transformer_layers": [0, 1],
+    "num_heads": [2, 4],
+    "norm_num_groups": 8,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+}
+
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
@@ -47,6 +58,7 @@ def unet_mapping(parts):
         "learning_rate": 1e-3,
         "optimizer": "muon",
         "timestep_shift": 2.0,
+        "sampler": "dpmpp_sde",
         "warmup": 5,
         "ema": 0.9,
         "workers": 2,
@@ -63,16 +75,8 @@ def unet_mapping(parts):
         "vae": str(parts),
         "text": str(parts),
         "data": {"resolution": 32, "scenes": {"objects": "everyday"}},
-        "schedule": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "spacing": "trailing"},
-        "model": {
-            "block_out_channels": [16, 32],
-            "layers_per_block": 1,
-            "transformer_layers": [0, 1],
-            "num_heads": [2, 4],
-            "norm_num_groups": 8,
-            "addition_embed_type": "text",
-            "addition_embed_type_num_heads": 4,
-        },
+        "schedule": SCHEDULE,
+        "model": TINY_UNET,
     }
 
 

@@ -13,7 +13,7 @@ from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.cli import main
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
-from tests.training.conftest import threads
+from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 
 COLOURS = {"red": (210, 40, 40), "blue": (50, 100, 200), "green": (60, 160, 70), "white": (250, 250, 250)}
 COMMON = {"batch_size": 4, "learning_rate": 0.002, "workers": 0, "precision": "fp32", "device": "cpu", "warmup": 2}
@@ -54,16 +54,8 @@ UNET = {
     "bank": 256,
     "renew": 2,
     "sample_steps": 2,
-    "schedule": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "spacing": "trailing"},
-    "model": {
-        "block_out_channels": [16, 32],
-        "layers_per_block": 1,
-        "transformer_layers": [0, 1],
-        "num_heads": [2, 4],
-        "norm_num_groups": 8,
-        "addition_embed_type": "text",
-        "addition_embed_type_num_heads": 4,
-    },
+    "schedule": SCHEDULE,
+    "model": TINY_UNET,
 }
 
 
@@ -209,6 +201,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
         (["emoji/unet", f"vae={VAE}", f"text={VAE}", "model.layers=2"], "unknown setting 'layers'"),
         (["emoji/unet", f"vae={VAE}", f"text={VAE}", "schedule.spacing=trailling"], "did you mean 'trailing'"),
         (["emoji/unet", f"vae={VAE}", f"text={VAE}", "sampler=eular"], "did you mean 'euler'"),
+        (["emoji/unet", f"vae={VAE}", f"text={VAE}", "sampler=heun_flow"], "heun_flow is for flow models"),
     ):
         assert main(["train", *words, "-o", str(tmp_path / "run")]) == 2, words
         error = capsys.readouterr().err

@@ -15,9 +15,9 @@ from ldm.checkpoint import Model, save_model
 from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.config import build
 from ldm.device import pick_device
-from ldm.diffusion.denoiser import denoiser, training_loss
+from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.text import Conditioning
@@ -153,10 +153,13 @@ class UNetStage:
         states = self._states(captions)
         cond, uncond = self._conditioning(states), self._conditioning(self.empty.expand_as(states))
         predict = cfg(lambda x, t, c: ema(x, t, c.states, mask=c.mask), cond, uncond, s.guidance_scale)
-        noise = torch.stack([keyed.normal(tuple(self.validation[0].shape[1:]), s.seed, "grid", i) for i in range(GRID)])
-        sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
-        x = self.schedule.initial(noise[: len(captions)].to(self.device), sigmas, s.sampler)
-        x0 = SAMPLERS[s.sampler](denoiser(predict, self.schedule), x, sigmas, None)
+        shape, sigmas = tuple(self.validation[0].shape[1:]), self.schedule.sigmas(s.sample_steps, s.sampler)
+
+        def noise(*step: int) -> Tensor:
+            draws = [keyed.normal(shape, s.seed, "grid", i, *step) for i in range(len(captions))]
+            return torch.stack(draws).to(self.device)
+
+        x0 = sample(predict, self.schedule, sigmas, noise(), s.sampler, noise=noise)
         return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
