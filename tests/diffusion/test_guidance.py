@@ -2,36 +2,10 @@
 
 import pytest
 import torch
+from guidance_cases import Network, Rows
 
 from ldm.diffusion.guidance import cfg
 from ldm.errors import ConfigError
-
-
-class Rows:
-    """The least that a condition has to be."""
-
-    def __init__(self, values):
-        self.values = torch.as_tensor(values, dtype=torch.float32)
-
-    def __len__(self):
-        return len(self.values)
-
-    @classmethod
-    def cat(cls, parts):
-        return cls(torch.cat([part.values for part in parts]))
-
-
-class Network:
-    """Counts the rows that go through it; its answer depends on picture, timestep and condition."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, x, timesteps, cond):
-        assert len(x) == len(timesteps) == len(cond)
-        self.calls.append(len(x))
-        return torch.tanh(x + cond.values.view(-1, 1, 1, 1)) * (1 + timesteps.view(-1, 1, 1, 1) / 1000)
-
 
 X = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([10.0, 500.0, 990.0])

@@ -16,20 +16,6 @@ if TYPE_CHECKING:
 
 
 @sampler
-def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
-    """DDPM (Ho et al. 2020, algorithm 2 with eq. 7's posterior variance) over any list of sigmas."""
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
-        kept = (sigma_next / sigma) ** 2
-        x = x0 + kept * (x - x0)
-        if sigma_next > 0:
-            x = x + sigma_next * math.sqrt(1 - kept) * noise(i)
-        if callback:
-            callback(i, x, x0)
-    return x
-
-
-@sampler
 def euler_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
@@ -43,6 +29,12 @@ def euler_ancestral(
         if callback:
             callback(i, x, x0)
     return x
+
+
+@sampler
+def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+    """DDPM (Ho et al. 2020, algorithm 2 with eq. 7's posterior variance) over any list of sigmas."""
+    return euler_ancestral(denoise, x, sigmas, noise, callback, eta=1.0)  # the same step in the picture of sigmas
 
 
 @sampler

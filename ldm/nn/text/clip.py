@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.text.conditioning import Conditioning, one_by_one, spelt
+from ldm.nn.text.conditioning import Conditioning, OneNetwork, one_by_one, spelt
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 
-class ClipText:
+class ClipText(OneNetwork):
     """A CLIP text encoder of transformers with its tokenizer, as SD 1.x and 2.x use it.
 
     Raises ModelError where the two do not belong together; above all where the end-of-text token that the model pools
@@ -47,24 +47,6 @@ class ClipText:
             raise ModelError(
                 f"the text encoder pools at token {config.eos_token_id}, the tokenizer ends with {end}", todo=todo
             )
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Every network that it owns: to move, freeze, save or adapt."""
-        return (self.model,)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def to(self, *args, **kwargs) -> ClipText:
-        """Moves the weights, as Module.to does; returns itself."""
-        self.model.to(*args, **kwargs)
-        return self
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, S), S = max_length: cut or padded."""

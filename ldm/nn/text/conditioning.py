@@ -8,12 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,30 @@ class Conditioning:
 
     def _map(self, function) -> Conditioning:
         return Conditioning(*(None if t is None else function(t) for t in (self.states, self.pooled, self.mask)))
+
+
+class OneNetwork:
+    """A text encoder that owns one network, `model`."""
+
+    model: nn.Module
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every network that it owns: to move, freeze, save or adapt."""
+        return (self.model,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, *args, **kwargs) -> Self:
+        """Moves the weights, as Module.to does; returns itself."""
+        self.model.to(*args, **kwargs)
+        return self
 
 
 def one_by_one(texts: Sequence[str | None], encode: Callable[[str | None], Conditioning]) -> Conditioning:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.text.conditioning import Conditioning, one_by_one
+from ldm.nn.text.conditioning import Conditioning, OneNetwork, one_by_one
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
 
-class OpenClipText:
+class OpenClipText(OneNetwork):
     """A TextTransformer of open_clip with its tokenizer: the same states as the text encoders that are made from it.
 
     `left_out` layers at the end are not computed for the states: 1 for Stable Diffusion 2.x; as the second encoder of
@@ -38,24 +38,6 @@ class OpenClipText:
         if tokenizer.vocab_size != model.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the text encoder {model.vocab_size}"
             raise ModelError(f"the tokenizer has {sizes}")
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Every network that it owns: to move, freeze or adapt."""
-        return (self.model,)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.positional_embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.positional_embedding.device
-
-    def to(self, *args, **kwargs) -> OpenClipText:
-        """Moves the weights, as Module.to does; returns itself."""
-        self.model.to(*args, **kwargs)
-        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:

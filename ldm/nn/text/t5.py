@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.text.conditioning import Conditioning, one_by_one, spelt
+from ldm.nn.text.conditioning import Conditioning, OneNetwork, one_by_one, spelt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 LONGEST = 512  # tokens, where the tokenizer names no limit: T5 has none itself
 
 
-class T5Text:
+class T5Text(OneNetwork):
     """T5EncoderModel with its tokenizer. Raises ModelError where the two do not belong together."""
 
     def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast):
@@ -36,24 +35,6 @@ class T5Text:
             ours, theirs = getattr(config, name), getattr(tokenizer, name)
             if ours != theirs:
                 raise ModelError(f"{name} is {ours} for the text encoder and {theirs} for the tokenizer")
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Every network that it owns: to move, freeze, save or adapt."""
-        return (self.model,)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    def to(self, *args, **kwargs) -> T5Text:
-        """Moves the weights, as Module.to does; returns itself."""
-        self.model.to(*args, **kwargs)
-        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:
