@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.folder import T5, WORDS, Layout, check_digest, read_json
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.tensors import Advance, read_tensors, silent
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def check_fit(config: UNetConfig, channels: int, width: int, where: object, pool
 
 
 def read_part(
-    layout: Layout, part: str, dtype, device, digests: dict[str, str], advance: Callable[[int], object]
+    layout: Layout, part: str, dtype, device, digests: dict[str, str], advance: Advance = silent
 ) -> dict[str, torch.Tensor]:
     """All tensors of one component, each file checked against the manifest; adds the files' sha256 to `digests`."""
     state: dict[str, torch.Tensor] = {}

@@ -229,7 +229,7 @@ def load_vae(
         return vae, {"vae": digest}
     layout = layouts.vae_layout(place)
     digests: dict[str, str] = {}
-    state = build.read_part(layout, "vae", dtype, device, digests, lambda size: None)
+    state = build.read_part(layout, "vae", dtype, device, digests)
     digests |= layouts.check_settings(layout)
     vae = build.build_vae(layout.configs["vae"], state, place)
     return vae, {f"vae/{name}": digest for name, digest in digests.items()}

@@ -50,7 +50,7 @@ def load_text_from(folder: Path) -> TextEncoder:
         raise ModelError("holds no text encoder with its tokenizer", where=folder, todo="give a run of the text stage")
     layout = layouts.text_layout(folder)
     layouts.check_settings(layout)
-    state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {}, lambda size: None)
+    state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {})
     return build.build_text(layout, {"text_encoder": state})
 
 
@@ -61,5 +61,5 @@ def load_unet_from(folder: Path) -> UNet:
     from ldm.checkpoint import build
 
     layout = layouts.read_layout(folder)
-    state = build.read_part(layout, "unet", torch.float32, torch.device("cpu"), {}, lambda size: None)
+    state = build.read_part(layout, "unet", torch.float32, torch.device("cpu"), {})
     return build.build_unet(layout, state)

@@ -13,5 +13,6 @@ __all__ = [
     "plan_of",
     "read_single",
     "read_vae",
+    "save_single",
+    "vae_prefix",
 ]
-__all__ += ["save_single", "vae_prefix"]
