@@ -50,11 +50,14 @@ class Entry:
         return Entry(self.where, self.line, self.text, None, named, field)
 
 
-def read_entries(prompts: str | os.PathLike | Iterable, name: str | None = None) -> Iterator[Entry]:
+def read_entries(
+    prompts: str | os.PathLike | Iterable, name: str | None = None, base: Path | None = None
+) -> Iterator[Entry]:
     """The entries of a prompt file ("-": standard input), or of a list of texts and groups of settings.
 
-    `name` is what entries call the file. A bad line is an entry with an error. Raises ConfigError for what is wrong
-    with the file as a whole: missing, no text, bad JSON or TOML, a CSV without a prompt column.
+    `name` is what entries call the file, `base` where the paths in it begin (its folder). A bad line is an entry with
+    an error. Raises ConfigError for what is wrong with the file as a whole: missing, no text, bad JSON or TOML, a CSV
+    without a prompt column.
     """
     if not isinstance(prompts, (str, os.PathLike)):
         yield from _elements(enumerate(prompts, 1), name or "prompts", Path())
@@ -67,10 +70,10 @@ def read_entries(prompts: str | os.PathLike | Iterable, name: str | None = None)
     if suffix in (".yaml", ".yml", ".parquet", ".xlsx"):
         raise ConfigError(f"{suffix} files are not read", where=path, todo="write .txt, .jsonl, .json, .csv or .toml")
     if suffix == ".toml":
-        yield from _toml(path, name or str(path))
+        yield from _toml(path, name or str(path), base or path.parent)
         return
     with _opened(path) as handle:
-        yield from _read(handle, name or str(path), suffix, path.parent)
+        yield from _read(handle, name or str(path), suffix, base or path.parent)
 
 
 @contextlib.contextmanager
@@ -321,7 +324,7 @@ def _json_value(text: str, position: int, line: int, name: str) -> tuple[Any, in
     return value, end, line + text.count("\n", position, end)
 
 
-def _toml(path: Path, name: str) -> Iterator[Entry]:
+def _toml(path: Path, name: str, base: Path) -> Iterator[Entry]:
     with _opened(path) as handle:
         size = os.fstat(handle.fileno()).st_size
     if size > MAX_TOML:
@@ -329,7 +332,7 @@ def _toml(path: Path, name: str) -> Iterator[Entry]:
     value = config.load(path)
     text = path.read_text(encoding="utf-8-sig")
     heads = re.finditer(r"^[ \t]*\[\[[ \t]*(prompts?|prompt[ \t]*\.[ \t]*subset)[ \t]*\]\]", text, re.MULTILINE)
-    yield from _grouped(value, name, path.parent, [1 + text.count("\n", 0, head.start()) for head in heads])
+    yield from _grouped(value, name, base, [1 + text.count("\n", 0, head.start()) for head in heads])
 
 
 def _grouped(data: Mapping[str, Any], name: str, base: Path, lines: Iterable[int]) -> Iterator[Entry]:
