@@ -13,13 +13,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.errors import LdmError, ResourceError
+from ldm.errors import ConfigError, LdmError, ResourceError
 from ldm.files import Lock, atomic_write, disk_errors, require_writable, sha256, sweep
 from ldm.render.jobs import Job, Shard
 from ldm.render.parse import Entry
@@ -153,9 +153,31 @@ def _is_inside(name: Any) -> bool:
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The lines of all manifests of a folder, shard by shard, as they were written; half-written ones are left out."""
-    for path in sorted(Path(folder).glob("manifest*.jsonl")):
-        with path.open("rb") as handle:
-            yield from (record for line in handle if (record := _record(line)) is not None)
+    yield from _records(sorted(Path(folder).glob("manifest*.jsonl")))
+
+
+def last_lines(place: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The line that counts of each job in a manifest, or in all of a folder: "done" before others, then the last."""
+    place = Path(place)
+    paths = sorted(place.glob("manifest*.jsonl")) if place.is_dir() else [place]
+    counts = Table()
+    for number, record in enumerate(_records(paths), 1):
+        key, value = bytes.fromhex(record["key"]), 2 * number + (record["status"] == DONE)
+        before = counts.get(key) or 0
+        if value % 2 >= before % 2:
+            counts.set(key, value)
+    for number, record in enumerate(_records(paths), 1):
+        if (counts.get(bytes.fromhex(record["key"])) or 0) // 2 == number:
+            yield record
+
+
+def _records(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        try:
+            with path.open("rb") as handle:
+                yield from (record for line in handle if (record := _record(line)) is not None)
+        except OSError as error:
+            raise ConfigError(f"cannot be read ({error.strerror or error})", where=path) from None
 
 
 class _Log:

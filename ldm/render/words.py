@@ -226,7 +226,7 @@ FIELDS: dict[str, Callable[[Any, str, Path], Any]] = {
     "model": _model,
     "name": _name,
 }
-_PAIRS = {"size": ("width", "height"), "sampler": ("sampler", "spacing")}  # words that set two things
+PAIRS = {"size": ("width", "height"), "sampler": ("sampler", "spacing")}  # words that set two things
 _PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 WORDS: dict[str, str] = {word: name for word, name in ALIASES.items() if name in FIELDS and word not in _PYTHON_ONLY}
 WORDS |= {name: name for name in FIELDS} | FILE_WORDS
@@ -274,7 +274,7 @@ def check_words(pairs: Iterable[tuple[str, Any]], base: Path) -> dict[str, Any]:
         if name in UNSUPPORTED:
             _refuse(*UNSUPPORTED[name], value, given)
             continue
-        for own, item in zip(_PAIRS[name], value) if name in _PAIRS else ((name, value),):
+        for own, item in zip(PAIRS[name], value) if name in PAIRS else ((name, value),):
             if own == "spacing" and item is None:  # "Automatic", or a label that says none
                 continue
             if own == "lora":
