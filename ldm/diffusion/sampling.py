@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Predict, consistency, denoiser
+from ldm.diffusion.inpaint import Original, begin, keeping
 from ldm.diffusion.names import options
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
@@ -28,13 +29,20 @@ def sample(
     eta: float | None = None,
     dtype: torch.dtype = torch.float32,
     callback: Callback = None,
+    original: Original | None = None,
 ) -> Tensor:
     """Unit noise `start` (B, C, h, w) -> latents (B, C, h, w), by a sampler of SAMPLERS over `sigmas` (n + 1,).
 
     predict is the network, in `dtype`, with its conditions bound. `noise` is needed by samplers that add some.
+    `original`: the pictures to begin at (with the sigmas that `remaining` leaves), or to keep where it says so.
     """
     denoise = denoiser(predict, schedule, dtype)
     if sampler == "lcm":
         denoise = consistency(denoise, schedule)
-    x = schedule.initial(start, sigmas, sampler, spacing)
-    return SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
+    whole = original is None or original.from_noise
+    x = schedule.initial(start, sigmas, sampler, spacing) if whole else begin(original, sigmas, start)
+    if original is None or original.repaint is None:
+        return SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
+    denoise = keeping(denoise, original, start, sigmas)
+    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
+    return torch.where(original.repaint, x, original.latents)  # ddim may end at a sigma above 0
