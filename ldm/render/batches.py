@@ -1,0 +1,77 @@
+"""Which jobs are drawn together and in which order: windows of jobs, groups in a window, pictures in a batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ldm.pipeline.settings import BATCH
+from ldm.render.jobs import Job, canonical
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint import Model
+
+WINDOW = 1024  # jobs that are looked ahead
+WINDOW_TEXT = 16 << 20  # characters of their texts, at most
+OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale")  # settings that may differ inside a batch
+MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
+TENSORS = 32  # of the size of the U-Net's first level that are alive at once, from measurements of SD 1.5 at 512x512
+SPARE = 0.7  # of the free memory that is planned with
+
+Group = tuple[str, bytes, bool]  # model and LoRAs, all that is shared, guided or not
+
+
+def group_of(settings: Mapping[str, Any]) -> Group:
+    """What a job has in common with those that it can share a batch with; sorted, models change most seldom."""
+    own = canonical({name: settings.get(name) for name in ("model", "lora")}).decode()
+    shared = {name: value for name, value in settings.items() if name not in OF_THE_PICTURE}
+    return own, canonical(shared), settings["guidance_scale"] > 1
+
+
+def windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """The jobs in lists of at most WINDOW, in their order."""
+    window, text = [], 0
+    for job in jobs:
+        window.append(job)
+        text += len(job.settings["prompt"]) + len(job.settings["negative_prompt"] or "")
+        if len(window) == WINDOW or text > WINDOW_TEXT:
+            yield window
+            window, text = [], 0
+    if window:
+        yield window
+
+
+def groups(window: Iterable[Job], loaded: str | None = None) -> list[tuple[Group, list[Job]]]:
+    """A window's jobs by what they share; those of the model that is `loaded` first, in a group by their order."""
+    found: dict[Group, list[Job]] = {}
+    for job in window:
+        found.setdefault(group_of(job.settings), []).append(job)
+    return sorted(found.items(), key=lambda item: (item[0][0] != loaded, item[0][0], item[1][0].index))
+
+
+def batch_size(model: Model, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
+    """How many pictures are denoised together, by the memory that is free; a bound, not a promise.
+
+    `settings` are a group's (height and width in pixels). A picture is two rows of the U-Net, with and without prompt.
+    """
+    config, factor = model.unet.config, model.vae.factor
+    area = (settings.height // factor) * (settings.width // factor)
+    row = area * config.block_out_channels[0] * TENSORS * dtype.itemsize
+    row += area * min(area, 4096) * 4  # one head's scores
+    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * _free_memory(device) / (2 * row))))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

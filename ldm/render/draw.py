@@ -1,0 +1,145 @@
+"""Drawing a run's jobs: window by window, group by group, batch by batch; what fails is named and the rest goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm import console
+from ldm.console import StopRequest
+from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
+from ldm.pipeline.record import make_records, warnings_of
+from ldm.render.batches import batch_size, groups, windows
+from ldm.render.jobs import Job
+from ldm.render.resolve import Resolver, picture
+from ldm.render.writer import Drawn, Writer
+
+if TYPE_CHECKING:
+    from ldm.pipeline.painter import Painter
+    from ldm.pipeline.settings import Settings
+
+WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest
+
+
+class Draughtsman:
+    """Draws jobs and hands them to a writer.
+
+    size  pictures in a batch; None: by the memory that is free
+    stop  looked at after each batch
+    """
+
+    def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, size: int | None = None):
+        self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
+        self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
+        self._broken: dict[str, LdmError] = {}  # models (with their LoRAs) that could not be loaded
+        self._model: str | None = None  # the one that was used last
+        self._warned: set[str] = set()
+
+    def draw(self, jobs: Iterable[Job]) -> None:
+        """All of them, ordered window by window so that models change seldom.
+
+        Raises Interrupted after the batch in which a signal came, and what stops the writer.
+        """
+        for window in windows(jobs):
+            for (model, _, _), group in groups(window, self._model):
+                self._model = model
+                self._draw_group(model, group)
+
+    def _draw_group(self, model: str, jobs: Sequence[Job]) -> None:
+        """Jobs that share model, LoRAs and settings; a model that cannot be loaded fails all of them."""
+        left = dict(enumerate(jobs))
+        try:
+            painter, settings = self._loaded(model, jobs[0])
+            records = self._records(painter, settings, jobs)
+            while left:
+                self._some(painter, settings, left, records)
+        except Interrupted:
+            raise
+        except LdmError as error:
+            if self._writer.broken:
+                raise
+            alone = len(left) == 1 or model in self._broken
+            for job in left.values():
+                if alone:
+                    self._writer.put(Drawn(job, None, {}, error))
+                else:  # it may be the fault of one text
+                    self._draw_group(model, [job])
+
+    def _loaded(self, model: str, job: Job) -> tuple[Painter, Settings]:
+        """Who draws a group, ready to work. Raises what loading its model or LoRAs raised before."""
+        if model in self._broken:
+            raise self._broken[model]
+        painter, settings = self._resolver.drawable(job.settings)
+        try:
+            painter.adapted(painter.load(), picture(job.settings).adapters)
+        except LdmError as error:
+            self._broken[model] = error
+            raise
+        return painter, settings
+
+    def _records(self, painter: Painter, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        pictures = [picture(job.settings) for job in jobs]
+        records = make_records(painter.load(), painter.work, settings, pictures)
+        for line in warnings_of(records, shown=len(records)):
+            if line not in self._warned and len(self._warned) < WARNINGS:
+                self._warned.add(line)
+                console.warn(line)
+        return [{**record, "job": job.key} for record, job in zip(records, jobs)]
+
+    def _some(self, painter: Painter, settings: Settings, left: dict[int, Job], records: list[dict[str, Any]]) -> None:
+        """Draw what is `left` until a batch fails; what was drawn, or is the failure's, is taken out of `left`."""
+        size = self._size_of(painter, settings)
+        numbers = list(left) if size > 1 else list(left)[:1]
+        batch: list[int] = numbers  # of the batch at work
+        began = time.monotonic()
+
+        def watch(rows: Sequence[int], *_step: Any) -> None:
+            nonlocal batch
+            batch = [numbers[row] for row in rows]
+
+        try:
+            drawn = painter.draw(settings, [picture(left[n].settings) for n in numbers], size, watch)
+            for row, image, notes in drawn:
+                number = numbers[row]
+                seconds = (time.monotonic() - began) / len(batch)
+                self._writer.put(Drawn(left.pop(number), image, records[number] | notes, seconds=seconds))
+                if not any(number in left for number in batch):
+                    self._look_up()
+                    began = time.monotonic()
+        except NumericsError as error:  # of the first of the batch that was not given back
+            self._fail(left, next(number for number in batch if number in left), error)
+        except ResourceError as error:
+            if self._writer.broken:
+                raise
+            if size == 1:
+                self._fail(left, numbers[0], error)
+            else:
+                self._shrink(settings, min(size, len(batch)))
+
+    def _look_up(self) -> None:
+        """Between two batches: is the work to end?"""
+        self._writer.check()
+        if self._stop.signal:
+            raise Interrupted(self._stop.signal, "stopped")
+
+    def _fail(self, left: dict[int, Job], number: int, error: LdmError) -> None:
+        self._writer.put(Drawn(left.pop(number), None, {}, error))
+        self._look_up()
+
+    def _size_of(self, painter: Painter, settings: Settings) -> int:
+        limit = self._limits.get((settings.height, settings.width))
+        if limit is None:
+            limit = self._size or batch_size(painter.load(), settings, painter.device, painter.dtype)
+            self._limits[settings.height, settings.width] = limit
+        return limit
+
+    def _shrink(self, settings: Settings, tried: int) -> None:
+        """Half as many together from now on, for this size and all that are larger."""
+        half = max(1, tried // 2)
+        console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
+        area = settings.height * settings.width
+        self._limits[settings.height, settings.width] = half
+        for height, width in self._limits:
+            if height * width >= area:
+                self._limits[height, width] = min(half, self._limits[height, width])

@@ -1,0 +1,208 @@
+"""`ldm.render`: every picture of a prompt file, nothing lost, nothing drawn twice."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm import console, images
+from ldm.errors import ConfigError, Interrupted, ResourceError
+from ldm.pipeline.record import parameters
+from ldm.pipeline.result import Target
+from ldm.pipeline.settings import ALIASES, GUIDANCE_WORDS, check_int
+from ldm.render.draw import Draughtsman
+from ldm.render.dry import dry
+from ldm.render.expand import Wildcards
+from ldm.render.jobs import Shard
+from ldm.render.manifest import DONE, Ledger, Report, read_manifest
+from ldm.render.resolve import Resolver
+from ldm.render.source import held
+from ldm.render.survey import Run, Survey, short, survey, unfinished
+from ldm.render.words import MAX_SEED, check_words
+from ldm.render.writer import Drawn, Writer
+
+OF_PAINTER = ("device", "offload", "attention", "prediction_type", "allow_unapplied")
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a run did. `exit_code` is 0, or 3 where lines were bad or pictures failed."""
+
+    folder: Path
+    counts: Mapping[str, int]  # lines, bad_lines, jobs, rendered, finished_before, failed, not_reached, other_shards
+    manifest: Path
+    report: Path
+    keys: array  # of the jobs, 64 bits each, in the file's order
+
+    @property
+    def exit_code(self) -> int:
+        return 3 if self.counts["bad_lines"] or self.counts["failed"] else 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all pictures that are there now, in the order of their lines."""
+        wanted, names = set(self.keys), {}
+        for record in read_manifest(self.folder):
+            key = short(record["key"])
+            if record["status"] == DONE and key in wanted:
+                names[key] = record["path"]
+        return [self.folder / names[key] for key in self.keys if key in names]
+
+
+def render(
+    prompts: str | os.PathLike | Iterable,
+    output: str | os.PathLike,
+    *,
+    seed: int = 0,
+    wildcards: str | os.PathLike | None = None,
+    format: str = "png",
+    metadata: bool = True,
+    batch_size: int | None = None,
+    shard: str | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    **words: Any,
+) -> Rendered:
+    """Draw every picture that a prompt file asks for into the folder `output`, and say what became of it.
+
+    prompts     a file of any kind (.txt .jsonl .json .csv .tsv .toml), "-" for standard input, or a list of texts and
+                groups of settings ({"prompt": …, "seed": 7})
+    seed        of the run: lines without a seed of their own get one from it, from what they say, and from how many
+                equal lines stand above them
+    wildcards   the folder of the __wildcards__
+    format      png, jpg or webp; `metadata=False` writes nothing about prompt and settings into the files
+    batch_size  pictures that are drawn together; None: by the memory that is free. No picture depends on it
+    shard       "2/3": only the second third, so that three machines share one file and one folder
+    strict      whether one bad line stops the run before work (ConfigError)
+    dry_run     whether to say only what would be done
+    words       Pipeline's and generate's, under everybody's names: model, vae, lora, lora_dir, device, dtype, … and,
+                for lines that do not say it themselves, num_images, num_inference_steps, guidance_scale,
+                negative_prompt, sampler, spacing, width, height, …
+
+    A run that was stopped is taken up by the same call: finished pictures are left alone, the others come out to the
+    bit as they would have. `output` then holds the pictures, `manifest.jsonl` (one line a picture: status, time, seed,
+    settings, path, sha256) and `report.jsonl` (bad lines, failures, counts that add up). Bad lines are named and the
+    others drawn; a picture that cannot be drawn is a failure, and the next call tries it again.
+
+    Raises ConfigError for what is wrong with the call or the file as a whole; ResourceError where the disk is full or
+    another run has the folder; Interrupted after SIGINT and SIGTERM, once the batch in hand is saved.
+    """
+    target = Target.of(os.path.join(os.fspath(output), ""), format).check()
+    resolver, defaults = _resolver(words)
+    with held(prompts) as (name, read):
+        run = Run(
+            read=read,
+            name=name,
+            target=target,
+            defaults=defaults,
+            resolver=resolver,
+            wildcards=Wildcards(wildcards),
+            seed=check_int(seed, "seed", 0, MAX_SEED),
+            shard=Shard() if shard is None else Shard.read(shard),
+            batch_size=None if batch_size is None else check_int(batch_size, "batch_size", 1, 100_000),
+            metadata=metadata,
+        )
+        return _dry(run, strict) if dry_run else _real(run, strict)
+
+
+def _resolver(words: Mapping[str, Any]) -> tuple[Resolver, dict[str, Any]]:
+    """(who resolves lines, the settings of lines that say nothing), from Pipeline's and generate's words.
+
+    Raises ConfigError for what no line could be drawn with.
+    """
+    given = {ALIASES.get(word, word): value for word, value in words.items() if value is not None}
+    own = {name: given.pop(name) for name in ("lora_dir", "dtype", *OF_PAINTER) if name in given}
+    free = {name: given.pop(name) for name in (*GUIDANCE_WORDS, "emphasis", "vae") if name in given}
+    defaults = check_words(given.items(), Path()) | {name: _plain(value) for name, value in free.items()}
+    resolver = Resolver(**own)
+    resolver({**{name: value for name, value in defaults.items() if name != "num_images"}, "prompt": "", "seed": 0})
+    return resolver, defaults
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _dry(run: Run, strict: bool) -> Rendered:
+    found, counts = dry(run)
+    if strict and found.bad:
+        _refuse_bad_lines(run, found)
+    folder = run.target.folder
+    paths = (folder / run.shard.file(stem) for stem in ("manifest", "report"))
+    return Rendered(folder, counts, *paths, found.keys)
+
+
+def _refuse_bad_lines(run: Run, found: Survey) -> None:
+    what = f"{found.bad} of {found.lines} lines are bad"
+    raise ConfigError(what, where=run.name, todo="mend them, or leave --strict out to have the others drawn")
+
+
+def _real(run: Run, strict: bool) -> Rendered:
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(run.target.folder, run.shard, f".{run.target.format}"))
+        report = stack.enter_context(Report(run.target.folder, run.shard))
+        found = survey(run, ledger.finished, report.bad_line)
+        report.count("finished_before", found.jobs - found.left)
+        _say_counts(run, found, ledger)
+        if strict and found.bad:
+            report.finish(found.lines, found.jobs, found.elsewhere)
+            _refuse_bad_lines(run, found)
+        try:
+            if found.left:
+                _draw(run, found, ledger, report)
+        except Interrupted as stop:
+            done, todo = report.counts["rendered"], "the same command goes on"
+            raise Interrupted(
+                stop.exit_code - 128, f"stopped after {done} pictures, all saved", where=ledger.folder, todo=todo
+            ) from None
+        finally:
+            counts = _finish(report, found)
+            _say_end(run, counts, report)
+    return Rendered(ledger.folder, counts, ledger.folder / run.shard.file("manifest"), report.path, found.keys)
+
+
+def _finish(report: Report, found: Survey) -> dict[str, Any]:
+    """The report's line of counts, written where the disk has room for it."""
+    try:
+        return report.finish(found.lines, found.jobs, found.elsewhere)
+    except ResourceError:
+        return {"bad_lines": found.bad, **report.counts}
+
+
+def _draw(run: Run, found: Survey, ledger: Ledger, report: Report) -> None:
+    """The second pass: everything that is not finished."""
+    before = found.jobs - found.left
+
+    def encode(drawn: Drawn) -> bytes:
+        inside = images.Metadata(parameters(drawn.record), drawn.record) if run.metadata else None
+        return images.encode(drawn.image, run.target.format, inside)
+
+    with (
+        console.progress(total=found.jobs, initial=before, desc="rendering", unit=" images") as bar,
+        console.StopRequest() as stop,
+        Writer(ledger, report, encode, bar.update) as writer,
+    ):
+        bar.bar_format = BAR
+        Draughtsman(run.resolver, writer, stop, run.batch_size).draw(unfinished(run, found.finished))
+
+
+def _say_counts(run: Run, found: Survey, ledger: Ledger) -> None:
+    before = found.jobs - found.left
+    told = f"{run.name}: {found.lines} lines, {found.jobs} pictures, {before} finished before, {found.bad} bad lines"
+    console.say(told + (f", {found.elsewhere} pictures of other shards" if found.elsewhere else ""))
+    others = len(ledger) - before
+    if others > 0 and run.shard.of == 1:
+        console.say(f"{ledger.folder} holds {others} pictures of other lines or settings: they stay as they are")
+
+
+def _say_end(run: Run, counts: Mapping[str, int], report: Report) -> None:
+    names = {"rendered": "rendered", "finished_before": "finished before", "bad_lines": "bad lines", "failed": "failed"}
+    told = [f"{counts.get(name, 0)} {words}" for name, words in names.items()]
+    told += [f"{counts['not_reached']} not reached"] if counts.get("not_reached") else []
+    console.say(f"{run.target.folder}: {', '.join(told)} ({report.path})")

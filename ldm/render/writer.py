@@ -1,0 +1,100 @@
+"""The thread that turns drawn pictures into files and lines, while the next batch is drawn."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import Interrupted, LdmError
+from ldm.render.jobs import Job
+from ldm.render.manifest import Ledger, Report
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+REMARKS = ("truncated", "unknown_words", "remarks")  # of a record, what the manifest's line tells too
+WAITING = 16  # pictures at most between the networks and the disk
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What became of a job: a picture with its record, or the reason why there is none."""
+
+    job: Job
+    image: Image.Image | None
+    record: dict[str, Any]
+    error: LdmError | None = None
+    seconds: float = 0.0  # of its batch, divided by the pictures in it
+
+
+class Writer:
+    """Encodes and saves what it is given, one after the other: `with Writer(…) as writer: writer.put(drawn)`.
+
+    encode     a Drawn's picture as the bytes of a file
+    advance    called with 1 after each job that is written
+
+    All that touches manifest and report while pictures are drawn happens in this one thread. The first error in it
+    (disk full) ends the writing: what waits is dropped, and `put`, `check` and leaving the block raise it. Leaving the
+    block writes what waits, unless KeyboardInterrupt is what leaves it.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        report: Report,
+        encode: Callable[[Drawn], bytes],
+        advance: Callable[[int], object],
+    ):
+        self._ledger, self._report, self._encode, self._advance = ledger, report, encode, advance
+        self._queue: queue.Queue[Drawn | None] = queue.Queue(WAITING)
+        self._error: BaseException | None = None
+        self._dropping = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def __enter__(self) -> Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exc) -> None:
+        self._dropping = self._dropping or (kind is not None and issubclass(kind, KeyboardInterrupt))
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None or issubclass(kind, Interrupted):
+            self.check()
+
+    def put(self, drawn: Drawn) -> None:
+        """Hand a picture over; waits while too many are waiting. Raises what stopped the writing."""
+        self.check()
+        self._queue.put(drawn)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the writing was stopped by an error."""
+        return self._error is not None
+
+    def check(self) -> None:
+        """Raise what stopped the writing, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (drawn := self._queue.get()) is not None:
+            if self._dropping:
+                continue
+            try:
+                self._write(drawn)
+            except BaseException as error:
+                self._error, self._dropping = error, True
+
+    def _write(self, drawn: Drawn) -> None:
+        if drawn.error is None:
+            told = {name: drawn.record[name] for name in REMARKS if drawn.record.get(name)}
+            self._ledger.save(drawn.job, self._encode(drawn), seconds=round(drawn.seconds, 4), **told)
+            self._report.count("rendered")
+        else:
+            self._ledger.fail(drawn.job, drawn.error)
+            self._report.failed(drawn.job, drawn.error)
+        self._advance(1)
