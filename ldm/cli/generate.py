@@ -5,6 +5,8 @@ examples:
   ldm generate "a cat on a red ground" -n 4 --seed 7 -o cats/
   ldm generate "a red car" -o car.webp --steps 40 --guidance-scale 4
   ldm generate "a dog" --model runs/unet/model --no-metadata
+  ldm generate --from old.png                      draws that picture again: by ldm, A1111 and its relatives
+  ldm generate --from old.png --set steps=50 --set sampler=euler
 
 Picture k of -n has seed SEED + k and is the same alone or among others. Files that exist are never overwritten, but for
 the one that -o names. The paths of what was written are printed.
@@ -14,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import textwrap
+from collections.abc import Mapping
 
 from ldm import console
-from ldm.errors import LdmError
+from ldm.errors import ConfigError, LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
 from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, GUIDANCE_OPTIONS, GUIDANCE_WORDS, SAMPLER, STEPS
@@ -40,7 +44,7 @@ class HelpSamplers(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="what to draw")
+    add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
     add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
     add("-n", *_options("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
     add("--seed", type=int, metavar="N", help="of the first picture; -1 or nothing: drawn, and kept in the file")
@@ -89,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lora-dir", metavar="FOLDER", help="where <lora:name:0.8> in the prompt finds name.safetensors")
     add("--allow-unapplied", action="store_true", help="warn of a LoRA's keys that fit nowhere, instead of refusing it")
-    add("--from", dest="source", metavar="PICTURE", help=argparse.SUPPRESS)
+    add("--from", dest="source", metavar="PICTURE", help="draw it again, as its file says; options given here win")
+    changes = "with --from: another value, in the words of prompt lines; may be given several times"
+    add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
@@ -118,21 +124,53 @@ def _options(name: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.source is not None:
-        raise LdmError("drawing from an old picture's record is not supported yet", where="--from")
+    own, call, told = _asked(args)
     target = Target.of(args.output, args.format).check()
-    pipe = Pipeline(args.prompt, **{name: getattr(args, name) for name in FROM_PIPELINE})
+    pipe = Pipeline(**own)
     try:
-        images = pipe.generate(**{name: getattr(args, name) for name in FROM_CALL})
+        images = pipe.generate(**call)
     except (LdmError, KeyboardInterrupt) as stop:
         with contextlib.suppress(LdmError):  # what stopped the work is what is told
             _write(getattr(stop, "images", Images([], [])), target, args)
         raise
     _write(images, target, args)
+    _say_differences(told, images.metadata[0])
     record, seeds = images.metadata[0], ", ".join(map(str, images.seeds[:8]))
     steps = f"{record['num_inference_steps']} steps of {record['sampler']}"
     console.say(f"{steps}, {record['device']} in {record['dtype']}, seeds {seeds}", verbosity=1)
     return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
+    """(keywords of Pipeline, of generate, what a picture given by --from says of its model and machine)."""
+    names = ("prompt", *FROM_PIPELINE), FROM_CALL
+    own, call = ({name: getattr(args, name) for name in part} for part in names)
+    if args.source is None:
+        if args.prompt is None or args.changes:
+            what = "--set belongs to --from" if args.changes else "there is no prompt"
+            raise ConfigError(what, todo='write ldm generate "a cat", or --from PICTURE')
+        return own, call, {}
+    from ldm.cli import parse
+    from ldm.render.replay import keywords, read_replays
+
+    replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
+    if len(replays) > 1:
+        raise ConfigError("holds several pictures", where=args.source, todo="draw them with ldm render --from")
+    said = keywords(replays[0])
+    for note in replays[0].notes:
+        console.warn(note)
+    plain = vars(parse(["generate"]))  # an option that is not at its default was given
+    given = ({name: value for name, value in part.items() if value != plain[name]} for part in (own, call))
+    (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
+    return own, call, replays[0].told
+
+
+def _say_differences(told: Mapping, record: Mapping) -> None:
+    if told:
+        from ldm.render.replay import differences
+
+        for line in differences(told, record):
+            console.warn(line)
 
 
 def _write(images: Images, target: Target, args: argparse.Namespace) -> None:

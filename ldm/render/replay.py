@@ -236,6 +236,8 @@ def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
     own = {name: settings.pop(name) for name in OF_PIPELINE if name in settings}
     if isinstance(replay.told.get("dtype"), str):
         own["dtype"] = replay.told["dtype"]
+    if isinstance(settings.get("seed"), tuple):
+        settings["num_images"] = len(settings["seed"])
     if "lora" in own:
         own["lora"] = list(own["lora"])
     return own, settings

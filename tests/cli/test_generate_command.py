@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint import load_model, save_model
 from ldm.cli import main
-from ldm.images import Metadata, read_metadata
+from ldm.images import Metadata, encode, read_metadata
 
 FAST = ["--steps", "2", "--sampler", "ddim"]
 
@@ -76,7 +76,9 @@ def test_no_metadata_and_format(generate, files):
         (["--model", "nowhere"], "nowhere: no such model folder"),
         (["--model", "old.ckpt"], "pickle"),
         (["--lora", "x.safetensors:0.5"], "x.safetensors: no such file"),
-        (["--from", "old.png"], "not supported yet"),
+        (["--from", "old.png"], "no such picture"),
+        (["--from", "old.ckpt"], "cannot be read as a picture"),
+        (["--set", "steps=3"], "--set belongs to --from"),
         (["-o", "old.ckpt/x.png"], "is a file, not a folder"),
         (["-o", "x.gif"], "unknown image format '.gif'"),
         (["-o", "/proc/nowhere/x.png"], "choose another folder"),
@@ -120,9 +122,9 @@ def test_nan_is_exit_5_and_no_picture(generate, files, tiny_folder, tmp_path, ca
 
 
 def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys):
-    from ldm.pipeline import pipeline
+    from ldm.pipeline import drawing
 
-    batches, decode = [], pipeline.decode
+    batches, decode = [], drawing.decode
 
     def interrupt(vae, latents):
         batches.append(len(latents))
@@ -130,7 +132,7 @@ def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys
             raise KeyboardInterrupt
         return decode(vae, latents)
 
-    monkeypatch.setattr(pipeline, "decode", interrupt)
+    monkeypatch.setattr(drawing, "decode", interrupt)
     assert generate("a cat", "-n", "5", "--batch-size", "1", "--seed", "1") == 130
     assert files() == ["a-cat-2.png", "a-cat.png"]
     assert capsys.readouterr().err.endswith("stopped (Ctrl-C)\n")
@@ -162,3 +164,41 @@ def test_loras_by_file_and_by_tag(generate, tmp_path, capsys):
     assert "1 of 3 keys have no place in this model: unet.nowhere" in capsys.readouterr().err
     assert generate("a cat", "--lora", str(file), "--allow-unapplied") == 0
     assert "1 keys are not applied: unet.nowhere" in capsys.readouterr().err
+
+
+def pixels(name):
+    with Image.open(name) as image:
+        return image.tobytes()
+
+
+def test_a_picture_is_drawn_again_from_its_file(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_folder)  # a picture tells the name of its model
+    first = ["generate", "a <red>, 'cat'", "--model", "tiny", "--steps", "3", "--sampler", "euler_ancestral"]
+    first += ["--spacing", "karras", "--guidance", "apg", "--guidance-scale", "3", "--seed", "7", "--width", "24"]
+    assert main([*first, "--negative-prompt", "-a dog", "--dtype", "bf16", "-o", "old.png"]) == 0
+    assert main(["generate", "--from", "old.png", "-o", "again.png"]) == 0
+    assert pixels("again.png") == pixels("old.png") and capsys.readouterr().err == ""
+    assert read_metadata("again.png").ldm == read_metadata("old.png").ldm
+    words = ["--from", "old.png", "--set", "steps=4", "--seed", "8", "a dog", "-o", "other.png"]
+    assert main(["generate", *words]) == 0
+    changed = {"num_inference_steps": 4, "seed": 8, "prompt": "a dog"}
+    assert read_metadata("other.png").ldm == {**read_metadata("old.png").ldm, **changed}
+    assert main(["generate", "--from", "old.png", "--set", "seed=7,9", "-o", "two/"]) == 0
+    assert sorted(read_metadata(path).ldm["seed"] for path in tmp_path.glob("two/*")) == [7, 9]
+    capsys.readouterr()
+    assert main(["generate", "--from", "old.png", "--dtype", "fp32", "-o", "fp32.png"]) == 0
+    assert capsys.readouterr().err == "warning: dtype was bf16, is fp32: the last bits may differ\n"
+
+
+def test_a_picture_of_another_program_is_drawn_as_far_as_it_says(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = "a cat\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 24x32, Model hash: 0123456789, Model: x"
+    inside = Metadata(f"{text}, ADetailer model: face, RNG: CPU, Version: v1.9.0")
+    (tmp_path / "old.png").write_bytes(encode(Image.new("RGB", (8, 8)), metadata=inside))
+    assert main(["generate", "--from", "old.png", "--model", str(tiny_folder), "-o", "new.png"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: not repeated: ADetailer model: face" and "drawn by x (hash 0123456789)" in lines[1]
+    record = read_metadata("new.png").ldm
+    expected = {"seed": 5, "num_inference_steps": 2, "sampler": "euler_ancestral", "spacing": "linspace", "width": 24}
+    assert len(lines) == 2 and {name: record[name] for name in expected} == expected

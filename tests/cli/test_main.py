@@ -48,7 +48,7 @@ def test_version(capsys):
         (["generate", "a cat", "--stpes", "3"], "unknown option --stpes; did you mean '--steps'?"),
         (["generate", "a cat", "--step=3"], "unknown option --step; did you mean '--steps'?"),
         (["generate", "a", "cat"], "put a text of several words in quotes"),
-        (["generate"], "required: PROMPT"),
+        (["generate"], "there is no prompt"),
         (["generate", "a cat", "--steps", "many"], "invalid int value: 'many'"),
         (["train", "emoji/unet"], "required: -o/--output"),
         (["data"], "required: WHAT"),
