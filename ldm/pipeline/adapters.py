@@ -1,10 +1,10 @@
-"""The LoRAs of a pipeline, from `lora=` and tags in its prompts: checked before any weight is read, then merged."""
+"""LoRAs, from `lora=` and tags in prompts: checked before any weight is read, then merged."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,31 +24,27 @@ class Adapter:
 
 
 class Adapters:
-    """Which LoRAs each prompt of a pipeline is drawn with, and the model with them; that used last is kept."""
+    """LoRAs at work: fitted to a model before any weight is read, then merged into it; the model used last is kept."""
 
-    def __init__(self, sets: Sequence[tuple[Adapter, ...]], everywhere: tuple[Adapter, ...], allow_unapplied: bool):
-        self.everywhere = everywhere  # those of `lora=`
-        self._sets = tuple((*everywhere, *own) for own in sets)
+    def __init__(self, allow_unapplied: Any):
+        if not isinstance(allow_unapplied, bool):
+            raise ConfigError(f"expected True or False, got {allow_unapplied!r:.80}", where="allow_unapplied")
         self._allow = allow_unapplied
-        self._fitted = False
+        self._fitted: set[Path] = set()
         self._last: tuple[Model, tuple[Adapter, ...], Model] | None = None
 
-    def of(self, prompt: int) -> tuple[Adapter, ...]:
-        """Those that prompt number `prompt` is drawn with."""
-        return self._sets[prompt]
-
-    def check(self, model: Any, prediction_type: str | None = None) -> None:
+    def check(self, adapters: Iterable[Adapter], model: Any, prediction_type: str | None = None) -> None:
         """Read the header of each file and fit it to `model`, where that is at hand. Raises ModelError in one line.
 
         Says, once a file, where alpha is taken to be the rank, and which keys are left out.
         """
         from ldm.checkpoint.lora import fit, read_lora_header, target_at, unapplied_line
 
-        headers = [read_lora_header(path) for path in dict.fromkeys(a.path for own in self._sets for a in own)]
+        headers = [read_lora_header(path) for path in dict.fromkeys(adapter.path for adapter in adapters)]
         target = target_at(model, prediction_type) if headers else None
-        self._fitted = target is not None
         for header in headers:
             found = fit(header, target, self._allow) if target else None
+            self._fitted |= {header.path} if found else set()
             if header.assumed:
                 console.say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
             if found and found.unapplied:
@@ -67,23 +63,22 @@ class Adapters:
         from ldm.checkpoint.lora import fit, read_lora, target_of, unapplied_line, with_loras
 
         loras = [(read_lora(adapter.path), adapter.weight) for adapter in adapters]
-        if not self._fitted:  # the model's shapes were not to be had at first
-            self._fitted = True
-            for lora, _ in loras:
-                found = fit(lora.header, target_of(base), self._allow)
-                if found.unapplied:
-                    console.warn(unapplied_line(lora.header, found))
+        for lora, _ in loras:
+            if lora.header.path in self._fitted:
+                continue
+            found = fit(lora.header, target_of(base), self._allow)  # the model's shapes were not to be had at first
+            self._fitted.add(lora.header.path)
+            if found.unapplied:
+                console.warn(unapplied_line(lora.header, found))
         return with_loras(base, loras, self._allow)
 
 
 def take_adapters(
-    prompts: Sequence[str], negatives: Sequence[str | None], lora: Any, lora_dir: Any, allow_unapplied: Any
-) -> tuple[tuple[str, ...], Adapters]:
-    """(the prompts without their tags, the LoRAs of all and of each). Raises ConfigError; opens no file."""
+    prompts: Sequence[str], negatives: Sequence[str | None], lora: Any, lora_dir: Any
+) -> tuple[tuple[str, ...], tuple[Adapter, ...], tuple[tuple[Adapter, ...], ...]]:
+    """(the prompts without their tags, the LoRAs of `lora`, all of each prompt). Raises ConfigError; opens no file."""
     from ldm.checkpoint.lora import find_lora
 
-    if not isinstance(allow_unapplied, bool):
-        raise ConfigError(f"expected True or False, got {allow_unapplied!r:.80}", where="allow_unapplied")
     if lora_dir is not None and not isinstance(lora_dir, (str, os.PathLike)):
         raise ConfigError(f"expected a folder, got {lora_dir!r:.80}", where="lora_dir")
     if any("<lora:" in (text or "") for text in negatives):
@@ -97,8 +92,9 @@ def take_adapters(
                 f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", todo=todo
             )
         texts.append(text)
-        sets.append(tuple(Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags))
-    return tuple(texts), Adapters(sets, everywhere, allow_unapplied)
+        own = (Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags)
+        sets.append((*everywhere, *own))
+    return tuple(texts), everywhere, tuple(sets)
 
 
 def check_lora(value: Any) -> tuple[Adapter, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import ldm
 from ldm.pipeline.settings import GUIDANCE_WORDS, Settings
 
 if TYPE_CHECKING:
+    from ldm.pipeline.drawing import Picture
     from ldm.pipeline.work import Work
 
 # Our spacings under the schedule names of A1111 that give the same timesteps, where the names are not the same.
@@ -20,27 +22,45 @@ SAME_TYPES = ("simple", "karras", "exponential", "beta", "sgm_uniform", "ays")
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
-def make_records(
-    model: Any, work: Work, settings: Settings, prompts: Sequence[str], negatives: Sequence[str | None]
-) -> list[dict]:
-    """One record a picture, prompt by prompt: every resolved argument, the model and the machine."""
+def make_records(model: Any, work: Work, settings: Settings, pictures: Sequence[Picture]) -> list[dict]:
+    """One record a picture: every resolved argument, the model and the machine."""
+    shared = _shared(model, work, settings)
+    reports: dict[tuple, dict] = {}
+    for texts in dict.fromkeys(picture.texts for picture in pictures):
+        reports[texts] = _text_report(model.text, texts, settings.num_inference_steps)
+    return [
+        {
+            "prompt": picture.prompt,
+            "negative_prompt": picture.negative_prompt,
+            "seed": picture.seed,
+            "guidance_scale": picture.guidance_scale,
+            **shared,
+            "latents": "given" if picture.latents is not None else None,
+            **reports[picture.texts],
+        }
+        for picture in pictures
+    ]
+
+
+def _shared(model: Any, work: Work, settings: Settings) -> dict[str, Any]:
+    """What is equal for all pictures of a call."""
     import torch
 
-    device = work.device
-    own_table = settings.sampler == "lcm" or model.schedule.is_flow  # such have no spacing that could be named
-    common = {
+    device, guidance = work.device, settings.guidance
+    options = {word: getattr(guidance, name) for word, name in GUIDANCE_WORDS.items()}
+    own_table = settings.sampler == "lcm" or model.schedule.is_flow or settings.levels  # no spacing that has a name
+    return {
         "num_inference_steps": settings.num_inference_steps,
-        **{
-            word: value
-            for word, name in GUIDANCE_WORDS.items()
-            if (value := getattr(settings.guidance, name)) is not None
-        },
+        **{word: value for word, value in options.items() if value is not None},
         "height": settings.height,
         "width": settings.width,
         "sampler": settings.sampler,
         "spacing": settings.spacing or (None if own_table else model.schedule.spacing),
+        "timesteps": settings.timesteps,
+        "sigmas": settings.sigmas,
         "eta": settings.eta,
-        "latents": "given" if settings.latents is not None else None,
+        "clip_skip": settings.clip_skip,
+        "emphasis": settings.emphasis,
         "model": model.name,
         "model_hash": model.hash,
         "commit": model.info.get("commit"),  # of a model from the hub
@@ -53,31 +73,25 @@ def make_records(
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": _versions(),
     }
-    reports = [_text_report(model.text, p, n, settings) for p, n in zip(prompts, negatives)]
-    rows = [row for row in range(len(prompts)) for _ in range(settings.num_images)]
-    scale = settings.guidance_scale
-    scales = scale if isinstance(scale, tuple) else (scale,) * len(rows)
-    return [
-        {"prompt": prompts[row], "negative_prompt": negatives[row], "seed": seed, "guidance_scale": s, **common}
-        | reports[row]
-        for row, seed, s in zip(rows, settings.seeds, scales)
-    ]
 
 
-def _guidance(guidance: Any) -> dict[str, Any]:
-    """generate's keywords of a guidance, but for its scale."""
-    found = {word: getattr(guidance, name) for word, name in GUIDANCE_WORDS.items()}
-    return {word: value for word, value in found.items() if value is not None}
+def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[str, Any]:
+    """What the model does not see of the texts: what is cut off, words it was never shown, brackets left open."""
+    from ldm.pipeline.encoding import text_at_steps
+    from ldm.prompts import BREAK, check, parse
+
+    said = list(dict.fromkeys(own for text in texts if text for _, own in text_at_steps(text, steps)))
+    plain = [" ".join(piece.text for piece in parse(text) if piece is not BREAK) for text in said]
+    cut = [encoder.truncated(text) for text in plain] if not hasattr(encoder, "check_skip") else []  # CLIP has chunks
+    words = [word for text in plain for word in encoder.unknown_words(text)]
+    return {
+        "truncated": " … ".join(part for part in cut if part),
+        "unknown_words": list(dict.fromkeys(words)),
+        "remarks": [line for text in texts if text for line in check(text)],
+    }
 
 
-def _text_report(text: Any, prompt: str, negative: str | None, settings: Settings) -> dict[str, Any]:
-    """What the model does not see of the texts: the part that is cut off, and words it was never shown."""
-    used = [prompt] + ([negative] if negative and settings.guidance.needs_uncond else [])
-    cut = [text.truncated(t) for t in used]
-    words = [word for t in used for word in text.unknown_words(t)]
-    return {"truncated": " … ".join(part for part in cut if part), "unknown_words": list(dict.fromkeys(words))}
-
-
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"ldm": ldm.__version__, "python": platform.python_version()}
     for package in PACKAGES:
@@ -102,6 +116,7 @@ def warnings_of(records: Sequence[dict], shown: int = 5) -> list[str]:
     for record in records:
         if record["truncated"]:
             lines.append(f"the prompt is too long; not seen by the model: {_short(record['truncated'])}")
+        lines += record["remarks"]
         if record["unknown_words"]:
             lines.append(f"words that the model was never shown: {_short(', '.join(record['unknown_words']))}")
     lines = list(dict.fromkeys(lines))

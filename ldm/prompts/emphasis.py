@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ldm.errors import ConfigError
 
+EMPHASIS = ("original", "no_norm")  # A1111's names: whether the mean of the states is restored after weighting
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 100.0  # of either sign; beyond it is a slip of the hand, and the states overflow 16 bits
 MAX_DEPTH = 100  # brackets inside each other

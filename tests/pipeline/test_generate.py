@@ -8,7 +8,7 @@ import torch
 from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError, NumericsError, ResourceError
-from ldm.pipeline import Images, Pipeline
+from ldm.pipeline import Images, Pipeline, painter
 
 FAST = {"num_inference_steps": 2, "sampler": "ddim"}
 
@@ -196,10 +196,12 @@ def test_negative_prompts_matter_only_with_guidance(tiny_folder):
 
 def test_each_distinct_text_is_encoded_once(tiny_folder, monkeypatch):
     model = load_model(tiny_folder, dtype="fp32", device="cpu")
-    seen, encode = [], model.text.encode
-    monkeypatch.setattr(model.text, "encode", lambda texts: seen.extend(texts) or encode(texts))
-    Pipeline(["a cat", "a dog", "a cat"], model=model).generate(num_images=3, batch_size=2, **FAST)
-    assert sorted(seen) == ["", "a cat", "a dog"]
+    seen, framed = [], model.text.framed
+    monkeypatch.setattr(model.text, "framed", lambda ids: seen.append(tuple(ids)) or framed(ids))
+    pipe = Pipeline(["a cat", "a dog", "a cat"], model=model)
+    for _ in range(2):  # in the second call nothing is new
+        pipe.generate(num_images=3, batch_size=2, **FAST)
+        assert sorted(seen) == sorted(tuple(model.text.token_ids(text)) for text in ("", "a cat", "a dog"))
 
 
 def test_defaults_come_from_the_model(tiny_folder, tmp_path):
@@ -291,25 +293,53 @@ def test_nan_is_an_error_and_never_a_black_picture(tiny_folder):
     assert caught.value.exit_code == 5 and len(caught.value.images) == 0
 
 
-class Unstable(Pipeline):
+def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys, monkeypatch):
     """In bf16 the picture of seed 8 is NaN, as half precision overflows for single pictures."""
+    draw_batch = painter.draw
 
-    def _draw(self, model, encode, settings, rows, advance):
-        images = super()._draw(model, encode, settings, rows, advance)
-        for i, row in enumerate(rows):
-            if model.dtype == torch.bfloat16 and settings.seeds[row] == 8:
-                images[i, 0, 0, 0] = float("nan")
+    def unstable(model, work, encode, settings, pictures, watch):
+        images = draw_batch(model, work, encode, settings, pictures, watch)
+        for image, picture in zip(images, pictures):
+            if model.dtype == torch.bfloat16 and picture.seed == 8:
+                image[0, 0, 0] = float("nan")
         return images
 
+    def draw(dtype):
+        return Pipeline("a cat", model=tiny_folder, dtype=dtype).generate(num_images=3, seed=7, **FAST)
 
-def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys):
-    def draw(kind, dtype):
-        return kind("a cat", model=tiny_folder, dtype=dtype).generate(num_images=3, seed=7, **FAST)
-
-    mended, half, full = draw(Unstable, "bf16"), draw(Pipeline, "bf16"), draw(Pipeline, "fp32")
+    half, full = draw("bf16"), draw("fp32")
+    monkeypatch.setattr(painter, "draw", unstable)
+    mended = draw("bf16")
     assert pixels(mended) == [half[0].tobytes(), full[1].tobytes(), half[2].tobytes()]
     assert [record["dtype"] for record in mended.metadata] == ["bf16", "fp32", "bf16"]
     assert "seed 8: NaN in bf16" in capsys.readouterr().err
+
+
+def test_a_callback_can_stop(pipe):
+    whole = pipe.generate(num_images=3, seed=1, batch_size=2, **FAST)
+    calls = []
+    images = pipe.generate(
+        num_images=3, seed=1, batch_size=2, callback=lambda *step: len(calls) == 2 or calls.append(step), **FAST
+    )
+    assert len(calls) == 2 and images.seeds == [1, 2] and pixels(images) == pixels(whole[:2])
+    assert len(pipe.generate(seed=1, callback=lambda *step: True, **FAST)) == 0
+    assert pixels(pipe.generate(num_images=3, seed=1, **FAST)) == pixels(whole)
+
+
+def test_explicit_noise_levels(pipe, tiny_folder):
+    schedule = load_model(tiny_folder, dtype="fp32").schedule
+    plain = pipe.generate(seed=1, num_inference_steps=4, sampler="euler")
+    sigmas = schedule.sigmas(4, "euler").tolist()
+    for words in (
+        {"sigmas": sigmas},
+        {"sigmas": sigmas[:-1]},
+        {"timesteps": schedule.timestep(torch.tensor(sigmas[:-1]))},
+    ):
+        images = pipe.generate(seed=1, sampler="euler", **words)
+        assert pixels(images) == pixels(plain)
+        assert (images.metadata[0]["num_inference_steps"], images.metadata[0]["spacing"]) == (4, None)
+    assert pixels(pipe.generate(seed=1, sampler="euler", sigmas=[*sigmas[:2], 1.0, 0.5])) != pixels(plain)
+    assert images.metadata[0]["timesteps"] and images.metadata[0]["sigmas"] is None
 
 
 def test_callbacks_see_each_step_of_each_batch(pipe):

@@ -7,6 +7,7 @@ import torch
 
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline, settings
+from ldm.pipeline.settings import call
 
 
 @pytest.fixture
@@ -50,7 +51,15 @@ BAD_CALLS = {
     "mask": ({"mask_image": "mask.png"}, "inpainting is not supported yet"),
     "strength": ({"denoising_strength": 0.5}, "strength belongs to image-to-image"),
     "lora": ({"lora": "x.safetensors"}, r"belongs to Pipeline\(...\)"),
-    "clip skip": ({"clip_skip": 2}, "clip_skip is not supported yet"),
+    "clip skip": ({"clip_skip": -1}, "clip_skip: -1 is outside 0 to 100"),
+    "emphasis": ({"emphasis": "no_norms"}, "emphasis: unknown emphasis 'no_norms'; did you mean 'no_norm'"),
+    "strict": ({"strict": 1}, "strict: expected True or False"),
+    "sigmas and timesteps": ({"sigmas": [3, 1], "timesteps": [900, 5]}, "either timesteps or sigmas"),
+    "sigmas that rise": ({"sigmas": [1, 3]}, "lower than the one before"),
+    "timesteps beyond": ({"timesteps": [1000, 5]}, "is not inside 0 to 999"),
+    "sigmas of words": ({"sigmas": "many"}, "sigmas: expected a list of numbers"),
+    "sigmas and a spacing": ({"sigmas": [3, 1], "spacing": "karras"}, "spacing 'karras' chooses the noise levels too"),
+    "sigmas and steps": ({"sigmas": [3, 1, 0], "steps": 3}, "2 of them for 3 steps"),
     "eta": ({"eta": 1.5}, "eta: expected a number from 0 to 1"),
     "eta of another": ({"eta": 0.5, "sampler": "euler"}, "eta: the sampler euler takes no eta"),
     "kind of guidance": ({"guidance": "apgg"}, "guidance: unknown guidance 'apgg'; did you mean 'apg'"),
@@ -129,7 +138,7 @@ def test_valid_prompts_are_taken(prompt, tiny_folder):
 
 def test_the_factor_comes_from_the_model(changed_folder, no_weights):
     folder = changed_folder("vae/config.json", {"block_out_channels": [8, 8]})
-    assert settings.vae_factor(folder) == 2
+    assert call.vae_factor(folder) == 2
     with pytest.raises(ConfigError, match="7 is not a multiple of 2; use 6 or 8"):
         Pipeline("a cat", model=folder).generate(width=7)
 

@@ -4,13 +4,12 @@ from ldm.nn.text.clip import ClipText
 from ldm.nn.text.conditioning import Conditioning, known_words
 from ldm.nn.text.open_clip import OpenClipText
 from ldm.nn.text.t5 import T5Text
-from ldm.nn.text.weighting import EMPHASIS, count_chunks, encode_weighted
+from ldm.nn.text.weighting import count_chunks, encode_weighted
 from ldm.nn.text.xl import XLText
 
 TextEncoder = ClipText | XLText | T5Text | OpenClipText
 
 __all__ = [
-    "EMPHASIS",
     "ClipText",
     "Conditioning",
     "OpenClipText",

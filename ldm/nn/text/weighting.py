@@ -18,14 +18,13 @@ from ldm.errors import ConfigError, nearest
 from ldm.nn.text.conditioning import Conditioning, one_by_one
 from ldm.nn.text.t5 import T5Text
 from ldm.nn.text.xl import XLText
-from ldm.prompts import BREAK, parse
+from ldm.prompts import BREAK, EMPHASIS, parse
 
 if TYPE_CHECKING:
     from ldm.nn.text import TextEncoder
     from ldm.nn.text.clip import ClipText
     from ldm.nn.text.open_clip import OpenClipText
 
-EMPHASIS = ("original", "no_norm")  # A1111's names: whether the mean of the states is restored after weighting
 NEAR = 20 / 75  # of a chunk: how far back a comma may be; A1111 looks back over 20 tokens
 
 Chunk = list[tuple[int, float]]  # (token, weight)

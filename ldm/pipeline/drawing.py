@@ -1,0 +1,154 @@
+"""One batch of pictures, from texts and seeds to pixels: what differs inside it is a Picture, the rest is Settings.
+
+Shapes:  B batch   C latent channels   H, W picture size   h, w latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import NumericsError, ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint import Model
+    from ldm.nn.unet import UNet
+    from ldm.nn.vae import VAE
+    from ldm.pipeline.adapters import Adapter
+    from ldm.pipeline.encoding import Encoder
+    from ldm.pipeline.settings import Settings
+    from ldm.pipeline.work import Work
+
+# called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
+Watch = Callable[[int, "torch.Tensor", "torch.Tensor"], Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: its bits are the same whatever is drawn beside it."""
+
+    prompt: str  # without its LoRA tags
+    negative_prompt: str | None
+    seed: int
+    guidance_scale: float
+    adapters: tuple[Adapter, ...] = ()
+    latents: torch.Tensor | None = None  # (C, h, w): unit noise in place of the seed's
+
+    @property
+    def texts(self) -> tuple[str, str | None]:
+        """What is encoded: the prompt, and the negative one where it is looked at."""
+        return self.prompt, self.negative_prompt if self.guidance_scale > 1 else ""
+
+
+def batches(pictures: Sequence[Picture], text: Any, settings: Settings, size: int) -> list[list[int]]:
+    """Which pictures are drawn together: at most `size`, under the same LoRAs and with texts of as many chunks."""
+    from ldm.pipeline.encoding import chunks_needed
+
+    groups: dict[tuple, list[int]] = {}
+    for row, picture in enumerate(pictures):
+        chunks = chunks_needed(text, picture.texts, settings.num_inference_steps)
+        groups.setdefault((picture.adapters, chunks), []).append(row)
+    return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
+
+
+def draw(
+    model: Model, work: Work, encode: Encoder, settings: Settings, pictures: Sequence[Picture], watch: Watch
+) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] on the CPU; one that is not finite is NaN as a whole.
+
+    Raises ResourceError out of memory, with nothing held.
+    """
+    from ldm.pipeline.encoding import chunks_needed
+
+    with out_of_memory(settings, len(pictures)):
+        prompts, negatives = zip(*(picture.texts for picture in pictures))
+        steps = settings.num_inference_steps
+        chunks = chunks_needed(model.text, [*prompts, *negatives], steps)
+        guided = any(picture.guidance_scale > 1 for picture in pictures)
+        cond = encode.over(prompts, steps, chunks)
+        uncond = encode.over(negatives, steps, chunks) if guided else None
+        latents = denoise(model, work, settings, pictures, cond, uncond, watch)
+        with work.on(model.vae) as vae:
+            return decode(vae, latents)
+
+
+def denoise(
+    model: Model, work: Work, settings: Settings, pictures: Sequence[Picture], cond: Any, uncond: Any, watch: Watch
+) -> torch.Tensor:
+    """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
+    from ldm.diffusion.guidance import guide
+    from ldm.diffusion.sampling import sample
+
+    s, schedule = settings, model.schedule
+    noise, start = starting_noise(model.vae, work.device, s, pictures)
+    guidance = replace(s.guidance, scale=tuple(picture.guidance_scale for picture in pictures))
+    with work.on(model.unet) as unet:
+        sigmas = s.noise_levels(schedule)
+        predict = guide(network(unet, s), cond, uncond, guidance, schedule, sigmas)
+        own = {"spacing": s.spacing, "eta": s.eta, "dtype": model.dtype, "callback": watch}
+        return sample(predict, schedule, sigmas, start, s.sampler, noise=noise, **own)
+
+
+def network(unet: UNet, settings: Settings) -> Callable:
+    """The U-Net as predict(x, timesteps, cond); XL's is told of a picture that was this large and is not cropped."""
+    h, w = settings.height, settings.width
+    sizes = (h, w, 0, 0, h, w) if unet.config.addition_embed_type == "text_time" else None  # original, crop, target
+
+    def predict(x, timesteps, cond, **perturbed):
+        time_ids = None if sizes is None else timesteps.new_tensor([sizes] * len(x))
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=time_ids, **perturbed)
+
+    return predict
+
+
+def starting_noise(
+    vae: VAE, device: torch.device, settings: Settings, pictures: Sequence[Picture]
+) -> tuple[Callable, torch.Tensor]:
+    """(the sampler's noise, the first noise (B, C, h, w)): from the pictures' seeds, or the latents that they bring."""
+    import torch
+
+    from ldm.pipeline.encoding import Noise
+
+    shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
+    noise = Noise([picture.seed for picture in pictures], shape, device)
+    if all(picture.latents is None for picture in pictures):
+        return noise, noise()
+    return noise, torch.stack([picture.latents for picture in pictures]).to(device).float()
+
+
+def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) -> pictures (B, 3, H, W) on the CPU; a picture that is not finite becomes NaN as a whole."""
+    import torch
+
+    images = []
+    for one in latents.split(1):
+        try:
+            with torch.no_grad():
+                images.append(vae.decode(one).float().cpu())
+        except NumericsError:  # one picture's failure is not the batch's
+            h, w = one.shape[2:]
+            images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))
+    return torch.cat(images)
+
+
+@contextmanager
+def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
+    """Turn running out of memory into ResourceError, after what the failed batch held is let go."""
+    import torch
+
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    todo = f"use a smaller batch_size than {batch}" if batch > 1 else "use a smaller size or a smaller dtype"
+    raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", todo=todo)

@@ -1,0 +1,49 @@
+"""The settings of Pipeline and generate: their words, their checks, and one call's choice of them."""
+
+from ldm.pipeline.settings.call import Call, Settings, check_call, check_schedule, own_scale
+from ldm.pipeline.settings.checks import (
+    check_guidance,
+    check_int,
+    check_negative,
+    check_prompts,
+    check_size,
+)
+from ldm.pipeline.settings.words import (
+    ALIASES,
+    BATCH,
+    GUIDANCE,
+    GUIDANCE_OPTIONS,
+    GUIDANCE_WORDS,
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_STEPS,
+    SAMPLER,
+    STEPS,
+    UNSUPPORTED,
+    canonical,
+)
+
+__all__ = [
+    "ALIASES",
+    "BATCH",
+    "GUIDANCE",
+    "GUIDANCE_OPTIONS",
+    "GUIDANCE_WORDS",
+    "MAX_IMAGES",
+    "MAX_PROMPT",
+    "MAX_STEPS",
+    "SAMPLER",
+    "STEPS",
+    "UNSUPPORTED",
+    "Call",
+    "Settings",
+    "canonical",
+    "check_call",
+    "check_guidance",
+    "check_int",
+    "check_negative",
+    "check_prompts",
+    "check_schedule",
+    "check_size",
+    "own_scale",
+]

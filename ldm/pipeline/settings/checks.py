@@ -1,0 +1,199 @@
+"""Each setting's own check: what it may be, and one line that says so where it is not. No weight is read here."""
+
+from __future__ import annotations
+
+import math
+import operator
+import secrets
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm.config import require
+from ldm.errors import ConfigError, nearest
+from ldm.pipeline.settings.words import GUIDANCE_WORDS, MAX_GUIDANCE, MAX_IMAGES, MAX_PROMPT, MAX_SIZE, MAX_STEPS
+from ldm.prompts import EMPHASIS
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.diffusion.guidance import Guidance
+
+
+def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
+    """A text or a list of texts as a tuple. Raises ConfigError for None, an empty list, control characters, length."""
+    if not isinstance(value, (str, list, tuple)):
+        raise ConfigError(f"expected a text or a list of texts, got {value!r:.80}", where=where)
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    require(len(texts) > 0, "the list is empty", where)
+    for i, text in enumerate(texts):
+        place = where if isinstance(value, str) else f"{where}[{i}]"
+        require(isinstance(text, str), f"expected a text, got {text!r:.80}", place)
+        require(len(text) <= MAX_PROMPT, f"{len(text):,} characters are more than {MAX_PROMPT:,}", place)
+        for position, character in enumerate(text):
+            if character < " " or character > "~":
+                control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+                require(not control, f"control character U+{ord(character):04X} at position {position}", place)
+    return texts
+
+
+def check_negative(value: Any, prompts: int) -> tuple[str | None, ...]:
+    """One negative prompt for each prompt; None stands for zeros with XL and for "" elsewhere."""
+    if value is None:
+        return (None,) * prompts
+    texts = check_prompts(value, "negative_prompt")
+    if isinstance(value, str):
+        return texts * prompts
+    require(len(texts) == prompts, f"{len(texts)} texts for {prompts} prompts", "negative_prompt")
+    return texts
+
+
+def check_int(value: Any, where: str, least: int, most: int) -> int:
+    """`value` as an int within the range; whole floats are taken, truth values are not."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ConfigError(f"expected a whole number, got {value!r:.80}", where=where)
+    require(least <= number <= most, f"{number} is outside {least} to {most}", where)
+    return number
+
+
+def check_guidance(value: Any, images: int | None = None) -> float | tuple[float, ...]:
+    """A finite guidance scale from 0 up, 1 and below being without guidance; or a list of them, one for each image."""
+    where = "guidance_scale"
+    if images is not None and isinstance(value, (list, tuple)):
+        require(len(value) == images, f"{len(value)} scales for {images} images", where)
+        return tuple(check_guidance(one) for one in value)
+    number = None if isinstance(value, (bool, str, bytes)) else value
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
+    require(math.isfinite(number), f"{number} is not a finite number", where)
+    require(0 <= number <= MAX_GUIDANCE, f"{number:g} is outside 0 to {MAX_GUIDANCE:g}", where)
+    return number
+
+
+def make_guidance(scale: float | tuple[float, ...], given: Mapping[str, Any]) -> Guidance:
+    """The kind of guidance and its options, from generate's keywords. Raises ConfigError naming the keyword."""
+    from ldm.diffusion.guidance import Guidance
+
+    words = {name: given[word] for word, name in GUIDANCE_WORDS.items() if given.get(word) is not None}
+    return Guidance(scale=scale, **words)
+
+
+def check_size(value: Any, where: str, factor: int | None) -> int:
+    """A number of pixels that the VAE's factor (where known) divides. Raises ConfigError naming the nearest two."""
+    number = check_int(value, where, 1, MAX_SIZE)
+    if factor and number % factor:
+        below, above = number // factor * factor, -(-number // factor) * factor
+        near = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"{number} is not a multiple of {factor}", where=where, todo=f"use {near}")
+    return number
+
+
+def check_sampler(sampler: Any, spacing: Any) -> tuple[str | None, str | None]:
+    """Our names of a sampler and a spacing, from anybody's; a joined label ("DPM++ 2M Karras") gives both."""
+    from ldm.diffusion import names
+
+    name, joined = (None, None) if sampler is None else names.resolve(sampler)
+    spacing = None if spacing is None else names.resolve_spacing(spacing)
+    if joined and spacing and joined != spacing:
+        raise ConfigError(f"{sampler!r:.80} says {joined}, and {spacing} is given too", where="spacing")
+    return name, spacing or joined
+
+
+def check_eta(value: Any, sampler: str | None) -> float | None:
+    """A number from 0 to 1 for a sampler that takes one; None: the sampler's own."""
+    from ldm.diffusion import names
+
+    names.options(sampler or "ddim", value)  # of a sampler that is not known yet: the range alone
+    return None if value is None else float(value)
+
+
+def check_seeds(num_images: Any, seed: Any, prompts: int) -> tuple[int, tuple[int, ...]]:
+    """(images of each prompt, one seed for each image): image k of every prompt gets seed + k, a list is as it is.
+
+    None and -1 draw below 2**32. A CPU torch.Generator that was not used yet stands for its seed.
+    """
+    if num_images is not None:
+        num_images = check_int(num_images, "num_images", 1, MAX_IMAGES)
+    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))
+    if not several:
+        num_images = num_images or 1
+        first = _seed(seed, spare=num_images)
+        return num_images, tuple(first + k for k in range(num_images)) * prompts
+    if num_images is None and len(seed) % prompts == 0:
+        num_images = len(seed) // prompts
+    expected = (num_images or 1) * prompts
+    require(len(seed) == expected and expected > 0, f"{len(seed)} seeds for {expected} images", "seed")
+    return num_images, tuple(_seed(s, where=f"seed[{i}]") for i, s in enumerate(seed))
+
+
+def _seed(value: Any, where: str = "seed", spare: int = 1) -> int:
+    if type(value).__name__ == "Generator" and hasattr(value, "initial_seed"):
+        value = _generator_seed(value, where)
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and value == -1):
+        return secrets.randbelow(2**32 - spare)
+    return check_int(value, where, 0, 2**63 - spare)
+
+
+def _generator_seed(generator: torch.Generator, where: str) -> int:
+    import torch
+
+    seed = generator.initial_seed()
+    require(generator.device.type == "cpu", "noise is drawn on the CPU; give a CPU generator or a number", where)
+    fresh = torch.Generator("cpu").manual_seed(seed).get_state()
+    require(torch.equal(fresh, generator.get_state()), "this generator was used before; give a fresh one", where)
+    return seed
+
+
+def check_latents(value: Any, images: int) -> torch.Tensor:
+    """Starting noise (images, C, h, w), as far as it can be checked without the model."""
+    import torch
+
+    require(isinstance(value, torch.Tensor), f"expected a tensor, got {type(value).__name__}", "latents")
+    shape = tuple(value.shape)
+    require(
+        value.ndim == 4 and len(value) == images and value.is_floating_point(),
+        f"expected floating-point noise (images, channels, height, width) for {images} images, got {shape}",
+        "latents",
+    )
+    require(bool(torch.isfinite(value).all()), "holds NaN or infinity", "latents")
+    return value
+
+
+def check_callback(value: Any) -> Callable | None:
+    """A function (i, x, x0), or None."""
+    require(value is None or callable(value), f"expected a function (i, x, x0), got {value!r:.80}", "callback")
+    return value
+
+
+def check_bool(value: Any, where: str) -> bool:
+    """True or False and nothing that only looks like it."""
+    require(isinstance(value, bool), f"expected True or False, got {value!r:.80}", where)
+    return value
+
+
+def check_emphasis(value: Any) -> str:
+    """How weights in prompts act: original or no_norm."""
+    if not isinstance(value, str) or value not in EMPHASIS:
+        raise ConfigError(f"unknown emphasis {value!r:.80}", where="emphasis", todo=nearest(str(value), EMPHASIS))
+    return value
+
+
+def check_levels(value: Any, where: str, spacing: str | None, steps: int | None) -> tuple[float, ...] | None:
+    """Explicit timesteps or sigmas as numbers; whether a model has them is for its schedule to say."""
+    if value is None:
+        return None
+    try:
+        levels = tuple(float(one) for one in value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected a list of numbers, got {value!r:.80}", where=where) from None
+    require(1 <= len(levels) <= MAX_STEPS + 1, f"{len(levels)} numbers are outside 1 to {MAX_STEPS}", where)
+    require(spacing is None, f"spacing '{spacing}' chooses the noise levels too; leave one of them out", where)
+    count = len(levels) - (levels[-1] == 0 and where == "sigmas")
+    require(steps in (None, count), f"{count} of them for {steps} steps; leave num_inference_steps out", where)
+    return levels

@@ -1,0 +1,95 @@
+"""The words that Pipeline and generate take: everybody's for ours, and those that are known and refused.
+
+Imports nothing heavy, so that the command line can print the tables in its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ldm.errors import ConfigError, nearest
+
+STEPS, GUIDANCE, SAMPLER, BATCH, LATENT_SIZE = 25, 6.0, "dpmpp_2m", 8, 64  # where the model says nothing
+MAX_STEPS, MAX_GUIDANCE, MAX_SIZE, MAX_PROMPT, MAX_IMAGES = 1000, 1000.0, 8192, 100_000, 100_000
+
+# Words of diffusers, A1111 and kohya -> ours.
+ALIASES: dict[str, str] = {
+    "num_images_per_prompt": "num_images",
+    "n_iter": "num_images",
+    "generator": "seed",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "scale": "guidance_scale",
+    "neg": "negative_prompt",
+    "sampler_name": "sampler",
+    "schedule": "spacing",
+    "timestep_spacing": "spacing",
+    "callback_on_step_end": "callback",
+    "init_image": "image",
+    "mask": "mask_image",
+    "denoising_strength": "strength",
+    "W": "width",
+    "w": "width",
+    "H": "height",
+    "h": "height",
+    "torch_dtype": "dtype",
+    "pretrained_model_name_or_path": "model",
+}
+# generate's keywords for the fields of ldm.diffusion.guidance.Guidance.
+GUIDANCE_WORDS = {"guidance": "kind", "guidance_rescale": "rescale", "guidance_interval": "interval"}
+GUIDANCE_WORDS |= {"guidance_sigma_interval": "sigma_interval"}
+GUIDANCE_OPTIONS = ("apg_eta", "apg_momentum", "apg_threshold", "pag_scale", "pag_layers", "zero_init_steps")
+GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
+DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
+# What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
+UNSUPPORTED: dict[str, tuple[tuple, str]] = {
+    "image": ((None,), "image-to-image is not supported yet"),
+    "mask_image": ((None,), "inpainting is not supported yet"),
+    "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),
+    "prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
+    "negative_prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
+    "cross_attention_kwargs": ((None,), "there are no attention processors to hand settings to"),
+    "callback_on_step_end_tensor_inputs": ((None,), "callbacks are given (i, x, x0)"),
+    "ip_adapter_image": ((None,), "IP-Adapter is not supported"),
+    "controlnet": ((None,), "ControlNet is not supported"),
+    "output_type": ((None, "pil"), "the result is always PIL pictures; ldm.images.to_tensor turns them into tensors"),
+    "return_dict": ((None, True), "the result is always a sequence of pictures with .seeds and .metadata"),
+    "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),
+}
+
+
+def canonical(given: Mapping[str, Any], words: Mapping[str, Any], other: Sequence[str] = ()) -> dict[str, Any]:
+    """`given` under our names; `words` are the caller's own keywords with their values, `other` are known elsewhere.
+
+    Raises ConfigError for an unknown keyword (with the nearest), one thing said twice, and what is not supported.
+    """
+    settings = dict(words)
+    for word, value in given.items():
+        name = ALIASES.get(word, word)
+        if name in other:
+            belongs = "Pipeline(...)" if "num_images" in words else "generate(...)"
+            raise ConfigError(f"{word} belongs to {belongs}", where=word)
+        if name not in words and name not in UNSUPPORTED:
+            raise ConfigError(f"unknown setting {word!r}", todo=nearest(word, [*words, *ALIASES]))
+        if name in words and settings[name] not in (None, DEFAULTS.get(name), value):
+            raise ConfigError(f"{word} and {name} are the same setting, and both are given", where=word)
+        settings[name] = adapt_callback(value) if word == "callback_on_step_end" else value
+    for name in [name for name in settings if name in UNSUPPORTED]:
+        neutral, sentence = UNSUPPORTED[name]
+        value = settings.pop(name)
+        if not any(value is item or (type(value) in (int, float, str) and value == item) for item in neutral):
+            raise ConfigError(sentence, where=name)
+    return settings
+
+
+def adapt_callback(function: Callable) -> Callable:
+    """diffusers' callback_on_step_end(pipe, step, timestep, kwargs) as ours; it may look, not change."""
+
+    def callback(i, x, x0):
+        answer = function(None, i, None, {"latents": x})
+        if isinstance(answer, Mapping) and answer.get("latents", x) is not x:
+            raise ConfigError("the callback must not change latents", where="callback_on_step_end")
+
+    return callback if callable(function) else function
