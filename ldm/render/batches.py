@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.pipeline.settings import BATCH
 from ldm.render.jobs import Job, canonical
@@ -21,14 +21,25 @@ MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
 TENSORS = 32  # of the size of the U-Net's first level that are alive at once, from measurements of SD 1.5 at 512x512
 SPARE = 0.7  # of the free memory that is planned with
 
-Group = tuple[str, bytes, bool]  # model and LoRAs, all that is shared, guided or not
 
+class Group(NamedTuple):
+    """What a job has in common with those that it can share a batch with."""
 
-def group_of(settings: Mapping[str, Any]) -> Group:
-    """What a job has in common with those that it can share a batch with; sorted, models change most seldom."""
-    own = canonical({name: settings.get(name) for name in ("model", "lora")}).decode()
-    shared = {name: value for name, value in settings.items() if name not in OF_THE_PICTURE}
-    return own, canonical(shared), settings["guidance_scale"] > 1
+    model: str
+    lora: str
+    shared: bytes
+    guided: bool  # steps without guidance cost half
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Group:
+        shared = {name: value for name, value in settings.items() if name not in OF_THE_PICTURE}
+        guided = settings["guidance_scale"] > 1
+        return cls(settings["model"], str(settings.get("lora", "")), canonical(shared), guided)
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """What has to be loaded and merged for it."""
+        return self.model, self.lora
 
 
 def windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
@@ -44,12 +55,16 @@ def windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield window
 
 
-def groups(window: Iterable[Job], loaded: str | None = None) -> list[tuple[Group, list[Job]]]:
-    """A window's jobs by what they share; those of the model that is `loaded` first, in a group by their order."""
+def groups(window: Iterable[Job], last: Group | None = None) -> list[tuple[Group, list[Job]]]:
+    """A window's jobs by what they share, ordered so that models, then LoRAs, change seldom; `last` is in memory."""
     found: dict[Group, list[Job]] = {}
     for job in window:
-        found.setdefault(group_of(job.settings), []).append(job)
-    return sorted(found.items(), key=lambda item: (item[0][0] != loaded, item[0][0], item[1][0].index))
+        found.setdefault(Group.of(job.settings), []).append(job)
+    models, weights = {}, {}  # in their order
+    for group in ([last] if last else []) + list(found):
+        models.setdefault(group.model, len(models))
+        weights.setdefault(group.weights, len(weights))
+    return sorted(found.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
 
 
 def batch_size(model: Model, settings: Any, device: torch.device, dtype: torch.dtype) -> int:

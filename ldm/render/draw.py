@@ -10,7 +10,7 @@ from ldm import console
 from ldm.console import StopRequest
 from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
 from ldm.pipeline.record import make_records, warnings_of
-from ldm.render.batches import batch_size, groups, windows
+from ldm.render.batches import Group, batch_size, groups, windows
 from ldm.render.jobs import Job
 from ldm.render.resolve import Resolver, picture
 from ldm.render.writer import Drawn, Writer
@@ -32,49 +32,47 @@ class Draughtsman:
     def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, size: int | None = None):
         self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
         self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
-        self._broken: dict[str, LdmError] = {}  # models (with their LoRAs) that could not be loaded
-        self._model: str | None = None  # the one that was used last
+        self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
+        self._last: Group | None = None
         self._warned: set[str] = set()
 
     def draw(self, jobs: Iterable[Job]) -> None:
         """All of them, ordered window by window so that models change seldom.
 
-        Raises Interrupted after the batch in which a signal came, and what stops the writer.
+        Raises Interrupted after the batch in which a signal came, and WriterStopped.
         """
         for window in windows(jobs):
-            for (model, _, _), group in groups(window, self._model):
-                self._model = model
-                self._draw_group(model, group)
+            for group, of_it in groups(window, self._last):
+                self._last = group
+                self._draw_group(group, of_it)
 
-    def _draw_group(self, model: str, jobs: Sequence[Job]) -> None:
+    def _draw_group(self, group: Group, jobs: Sequence[Job]) -> None:
         """Jobs that share model, LoRAs and settings; a model that cannot be loaded fails all of them."""
         left = dict(enumerate(jobs))
         try:
-            painter, settings = self._loaded(model, jobs[0])
+            painter, settings = self._loaded(group, jobs[0])
             records = self._records(painter, settings, jobs)
             while left:
                 self._some(painter, settings, left, records)
         except Interrupted:
             raise
         except LdmError as error:
-            if self._writer.broken:
-                raise
-            alone = len(left) == 1 or model in self._broken
+            alone = len(left) == 1 or group.weights in self._broken
             for job in left.values():
                 if alone:
                     self._writer.put(Drawn(job, None, {}, error))
                 else:  # it may be the fault of one text
-                    self._draw_group(model, [job])
+                    self._draw_group(group, [job])
 
-    def _loaded(self, model: str, job: Job) -> tuple[Painter, Settings]:
+    def _loaded(self, group: Group, job: Job) -> tuple[Painter, Settings]:
         """Who draws a group, ready to work. Raises what loading its model or LoRAs raised before."""
-        if model in self._broken:
-            raise self._broken[model]
+        if group.weights in self._broken:
+            raise self._broken[group.weights]
         painter, settings = self._resolver.drawable(job.settings)
         try:
             painter.adapted(painter.load(), picture(job.settings).adapters)
         except LdmError as error:
-            self._broken[model] = error
+            self._broken[group.weights] = error
             raise
         return painter, settings
 
@@ -110,8 +108,6 @@ class Draughtsman:
         except NumericsError as error:  # of the first of the batch that was not given back
             self._fail(left, next(number for number in batch if number in left), error)
         except ResourceError as error:
-            if self._writer.broken:
-                raise
             if size == 1:
                 self._fail(left, numbers[0], error)
             else:

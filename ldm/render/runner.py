@@ -24,7 +24,7 @@ from ldm.render.resolve import Resolver
 from ldm.render.source import held
 from ldm.render.survey import Run, Survey, short, survey, unfinished
 from ldm.render.words import MAX_SEED, check_words
-from ldm.render.writer import Drawn, Writer
+from ldm.render.writer import Drawn, Writer, WriterStopped
 
 OF_PAINTER = ("device", "offload", "attention", "prediction_type", "allow_unapplied")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
@@ -156,6 +156,8 @@ def _real(run: Run, strict: bool) -> Rendered:
         try:
             if found.left:
                 _draw(run, found, ledger, report)
+        except WriterStopped as stop:
+            raise stop.error from None
         except Interrupted as stop:
             done, todo = report.counts["rendered"], "the same command goes on"
             raise Interrupted(

@@ -30,6 +30,14 @@ class Drawn:
     seconds: float = 0.0  # of its batch, divided by the pictures in it
 
 
+class WriterStopped(Exception):
+    """Nothing more is written, because of `error`."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+        super().__init__(str(error))
+
+
 class Writer:
     """Encodes and saves what it is given, one after the other: `with Writer(…) as writer: writer.put(drawn)`.
 
@@ -37,8 +45,8 @@ class Writer:
     advance    called with 1 after each job that is written
 
     All that touches manifest and report while pictures are drawn happens in this one thread. The first error in it
-    (disk full) ends the writing: what waits is dropped, and `put`, `check` and leaving the block raise it. Leaving the
-    block writes what waits, unless KeyboardInterrupt is what leaves it.
+    (disk full) ends the writing: what waits is dropped, and `put`, `check` and leaving the block raise WriterStopped.
+    Leaving the block writes what waits, unless KeyboardInterrupt is what leaves it.
     """
 
     def __init__(
@@ -66,19 +74,14 @@ class Writer:
             self.check()
 
     def put(self, drawn: Drawn) -> None:
-        """Hand a picture over; waits while too many are waiting. Raises what stopped the writing."""
+        """Hand a picture over; waits while too many are waiting. Raises WriterStopped."""
         self.check()
         self._queue.put(drawn)
 
-    @property
-    def broken(self) -> bool:
-        """Whether the writing was stopped by an error."""
-        return self._error is not None
-
     def check(self) -> None:
-        """Raise what stopped the writing, if anything did."""
+        """Raise WriterStopped where an error stopped the writing."""
         if self._error is not None:
-            raise self._error
+            raise WriterStopped(self._error)
 
     def _run(self) -> None:
         while (drawn := self._queue.get()) is not None:

@@ -1,0 +1,77 @@
+"""What the tests of rendering share: a spy on the batches, a forked child, folders as tables."""
+
+import json
+import os
+
+from ldm.render.manifest import read_manifest
+
+
+def in_child(function, *args):
+    """Run a function in a forked process, with its return value (or 70 for an error) as status; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            status = function(*args) or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def status_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def pictures(folder):
+    """Name -> bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".png"}
+
+
+def by_key(folder):
+    """Key of the job -> bytes of its picture."""
+    done = (record for record in read_manifest(folder) if record["status"] == "done")
+    return {record["key"]: (folder / record["path"]).read_bytes() for record in done}
+
+
+def identity(folder):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.png")}
+
+
+def report_of(folder):
+    return [json.loads(line) for line in (folder / "report.jsonl").read_text().splitlines()]
+
+
+class Spy:
+    """Writes down the seeds of every batch that the networks draw, in a file that survives its process."""
+
+    def __init__(self, path):
+        self.path, self.before, self.after = path, None, None
+
+    def install(self, monkeypatch):
+        from ldm.pipeline import painter
+
+        drawn = painter.draw
+
+        def draw(model, work, encode, settings, batch, watch):
+            seeds = [picture.seed for picture in batch]
+            if self.before:
+                self.before(seeds, settings)
+            images = drawn(model, work, encode, settings, batch, watch)
+            with self.path.open("a") as handle:
+                handle.write(json.dumps(seeds) + "\n")
+            return self.after(seeds, images) if self.after else images
+
+        monkeypatch.setattr(painter, "draw", draw)
+        return self
+
+    @property
+    def batches(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    @property
+    def seeds(self):
+        return [seed for batch in self.batches for seed in batch]
