@@ -21,106 +21,36 @@ import textwrap
 from collections.abc import Mapping
 
 from ldm import console
+from ldm.cli.options import MODEL, SAMPLING, add_model, add_sampling, names_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH, GUIDANCE, GUIDANCE_OPTIONS, GUIDANCE_WORDS, SAMPLER, STEPS
+from ldm.pipeline.settings import ALIASES, BATCH
 
-FROM_CALL = ("seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-FROM_CALL += ("eta", "num_images", "batch_size", *GUIDANCE_WORDS)
-FROM_PIPELINE = ("model", "negative_prompt", "vae", "lora", "lora_dir", "allow_unapplied", "device", "dtype")
-FROM_PIPELINE += ("offload", "attention", "prediction_type")
-
-
-class HelpSamplers(argparse.Action):
-    """Prints the table and ends, like --help."""
-
-    def __call__(self, parser, *_):
-        from ldm.diffusion.names import help_text
-
-        print(help_text())
-        parser.exit()
+FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING)
+FROM_PIPELINE = ("negative_prompt", *MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
     add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
-    add("-n", *_options("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
+    add("-n", *names_of("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
     add("--seed", type=int, metavar="N", help="of the first picture; -1 or nothing: drawn, and kept in the file")
-    add(
-        "--steps",
-        *_options("num_inference_steps"),
-        dest="num_inference_steps",
-        type=int,
-        metavar="N",
-        help=f"(the model's, or {STEPS})",
-    )
-    add(
-        *_options("guidance_scale"), type=float, metavar="X", help=f"1: without guidance (the model's, or {GUIDANCE:g})"
-    )
-    add("--guidance", metavar="NAME", default="cfg", help="cfg, apg, pag or cfg_zero (cfg)")
-    add("--guidance-rescale", type=float, metavar="X", help="0 to 1: against too much contrast at high scales (0)")
-    interval = {"type": float, "nargs": 2, "metavar": ("FROM", "TO")}
-    add("--guidance-interval", **interval, help="guide only in this part of the steps, 0 to 1")
-    add("--guidance-sigma-interval", **interval, help="or only between these sigmas")
-    for name in GUIDANCE_OPTIONS:
-        add(f"--{name.replace('_', '-')}", type=OPTION_TYPES.get(name, float), metavar="X", help="of that guidance")
-    add(*_options("negative_prompt"), metavar="TEXT", default="", help="what to keep away from")
-    add(*_options("sampler"), metavar="NAME", help=f"see --help-samplers (the model's, or {SAMPLER})")
-    add(*_options("spacing"), metavar="NAME", help="trailing, karras, …: see --help-samplers (the model's)")
-    add("--eta", type=float, metavar="X", help="0 to 1: the noise of samplers that add as much as they are told to")
-    add("--help-samplers", action=HelpSamplers, nargs=0, help="list samplers and spacings with all their names")
-    add("--width", metavar="PIXELS", type=int, help="(the model's)")
-    add("--height", metavar="PIXELS", type=int, help="(the model's)")
     add("--batch-size", metavar="N", type=int, help=f"pictures drawn together ({BATCH}); changes no picture")
-    model = "a diffusers folder, a .safetensors file or a hub id (the shipped model)"
-    add("--model", metavar="MODEL", default="default", help=model)
-    add("--vae", metavar="PATH", help="another VAE's folder or file")
-    add("--prediction-type", metavar="NAME", help="epsilon, v_prediction, sample (what the model says)")
-    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
-    add("--offload", action="store_true", help="keep parts in main memory, on the GPU only while they work")
-    add("--attention", metavar="NAME", default="auto", help="of the U-Net: auto, sdpa, chunked, xformers")
+    add(
+        "--strict", action="store_true", help="refuse prompts of which the model does not see all, instead of a warning"
+    )
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
     add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
-    add(
-        "--lora",
-        metavar="FILE[:WEIGHT]",
-        action="append",
-        type=_lora,
-        help="a LoRA or DoRA; may be given several times",
-    )
-    add("--lora-dir", metavar="FOLDER", help="where <lora:name:0.8> in the prompt finds name.safetensors")
-    add("--allow-unapplied", action="store_true", help="warn of a LoRA's keys that fit nowhere, instead of refusing it")
     add("--from", dest="source", metavar="PICTURE", help="draw it again, as its file says; options given here win")
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
+    add_sampling(parser)
+    add_model(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-OPTION_TYPES = {"pag_layers": _names, "zero_init_steps": int}
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT; a colon in the name is no weight unless a number follows."""
-    path, _, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def _options(name: str) -> list[str]:
-    """--name, then every word that ALIASES takes for it (those of one letter are left to prompt files)."""
-    words = [name, *(word for word, own in ALIASES.items() if own == name and len(word) > 1 and word != "generator")]
-    return [f"--{word.replace('_', '-')}" for word in dict.fromkeys(words) if word != "steps"]
 
 
 def run(args: argparse.Namespace) -> int:

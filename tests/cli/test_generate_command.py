@@ -202,3 +202,13 @@ def test_a_picture_of_another_program_is_drawn_as_far_as_it_says(tiny_folder, tm
     record = read_metadata("new.png").ldm
     expected = {"seed": 5, "num_inference_steps": 2, "sampler": "euler_ancestral", "spacing": "linspace", "width": 24}
     assert len(lines) == 2 and {name: record[name] for name in expected} == expected
+
+
+def test_prompt_and_noise_level_options_reach_the_record(generate, files, capsys):
+    options = ["--sigmas", "9,1", "--clip-skip", "1", "--emphasis", "no_norm"]
+    assert generate("a (cat:1.3)", "--seed", "1", *options) == 0
+    record = read_metadata(files()[0]).ldm
+    assert (record["sigmas"], record["clip_skip"], record["emphasis"]) == ([9, 1], 1, "no_norm")
+    assert generate("a (cat", "--strict") == 2 and "is not closed" in capsys.readouterr().err
+    assert generate("a cat", "--sigmas", "9,x") == 2 and "expected numbers with commas" in capsys.readouterr().err
+    assert len(files()) == 1

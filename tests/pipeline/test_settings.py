@@ -7,7 +7,7 @@ import torch
 
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline, settings
-from ldm.pipeline.settings import call
+from ldm.pipeline.settings import call, checks, words
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_steps_that_the_schedule_cannot_take_are_refused_before_weights(changed_
 
 
 def test_seeds():
-    check = settings.check_seeds
+    check = checks.check_seeds
     assert check(3, 7, prompts=2) == (3, (7, 8, 9, 7, 8, 9))
     assert check(None, 0, prompts=1) == (1, (0,))
     assert check(None, [5, 5, 1], prompts=1) == (3, (5, 5, 1))
@@ -168,7 +168,7 @@ def test_seeds():
 
 
 def test_every_alias_leads_to_a_setting(tiny_folder):
-    own = {*settings.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
+    own = {*words.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
     own |= {"num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "spacing"}
     own |= {"width", "height", "callback"}
     assert set(settings.ALIASES.values()) <= own
@@ -178,7 +178,7 @@ def test_every_alias_leads_to_a_setting(tiny_folder):
 def test_words_of_other_tools_are_the_same_settings():
     ours = dict.fromkeys(["num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"])
     theirs = {"num_images_per_prompt": 2, "steps": 5, "cfg_scale": 3, "sampler_name": "DPM++ 2M", "W": 64}
-    theirs |= {"output_type": "pil", "clip_skip": None, "return_dict": True}
+    theirs |= {"output_type": "pil", "return_dict": True}
     found = settings.canonical(theirs, ours)
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
@@ -186,6 +186,6 @@ def test_words_of_other_tools_are_the_same_settings():
 
 
 def test_a_joined_label_gives_sampler_and_spacing():
-    assert settings.check_sampler("DPM++ 2M Karras", None) == ("dpmpp_2m", "karras")
-    assert settings.check_sampler("Euler a", "SGM Uniform") == ("euler_ancestral", "sgm_uniform")
-    assert settings.check_sampler(None, "Automatic") == (None, None)
+    assert checks.check_sampler("DPM++ 2M Karras", None) == ("dpmpp_2m", "karras")
+    assert checks.check_sampler("Euler a", "SGM Uniform") == ("euler_ancestral", "sgm_uniform")
+    assert checks.check_sampler(None, "Automatic") == (None, None)
