@@ -84,7 +84,7 @@ class Ledger:
         handle = self._files[place >> _OFFSET]
         handle.seek(place & ((1 << _OFFSET) - 1))
         record = _record(handle.readline())
-        if record is None or record["key"] != job.key or not _is_inside(record.get("path")):
+        if record is None or record["key"] != job.key or not is_inside(record.get("path")):
             return None
         return record if (self.folder / record["path"]).is_file() else None
 
@@ -146,7 +146,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if good and line.endswith(b"\n") else None
 
 
-def _is_inside(name: Any) -> bool:
+def is_inside(name: Any) -> bool:
     """Whether a manifest's path is the name of a file in its own folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
 
