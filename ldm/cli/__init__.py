@@ -17,8 +17,9 @@ import ldm
 from ldm import console
 from ldm.errors import ConfigError, LdmError, nearest
 
-COMMANDS = ("generate", "convert", "inspect", "train", "data", "evaluate", "bench")  # each a module of this room
-PLANNED = ("render", "finetune", "web")  # of the contract, and not there yet
+# Each is a module of this room.
+COMMANDS = ("generate", "render", "convert", "inspect", "train", "data", "evaluate", "bench")
+PLANNED = ("finetune", "web")  # of the contract, and not there yet
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 

@@ -27,6 +27,8 @@ from ldm.render.words import MAX_SEED, check_words
 from ldm.render.writer import Drawn, Writer, WriterStopped
 
 OF_PAINTER = ("device", "offload", "attention", "prediction_type", "allow_unapplied")
+# Words of generate that lines have none for, or (clip_skip) count in another way there.
+NOT_OF_LINES = (*GUIDANCE_WORDS, "timesteps", "sigmas", "emphasis", "clip_skip", "vae")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
@@ -118,9 +120,11 @@ def _resolver(words: Mapping[str, Any]) -> tuple[Resolver, dict[str, Any]]:
     """
     given = {ALIASES.get(word, word): value for word, value in words.items() if value is not None}
     own = {name: given.pop(name) for name in ("lora_dir", "dtype", *OF_PAINTER) if name in given}
-    free = {name: given.pop(name) for name in (*GUIDANCE_WORDS, "emphasis", "vae") if name in given}
+    if isinstance(given.get("lora"), tuple):  # (path, weight)
+        given["lora"] = [given["lora"]]
+    free = {name: given.pop(name) for name in NOT_OF_LINES if name in given}
     defaults = check_words(given.items(), Path()) | {name: _plain(value) for name, value in free.items()}
-    resolver = Resolver(**own)
+    resolver = Resolver(**own)  # checks its words
     resolver({**{name: value for name, value in defaults.items() if name != "num_images"}, "prompt": "", "seed": 0})
     return resolver, defaults
 

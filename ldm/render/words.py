@@ -187,6 +187,8 @@ def _model(value: Any, word: str, base: Path) -> str:
     """A path beside the prompt file, or whatever else Pipeline takes as a model."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     require(isinstance(value, str) and bool(value.strip()), f"expected a model, got {value!r:.80}", word)
+    if value.strip() == "default":
+        return "default"
     try:
         return _path(value, word, base)
     except ConfigError:

@@ -1,0 +1,50 @@
+"""Draw every picture that a prompt file asks for.
+
+examples:
+  ldm render prompts.txt -o pictures/
+  ldm render prompts.csv -o pictures/ --steps 40 --seed 7 --strict
+  ldm render prompts.txt -o pictures/ --dry-run    what would be done, and how long it may take
+  ldm render prompts.txt -o pictures/ --shard 2/3  the second third, on the second of three machines
+  ls animals/ | ldm render - -o pictures/
+
+A line is a prompt; it may say more: `a cat --n blurry --w 512 --h 512 --d 7 --s 30 --l 6`, `--prompt a cat --steps 30`,
+{"prompt": "a cat", "seed": 7}; or columns of a .csv, tables of a .toml. # begins a comment. {red|blue} and
+__colours__ (a line of FOLDER/colours.txt, with --wildcards FOLDER) are chosen by the seed. Options are for lines that
+do not say it themselves. A run that was stopped is taken up by the same command, and no picture is drawn twice.
+DIR/manifest.jsonl tells of every picture, DIR/report.jsonl of what is wrong: bad lines are named and the others drawn
+(exit code 3).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ldm.cli.options import MODEL, SAMPLING, add_model, add_sampling, names_of
+
+OF_RUN = ("seed", "wildcards", "batch_size", "shard", "strict", "dry_run")
+OF_LINES = ("num_images", "negative_prompt", *SAMPLING, *MODEL)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompts", metavar="PROMPTS", help="a file: .txt .jsonl .json .csv .tsv .toml; - reads standard input")
+    add("-o", "--output", metavar="DIR", required=True, help="the folder of the pictures")
+    add("--seed", type=int, default=0, metavar="N", help="of the run: lines without a seed get theirs from it (0)")
+    add("-n", *names_of("num_images"), type=int, metavar="N", help="pictures of a line (1)")
+    add("--wildcards", metavar="FOLDER", help="where __name__ in prompts finds name.txt")
+    add("--batch-size", type=int, metavar="N", help="pictures drawn together (by free memory); changes no picture")
+    add("--shard", metavar="I/N", help="draw only this part of the file")
+    add("--strict", action="store_true", help="draw nothing if a line is bad")
+    add("--dry-run", action="store_true", help="print what would be drawn and an estimate, write nothing")
+    add("--format", metavar="NAME", default="png", help="png, jpg, webp (png)")
+    add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
+    add_sampling(parser)
+    add_model(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm.render.runner import render
+
+    words = {name: getattr(args, name) for name in (*OF_RUN, *OF_LINES)}
+    found = render(args.prompts, args.output, format=args.format, metadata=not args.no_metadata, **words)
+    return found.exit_code
