@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 level = 0  # -1 quiet, 0 normal, 1 verbose; set by the command line
+_warned: set[str] | None = None  # what `hushed` has let through
 
 
 def progress(
@@ -31,6 +33,17 @@ def progress(
     )
 
 
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """No bars inside of the block, and of the words each warning once: for work that another bar shows as a whole."""
+    global level, _warned
+    before, level, _warned = (level, _warned), -1, set()
+    try:
+        yield
+    finally:
+        level, _warned = before
+
+
 def say(text: str, verbosity: int = 0) -> None:
     """One line on stderr, shown from `verbosity` up (0 normal, 1 only with -v)."""
     if level >= verbosity:
@@ -39,6 +52,10 @@ def say(text: str, verbosity: int = 0) -> None:
 
 def warn(text: str) -> None:
     """One `warning: …` line on stderr; -q does not silence it."""
+    if _warned is not None:
+        if text in _warned:
+            return
+        _warned.add(text)
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

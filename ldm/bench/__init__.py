@@ -1,4 +1,4 @@
-"""Us against diffusers, side by side in one run: pictures compared first, then times in alternation."""
+"""Us against diffusers, side by side: pictures compared first, then times in alternation; and samplers, compared."""
 
 _LAZY = {"bench": "report", "BENCHES": "report", "alternate": "timing", "Timing": "timing"}
 
