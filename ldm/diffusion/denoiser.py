@@ -114,3 +114,15 @@ def training_loss(
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss
+
+
+def x0_error(predict: Predict, schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor):
+    """How wrong x0 is that the network finds at sigma = tan(pi/2 u), u (B,) in (0, 1): (B,), in units of the v loss.
+
+    (x0 found - x0)^2 / sin^2(pi/2 u), which is the loss of v-prediction whatever the network predicts: the one number
+    by which models of different prediction types can be compared. x0, noise (B, C, H, W).
+    """
+    angle = torch.pi / 2 * u
+    wide = (-1, *[1] * (x0.ndim - 1))
+    found = denoiser(predict, schedule)(x0 + angle.tan().view(wide) * noise, angle.tan())
+    return ((found - x0) / angle.sin().view(wide)).square().flatten(1).mean(1)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from ldm.diffusion.denoiser import denoiser, min_snr_weight, scalings, training_loss
+from ldm.diffusion.denoiser import denoiser, min_snr_weight, scalings, training_loss, x0_error
 from ldm.diffusion.schedule import PREDICTION_TYPES, Schedule
 from ldm.errors import ConfigError
 
@@ -145,3 +145,25 @@ def test_each_row_has_its_own_sigma():
 def test_unknown_prediction_type_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="did you mean 'epsilon'"):
         scalings("epsilom", torch.ones(1))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_the_error_of_x0_is_the_v_loss_of_every_prediction_type(prediction_type):
+    """A network whose answer stands for x0 + e has the error |e|^2 / sin^2, and with v-prediction that is its loss."""
+    betas = {} if prediction_type == "flow" else {"rescale_betas_zero_snr": True}
+    schedule = Schedule(prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2", **betas)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, wrong = (torch.randn(5, 4, 3, 3, generator=generator) for _ in range(3))
+    u = torch.linspace(0.1, 0.95, 5)
+    sigma = (torch.pi / 2 * u).tan().view(-1, 1, 1, 1)
+
+    def network(x, timesteps):
+        c_skip, c_out, _ = scalings(prediction_type, sigma)
+        return (x0 + wrong - c_skip * (x0 + sigma * noise)) / c_out
+
+    expected = wrong.square().mean((1, 2, 3)) * (1 + 1 / sigma.flatten() ** 2)
+    assert torch.allclose(x0_error(network, schedule, x0, noise, u), expected, rtol=1e-4)
+    if prediction_type == "v_prediction":
+        a, s = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        loss = (network(None, None) - (a * noise - s * x0)).square().mean((1, 2, 3))
+        assert torch.allclose(loss, expected, rtol=1e-3)

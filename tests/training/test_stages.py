@@ -111,7 +111,7 @@ def test_the_card_tells_what_the_run_knows(on_pictures, tmp_path):
 
 
 def test_every_stage_leaves_scores_curve_and_pictures(on_pictures):
-    for name, score in (("vae", "psnr"), ("text", "text_to_image"), ("unet", "validation_loss")):
+    for name, score in (("vae", "psnr"), ("text", "text_to_image"), ("unet", "validation_loss"), ("unet", "x0_error")):
         assert score in last_scores(on_pictures / name)
         assert (on_pictures / name / "settings.json").is_file()
     assert "synonyms" not in last_scores(on_pictures / "text")  # known for drawn scenes alone

@@ -15,7 +15,7 @@ from ldm.checkpoint import Model, save_model
 from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.config import build
 from ldm.device import pick_device
-from ldm.diffusion.denoiser import training_loss
+from ldm.diffusion.denoiser import training_loss, x0_error
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
@@ -78,9 +78,9 @@ class UNetStage:
         pictures = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
         x0 = self._latents(pictures)
         noise = keyed.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
-        u = (torch.arange(len(x0)) + 0.5) / len(x0)
         order = torch.randperm(len(x0), generator=keyed.generator(s.seed, "validation order"))
-        self.validation = (x0, noise, self._timesteps(u[order]), self._states(list(found)))
+        u = ((torch.arange(len(x0)) + 0.5) / len(x0))[order]
+        self.validation = (x0, noise, u, self._states(list(found)))
         self.grid_captions = list(found)[:GRID]
 
     @torch.no_grad()
@@ -134,17 +134,22 @@ class UNetStage:
         return self._loss(self.network, x0, noise, timesteps, states)
 
     def _loss(self, network: Callable, x0: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        gamma, cond = self.settings.snr_gamma, self._conditioning(states)
-        return training_loss(
-            lambda x, t: network(x, t, cond.states, mask=cond.mask), self.schedule, x0, noise, timesteps, gamma
-        ).mean()
+        predict, gamma = self._predict(network, states), self.settings.snr_gamma
+        return training_loss(predict, self.schedule, x0, noise, timesteps, gamma).mean()
+
+    def _predict(self, network: Callable, states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        cond = self._conditioning(states)
+        return lambda x, t: network(x, t, cond.states, mask=cond.mask)
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
-        """The loss on held-out samples, with the same noise and timesteps every time."""
-        parts = zip(*(tensor.split(32) for tensor in self.validation))
-        losses = [(self._loss(ema, *part).item(), len(part[0])) for part in parts]
-        return {"validation_loss": sum(v * n for v, n in losses) / sum(n for _, n in losses)}
+        """On held-out samples, with the same noise and noise levels every time: the loss, and the error of x0."""
+        found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
+        for x0, noise, u, states in zip(*(tensor.split(32) for tensor in self.validation)):
+            loss = self._loss(ema, x0, noise, self._timesteps(u), states)
+            found["validation_loss"].append(loss.expand(len(x0)))
+            found["x0_error"].append(x0_error(self._predict(ema, states), self.schedule, x0, noise, u.to(x0.device)))
+        return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
     @torch.no_grad()
     def picture(self, ema: nn.Module):
