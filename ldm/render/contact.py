@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FOLDER = "contact"  # of the pages, in the rendered folder
 COLUMNS, ROWS = 6, 8
-SIDE, GAP, FONT_SIZE, LINES = 192, 8, 12, 3  # pixels, pixels, pixels, lines of text
+SIDE, LEAST, GAP, FONT_SIZE, LINES = 192, 96, 8, 12, 3  # pixels of the places for pictures, …; lines of text
 _PAGE = re.compile(r"page-\d{3,}\.jpg")
 
 
@@ -45,27 +45,31 @@ def write_contact_sheets(folder: str | os.PathLike, columns: int = COLUMNS, rows
 
 def contact_sheets(lines: list[dict[str, Any]], folder: Path, columns: int, rows: int) -> Iterator[Image]:
     """Pages of columns x rows pictures from the manifests' lines; one that cannot be read is a grey square."""
+    sides = [
+        side for line in lines for name in ("width", "height") if isinstance(side := line["settings"].get(name), int)
+    ]
+    side = max(LEAST, min(SIDE, max(sides, default=SIDE)))
     for start in range(0, len(lines), columns * rows):
-        yield _page(lines[start : start + columns * rows], folder, columns)
+        yield _page(lines[start : start + columns * rows], folder, columns, side)
 
 
-def _page(lines: list[dict[str, Any]], folder: Path, columns: int) -> Image:
+def _page(lines: list[dict[str, Any]], folder: Path, columns: int, side: int) -> Image:
     from PIL import Image, ImageDraw, ImageFont
 
     from ldm.render import labels
 
     font = ImageFont.load_default(FONT_SIZE)
-    height = SIDE + GAP + LINES * labels.line_height(font)
+    height = side + GAP + LINES * labels.line_height(font)
     sheet_rows = -(-len(lines) // columns)
-    sheet = Image.new("RGB", (columns * (SIDE + GAP) + GAP, sheet_rows * (height + GAP) + GAP), labels.PAPER)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, sheet_rows * (height + GAP) + GAP), labels.PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
-        x, y = GAP + number % columns * (SIDE + GAP), GAP + number // columns * (height + GAP)
-        tile = labels.tile(folder / line["path"], SIDE, SIDE)
+        x, y = GAP + number % columns * (side + GAP), GAP + number // columns * (height + GAP)
+        tile = labels.tile(folder / line["path"], side, side)
         if tile is None:
-            pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=labels.EMPTY)
+            pen.rectangle((x, y, x + side - 1, y + side - 1), fill=labels.EMPTY)
         else:
-            sheet.paste(tile, (x + (SIDE - tile.width) // 2, y + SIDE - tile.height))
+            sheet.paste(tile, (x + (side - tile.width) // 2, y + side - tile.height))
         text = f"{line.get('index')}  {line['settings'].get('prompt', '')}"
-        labels.write_lines(pen, (x, y + SIDE + GAP // 2), labels.wrapped(text, font, SIDE, LINES), font)
+        labels.write_lines(pen, (x, y + side + GAP // 2), labels.wrapped(text, font, side, LINES), font)
     return sheet

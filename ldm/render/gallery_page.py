@@ -52,7 +52,7 @@ SCRIPT = """
 const data = JSON.parse(document.getElementById("data").textContent);
 const find = (selector) => document.querySelector(selector);
 const make = (tag, text) => { const it = document.createElement(tag); it.textContent = text; return it; };
-const AT_ONCE = 120;
+const AT_ONCE = 120, MARGIN = 600;
 
 const pictures = data.pictures.map((picture) => {
   const settings = Object.assign({}, data.common, picture.settings);
@@ -66,6 +66,10 @@ function more() {
   const part = document.createDocumentFragment();
   for (const end = Math.min(drawn + AT_ONCE, shown.length); drawn < end; drawn++) part.append(tile(drawn));
   find("#pictures").append(part);
+}
+
+function fill() {
+  while (drawn < shown.length && find("#end").getBoundingClientRect().top < innerHeight + MARGIN) more();
 }
 
 function tile(place) {
@@ -89,15 +93,15 @@ function search() {
   find("#count").textContent = shown.length + " of " + pictures.length + " pictures";
   find("#pictures").replaceChildren();
   drawn = 0;
-  more();
+  fill();
 }
 
 function show(place) {
   if (place < 0 || place >= shown.length) return;
   open = place;
   const picture = shown[place], dialog = find("#one"), settings = picture.settings;
-  const rows = [["prompt", settings.prompt], ["number", picture.number], ["file", picture.file], ["line", picture.where]];
-  rows.push(...Object.entries(settings).filter(([name]) => name !== "prompt"));
+  const rows = [["prompt", settings.prompt], ["number", picture.number], ["file", picture.file]];
+  rows.push(["line", picture.where], ...Object.entries(settings).filter(([name]) => name !== "prompt"));
   dialog.querySelector("img").src = picture.url;
   dialog.querySelector("table").replaceChildren(...rows.map(([name, value]) => {
     const row = make("tr", "");
@@ -109,20 +113,12 @@ function show(place) {
   if (!dialog.open) dialog.showModal();
 }
 
-async function copy() {
-  const pre = find("#one pre");
-  let done = false;
-  try {
-    await navigator.clipboard.writeText(pre.textContent);
-    done = true;
-  } catch {
-    const range = document.createRange(), selection = window.getSelection();
-    range.selectNodeContents(pre);
-    selection.removeAllRanges();
-    selection.addRange(range);
-    done = document.execCommand("copy");
-  }
-  find("#copy").textContent = done ? "Copied" : "Press Ctrl-C";
+function copy() {
+  const range = document.createRange(), selection = window.getSelection();
+  range.selectNodeContents(find("#one pre"));
+  selection.removeAllRanges();
+  selection.addRange(range);
+  find("#copy").textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
 }
 
 find("#title").textContent = data.title;
@@ -140,8 +136,8 @@ if (data.failures.length) {
   find("#failures summary").textContent = data.failures.length + " failures";
   find("#failures ul").append(...data.failures.map((it) => make("li", it)));
 }
-new IntersectionObserver((entries) => { if (entries[0].isIntersecting) more(); }, { rootMargin: "600px" })
-  .observe(find("#end"));
+new IntersectionObserver(fill, { rootMargin: MARGIN + "px" }).observe(find("#end"));
+addEventListener("resize", fill);
 search();
 """
 
