@@ -27,6 +27,19 @@ def test_what_is_said_at_which_level(at, shown, level, capsys):
     assert out == "" and err.splitlines() == [line.replace("warned", "warning: warned") for line in shown]
 
 
+def test_inside_of_hushed_no_words_but_each_warning_once(level, capsys):
+    level(1)
+    with console.hushed():
+        console.say("said")
+        for text in ("first", "second", "first"):
+            console.warn(text)
+        assert list(console.progress(range(2), desc="part")) == [0, 1]
+    console.say("said after", verbosity=1)
+    console.warn("first")
+    lines = ["warning: first", "warning: second", "said after", "warning: first"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -7,7 +7,22 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from ldm.report import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, line_plot
+from ldm.report import (
+    BETWEEN,
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    MARKS,
+    POINTS,
+    RIGHT,
+    TALL,
+    TOP,
+    WIDE,
+    WIDTH,
+    line_plot,
+    log_panels,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -82,3 +97,39 @@ def test_many_points_are_averaged(count):
     [line] = lines_of(line_plot({"a": [(i, draw.random()) for i in range(count)]}, "x", "y"))
     assert POINTS / 2 <= len(line) <= POINTS
     assert [x for x, _ in line] == sorted(x for x, _ in line)
+
+
+def test_panels_are_logarithmic_both_ways_and_share_the_axis_of_heights():
+    svg = log_panels({"steps": {"a": [(4, 1), (16, 100)]}, "work": {"a": [(1, 10), (2, 10)]}}, "distance", ["a note"])
+    first, second, _ = lines_of(svg)  # the last one stands in the legend
+    (left, low), (right, high) = first
+    assert LEFT < left < right < LEFT + WIDE and TOP < high < low < TOP + TALL
+    assert second[0][1] == second[1][1] == pytest.approx((low + high) / 2, abs=0.1)  # 10 is half-way from 1 to 100
+    assert LEFT + WIDE + BETWEEN < second[0][0] < second[1][0] < LEFT + 2 * WIDE + BETWEEN
+    places = {text.text: float(text.get("x")) for text in ET.fromstring(svg).iter(f"{SVG}text")}
+    assert places["4"] == pytest.approx(left, abs=0.1) and places["16"] == pytest.approx(right, abs=0.1)
+    assert places["8"] == pytest.approx((left + right) / 2, abs=0.1)
+    assert {"steps", "work", "distance", "a note", "a", "1", "10", "100"} <= set(places)
+
+
+def test_a_name_has_one_colour_and_mark_in_all_panels_and_no_two_share_both():
+    names = [f"line {i}" for i in range(14)]
+    lines = {name: [(1, i + 1)] for i, name in enumerate(names)}
+    root = ET.fromstring(log_panels({"x": lines, "z": dict(reversed(lines.items()))}, "y"))
+    marks = root.findall(f"{SVG}polygon")
+    looks = [(mark.get("fill"), len(mark.get("points").split())) for mark in marks]
+    assert looks[:14] == looks[14:28][::-1] == looks[28::2] and len(marks) == 4 * 14
+    assert len({(i % len(COLOURS), i % len(MARKS)) for i in range(14)}) == 14 and len(set(looks[:8])) == 8
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[], [(4, 1)], [(0, 1), (1, 0), (-1, 1), (math.nan, 1), (1, math.inf)], [(1e-90, 1e90), (1e90, 1e-90)], [(3, 7)]],
+)
+def test_odd_numbers_in_panels(points):
+    svg = log_panels({"x": {"<a>": points}, "<z>": {}}, "y & z", ["1 < 2"])
+    assert "nan" not in svg and "inf" not in svg
+    assert {"<a>", "<z>", "y & z", "1 < 2"} <= set(texts_of(svg))
+    assert len(texts_of(svg)) < 50  # ticks are few, however long the axis
+    for x, y in lines_of(svg)[0]:
+        assert LEFT <= x <= LEFT + WIDE and TOP <= y <= TOP + TALL
