@@ -16,12 +16,9 @@ from ldm.render.gallery_page import page
 
 PAGE = "index.html"
 # The options of `ldm generate` that say settings; where a picture has others, its command draws from its file.
-OPTIONS = {"num_inference_steps": "--steps"} | {
-    name: f"--{name.replace('_', '-')}"
-    for name in ("model", "vae", "negative_prompt", "seed", "guidance_scale", "height", "width", "sampler", "spacing")
-}
-OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in ("eta", "dtype", "guidance", "guidance_rescale")}
-OPTIONS |= {name: f"--{name.replace('_', '-')}" for name in GUIDANCE_OPTIONS}
+SAID = ("model", "vae", "dtype", "negative_prompt", "seed", "guidance_scale", "height", "width", "sampler", "spacing")
+SAID += ("timesteps", "sigmas", "eta", "clip_skip", "emphasis", "guidance", "guidance_rescale", *GUIDANCE_OPTIONS)
+OPTIONS = {name: f"--{name.replace('_', '-')}" for name in SAID} | {"num_inference_steps": "--steps"}
 PAIRS = {"guidance_interval": "--guidance-interval", "guidance_sigma_interval": "--guidance-sigma-interval"}
 
 

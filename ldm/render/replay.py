@@ -173,9 +173,9 @@ def _model(record: Mapping[str, Any], base: Path) -> str | None:
         return None
     if name == "default":
         return name
-    for path in (base / name, Path(name)):
-        if "\0" not in name and path.exists():
-            return str(path)
+    for path in (name, str(base / name)):
+        if "\0" not in name and Path(path).exists():
+            return path
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?", name)
     return f"{hub[1]}@{commit}" if hub and isinstance(commit, str) else hub and hub[0]
 

@@ -153,6 +153,7 @@ ALL = {
 }
 ALL |= {"num_inference_steps": 9, "height": 64, "width": 32, "sampler": "ddim", "spacing": "leading", "guidance": "pag"}
 ALL |= {"guidance_rescale": 0.7, "guidance_interval": [0.0, 0.8], "pag_scale": 1e-07, "pag_layers": ["mid", "up.1"]}
+ALL |= {"clip_skip": 1, "emphasis": "no_norm", "timesteps": [900.0, 1.5], "sigmas": [14.5, 0.1]}
 ALL |= {"apg_eta": 0.1, "apg_momentum": -0.5, "apg_threshold": 3.0, "zero_init_steps": 1, "negative_prompt": "-x: 'y'"}
 
 
@@ -160,10 +161,11 @@ def test_every_option_goes_through_the_commands_own_parser():
     loras = [["a b.safetensors", 0.8], ["odd:name.safetensors", -1.5]]
     args = vars(parse(shlex.split(command({"prompt": "-p", **ALL, "lora": loras}, "x.png"))[1:]))
     expected = {"prompt": "-p", **ALL, "lora": [tuple(lora) for lora in loras], "pag_layers": ("mid", "up.1")}
+    expected |= {"timesteps": (900.0, 1.5), "sigmas": (14.5, 0.1)}
     assert {name: args[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("setting", [{"vortex": 1}, {"negative_prompt": None}, {"timesteps": [1, 2]}, {"seed": {}}])
+@pytest.mark.parametrize("setting", [{"vortex": 1}, {"negative_prompt": None}, {"vortex": None, "x": []}, {"seed": {}}])
 def test_what_no_option_says_is_drawn_from_the_file(setting):
     words = shlex.split(command({"prompt": "a cat", **setting}, "-it's.png"))
     assert words == ["ldm", "generate", "--from", "./-it's.png"]
