@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm import console
@@ -12,6 +12,7 @@ from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
 from ldm.pipeline.record import make_records, warnings_of
 from ldm.render.batches import Group, batch_size, groups, windows
 from ldm.render.jobs import Job
+from ldm.render.replay import differences
 from ldm.render.resolve import Resolver, picture
 from ldm.render.writer import Drawn, Writer
 
@@ -27,10 +28,18 @@ class Draughtsman:
 
     size  pictures in a batch; None: by the memory that is free
     stop  looked at after each batch
+    told  of jobs that draw something again, by `where`: what their source says of model and machine
     """
 
-    def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, size: int | None = None):
-        self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
+    def __init__(
+        self,
+        resolver: Resolver,
+        writer: Writer,
+        stop: StopRequest,
+        size: int | None = None,
+        told: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self._resolver, self._writer, self._stop, self._size, self._told = resolver, writer, stop, size, told or {}
         self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
         self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
         self._last: Group | None = None
@@ -79,11 +88,16 @@ class Draughtsman:
     def _records(self, painter: Painter, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         pictures = [picture(job.settings) for job in jobs]
         records = make_records(painter.load(), painter.work, settings, pictures)
-        for line in warnings_of(records, shown=len(records)):
+        self._warn(warnings_of(records, shown=len(records)))
+        for job, record in zip(jobs, records):
+            self._warn(differences(self._told[job.where], record) if job.where in self._told else ())
+        return [{**record, "job": job.key} for record, job in zip(records, jobs)]
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        for line in lines:
             if line not in self._warned and len(self._warned) < WARNINGS:
                 self._warned.add(line)
                 console.warn(line)
-        return [{**record, "job": job.key} for record, job in zip(records, jobs)]
 
     def _some(self, painter: Painter, settings: Settings, left: dict[int, Job], records: list[dict[str, Any]]) -> None:
         """Draw what is `left` until a batch fails; what was drawn, or is the failure's, is taken out of `left`."""

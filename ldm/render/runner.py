@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ from ldm import console, images
 from ldm.errors import ConfigError, Interrupted, ResourceError
 from ldm.pipeline.record import parameters
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, GUIDANCE_WORDS, check_int
+from ldm.pipeline.settings import ALIASES, GUIDANCE_WORDS, MAX_IMAGES, check_int
+from ldm.render.contact import write_contact_sheets
 from ldm.render.draw import Draughtsman
 from ldm.render.dry import dry
 from ldm.render.expand import Wildcards
+from ldm.render.gallery import write_gallery
+from ldm.render.grids import Axis, read_axes
 from ldm.render.jobs import Shard
 from ldm.render.manifest import DONE, Ledger, Report, read_manifest
 from ldm.render.resolve import Resolver
-from ldm.render.source import held
+from ldm.render.sheets import write_sheets
+from ldm.render.source import Prompts, gridded, held, replayed
 from ldm.render.survey import Run, Survey, short, survey, unfinished
 from ldm.render.words import MAX_SEED, check_words
 from ldm.render.writer import Drawn, Writer, WriterStopped
@@ -49,16 +53,18 @@ class Rendered:
     @property
     def paths(self) -> list[Path]:
         """The files of all pictures that are there now, in the order of their lines."""
-        wanted, names = set(self.keys), {}
-        for record in read_manifest(self.folder):
-            key = short(record["key"])
-            if record["status"] == DONE and key in wanted:
-                names[key] = record["path"]
+        names = self.names()
         return [self.folder / names[key] for key in self.keys if key in names]
+
+    def names(self) -> dict[int, str]:
+        """Key (see `keys`) -> file in the folder."""
+        wanted = set(self.keys)
+        done = (record for record in read_manifest(self.folder) if record["status"] == DONE)
+        return {key: record["path"] for record in done if (key := short(record["key"])) in wanted}
 
 
 def render(
-    prompts: str | os.PathLike | Iterable,
+    prompts: str | os.PathLike | Iterable | None,
     output: str | os.PathLike,
     *,
     seed: int = 0,
@@ -69,6 +75,11 @@ def render(
     shard: str | None = None,
     strict: bool = False,
     dry_run: bool = False,
+    sources: str | os.PathLike | Sequence = (),
+    changes: Sequence[str] = (),
+    grid: Sequence[str] = (),
+    gallery: bool = False,
+    contact_sheet: bool = False,
     **words: Any,
 ) -> Rendered:
     """Draw every picture that a prompt file asks for into the folder `output`, and say what became of it.
@@ -83,6 +94,11 @@ def render(
     shard       "2/3": only the second third, so that three machines share one file and one folder
     strict      whether one bad line stops the run before work (ConfigError)
     dry_run     whether to say only what would be done
+    sources     in place of prompts: pictures, manifests and rendered folders whose pictures are drawn again;
+                changes=["steps=50"] replaces what they say
+    grid        up to three axes, ["steps=4,8,16", "sampler=euler,ddim"]: every prompt with every combination, and a
+                sheet of them in output/grids
+    gallery     whether to write output/index.html; contact_sheet: output/contact/page-001.jpg, …
     words       Pipeline's and generate's, under everybody's names: model, vae, lora, lora_dir, device, dtype, … and,
                 for lines that do not say it themselves, num_images, num_inference_steps, guidance_scale,
                 negative_prompt, sampler, spacing, width, height, …
@@ -96,25 +112,54 @@ def render(
     another run has the folder; Interrupted after SIGINT and SIGTERM, once the batch in hand is saved.
     """
     target = Target.of(os.path.join(os.fspath(output), ""), format).check()
-    resolver, defaults = _resolver(words)
-    with held(prompts) as (name, read):
-        run = Run(
-            read=read,
-            name=name,
-            target=target,
-            defaults=defaults,
-            resolver=resolver,
-            wildcards=Wildcards(wildcards),
-            seed=check_int(seed, "seed", 0, MAX_SEED),
-            shard=Shard() if shard is None else Shard.read(shard),
-            batch_size=None if batch_size is None else check_int(batch_size, "batch_size", 1, 100_000),
-            metadata=metadata,
-        )
-        return _dry(run, strict) if dry_run else _real(run, strict)
+    axes = _check_grid(grid, shard, words)
+    checked = {
+        "target": target,
+        "wildcards": None if sources else Wildcards(wildcards),
+        "seed": check_int(seed, "seed", 0, MAX_SEED),
+        "shard": Shard() if shard is None else Shard.read(shard),
+        "batch_size": None if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
+        "metadata": metadata,
+    }
+    with _prompts(prompts, sources, changes) as base:
+        resolver, defaults = _resolver(words, base.dtype)
+        every = gridded(base, axes, checked["seed"]) if axes else base
+        run = Run(prompts=every, defaults=defaults, resolver=resolver, **checked)
+        if dry_run:
+            return _dry(run, strict)
+        found = _real(run, strict)
+        if axes:
+            write_sheets(run, base, axes, found.names())
+    if gallery:
+        console.say(f"{write_gallery(found.folder)}")
+    if contact_sheet:
+        console.say(f"{write_contact_sheets(found.folder)[0].parent}")
+    return found
 
 
-def _resolver(words: Mapping[str, Any]) -> tuple[Resolver, dict[str, Any]]:
+def _prompts(prompts: Any, sources: Any, changes: Sequence[str]) -> AbstractContextManager[Prompts]:
+    """Where the entries come from. Raises ConfigError unless it is one of prompts and sources."""
+    if bool(sources) == (prompts is not None):
+        what = "there are prompts and pictures to be drawn again" if sources else "there are no prompts"
+        raise ConfigError(what, where="prompts", todo="give a prompt file, or --from")
+    if changes and not sources:
+        raise ConfigError("belongs to --from", where="--set", todo="say it as an option, --steps 50")
+    return nullcontext(replayed(sources, changes)) if sources else held(prompts)
+
+
+def _check_grid(grid: Sequence[str], shard: str | None, words: Mapping[str, Any]) -> tuple[Axis, ...]:
+    axes = read_axes([grid] if isinstance(grid, str) else grid)
+    if axes and shard is not None:
+        raise ConfigError("a grid needs all of its pictures", where="shard", todo="leave --shard or --grid out")
+    if axes and words.get("num_images") not in (None, 1):
+        raise ConfigError("a cell of a grid holds one picture", where="num_images", todo="use an axis of seeds")
+    return axes
+
+
+def _resolver(words: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, dict[str, Any]]:
     """(who resolves lines, the settings of lines that say nothing), from Pipeline's and generate's words.
+
+    `dtype` is used where they say none.
 
     Raises ConfigError for what no line could be drawn with.
     """
@@ -124,7 +169,8 @@ def _resolver(words: Mapping[str, Any]) -> tuple[Resolver, dict[str, Any]]:
         given["lora"] = [given["lora"]]
     free = {name: given.pop(name) for name in NOT_OF_LINES if name in given}
     defaults = check_words(given.items(), Path()) | {name: _plain(value) for name, value in free.items()}
-    resolver = Resolver(**own)  # checks its words
+    own["dtype"] = dtype if own.get("dtype", "auto") == "auto" else own["dtype"]
+    resolver = Resolver(**own)
     resolver({**{name: value for name, value in defaults.items() if name != "num_images"}, "prompt": "", "seed": 0})
     return resolver, defaults
 
@@ -144,7 +190,7 @@ def _dry(run: Run, strict: bool) -> Rendered:
 
 def _refuse_bad_lines(run: Run, found: Survey) -> None:
     what = f"{found.bad} of {found.lines} lines are bad"
-    raise ConfigError(what, where=run.name, todo="mend them, or leave --strict out to have the others drawn")
+    raise ConfigError(what, where=run.prompts.name, todo="mend them, or leave --strict out to have the others drawn")
 
 
 def _real(run: Run, strict: bool) -> Rendered:
@@ -195,13 +241,14 @@ def _draw(run: Run, found: Survey, ledger: Ledger, report: Report) -> None:
         Writer(ledger, report, encode, bar.update) as writer,
     ):
         bar.bar_format = BAR
-        Draughtsman(run.resolver, writer, stop, run.batch_size).draw(unfinished(run, found.finished))
+        Draughtsman(run.resolver, writer, stop, run.batch_size, run.prompts.told).draw(unfinished(run, found.finished))
 
 
 def _say_counts(run: Run, found: Survey, ledger: Ledger) -> None:
     before = found.jobs - found.left
-    told = f"{run.name}: {found.lines} lines, {found.jobs} pictures, {before} finished before, {found.bad} bad lines"
-    console.say(told + (f", {found.elsewhere} pictures of other shards" if found.elsewhere else ""))
+    told = f"{found.lines} lines, {found.jobs} pictures, {before} finished before, {found.bad} bad lines"
+    more = f", {found.elsewhere} pictures of other shards" if found.elsewhere else ""
+    console.say(f"{run.prompts.name}: {told}{more}")
     others = len(ledger) - before
     if others > 0 and run.shard.of == 1:
         console.say(f"{ledger.folder} holds {others} pictures of other lines or settings: they stay as they are")

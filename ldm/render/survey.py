@@ -13,7 +13,7 @@ from ldm.render.expand import Wildcards
 from ldm.render.jobs import Job, Plan, Shard
 from ldm.render.parse import Entry
 from ldm.render.resolve import Resolver
-from ldm.render.source import Read
+from ldm.render.source import Prompts
 from ldm.render.table import Table
 
 if TYPE_CHECKING:
@@ -26,12 +26,11 @@ SHOWN = 10  # bad lines that are told one by one; the report holds all
 class Run:
     """One call of `render`, checked."""
 
-    read: Read
-    name: str  # of the prompts, for people
+    prompts: Prompts
     target: Target
     defaults: Mapping[str, Any]
     resolver: Resolver
-    wildcards: Wildcards
+    wildcards: Wildcards | None
     seed: int
     shard: Shard
     batch_size: int | None
@@ -39,7 +38,7 @@ class Run:
 
     def plan(self) -> Plan:
         """Goes through the lines once."""
-        return Plan(self.read(), self.defaults, self.resolver, self.seed, self.wildcards, self.shard)
+        return Plan(self.prompts.read(), self.defaults, self.resolver, self.seed, self.wildcards, self.shard)
 
 
 @dataclass
@@ -74,7 +73,7 @@ def survey(run: Run, finished: Callable[[Job], Any], bad_line: Callable[[Entry],
         if finished(item):
             found.finished.set(bytes.fromhex(item.key), 1)
     if plan.lines == 0:
-        raise ConfigError("holds no prompts", where=run.name)
+        raise ConfigError("holds no prompts", where=run.prompts.name)
     if plan.bad > SHOWN:
         console.warn(f"{plan.bad - SHOWN} more bad lines")
     found.lines, found.bad, found.jobs, found.elsewhere = plan.lines, plan.bad, plan.jobs, plan.elsewhere

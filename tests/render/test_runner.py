@@ -320,3 +320,59 @@ def test_a_writer_that_fails_stops_the_run(draw, tmp_path, monkeypatch):
     with pytest.raises(NumericsError, match="the encoder is broken"):
         draw([f"a cat --d {i}" for i in range(40)], batch_size=2)
     assert report_of(tmp_path / "out")[-1]["not_reached"] == 40
+
+
+# From pictures, in grids, and the pages afterwards
+
+
+def test_pictures_are_drawn_again_to_the_bit(draw, tmp_path, capsys):
+    """From the folder, from its manifest and from a picture; with a change, another picture."""
+    draw(["a (red:1.2) cat --d 3 --n blue", "a {cat|dog} --s 2"], wildcards=None)
+    expected = {bytes_without_key(path) for path in (tmp_path / "out").glob("*.png")}
+    capsys.readouterr()
+    for name, source in (("a", tmp_path / "out"), ("b", tmp_path / "out" / "manifest.jsonl")):
+        draw(None, name, sources=source)
+        assert {bytes_without_key(path) for path in (tmp_path / name).glob("*.png")} == expected
+    first = sorted((tmp_path / "out").glob("*.png"))[0]
+    draw(None, "c", sources=[first, first], changes=["seed=4"])
+    pictures_of_c = sorted((tmp_path / "c").glob("*.png"))
+    assert [read_metadata(path).ldm["seed"] for path in pictures_of_c] == [4, 4]
+    assert not {bytes_without_key(path) for path in pictures_of_c} & expected
+    assert "warning: the picture was drawn by" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="prompts and pictures"):
+        draw(["a"], sources=first)
+    with pytest.raises(ConfigError, match="belongs to --from"):
+        draw(["a"], changes=["seed=4"])
+
+
+def bytes_without_key(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_a_grid_draws_every_combination_and_its_sheets(draw, tmp_path):
+    from PIL import Image
+
+    found = draw(["a cat", "a dog --stepz 1", "a dog --d 3"], grid=["steps=1,2,3", "cfg=1,4"])
+    assert found.counts["rendered"] == 12 and found.counts["bad_lines"] == 1
+    settings = [record["settings"] for record in read_manifest(found.folder)]
+    assert {(s["num_inference_steps"], s["guidance_scale"]) for s in settings} == {
+        (s, g) for s in (1, 2, 3) for g in (1, 4)
+    }
+    assert len({s["seed"] for s in settings}) == 2
+    sheets = sorted((tmp_path / "out" / "grids").iterdir())
+    assert [sheet.name for sheet in sheets] == ["001.png", "002.png"]
+    with Image.open(sheets[0]) as sheet, Image.open(found.paths[0]) as first:
+        assert sheet.width > 3 * first.width and sheet.height > 2 * first.height
+    assert draw(["a cat"], grid=["steps=1,2,3", "cfg=1,4"]).counts["finished_before"] == 6
+    for words in ({"shard": "1/2"}, {"num_images": 2}):
+        with pytest.raises(ConfigError, match="grid"):
+            draw(["a cat"], grid=["steps=1,2"], **words)
+
+
+def test_the_pages_afterwards(draw, tmp_path):
+    draw(["a cat", "a dog --stepz 1"], gallery=True, contact_sheet=True)
+    assert "a cat" in (tmp_path / "out" / "index.html").read_text()
+    assert (tmp_path / "out" / "contact" / "page-001.jpg").is_file()
