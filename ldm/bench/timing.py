@@ -51,7 +51,10 @@ class Timing:
 
 
 def alternate(sides: Mapping[str, Side], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each side, one after the other by turns, after `warmup` untimed rounds."""
+    """Seconds of `repeats` calls of each side, one after the other by turns, after `warmup` untimed rounds.
+
+    A side has to wait for its own device, as those do that end with a picture on disk: nothing is synchronised here.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in console.progress(range(warmup + repeats), desc="measuring", unit="round"):
         for name, call in sides.items():

@@ -36,6 +36,7 @@ def warm(
 
     if sampler not in PEERS:
         raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
+    device, dtype = settled(device, dtype)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     with tempfile.TemporaryDirectory() as folder:
         files = {"ldm": Path(folder) / "ours.png", "diffusers": Path(folder) / "theirs.png"}
@@ -48,10 +49,19 @@ def warm(
             raise NumericsError(f"the pictures differ by {apart.max():.0f} of 255", where=f"{sampler}, {dtype}")
         seconds = alternate({"ldm": ours, "diffusers": theirs}, repeats)
         if profile:
-            print(_profile(ours))
+            print(_profile(ours, device))
     agreement = {"largest difference of 255": float(apart.max()), "mean difference of 255": float(apart.mean())}
     told = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
     return Timing("warm", seconds, {**told, "threads": torch.get_num_threads()}, agreement)
+
+
+def settled(device: str, dtype: str) -> tuple[str, str]:
+    """Names of the device and the dtype that these stand for here, `auto` once for both sides. Raises ConfigError."""
+    from ldm.device import pick_device, pick_dtype
+    from ldm.pipeline.record import dtype_name
+
+    place = pick_device(device)
+    return str(place), dtype_name(pick_dtype(dtype, place))
 
 
 def _ours(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
@@ -84,10 +94,11 @@ def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, setti
     return draw
 
 
-def _profile(call: Callable) -> str:
-    """The operators that take longest, as torch's profiler tells them."""
+def _profile(call: Callable, device: str) -> str:
+    """The operators that take longest where the networks work, as torch's profiler tells them."""
     import torch
 
     with torch.profiler.profile() as found:
         call()
-    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40)
+    by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    return found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)

@@ -4,11 +4,18 @@ import json
 import time
 
 import pytest
+import torch
 
 from ldm.bench import Timing, alternate, bench
 from ldm.bench.warm import warm
 from ldm.cli import main
 from ldm.errors import ConfigError, ModelError, NumericsError
+
+
+@pytest.fixture(autouse=True)
+def short_prompt(monkeypatch):
+    """One that fits the tiny model's 16 tokens: diffusers cuts a longer one, our pipeline reads all of it."""
+    monkeypatch.setattr("ldm.bench.warm.PROMPT", "a red cat")
 
 
 def test_sides_take_turns_and_the_first_rounds_do_not_count():
@@ -47,6 +54,18 @@ def test_pictures_that_differ_are_not_timed(tiny_folder, monkeypatch):
     )
     with pytest.raises(NumericsError, match="the pictures differ by"):
         warm(1, str(tiny_folder), steps=1)
+
+
+def test_auto_is_told_by_what_it_stands_for(tiny_folder, monkeypatch):
+    monkeypatch.setattr("ldm.device.pick_device", lambda name: torch.device("cpu"))  # auto, on a machine with a GPU too
+    timing = warm(1, str(tiny_folder), steps=1, dtype="auto", device="auto")
+    assert timing.settings["dtype"] == "fp32" and timing.settings["device"] == "cpu"
+    assert timing.agreement["largest difference of 255"] <= 1
+
+
+def test_the_profile_names_operators(tiny_folder, capsys):
+    warm(1, str(tiny_folder), steps=1, profile=True)
+    assert "aten::" in capsys.readouterr().out
 
 
 def test_cold_starts_new_processes(tiny_folder):
