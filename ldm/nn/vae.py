@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError, ModelError, NumericsError
+from ldm.nn.tiling import through_tiles
 from ldm.nn.weights import load_weights
 
 if TYPE_CHECKING:
@@ -52,36 +53,48 @@ class VAE:
         self.module.to(*args, **kwargs)
         return self
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, images: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents of images (B, 3, H, W) in [-1, 1]: two fp32 (B, C, h, w).
 
+        `tile`: in tiles of so many latents a side, where a picture is larger (see ldm.nn.tiling).
         Raises ConfigError for sizes that are not multiples of the factor, NumericsError for NaN or infinity.
         """
         self.check_size(*images.shape[-2:])
-        posterior = self.module.encode(images.to(self.device, self.dtype)).latent_dist
-        mean = (posterior.mean.float() - self.shift_factor) * self.scaling_factor
-        std = posterior.std.float() * self.scaling_factor
+        images = images.to(self.device, self.dtype)
+        if tile is not None and max(images.shape[-2:]) > tile * self.factor:
+            tiled = [through_tiles(_mean_and_std, self.module, one, self.factor, 1, tile) for one in images.split(1)]
+            mean, std = torch.cat(tiled).chunk(2, dim=1)
+        else:
+            mean, std = _mean_and_std(self.module, images).chunk(2, dim=1)
+        mean = (mean - self.shift_factor) * self.scaling_factor
+        std = std * self.scaling_factor
         return _finite(mean, "encoding"), _finite(std, "encoding")
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), fp32: their mean, or with a CPU generator a
-        draw from their distribution. Raises as `moments`."""
-        mean, std = self.moments(images)
+        draw from their distribution. `tile`, and what is raised, as in `moments`."""
+        mean, std = self.moments(images, tile)
         if generator is None:
             return mean
         noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return mean + std * noise.to(mean.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1].
 
-        One image at a time, so that its bits do not depend on the batch. Raises NumericsError for NaN or infinity:
+        One image at a time, so that its bits do not depend on the batch; with `tile` in tiles of so many latents a
+        side, where it is larger (see ldm.nn.tiling). Raises NumericsError for NaN or infinity:
         in 16 bits some autoencoders overflow, and a black picture must not pass for a result.
         """
         if latents.shape[1] != self.latent_channels:
             raise ModelError(f"latents have {latents.shape[1]} channels, this VAE decodes {self.latent_channels}")
         z = latents / self.scaling_factor + self.shift_factor
-        images = [self.module.decode(one[None].to(self.device, self.dtype)).sample.float() for one in z]
+        images = []
+        for one in z.to(self.device, self.dtype).split(1):
+            if tile is not None and max(one.shape[-2:]) > tile:
+                images.append(through_tiles(_picture, self.module, one, 1, self.factor, tile))
+            else:
+                images.append(_picture(self.module, one))
         return _finite(torch.cat(images), "decoding").clamp(-1, 1)
 
     def check_size(self, height: int, width: int) -> None:
@@ -116,6 +129,17 @@ def _build(config: Mapping[str, Any]) -> AutoencoderKL:
         return AutoencoderKL.from_config(dict(config))
     except (TypeError, ValueError) as error:
         raise ModelError(f"the VAE's config cannot be used: {error}") from error
+
+
+def _mean_and_std(module: AutoencoderKL, images: Tensor) -> Tensor:
+    """images (B, 3, H, W) -> (B, 2 C, h, w) fp32, unscaled."""
+    posterior = module.encode(images).latent_dist
+    return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
+
+
+def _picture(module: AutoencoderKL, z: Tensor) -> Tensor:
+    """Unscaled latents (1, C, h, w) -> (1, 3, H, W) fp32."""
+    return module.decode(z).sample.float()
 
 
 def _finite(tensor: Tensor, doing: str) -> Tensor:
