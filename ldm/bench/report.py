@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ldm.bench.cold import cold
+from ldm.bench.rendering import rendering
 from ldm.bench.samplers import Comparison, samplers
 from ldm.bench.timing import Timing
 from ldm.bench.warm import warm
 from ldm.errors import ConfigError, nearest
 
-BENCHES: dict[str, Callable[..., Timing | Comparison]] = {"cold": cold, "warm": warm, "samplers": samplers}
+BENCHES: dict[str, Callable[..., Timing | Comparison]] = {"cold": cold, "warm": warm, "render": rendering}
+BENCHES["samplers"] = samplers
 TIMINGS = ("cold", "warm")  # what runs where nothing is named; the others take minutes
 
 

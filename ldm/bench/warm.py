@@ -72,6 +72,19 @@ def _ours(path: Path, model: str, dtype: str, device: str, sampler: str, setting
 
 
 def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
+    import torch
+
+    pipe = peer(model, dtype, device, sampler)
+
+    def draw() -> None:
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        pipe(PROMPT, generator=generator, **settings).images[0].save(path)
+
+    return draw
+
+
+def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
+    """diffusers' pipeline of a model's folder, with its own of our samplers. Raises ModelError if it cannot read it."""
     import diffusers
     import torch
 
@@ -86,12 +99,7 @@ def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, setti
         raise ModelError(f"diffusers cannot read it ({' '.join(str(error).split())[:120]})", where=model) from None
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, PEERS[sampler]).from_config(pipe.scheduler.config)
-
-    def draw() -> None:
-        generator = torch.Generator("cpu").manual_seed(SEED)
-        pipe(PROMPT, generator=generator, **settings).images[0].save(path)
-
-    return draw
+    return pipe
 
 
 def _profile(call: Callable, device: str) -> str:

@@ -6,6 +6,7 @@ examples:
   ldm bench warm --sampler euler --steps 25        a picture from models in memory, against diffusers
   ldm bench warm --dtype bf16 --profile            and where the time goes
   ldm bench warm --json > warm.json
+  ldm bench render --pictures 32 --batch-size 8    a prompt file to PNGs, against loops over diffusers' pipeline
   ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: pictures, distances, a plot
   ldm bench samplers --steps 10,20 --sampler euler,dpmpp_2m --prompts 2
 
@@ -21,20 +22,23 @@ import argparse
 from ldm.errors import ConfigError
 
 SETTINGS = ("repeats", "model", "steps", "sampler", "guidance_scale", "dtype", "device", "profile", "prompts", "out")
+SETTINGS += ("pictures", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("names", metavar="BENCH", nargs="*", help="cold, warm, samplers (the first two)")
-    add("--repeats", type=int, metavar="N", help="timed rounds of cold and warm; the median is told (5)")
+    add("names", metavar="BENCH", nargs="*", help="cold, warm, render, samplers (the first two)")
+    add("--repeats", type=int, metavar="N", help="timed rounds; the median is told (5; render: 3)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
-    add("--steps", type=_steps, metavar="N", help="warm: one number (25); samplers: 4,8,16,32")
-    add("--sampler", metavar="NAME", help="warm: ddim, euler, dpmpp_2m (ddim); samplers: names with commas (all)")
-    add("--guidance-scale", type=float, metavar="X", help="warm (4)")
+    add("--steps", type=_steps, metavar="N", help="warm, render: one number (25); samplers: 4,8,16,32")
+    add("--sampler", metavar="NAME", help="ddim, euler, dpmpp_2m (ddim); samplers: names with commas (all)")
+    add("--guidance-scale", type=float, metavar="X", help="warm, render (4)")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32)")
     add("--device", metavar="NAME", help="cpu, cuda (cpu)")
     add("--profile", action="store_true", default=None, help="warm: print the operators that take longest")
     add("--prompts", type=int, metavar="N", help="samplers: pictures that distances are the means of (8)")
+    add("--pictures", type=int, metavar="N", help="render: lines of the file (16)")
+    add("--batch-size", type=int, metavar="N", help="render: pictures drawn together, ours and theirs (8)")
     out = "samplers: write samplers.png, samplers.svg and samplers.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
     add("--json", action="store_true", help="print one JSON document in place of the table")

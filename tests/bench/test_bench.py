@@ -46,6 +46,30 @@ def test_warm_against_diffusers(tiny_folder, capsys):
     assert found["agreement"]["largest difference of 255"] <= 1
 
 
+def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
+    from ldm.bench import rendering
+
+    lines = [{"prompt": f"a {('red', 'blue')[i % 2]} cat", "seed": i, "name": str(i)} for i in range(3)]
+    lines[1]["negative_prompt"] = "a dog"
+    monkeypatch.setattr(rendering, "_lines", lambda count: lines[:count])
+    words = ["--model", str(tiny_folder), "--steps", "2", "--pictures", "3", "--batch-size", "2", "--repeats", "1"]
+    assert main(["bench", "render", *words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
+    apart = found["agreement"]
+    assert apart["largest difference of 255"] <= 1 and apart["times as fast as one by one"] > 0
+    monkeypatch.setattr(rendering, "_theirs", lambda pipe, some, folder, size, call: _other_pictures(folder))
+    assert main(["bench", "render", *words]) == 5 and "the pictures differ by" in capsys.readouterr().err
+
+
+def _other_pictures(folder):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (32, 32), (255, 0, 255)).save(folder / f"{i}.png")
+    return folder
+
+
 def test_pictures_that_differ_are_not_timed(tiny_folder, monkeypatch):
     from PIL import Image
 
