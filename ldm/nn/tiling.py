@@ -50,8 +50,8 @@ class SharedNorm(nn.Module):
 
 
 def through_tiles(run: Run, module: nn.Module, x: Tensor, per_input: int, per_output: int, tile: int) -> Tensor:
-    """One input x (1, C, h * per_input, w * per_input) through `run(module, part)`, tile by tile: (1, C', h * per_output,
-    w * per_output), fp32. Neighbours are blended by a ramp across what they share.
+    """One input x (1, C, h * per_input, w * per_input) through run(module, part), tile by tile, in fp32:
+    (1, C', h * per_output, w * per_output). Neighbours are blended by a ramp across what they share.
 
     per_input, per_output   numbers a latent has there along each side: 1, or f for pixels
     `module` stays as it is: its norms are replaced in a copy on the same weights.

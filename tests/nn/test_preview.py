@@ -47,7 +47,7 @@ def test_previews_stay_inside_the_range_of_colours():
 def test_shapes_are_coloured_and_the_same_for_the_same_seed():
     first = shapes(3, 24)
     assert torch.equal(first, shapes(3, 24)) and not torch.equal(first, shapes(3, 24, seed=1))
-    assert first.shape == (3, 3, 24, 24) and -1 <= first.min() and first.max() <= 1
+    assert first.shape == (3, 3, 24, 24) and first.min() >= -1 and first.max() <= 1
     assert all(len(picture.flatten(1).unique(dim=1).T) > 10 for picture in first)
 
 

@@ -1,5 +1,7 @@
 """Tiles: their places and weights, exactness where nothing reaches across them, and seams that are not seen."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ def test_tiles_cover_everything_overlap_enough_and_their_weights_leave_no_gap(le
     places = spans(length, tile, overlap)
     assert places[0][0] == 0 and places[-1][1] == length
     assert all(end - start == min(tile, length) for start, end in places)
-    assert all(before[1] - after[0] >= overlap for before, after in zip(places, places[1:]))
+    assert all(before[1] - after[0] >= overlap for before, after in pairwise(places))
     if overlap:
         weights = torch.zeros(length * 2)
         for start, end in places:
