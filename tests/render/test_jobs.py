@@ -227,6 +227,7 @@ def test_names_people_give_stay_as_they_are():
 
 
 def test_hostile_names_of_5000_lines_are_distinct_and_stay_in_the_folder(tmp_path):
+    """Faults G 60."""
     folder = tmp_path / "out"
     folder.mkdir()
     jobs = jobs_of([{"prompt": "x", "name": name} for name in hostile_names(5000)])
@@ -292,6 +293,7 @@ def test_memory_of_many_lines(tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_a_million_lines(tmp_path):
+    """Faults G 61, 65."""
     jobs, kib = memory_of(tmp_path, 1_000_000)
     assert jobs == 1_000_000 and kib < 300 * 1024
 

@@ -161,6 +161,7 @@ def test_the_file_keeps_the_name_of_its_first_rendering(tmp_path):
 
 
 def test_what_is_there_is_never_overwritten(tmp_path):
+    """Faults G 61."""
     folder, outside = tmp_path / "out", tmp_path / "outside.txt"
     folder.mkdir()
     outside.write_text("mine")

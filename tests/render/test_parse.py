@@ -384,6 +384,7 @@ def test_bad_lines_leave_the_others_alone(tmp_path):
 
 
 def test_a_line_longer_than_the_limit_is_skipped_in_bounded_memory(tmp_path):
+    """Faults G 65."""
     path = tmp_path / "long.txt"
     with path.open("wb") as handle:
         handle.write(b"a\n")

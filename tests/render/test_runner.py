@@ -119,6 +119,16 @@ def test_equal_lines_are_different_pictures(draw, tmp_path):
     assert len(found.paths) == 4 and len(set(pictures(tmp_path / "out").values())) == 4  # the key is inside
 
 
+def test_hostile_names_stay_in_the_folder(draw, tmp_path):
+    """Faults G 60."""
+    names = ["../../up", "/etc/passwd", "a/b", "con", "-rf", ".hidden", "..", "manifest.jsonl", "x.png", "x", "é" * 300]
+    before = set(tmp_path.iterdir())
+    found = draw([{"prompt": "a cat", "seed": i, "name": name} for i, name in enumerate(names)])
+    assert found.counts["rendered"] == len(names) == len(set(found.paths))
+    assert set(tmp_path.iterdir()) - before == {found.folder}
+    assert all(path.resolve().parent == found.folder and path.suffix == ".png" for path in found.paths)
+
+
 def test_templates_and_wildcards(draw, tmp_path):
     (tmp_path / "cards").mkdir()
     (tmp_path / "cards" / "animal.txt").write_text("cat\ndog\n")

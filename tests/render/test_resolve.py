@@ -1,0 +1,95 @@
+"""What a line's settings become, and the model without its weights that they are completed from."""
+
+import json
+import shutil
+
+import pytest
+
+from ldm.checkpoint import load_model, save_model
+from ldm.errors import ConfigError, ModelError
+from ldm.pipeline import Pipeline
+from ldm.render.outline import outline
+from ldm.render.resolve import Resolver
+
+
+@pytest.fixture
+def forms(tiny_folder, tmp_path):
+    """The tiny model as a folder, as one without manifest, and as a single file."""
+    bare, single = tmp_path / "bare", tmp_path / "single.safetensors"
+    shutil.copytree(tiny_folder, bare)
+    (bare / "manifest.json").unlink()
+    save_model(load_model(tiny_folder, "cpu", "fp32"), single, dtype="fp32")
+    return [tiny_folder, bare, single]
+
+
+def test_an_outline_says_what_the_loaded_model_says(forms, monkeypatch):
+    loaded = [load_model(place, "cpu", "fp32", cache=False) for place in forms]
+    for module in ("build", "tensors"):
+        monkeypatch.setattr(f"ldm.checkpoint.{module}.read_tensors", None)  # no weight is read
+    for place, model in zip(forms, loaded):
+        found = outline(str(place))
+        assert (found.name, found.hash, found.path) == (model.name, model.hash, model.path)
+        assert found.schedule == model.schedule and found.unet.config == model.unet.config
+        assert found.vae.factor == model.vae.factor and found.vae.latent_channels == model.vae.latent_channels
+        assert found.info.get("ldm") == model.info.get("ldm")
+    assert outline(str(forms[0])).hash == outline(str(forms[1])).hash  # the manifest says the truth
+
+
+def test_settings_are_those_of_generate(tiny_folder):
+    asked = {"num_inference_steps": 2, "sampler": "euler", "spacing": "karras", "guidance_rescale": 0.5}
+    settings, hashes = Resolver()({"prompt": "a cat", "seed": 3, "model": str(tiny_folder), **asked})
+    (record,) = Pipeline("a cat", model=tiny_folder).generate(seed=3, **asked).metadata
+    assert {name: record[name] for name in settings if name != "model"} == {
+        name: value for name, value in settings.items() if name != "model"
+    }
+    assert hashes == {"model": record["model_hash"]} and json.loads(json.dumps(settings)) == settings
+
+
+def test_what_changes_nothing_is_left_out(tiny_folder):
+    resolve, line = Resolver(), {"prompt": "a", "seed": 1, "model": str(tiny_folder)}
+    plain = resolve(line)
+    neutral = {"guidance": "cfg", "clip_skip": 0, "emphasis": "original", "eta": None, "guidance_rescale": 0.0}
+    assert resolve({**line, **neutral, "negative_prompt": "", "guidance_scale": 6, "height": 32}) == plain
+    assert Resolver(dtype="fp32")(line)[0] == {**plain[0], "dtype": "fp32"}  # asked for: another picture
+
+
+def test_resolved_settings_resolve_to_themselves(tiny_folder):
+    resolve = Resolver()
+    line = {"prompt": "a", "seed": 1, "model": str(tiny_folder), "sampler": "lcm", "guidance": "pag", "pag_scale": 2.0}
+    settings, _ = resolve(line)
+    assert resolve(settings)[0] == settings
+    painter, call = resolve.drawable(settings)
+    assert painter.folder == tiny_folder and call.sampler == "lcm" and call.guidance.pag_scale == 2.0
+
+
+def test_another_vae_is_in_the_hashes(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "vae", tmp_path / "vae")
+    resolve, line = Resolver(), {"prompt": "a", "seed": 1, "model": str(tiny_folder)}
+    _, plain = resolve(line)
+    settings, hashes = resolve({**line, "vae": str(tmp_path / "vae")})
+    assert settings["vae"] == str(tmp_path / "vae") and hashes["model"] != plain["model"] and len(hashes["vae"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"width": 33}, "use 32 or 40"),
+        ({"sampler": "heun_flow"}, "heun_flow is for flow models"),
+        ({"num_inference_steps": 5, "timesteps": (9.0, 1.0)}, "timesteps"),
+        ({"prompt": "a (cat:x:y) [a:b:c:d"}, None),
+        ({"prompt": "a" + "(" * 200}, "nested more than"),
+        ({"prompt": "<lora:x> cat"}, "no folder to look in"),
+        ({"negative_prompt": "<lora:x>"}, "belongs into the prompt"),
+        ({"image": "x.png"}, "is not supported in prompt files"),
+        ({"model": "nowhere"}, "no such model folder"),
+        ({"eta": 0.5, "sampler": "euler"}, "takes no eta"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(tiny_folder, asked, message):
+    resolve, line = Resolver(), {"prompt": "a", "seed": 1, "model": str(tiny_folder), **asked}
+    if message is None:
+        assert resolve(line)[0]["prompt"] == asked["prompt"]
+        return
+    for _ in range(2):  # remembered or not
+        with pytest.raises((ConfigError, ModelError), match=message):
+            resolve(line)
