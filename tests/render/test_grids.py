@@ -2,15 +2,19 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageFont
-from prompt_files import jobs_of
+from prompt_files import jobs_of, resolve
 
 from ldm.errors import ConfigError
+from ldm.images import encode
 from ldm.render import grids
-from ldm.render.grids import draw_sheet, grid_entries, read_axes
+from ldm.render.grids import draw_sheet, grid_entries, read_axes, write_sheets
+from ldm.render.jobs import Job, Plan
 from ldm.render.labels import cut, wrapped
+from ldm.render.manifest import Ledger
 from ldm.render.parse import read_entries
 
 
@@ -163,6 +167,23 @@ def test_smaller_pictures_are_centred_and_missing_ones_grey(tmp_path):
         (first[0] + 3 * 68 + 5, first[1] + 60)
     )
     assert sheet.getpixel((first[0] + 2 * 68 + 5, first[1] + 60)) == (225, 225, 225)
+
+
+def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
+    entries = list(read_entries(["a cat --d 1", "a dog --s x", "a cat --d 1", "a bird"]))
+    axes = read_axes(["steps=1,2,3", "cfg=1,2"])
+    jobs = list(Plan((cell for entry in entries for cell in grid_entries(entry, axes)), {}, resolve))
+    jobs = [job for job in jobs if isinstance(job, Job)]
+    with Ledger(tmp_path) as ledger:
+        ledger.save(replace(jobs[0], key="0" * 32, stem="of-an-older-run"), encode(Image.new("RGB", (64, 64), "white")))
+        for job in jobs:
+            if job.index != 9:
+                ledger.save(job, encode(Image.new("RGB", (64, 64), colour(job.index))))
+    paths = write_sheets(tmp_path, entries, axes, [int(job.key[:16], 16) for job in jobs])
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"grids/grid-00{i}.png" for i in (1, 3, 4)]
+    for path, own in zip(paths, (range(1, 7), (7, 8, 10, 11, 12), range(13, 19))):
+        with Image.open(path) as sheet:
+            places(sheet, [colour(i) for i in own], (64, 64))
 
 
 def test_a_sheet_of_many_large_pictures_is_made_smaller(monkeypatch):

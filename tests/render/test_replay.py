@@ -363,6 +363,31 @@ def test_a_manifest_gives_each_job_once(tmp_path):
     assert [job.key for job in again] == [job.key for job in jobs]
 
 
+def test_a_rendered_folder_gives_the_same_jobs_again(tiny_folder, tmp_path):
+    """With every setting that a line cannot say: keys hash all of them, so equal keys are equal pictures."""
+    from ldm.pipeline import Pipeline
+    from ldm.render.jobs import Plan
+    from ldm.render.resolve import Resolver
+    from ldm.render.runner import render
+
+    prompts = [
+        "a cat --s 2",
+        "a {red|blue} dog --n a cat --d 7",
+        "a cat --s 2",
+        {"prompt": "a \\{cat\\}", "seed": [3, 4]},
+    ]
+    drawing = {"sampler": "euler_ancestral", "spacing": "karras", "clip_skip": 1, "emphasis": "no_norm"}
+    drawing |= {"guidance": "apg", "guidance_scale": 3, "guidance_interval": (0, 0.8), "num_inference_steps": 3}
+    folder = render(prompts, tmp_path, model=str(tiny_folder), **drawing).folder
+    jobs = list(Plan((replay.entry for replay in read_replays([folder])), {}, Resolver()))
+    lines = list(last_lines(folder))
+    assert [(job.key, dict(job.settings)) for job in jobs] == [(line["key"], line["settings"]) for line in lines]
+    (replay,) = read_replays([folder / lines[-1]["path"]], [f"model={tiny_folder}"])
+    own, call = keywords(replay)
+    with Image.open(folder / lines[-1]["path"]) as picture:
+        assert Pipeline(**own).generate(**call)[0].tobytes() == picture.tobytes()
+
+
 def test_what_will_differ_is_said_in_one_line_each():
     record = record_of(lora=[{"name": "red", "short_hash": "abcdef012345"}])
     assert differences(record, record) == []
