@@ -1,0 +1,185 @@
+"""Aspect buckets: sizes of about equal area, the nearest for each picture, and batches that hold one size each."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ldm.config import require
+from ldm.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Size(NamedTuple):
+    """Pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Which buckets there are. Squares alone: min_side = max_side = resolution. Raises ConfigError."""
+
+    resolution: int = 512  # pixels; a bucket has at most resolution² of them
+    step: int = 64  # pixels; every side is a multiple
+    min_side: int | None = None  # pixels; None: resolution / 2
+    max_side: int | None = None  # pixels; None: 2 * resolution
+    upscale: bool = True  # False: a picture smaller than its bucket gets a bucket of its own, below min_side too
+
+    def __post_init__(self):
+        require(self.step >= 1, f"must be at least 1, got {self.step}", "step")
+        near = f"use {max(self.step, self.resolution // self.step * self.step)}"
+        fits = self.resolution >= self.step and self.resolution % self.step == 0
+        require(fits, f"{self.resolution} is not a multiple of the step {self.step}; {near}", "resolution")
+        low, high = self.sides
+        require(low >= self.step, f"must be at least the step {self.step}, got {low}", "min_side")
+        require(low <= self.resolution, f"must be at most the resolution {self.resolution}, got {low}", "min_side")
+        require(high >= self.resolution, f"must be at least the resolution {self.resolution}, got {high}", "max_side")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shortest and the longest side, multiples of the step."""
+        low = max(self.step, self.resolution // 2) if self.min_side is None else self.min_side
+        high = 2 * self.resolution if self.max_side is None else self.max_side
+        return -(-low // self.step) * self.step, high // self.step * self.step
+
+
+@functools.lru_cache
+def buckets(config: BucketConfig) -> tuple[Size, ...]:
+    """All buckets, from wide to tall: the resolution's square, and for every side the longest other one that fits.
+
+    The areas are at most resolution², so that no batch needs more memory than one of squares (as in kohya's scripts).
+    """
+    low, high = config.sides
+    found = {Size(config.resolution, config.resolution)}
+    for side in range(low, high + 1, config.step):
+        other = min(config.resolution**2 // side // config.step * config.step, high)
+        if other >= low:
+            found |= {Size(side, other), Size(other, side)}
+    return tuple(sorted(found, key=lambda size: (size.height / size.width, size)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def bucket_of(size: Size, config: BucketConfig) -> Size:
+    """The bucket nearest in aspect, which is the one that cropping loses fewest pixels for; of equals the largest.
+
+    Without `upscale` a picture that is smaller than it on either side gets its own sides, rounded down to the step.
+    """
+
+    def order(bucket: Size) -> tuple[float, int, Size]:
+        sides = size.height * bucket.width, size.width * bucket.height
+        return -min(sides) / max(sides), -bucket.area, bucket
+
+    best = min(buckets(config), key=order)
+    if config.upscale or (size.height >= best.height and size.width >= best.width):
+        return best
+    step, high = config.step, config.sides[1]
+    height, width = (max(step, min(side // step * step, high)) for side in size)
+    room = max(step, config.resolution**2 // min(height, width) // step * step)
+    return Size(min(height, room), width) if height > width else Size(height, min(width, room))
+
+
+def resized(size: Size, bucket: Size) -> Size:
+    """The picture's size after resizing by the one factor that covers the bucket, its aspect kept."""
+    if bucket.height * size.width >= bucket.width * size.height:  # height needs the larger factor
+        return Size(bucket.height, max(bucket.width, _rounded(size.width * bucket.height, size.height)))
+    return Size(max(bucket.height, _rounded(size.height * bucket.width, size.width)), bucket.width)
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One line of the histogram: a bucket and the pictures in it."""
+
+    bucket: Size
+    pictures: int
+    lost: float  # mean over the pictures of the part of their pixels that is cropped away, 0 to 1
+    enlarged: int  # pictures that are smaller than the bucket on a side
+
+
+def histogram(sizes: Iterable[Size], config: BucketConfig) -> list[Share]:
+    """How pictures of these sizes spread over the buckets; the fullest first. The counts add up to the pictures."""
+    groups: dict[Size, Counter[Size]] = {}
+    for size, count in Counter(sizes).items():
+        groups.setdefault(bucket_of(size, config), Counter())[size] = count
+    shares = []
+    for bucket, members in groups.items():
+        lost = sum(count * (1 - bucket.area / resized(size, bucket).area) for size, count in members.items())
+        enlarged = sum(n for size, n in members.items() if size.height < bucket.height or size.width < bucket.width)
+        shares.append(Share(bucket, members.total(), lost / members.total(), enlarged))
+    return sorted(shares, key=lambda share: (-share.pictures, share.bucket))
+
+
+class Batches:
+    """The order of training: batches of one bucket each, a pure function of (seed, epoch, buckets, batch size).
+
+    In an epoch every position comes exactly once: pictures are shuffled inside their bucket and cut into batches, and
+    the batches are shuffled. What is left of a bucket is a smaller batch, never filled up and never dropped; which
+    pictures it holds changes from epoch to epoch. To repeat a picture, list its bucket at several positions.
+    Raises DataError where there are no pictures.
+    """
+
+    def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int):
+        import numpy as np
+
+        require(batch_size >= 1, f"must be at least 1, got {batch_size}", "batch_size")
+        if not buckets:
+            raise DataError("there are no pictures to make batches of")
+        self.seed = seed
+        _, self._bucket, counts = np.unique(np.asarray(buckets), axis=0, return_inverse=True, return_counts=True)
+        self._bucket = self._bucket.reshape(-1)
+        ends = np.cumsum(counts)
+        starts = [range(end - count, end, batch_size) for end, count in zip(ends.tolist(), counts.tolist())]
+        self._spans = [
+            (start, min(start + batch_size, end)) for group, end in zip(starts, ends.tolist()) for start in group
+        ]
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same number in each."""
+        return len(self._spans)
+
+    def at(self, step: int) -> tuple[int, list[int]]:
+        """(epoch, positions) of the step-th batch since the beginning: to go on, ask for the next number."""
+        epoch, place = divmod(step, len(self))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._orders(epoch))
+        _, order, batches = self._epoch
+        begin, end = self._spans[batches[place]]
+        return epoch, order[begin:end].tolist()
+
+    def _orders(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions by bucket, shuffled in each, and the batches' order."""
+        import numpy as np
+
+        pictures = shuffle_keys(len(self._bucket), self.seed, "pictures", epoch)
+        batches = shuffle_keys(len(self), self.seed, "batches", epoch)
+        return np.lexsort((pictures, self._bucket)), np.argsort(batches, kind="stable")
+
+
+def shuffle_keys(count: int, *parts: object) -> np.ndarray:
+    """uint64 (count,): sorting by them is a random order keyed by `parts`, the same on every machine and library.
+
+    SplitMix64 (Steele, Lea and Flood 2014) from a hash of the parts on.
+    """
+    import numpy as np
+
+    start = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    z = np.uint64(start) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

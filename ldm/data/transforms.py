@@ -1,0 +1,118 @@
+"""What becomes of a picture and its captions at an epoch: resized, cropped, flipped, one caption chosen.
+
+Every choice is a function of (seed, epoch, sample), made when it is needed: nothing has to be saved to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ldm import images
+from ldm.config import require
+from ldm.data.buckets import Size, resized
+from ldm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How a picture fills its bucket. Raises ConfigError."""
+
+    crop: Literal["center", "random"] = "center"
+    flip: float = 0.0  # probability of a mirrored picture
+
+    def __post_init__(self):
+        require(self.crop in ("center", "random"), f"must be center or random, got {self.crop!r}", "crop")
+        require(0 <= self.flip <= 1, f"must be 0 to 1, got {self.flip}", "flip")
+
+
+@dataclass(frozen=True)
+class View:
+    """All that is done to one picture: resized, mirrored where `flipped`, then cropped."""
+
+    original: Size  # of the upright picture
+    resized: Size
+    top: int  # of the crop, in the resized and mirrored picture
+    left: int
+    size: Size  # of the crop: the bucket
+    flipped: bool = False
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """XL's size and crop conditioning (Podell et al. 2023, 2.2): original size, crop's top left, target size."""
+        return (*self.original, self.top, self.left, *self.size)
+
+
+def draw(*parts: object) -> float:
+    """A number in [0, 1), keyed by `parts`: the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def draw_view(original: Size, bucket: Size, config: TransformConfig, seed: int, epoch: int, sample: int) -> View:
+    """The view of a sample at an epoch. Crop and flip are drawn independently of each other."""
+    full = resized(original, bucket)
+    room = full.height - bucket.height, full.width - bucket.width
+    if config.crop == "random":
+        top, left = (
+            int(draw(seed, "crop", axis, epoch, sample) * (space + 1)) for axis, space in zip(("top", "left"), room)
+        )
+    else:
+        top, left = (round(space / 2) for space in room)
+    flipped = draw(seed, "flip", epoch, sample) < config.flip
+    return View(original, full, top, room[1] - left if flipped else left, bucket, flipped)
+
+
+def fixed_views(original: Size, bucket: Size, config: TransformConfig) -> tuple[View, ...]:
+    """Every view that `draw_view` can give, so that all can be prepared: one, or two with flips.
+
+    Raises ConfigError for random crops, which are without end.
+    """
+    if config.crop != "center":
+        raise ConfigError("random crops cannot be cached", where="crop", todo="use crop=center, or no cache")
+    chances = [0.0] * (config.flip < 1) + [1.0] * (config.flip > 0)
+    return tuple(draw_view(original, bucket, TransformConfig(flip=chance), 0, 0, 0) for chance in chances)
+
+
+def pixels(picture: Image.Image, view: View) -> torch.Tensor:
+    """The view of an upright picture as uint8 (3, H, W), through Lanczos' filter, antialiased.
+
+    The picture may have been decoded at a fraction of its size. Only the part that is kept is resized: a line of 1x5000
+    needs no more memory than any other picture. Raises DataError where the view was made for another shape.
+    """
+    import numpy
+    import torch
+    from PIL import Image
+
+    height, width = view.original
+    larger = picture.height > height or picture.width > width
+    if larger or abs(picture.width * height - picture.height * width) >= height + width:  # sides rounded to a pixel
+        was = f"{view.original.width}x{view.original.height}"
+        raise DataError(f"is {picture.width}x{picture.height} now, it was {was}", todo="read the dataset again")
+    left = view.resized.width - view.size.width - view.left if view.flipped else view.left
+    across, down = picture.width / view.resized.width, picture.height / view.resized.height
+    right, bottom = (left + view.size.width) * across, (view.top + view.size.height) * down
+    box = (left * across, view.top * down, min(right, picture.width), min(bottom, picture.height))
+    size = (view.size.width, view.size.height)
+    part = images.flatten(picture).resize(size, Image.Resampling.LANCZOS, box=box)
+    if view.flipped:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(numpy.array(part)).permute(2, 0, 1).contiguous()
+
+
+def to_float(batch: torch.Tensor) -> torch.Tensor:
+    """uint8 (…, 3, H, W) -> fp32 in [-1, 1]."""
+    return batch.float().div_(127.5).sub_(1)
+
+
+def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: int, sample: int) -> str:
+    """One of a sample's captions, all equally likely, or with probability `dropout` the empty text."""
+    if draw(seed, "caption dropout", epoch, sample) < dropout:
+        return ""
+    return captions[int(draw(seed, "caption", epoch, sample) * len(captions))]
