@@ -287,9 +287,14 @@ def test_bad_values_are_named(tmp_path, settings, field, said):
 
 
 def test_what_changes_nothing_is_taken(tmp_path):
-    line = "a --restore_faces false --tiling False --subseed -1 --do_not_save_grid --subseed_strength 0.0 --clip_skip 1"
+    line = "a --restore_faces false --tiling False --subseed -1 --do_not_save_grid --subseed_strength 0.0"
     assert one(tmp_path, line) == {"prompt": "a"}
     assert "not supported" in str(refused(tmp_path, "a --tiling").error)
+
+
+def test_clip_skip_counts_as_a1111_does_in_files(tmp_path):
+    assert one(tmp_path, "a --clip_skip 2") == {"prompt": "a", "clip_skip": 1}
+    assert one(tmp_path, "a --clip_skip 1") == {"prompt": "a", "clip_skip": 0}  # the command's default is not meant
 
 
 def test_sampler_labels_may_say_the_spacing(tmp_path):
