@@ -169,12 +169,12 @@ def _check_guidance(settings: Mapping[str, Any]) -> None:
 def _model(record: Mapping[str, Any], base: Path) -> str | None:
     """The recorded model as Pipeline takes it; None where only the name of a folder or file is told."""
     name, commit = record.get("model"), record.get("commit")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         return None
     if name == "default":
         return name
-    for path in (name, str(base / name)):
-        if "\0" not in name and Path(path).exists():
+    for path in (name, os.path.join(base, name)):
+        if os.path.exists(path):  # False for what cannot be a name
             return path
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?", name)
     return f"{hub[1]}@{commit}" if hub and isinstance(commit, str) else hub and hub[0]

@@ -13,6 +13,7 @@ from ldm.errors import ConfigError, LdmError, NumericsError
 from ldm.pipeline.record import parameters
 from ldm.render.infotext import read_infotext, split_fields
 from ldm.render.manifest import Ledger, last_lines
+from ldm.render.parse import Entry
 from ldm.render.replay import differences, keywords, read_replays
 
 A1111 = """a cat, (best:1.2)
@@ -271,6 +272,15 @@ def record_of(**more):
     return common | {"truncated": "", "unknown_words": [], "attention": "auto", "offload": False} | more
 
 
+def replay_of_record(folder, record):
+    """Without the way through a picture's file."""
+    from ldm.render import replay
+    from ldm.render.changes import Changes
+
+    entry = Entry("old.png", 1, "", None)
+    return replay._replay(entry, lambda: replay._of_record(record, folder, Changes.read([])), Changes.read([]))
+
+
 def test_our_record_says_every_setting(tmp_path):
     replay = replay_of(tmp_path, "ignored", record=record_of())
     expected = {"prompt": "a cat", "negative_prompt": "", "seed": 7, "guidance_scale": 4.0, "num_inference_steps": 3}
@@ -317,6 +327,35 @@ def test_explicit_noise_levels_stand_in_place_of_steps_until_steps_are_changed(t
 def test_records_that_cannot_be_repeated_are_named(tmp_path, change, said):
     replay = replay_of(tmp_path, record=record_of(**change))
     assert said in str(replay.entry.error) and "\n" not in str(replay.entry.error)
+
+
+def test_damaged_records_raise_nothing_but_ldm_errors(tmp_path):
+    draw, refused, names = random.Random(3), 0, sorted(record_of(lora=[], vae="x", emphasis="original", sigmas=None))
+    values = [
+        None,
+        5,
+        -1,
+        1e999,
+        float("nan"),
+        "",
+        "x\0",
+        "\ud800",
+        [],
+        [1],
+        ["a", {}],
+        {},
+        {"torch": []},
+        True,
+        10**30,
+    ]
+    values += [[{"path": None, "weight": "x"}], [[None, None]], "a/b", "y" * 5000, [[]]]
+    for _ in range(3000):
+        record = record_of() | {draw.choice(names): draw.choice(values) for _ in range(draw.randrange(1, 5))}
+        replay = replay_of_record(tmp_path, record)
+        refused += replay.entry.error is not None
+        if replay.entry.error is None:
+            assert all("\n" not in line for line in (*replay.notes, *differences(replay.told, record_of())))
+    assert 500 < refused < 2900
 
 
 def test_loras_of_a_record_come_back_with_their_weights(tmp_path):
