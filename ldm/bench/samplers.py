@@ -117,7 +117,7 @@ class Comparison:
 
 
 def samplers(
-    model: str = "default",
+    model: str | Path = "default",
     prompts: int = len(PROMPTS),
     steps: int | Sequence[int] = STEPS,
     sampler: str | Sequence[str] | None = None,
@@ -205,7 +205,9 @@ def _cell(value: float | None, form: str) -> str:
     return format("-", ">7") if value is None else format(value, form)
 
 
-def _compare(model: str, texts: Sequence[str], schedule: Schedule, plan: Sequence[tuple[str, int]], **place: str):
+def _compare(
+    model: str | Path, texts: Sequence[str], schedule: Schedule, plan: Sequence[tuple[str, int]], **place: str
+) -> Comparison:
     """One run of the bench: the reference, the control of the first picture, then the plan, under one bar."""
     import torch
 
@@ -228,7 +230,7 @@ def _compare(model: str, texts: Sequence[str], schedule: Schedule, plan: Sequenc
         drawn = {(name, n): draw(pipe, name, n) for name, n in plan}
     rows = tuple(_row(name, n, schedule, pictures, reference) for (name, n), pictures in drawn.items())
     record = reference.metadata[0]
-    told = {"model": model, "pictures": len(texts), "prompt": texts[0], "seed": 1}
+    told = {"model": str(model), "pictures": len(texts), "prompt": texts[0], "seed": 1}
     told |= {"guidance_scale": record["guidance_scale"], "reference": f"{REFERENCE} with {most} steps"}
     told |= {"dtype": record["dtype"], "device": record["device"], "threads": torch.get_num_threads()}
     return Comparison(told, rows, error, {key: pictures[0] for key, pictures in drawn.items()}, reference[0])

@@ -138,6 +138,21 @@ def test_the_command_measures_the_pictures_that_the_pipeline_draws(tiny_folder, 
     assert warned and len(warned) == len(set(warned))  # each word that the model does not know is told once
 
 
+def test_a_flow_model_is_compared_over_its_own_noise_levels(tiny_folder, tmp_path, short):
+    from dataclasses import replace
+
+    from ldm.checkpoint import save_model
+
+    folder = tmp_path / "flow"
+    save_model(replace(load_model(tiny_folder), schedule=Schedule("flow")), folder, dtype="fp32")
+    found = bench_of_samplers.samplers(folder, prompts=1, steps=[2, 8], sampler=["heun_flow", "Euler"])
+    by = {(row.sampler, row.steps): row for row in found.rows}
+    assert [by["heun_flow", n].evaluations for n in (2, 8)] == [3, 15]
+    for name in ("heun_flow", "euler"):
+        assert found.reference_error < by[name, 8].distance < by[name, 2].distance
+    json.dumps(found.record())
+
+
 def test_all_samplers_that_go_with_the_model_are_drawn(tiny_folder):
     schedule = load_model(tiny_folder).schedule
     assert bench_of_samplers._chosen(None, schedule) == [name for name in SAMPLERS if name != "heun_flow"]
