@@ -107,7 +107,7 @@ def test_a_picture_that_was_decoded_at_a_fraction_keeps_its_place():
     whole = pixels(picture, view).float()
     for factor in (2, 4):
         part = pixels(picture.reduce(factor), view).float()
-        assert (part - whole).abs().mean() < 5 < 20 < (part.roll(4, 2) - whole).abs().mean()
+        assert (part - whole).abs().mean() < 8 < 20 < (part.roll(4, 2) - whole).abs().mean()
 
 
 def test_random_crops_fall_everywhere_alike_and_flips_as_often_as_asked():
