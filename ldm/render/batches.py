@@ -18,7 +18,7 @@ WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
 OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale")  # settings that may differ inside a batch
 MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
-TENSORS = 32  # of the size of the U-Net's first level that are alive at once, from measurements of SD 1.5 at 512x512
+TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
 SPARE = 0.7  # of the free memory that is planned with
 
 

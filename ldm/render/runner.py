@@ -245,6 +245,8 @@ def _draw(run: Run, found: Survey, ledger: Ledger, report: Report) -> None:
 
 
 def _say_counts(run: Run, found: Survey, ledger: Ledger) -> None:
+    if ledger.damaged:
+        console.warn(f"{ledger.folder}: {ledger.damaged} lines of the manifests cannot be read and count for nothing")
     before = found.jobs - found.left
     told = f"{found.lines} lines, {found.jobs} pictures, {before} finished before, {found.bad} bad lines"
     more = f", {found.elsewhere} pictures of other shards" if found.elsewhere else ""
