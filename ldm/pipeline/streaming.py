@@ -1,0 +1,83 @@
+"""`Pipeline.stream`: a call of generate that is looked at while it works."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from ldm.images import grid, to_pil
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ldm.nn.vae import VAE
+    from ldm.pipeline.result import Images
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one batch."""
+
+    index: int  # among the steps of its batch, from 0
+    rows: tuple[int, ...]  # which of the call's pictures, from 0
+    x0: torch.Tensor  # (B, C, h, w): what the network takes the pictures to become
+    vae: VAE
+    images: Images | None = None  # the finished pictures, on the very last Step alone
+
+    @property
+    def previews(self) -> list[Image.Image]:
+        """x0 as small pictures, one pixel a latent, by a map that is fitted to the VAE when it is first used."""
+        from ldm.nn.preview import preview
+
+        return to_pil(preview(self.vae, self.x0))
+
+    @property
+    def preview(self) -> Image.Image:
+        """All of them on one sheet."""
+        return grid(self.previews)
+
+
+class Listener:
+    """A callback of generate that is told, beside the step, which pictures it belongs to."""
+
+    def __init__(self, callback: Callable | None):
+        self._callback = callback
+        self.heard: SimpleQueue[Any] = SimpleQueue()
+        self.closed = False
+
+    def __call__(self, rows: Sequence[int], i: int, x: torch.Tensor, x0: torch.Tensor) -> bool:
+        """Whether the work is to end."""
+        self.heard.put((i, tuple(rows), x0.clone()))
+        return self.closed or (self._callback is not None and self._callback(i, x, x0) is True)
+
+
+def stream(generate: Callable[[Listener], Images], callback: Callable | None, vae: Callable[[], VAE]) -> Iterator[Step]:
+    """The steps of generate(listener), which runs in a thread; the last one comes again with the finished pictures.
+
+    Its errors are raised here. Closing the iterator, or an error or Ctrl-C in the loop over it, stops the work.
+    """
+    listener, step = Listener(callback), None
+
+    def work() -> None:
+        try:
+            listener.heard.put(generate(listener))
+        except BaseException as error:  # belongs to whoever reads the steps
+            listener.heard.put(error)
+
+    worker = threading.Thread(target=work, name="ldm-stream", daemon=True)
+    worker.start()
+    try:
+        while isinstance(heard := listener.heard.get(), tuple):
+            step = Step(*heard, vae())
+            yield step
+        if isinstance(heard, BaseException):
+            raise heard
+        if step is not None:
+            yield replace(step, images=heard)
+    finally:
+        listener.closed = True
+        worker.join()
