@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # file suffix -> Pillow's name
-READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # of Pillow's 40 decoders, those that are opened
+SUFFIXES = {  # of the files that are taken for pictures
+    **{".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"},
+    **{".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"},
+}
+READABLE = tuple(dict.fromkeys(SUFFIXES.values()))  # of Pillow's 40 decoders, those that are opened
 EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
 EXIF_LIMIT = 65_000  # bytes; a JPEG segment holds 65,533
 _NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError)  # what Pillow raises on damaged files

@@ -51,11 +51,11 @@ def test_reads_csv_with_commas_and_bom(folder):
         ("{broken", "metadata.jsonl:2: is not JSON"),
         ("[1]", "metadata.jsonl:2: expected an object, got list"),
         ({"text": "a"}, ":2: has no file_name"),
-        ({"file_name": 3, "text": "a"}, ":2: file_name is not text: 3"),
-        ({"file_name": "wide.png", "label": "a"}, "has no caption: the columns are 'file_name', 'label'"),
-        ({"file_name": "wide.png", "text": 5}, ":2: text is not text: 5"),
-        ({"file_name": "wide.png", "text": " "}, ":2: text is empty"),
-        ({"file_name": "nowhere.png", "text": "a"}, ":2: no such image: 'nowhere.png'"),
+        ({"file_name": 3, "text": "a"}, ":2: file_name is not text (3)"),
+        ({"file_name": "clear.png", "label": "a"}, ":2: has no caption (the columns are 'file_name', 'label')"),
+        ({"file_name": "clear.png", "text": 5}, ":2: caption is not text (text: 5)"),
+        ({"file_name": "clear.png", "text": " "}, "1 of 2 pictures have no caption (0 missing, 1 empty): clear.png"),
+        ({"file_name": "nowhere.png", "text": "a"}, ":2: no such image ('nowhere.png')"),
         ({"file_name": "sub/../../x.png", "text": "a"}, ":2: file_name leads out of the folder"),
         ({"file_name": "/etc/passwd", "text": "a"}, ":2: file_name leads out of the folder"),
         ({"file_name": "link.png", "text": "a"}, ":2: file_name is a link out of the folder"),
@@ -72,7 +72,9 @@ def test_names_file_and_line_of_a_bad_row(folder, line, said):
 def test_refuses_folders_without_captions(folder):
     with pytest.raises(DataError, match="no such folder"):
         CaptionedFolder(folder / "missing")
-    with pytest.raises(DataError, match=r"has no metadata.jsonl and no metadata.csv; write one line"):
+    with pytest.raises(
+        DataError, match=r"has no captions: 3 pictures, no metadata and no .txt or .caption beside them; write"
+    ):
         CaptionedFolder(folder)
     (folder / "metadata.json1").write_text("")
     with pytest.raises(DataError, match=r"metadata.json1 is there: did you mean 'metadata.jsonl'"):
@@ -96,6 +98,6 @@ def test_names_text_that_is_not_utf8_and_pictures_that_are_none(folder):
     whole = (folder / "wide.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     write(folder, *({"file_name": f, "text": "a"} for f in ("fake.png", "cut.png")))
-    for index, name in enumerate(("fake.png", "cut.png")):
-        with pytest.raises(DataError, match=rf"{name}: cannot be read as a picture"):
+    for index, (name, said) in enumerate({"fake.png": "no picture", "cut.png": "damaged or cut short"}.items()):
+        with pytest.raises(DataError, match=rf"{name}: is {said}"):
             CaptionedFolder(folder)[index]

@@ -1,0 +1,308 @@
+"""Pictures of other people's making: their header without decoding, their pixels upright in RGB, or one line why not.
+
+`file` is always a binary file that can seek. Nothing is asked of a file but its pixels and which way is up: texts,
+colour profiles and thumbnails are passed over, whatever their size or state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from ldm.errors import DataError
+from ldm.images import READABLE, flatten
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+WHITE = (255, 255, 255)
+MAX_MEMORY = 198_000_000  # bytes that reading one picture may take
+MAX_PIXELS = 64_000_000
+DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # bytes a pixel while the whole picture is decoded, measured
+STORED = {
+    "1": 1,
+    "L": 1,
+    "P": 1,
+    "I;16": 2,
+    "I;16B": 2,
+    "I;16L": 2,
+}  # bytes a pixel by mode in the other formats, else 4
+PROGRESSIVE = 3  # bytes a pixel that a progressive JPEG keeps beside its pixels
+MAX_FILE = 200_000_000  # bytes
+BAND = 250_000  # pixels that are turned into RGB at once
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
+ORIENTATION = 0x0112
+OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of pictures and not read
+    (0, b"%PDF", "PDF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "video"),
+    (0, b"PK\3\4", "zip"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"version https://git-lfs", "git-lfs pointer"),
+)
+
+
+class PictureError(DataError):
+    """A file whose pixels cannot be had; `reason` is the same for all that fail in one way, for counting."""
+
+    def __init__(self, reason: str, detail: str = "", *, where: object = None, todo: str | None = None):
+        self.reason, self.detail = reason, " ".join(detail.split())
+        super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, todo=todo)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its picture before anything is decoded."""
+
+    format: str  # Pillow's name: PNG, JPEG, …
+    mode: str  # Pillow's name: RGB, P, CMYK, I;16, …
+    width: int  # pixels, upright
+    height: int
+    orientation: int = 1  # EXIF's 1 to 8
+    animated: bool = False  # of which the first frame is taken
+    transparent: bool = False  # an alpha channel, or a colour or palette entries that are
+
+
+def read_header(file: BinaryIO, where: object = None) -> Header:
+    """Size and kind without decoding. Raises PictureError for what is no picture of ours or too large to decode."""
+    with _opened(file, where) as (image, header):
+        _scale(image, header, 1)
+        return header
+
+
+def read_picture(
+    file: BinaryIO, where: object = None, at_least: int | None = None, ground: tuple[int, int, int] = WHITE
+) -> Image.Image:
+    """The picture in RGB, upright, the first frame, transparency laid on `ground`, 16 bits scaled to 8.
+
+    With `at_least` the shorter side of a large picture may come out smaller by a whole factor, never below twice
+    `at_least` pixels. Raises PictureError, and nothing else, for whatever cannot be read or would take too much memory.
+    """
+    from PIL import Image
+
+    with _opened(file, where) as (image, header):
+        factor = _scale(image, header, at_least)
+        levels = _levels(image)
+        if image.mode == "RGB" and factor == 1 and "transparency" not in image.info:
+            image.load()
+            picture = image
+        else:
+            picture = _in_bands(image, factor, ground, levels)
+        turn = UPRIGHT.get(header.orientation)
+        return picture if turn is None else picture.transpose(Image.Transpose(turn))
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
+    """The picture, not decoded yet, and its header; whatever goes wrong inside of the block becomes PictureError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        start = file.read(512)
+        size = file.seek(0, io.SEEK_END)
+        if not size:
+            raise PictureError("is empty", "0 bytes", where=where)
+        if size > MAX_FILE:
+            raise PictureError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
+        file.seek(0)
+        animated = False
+        if start.startswith(PNG):
+            file, animated = _without_texts(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own about sizes and damaged EXIF
+            with Image.open(file, formats=READABLE) as image:
+                yield image, _header(image, animated)
+    except PictureError as error:
+        raise PictureError(error.reason, error.detail, where=where, todo=error.todo) from None
+    except UnidentifiedImageError:
+        raise PictureError(*_told_by(start), where=where) from None
+    except Image.DecompressionBombError:
+        raise PictureError("is too large a picture", "its header declares a bomb", where=where) from None
+    except MemoryError:
+        raise PictureError("is too large a picture", "out of memory", where=where) from None
+    except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, IndexError, …
+        raise PictureError("is damaged or cut short", str(error) or type(error).__name__, where=where) from None
+
+
+def _header(image: Image.Image, animated: bool) -> Header:
+    width, height = image.size
+    orientation = 1
+    with contextlib.suppress(Exception):  # broken EXIF: the picture is taken as it lies
+        if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded in search of it
+            value = image.getexif().get(ORIENTATION)
+            orientation = value if value in UPRIGHT else 1
+    if UPRIGHT.get(orientation, 0) in (2, 4, 5, 6):  # quarter turns
+        width, height = height, width
+    if image.format != "PNG":
+        with contextlib.suppress(Exception):
+            animated = image.format != "TIFF" and bool(getattr(image, "is_animated", False))
+    transparent = ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info
+    return Header(image.format, image.mode, width, height, orientation, animated, transparent)
+
+
+def _told_by(start: bytes) -> tuple[str, str]:
+    """(reason, detail) for a file that no decoder knows, by its first bytes."""
+    for offset, magic, name in OTHERS:
+        if start.startswith(magic, offset):
+            return "is of a kind that is not read", name
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
+        return "is no picture", "SVG" if b"<svg" in text else "a page of HTML or XML"
+    if start.isascii() and not any(byte < 9 for byte in start):
+        return "is no picture", "text"
+    return "is no picture", "the first bytes are of no known format, or damaged"
+
+
+def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
+    """The whole factor by which to make the picture smaller while decoding; a JPEG is told to decode at a fraction.
+
+    Raises PictureError where reading would take more than MAX_MEMORY.
+    """
+    width, height = image.size
+    each = DECODING.get(header.format) or STORED.get(image.mode, 4)
+    kept = 0
+    if header.format == "JPEG":
+        kept = PROGRESSIVE * width * height if image.info.get("progressive") else 0
+        if at_least:
+            image.draft(None, (2 * at_least, 2 * at_least))
+    factor = max(1, min(image.size) // (2 * at_least)) if at_least else 1
+    upright = 0 if header.orientation == 1 else 4
+    copied = 0 if image.mode == "RGB" and factor == 1 else 4
+    decoded = each - 4 if header.format in DECODING else each  # bytes a pixel that stay beside the copies
+    needed = kept + image.width * image.height * max(each, decoded + (copied + upright) / factor**2)
+    if width * height > MAX_PIXELS or needed > MAX_MEMORY:
+        detail = f"{width}x{height} {header.format} takes {needed / 1e6:.0f} MB, {MAX_MEMORY / 1e6:.0f} at most"
+        if width * height > MAX_PIXELS:
+            detail = f"{width}x{height}, {MAX_PIXELS / 1e6:.0f} megapixels at most"
+        raise PictureError("is too large a picture", detail, todo="make it smaller")
+    return factor
+
+
+def _levels(image: Image.Image) -> tuple[float, float] | None:
+    """(black, white) of a picture of 32-bit numbers; None for the other modes.
+
+    Whole numbers within 16 bits are those, floats within 0 to 1 too; others are stretched from least to most.
+    """
+    if image.mode not in ("I", "F"):
+        return None
+    low, high = image.getextrema()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PictureError("is damaged or cut short", "its pixels are not finite numbers")
+    white = 65535.0 if image.mode == "I" else 1.0
+    return (0.0, white) if low >= 0 and high <= white else (low, max(high, low + 1e-6))
+
+
+def _in_bands(
+    image: Image.Image, factor: int, ground: tuple[int, int, int], levels: tuple[float, float] | None
+) -> Image.Image:
+    """The picture in RGB, `factor` times smaller, worked off in bands of about BAND pixels to spare memory."""
+    from PIL import Image
+
+    image.load()
+    width, height = image.size
+    rows = max(factor, BAND // width // factor * factor)
+    picture = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
+    for top in range(0, height, rows):
+        band = _rgb(image.crop((0, top, width, min(height, top + rows))), ground, levels)
+        picture.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
+    return picture
+
+
+def _rgb(band: Image.Image, ground: tuple[int, int, int], levels: tuple[float, float] | None) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if levels is not None:
+        low, high = levels
+        grey = (np.asarray(band, np.float64) - low) * (255 / (high - low))
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if band.mode.startswith("I;16"):
+        numbers = np.asarray(band).astype(np.uint16)
+        grey = np.repeat((numbers / 257).round().astype(np.uint8)[:, :, None], 3, axis=2)
+        clear = band.info.get("transparency")
+        if isinstance(clear, int):
+            grey[numbers == clear] = ground
+        return Image.fromarray(grey)
+    return flatten(band, ground)
+
+
+# PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the picture.
+PNG = b"\x89PNG\r\n\x1a\n"
+NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+MAX_EXIF = 1 << 16  # bytes
+
+
+def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
+    """The PNG with the chunks of its pixels and a sound EXIF alone, and whether it is animated. Nothing is copied."""
+    pieces, exif, position, animated, size = [(0, 8)], [], 8, False, file.seek(0, io.SEEK_END)
+    while position + 8 <= size:
+        file.seek(position)
+        head = file.read(8)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        end = min(size, position + 12 + length)
+        if kind in NEEDED:
+            pieces.append((position, end))
+        elif kind == b"eXIf" and length <= MAX_EXIF and _crc_is_right(file.read(length + 4), kind):
+            exif = [(position, end)]
+        animated = animated or kind == b"acTL"
+        position = end
+        if kind == b"IEND":
+            break
+    return io.BufferedReader(_Pieces(file, [*pieces[:2], *exif, *pieces[2:]])), animated
+
+
+def _crc_is_right(body: bytes, kind: bytes) -> bool:
+    import zlib
+
+    return len(body) >= 4 and zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
+
+
+class _Pieces(io.RawIOBase):
+    """Parts of a file, given as (begin, end), read as one."""
+
+    def __init__(self, file: BinaryIO, pieces: list[tuple[int, int]]):
+        joined: list[tuple[int, int]] = []
+        for begin, end in pieces:
+            if joined and joined[-1][1] == begin:
+                joined[-1] = (joined[-1][0], end)
+            else:
+                joined.append((begin, end))
+        self.file, self.position, self.starts, total = file, 0, [], 0
+        for begin, end in joined:
+            self.starts.append((total, begin, end - begin))
+            total += end - begin
+        self.total = total
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.total}[whence]
+        self.position = max(0, base + offset)
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        for start, begin, length in self.starts:
+            inside = self.position - start
+            if 0 <= inside < length:
+                self.file.seek(begin + inside)
+                data = self.file.read(min(len(buffer), length - inside))
+                buffer[: len(data)] = data
+                self.position += len(data)
+                return len(data)
+        return 0

@@ -1,0 +1,224 @@
+"""Sets of the `datasets` library: a folder that save_to_disk wrote, or a repository on the hub."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldm.console import progress
+from ldm.data.pictures import PictureError
+from ldm.errors import DataError
+
+from .source import Counts, Sample, Source, caption_column, captions_of
+from .tables import TODO, picture_bytes
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+FIRST = 100  # samples of a stream in which at least one caption must be
+
+
+def is_hub_id(data: str) -> bool:
+    """Whether this can only mean a repository: `owner/name` or `owner/name@revision`, and no such path here."""
+    return bool(ID.fullmatch(data)) and not Path(data).exists() and not Path(data).parent.exists()
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder."""
+    single = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    return single or (folder / "dataset_dict.json").is_file()
+
+
+class LibrarySource(Source):
+    """Rows of a `datasets.Dataset`, which lies on the disk and is read where it is asked for."""
+
+    def __init__(self, path: object, layout: str, counts: Counts, dataset, columns: tuple[str, str], rows: list[int]):
+        super().__init__(path, layout, counts, len(rows))
+        self.dataset, self.rows = dataset, rows
+        self.pictures, self.caption = columns
+        self.texts = dataset.select_columns([self.caption]) if self.caption else None
+
+    def _sample(self, position: int) -> Sample:
+        row = self.rows[position]
+        texts = captions_of(_text(self.texts[row][self.caption]))[0] if self.texts is not None else ()
+        where = f"{self.path}#{row}"
+        return Sample(f"#{row}", texts, 1, where, partial(_row_bytes, self.dataset, self.pictures, row, where))
+
+
+class StreamSource(Source):
+    """A set on the hub that is read as it comes, in its order, and never kept. Its counts grow while it is read."""
+
+    random_access = False
+
+    def __init__(self, path: object, layout: str, dataset, columns: tuple[str, str]):
+        super().__init__(path, layout, Counts(), 0)
+        self.dataset, (self.pictures, self.caption) = dataset, columns
+
+    def __len__(self) -> int:
+        raise TypeError("a stream has no length")
+
+    def __getitem__(self, index: int) -> Sample:
+        return next(islice(iter(self), index, None))
+
+    def __iter__(self) -> Iterator[Sample]:
+        self.counts = Counts()
+        rows = enumerate(self.dataset)
+        while (item := _next(rows, self.path)) is not None:
+            number, row = item
+            where = f"{self.path}#{number}"
+            self.counts.found += 1
+            data, reason = picture_bytes(row.get(self.pictures))
+            texts, fault = captions_of(_text(row.get(self.caption)))
+            if reason or fault:
+                self.counts.skip(where, reason or fault)
+                continue
+            self.counts.use(where, texts)
+            yield Sample(f"#{number}", texts, 1, where, partial(io.BytesIO, data))
+
+    def sift(self, look=Sample.header, desc: str = "headers"):
+        """As of every source, but nothing is remembered: the next time bad pictures are met again."""
+        for sample in progress(self, desc=desc, unit="picture"):
+            try:
+                yield sample, look(sample)
+            except DataError as error:
+                self._drop(sample, error)
+
+
+def _next(rows, path: object):
+    try:
+        return next(rows, None)
+    except Exception as error:  # the library has many, of the network and of damaged files
+        raise DataError(f"cannot be read on ({_line(error)})", where=path) from None
+
+
+def _text(value: Any) -> Any:
+    """A caption field as it is, or what the JSON of a webdataset holds."""
+    if isinstance(value, dict):
+        column = caption_column(list(value))
+        return value[column] if column else None
+    return value
+
+
+def _row_bytes(dataset, column: str, row: int, where: str) -> BinaryIO:
+    try:
+        value = dataset[row][column]
+    except Exception as error:  # a damaged or vanished arrow file: whatever the library makes of it
+        raise PictureError("cannot be read from the set", _line(error), where=where) from None
+    data, reason = picture_bytes(value)
+    if reason:
+        raise PictureError(reason, where=where)
+    return io.BytesIO(data)
+
+
+def open_saved(path: Path, split: str) -> LibrarySource:
+    """The source of a folder that save_to_disk wrote. Raises DataError where the library cannot read it."""
+    import datasets
+
+    try:
+        with _no_bars():
+            dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library has many
+        raise DataError(f"cannot be read as a saved set ({_line(error)})", where=path) from None
+    return _of(path, "datasets folder", dataset, split)
+
+
+def open_hub(name: str, split: str, stream: bool) -> Source:
+    """The source of a repository: downloaded into the library's cache, or read as it comes with `stream`.
+
+    Only data is read: no code of a repository is ever run. Raises DataError in one line where it cannot be had.
+    """
+    import datasets
+
+    repo, _, revision = name.partition("@")
+    try:
+        with _no_bars():
+            dataset = datasets.load_dataset(repo, revision=revision or None, streaming=stream)
+    except Exception as error:  # the library has many: no network, no such repository, gated, a full disk
+        raise DataError(*_hub_failure(error, repo), where=name, todo=_todo(error, repo)) from None
+    return _of(name, "hub set", dataset, split, stream)
+
+
+def _hub_failure(error: Exception, repo: str) -> tuple[str]:
+    from datasets import config
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "offline" if offline else _line(error)
+    return (
+        f"no such folder here, and the set {repo} is neither in {config.HF_DATASETS_CACHE} nor could be read from"
+        f" the hub ({reason})",
+    )
+
+
+def _todo(error: Exception, repo: str) -> str:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "DatasetNotFoundError" in names:
+        return "check the name, and `hf auth login` if the set is private"
+    return f"connect and try again, or run `hf download {repo} --repo-type dataset` and give its folder"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class _no_bars:
+    """The library's own bars go where ours are hidden."""
+
+    def __enter__(self) -> None:
+        import datasets
+
+        self.quiet = progress(total=0).disable and datasets.utils.are_progress_bars_enabled()
+        if self.quiet:
+            datasets.disable_progress_bars()
+
+    def __exit__(self, *_exc) -> None:
+        import datasets
+
+        if self.quiet:
+            datasets.enable_progress_bars()
+
+
+def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> Source:
+    import datasets
+
+    if isinstance(dataset, dict):
+        if split not in dataset and not (split == "train" and len(dataset) == 1):
+            raise DataError(f"has no split {split!r}", where=path, todo=f"there is {', '.join(dataset)}")
+        split = split if split in dataset else next(iter(dataset))
+        dataset, kind = dataset[split], f"{kind}, split {split}"
+    features = dataset.features or {}
+    pictures = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    listed = ", ".join(map(repr, features)) or "not known"
+    if pictures is None:
+        raise DataError(f"has no column of pictures: the columns are {listed}", where=path, todo=TODO)
+    dataset = dataset.cast_column(pictures, datasets.Image(decode=False))
+    caption = caption_column(list(features)) or next((name for name in ("txt", "json") if name in features), None)
+    columns = (pictures, caption)
+    layout = f"{kind}, pictures in {pictures!r}, captions in {caption!r}" if caption else f"{kind}, without captions"
+    nothing = DataError(f"holds no captions: the columns are {listed}", where=path, todo="name one of them 'text'")
+    if stream:
+        source = StreamSource(path, f"{layout}, read as it comes", dataset, columns)
+    else:
+        source = LibrarySource(path, layout, *_counted(path, dataset, caption, columns))
+    source.no_captions = nothing
+    if stream and not any(sample.captions for sample in islice(source, FIRST)):
+        raise nothing
+    return source
+
+
+def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tuple[Counts, Any, tuple, list[int]]:
+    counts, rows = Counts(found=len(dataset)), []
+    texts = dataset.select_columns([caption]) if caption else None
+    for row in progress(range(len(dataset)), desc="captions", unit="row"):
+        value = _text(texts[row][caption]) if texts is not None else None
+        captions, fault = captions_of(value)
+        if fault:
+            counts.skip(f"{path}#{row}", fault)
+            continue
+        counts.use(f"{path}#{row}", captions, there=value is not None)
+        rows.append(row)
+    return counts, dataset, columns, rows

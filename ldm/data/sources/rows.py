@@ -1,0 +1,94 @@
+"""Rows of metadata.csv, metadata.jsonl and metadata.parquet, and text that is not what it should be, by its line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import DataError, nearest
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TODO = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
+MAX_LINE = 1 << 20  # bytes
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", row) for each row of a metadata file; blank lines are skipped. Raises DataError with the line."""
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    try:
+        yield from readers[path.suffix](path)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", where=path) from None
+
+
+def near_miss(names: list[str]) -> str:
+    """ " (metadata.json1 is there: did you mean 'metadata.jsonl'?)" for a file that was probably meant; else ""."""
+    near = sorted(name for name in names if name.lower().startswith(("metadata", "meta_data", "_metadata")))
+    return f" ({near[0]} is there: {nearest(near[0], METADATA)})" if near else ""
+
+
+def decoded_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, without a byte order mark. Raises DataError with line and byte."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) == MAX_LINE:
+                raise DataError("is longer than a megabyte", where=where)
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DataError("is UTF-16", where=path, todo="save it as UTF-8")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                what = f"is not UTF-8 (byte {offset + error.start})"
+                raise DataError(what, where=where, todo="save it as UTF-8") from None
+            offset += len(line)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(decoded_lines(path), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"is not JSON ({error})", where=where) from None
+        if not isinstance(row, dict):
+            raise DataError(f"expected an object, got {type(row).__name__}", where=where, todo=TODO)
+        yield where, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    reader = csv.DictReader(decoded_lines(path), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                columns = f"expected {len(reader.fieldnames)} columns"
+                raise DataError(columns, where=where, todo="quote texts with commas")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"is not CSV ({error})", where=f"{path}:{reader.line_num}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"is not a sound parquet file ({_line(error)})", where=path) from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]

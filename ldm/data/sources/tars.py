@@ -1,0 +1,149 @@
+"""webdataset: tars of pictures with captions of the same key, as img2dataset writes them: 0001.jpg, 0001.txt, …"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from ldm.console import progress
+from ldm.data.pictures import MAX_FILE, PictureError
+from ldm.errors import DataError
+from ldm.images import SUFFIXES
+
+from .folder import MAX_CAPTIONS
+from .source import Counts, Sample, Source, caption_column, captions_of
+
+TEXTS = (".txt", ".caption", ".json")  # of one key, the first that holds a caption
+BLOCK = 512  # bytes of a tar's header
+
+
+class TarSource(Source):
+    """Pictures inside of tars, read at their place: of each only five numbers are kept in memory."""
+
+    def __init__(self, path: Path, root: Path, layout: str, counts: Counts, tars: list[str], index: array):
+        super().__init__(path, layout, counts, len(index) // len(FIELDS))
+        self.root, self.tars, self.index = root, tars, index
+
+    def _sample(self, position: int) -> Sample:
+        width = len(FIELDS)
+        tar, head, begin, size, text, length, kind = self.index[width * position : width * (position + 1)]
+        path = self.root / self.tars[tar]
+        texts: tuple[str, ...] = ()
+        name = f"byte {head}"
+        gone = contextlib.suppress(OSError, tarfile.TarError)  # since it was counted: opening the picture says so
+        with gone, path.open("rb") as file:
+            file.seek(head)
+            with tarfile.open(fileobj=file, mode="r:") as opened:  # its names of any length and kind
+                member = opened.next()
+                name = member.name if member else name
+            texts = _captions(file, text, length, TEXTS[kind])[0] if length else ()
+        where = f"{self.tars[tar]}/{name}"
+        return Sample(
+            where, texts, 1, f"{self.root}/{where}", partial(_piece, path, begin, size, f"{self.root}/{where}")
+        )
+
+
+FIELDS = ("tar", "header", "picture", "bytes", "caption", "bytes", "kind")
+
+
+def _piece(path: Path, begin: int, size: int, where: str) -> BinaryIO:
+    with path.open("rb") as file:
+        file.seek(begin)
+        data = file.read(size)
+    if len(data) < size:
+        raise PictureError("is damaged or cut short", "the tar ends before it", where=where)
+    return io.BytesIO(data)
+
+
+def open_tars(path: Path, root: Path, tars: list[str]) -> TarSource:
+    """The source of these tars below `root`. Raises DataError for a file that is no plain tar."""
+    counts, index = Counts(), array("q")
+    for number, name in enumerate(progress(tars, desc="tars", unit="tar")):
+        try:
+            with tarfile.open(root / name, "r:") as tar, (root / name).open("rb") as file:
+                for members in _by_key(tar):
+                    _take(f"{root}/{name}", number, members, file, counts, index)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            what, todo = f"is not a sound tar ({error})", "write it again, uncompressed"
+            raise DataError(what, where=root / name, todo=todo) from None
+    layout = "webdataset: one tar" if len(tars) == 1 else f"webdataset: {len(tars)} tars"
+    source = TarSource(path, root, layout, counts, tars, index)
+    what = "holds no captions: no .txt and no .json with a caption has the key of a picture"
+    source.no_captions = DataError(what, where=path, todo="write 0001.txt after 0001.jpg")
+    return source
+
+
+def _by_key(tar: tarfile.TarFile) -> Iterator[list[tarfile.TarInfo]]:
+    """Members that follow each other and have one key: their path up to the first dot of the name."""
+    key, members = None, []
+    while (member := tar.next()) is not None:
+        tar.members = []  # otherwise all are kept
+        folder, _, name = member.name.rpartition("/")
+        if not member.isreg() or name.startswith("."):
+            continue
+        own = (folder, name.partition(".")[0])
+        if own != key and members:
+            yield members
+            members = []
+        key = own
+        members.append(member)
+    if members:
+        yield members
+
+
+def _take(path: str, tar: int, members: list[tarfile.TarInfo], file: BinaryIO, counts: Counts, index: array) -> None:
+    """Count and index the picture of one key."""
+    size = os.fstat(file.fileno()).st_size
+    kinds = [os.path.splitext(member.name)[1].lower() for member in members]
+    pictures = [member for member, kind in zip(members, kinds, strict=True) if kind in SUFFIXES]
+    counts.found += len(pictures)
+    for more in pictures[1:]:
+        counts.leave(f"{path}/{more.name}", "beside another picture of its key")
+    if not pictures:
+        return
+    picture, texts, there, chosen = pictures[0], (), False, (0, 0, 0)
+    for kind, suffix in enumerate(TEXTS):
+        if suffix not in kinds or texts:
+            continue
+        member = members[kinds.index(suffix)]
+        texts, fault = _captions(file, member.offset_data, member.size, suffix)
+        if fault:
+            counts.skip(f"{path}/{member.name}", fault)
+            return
+        there = there or suffix != ".json"
+        chosen = (member.offset_data, member.size, kind)
+    where = f"{path}/{picture.name}"
+    if picture.offset_data + picture.size > size:
+        counts.skip(where, "is damaged or cut short", "the tar ends before it")
+    elif picture.size > MAX_FILE:
+        counts.skip(where, "file is too large", f"{picture.size / 1e6:.0f} MB")
+    else:
+        counts.use(where, texts, there)
+        index.extend((tar, picture.offset, picture.offset_data, picture.size, *chosen[:2], chosen[2]))
+
+
+def _captions(file: BinaryIO, begin: int, size: int, suffix: str) -> tuple[tuple[str, ...], str]:
+    """(captions, fault) of a member that holds a text: a .txt as one, or the caption of a .json."""
+    if size > MAX_CAPTIONS:
+        return (), "caption is longer than a megabyte"
+    file.seek(begin)
+    try:
+        text = file.read(size).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return (), "caption is not UTF-8"
+    if suffix != ".json":
+        return captions_of(text.splitlines() if suffix == ".caption" else text.replace("\r\n", "\n").split("\n"))
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return (), "its .json is not JSON"
+    column = caption_column(list(values)) if isinstance(values, dict) else None
+    return captions_of(values[column]) if column else ((), "")
