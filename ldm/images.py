@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}  # file suffix -> Pillow's name
-SUFFIXES = {  # of the files that are taken for pictures
-    **{".png": "PNG", ".apng": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"},
-    **{".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"},
-}
+SUFFIXES = {".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".avif": "AVIF"}
+SUFFIXES |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")
 READABLE = tuple(dict.fromkeys(SUFFIXES.values()))  # of Pillow's 40 decoders, those that are opened
 EXIF_IFD, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
 EXIF_LIMIT = 65_000  # bytes; a JPEG segment holds 65,533
