@@ -5,6 +5,8 @@ examples:
   ldm generate "a cat on a red ground" -n 4 --seed 7 -o cats/
   ldm generate "a red car" -o car.webp --steps 40 --guidance-scale 4
   ldm generate "a dog" --model runs/unet/model --no-metadata
+  ldm generate "a dog" --image cat.png --mask-image where.png
+  ldm generate "a landscape" --image small.png --outpaint left=64,right=64
   ldm generate --from old.png                      draws that picture again: by ldm, A1111 and its relatives
   ldm generate --from old.png --set steps=50 --set sampler=euler
 
@@ -21,13 +23,13 @@ import textwrap
 from collections.abc import Mapping
 
 from ldm import console
-from ldm.cli.options import MODEL, SAMPLING, add_model, add_sampling, names_of
+from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline import Images, Pipeline
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH
+from ldm.pipeline.settings import ALIASES, BATCH, EDITING_WORDS
 
-FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING)
+FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
 FROM_PIPELINE = ("negative_prompt", *MODEL)
 
 
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
     add_sampling(parser)
+    add_editing(parser)
     add_model(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)

@@ -56,6 +56,26 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--help-samplers", action=HelpSamplers, nargs=0, help="list samplers and spacings with all their names")
 
 
+def add_editing(parser: argparse.ArgumentParser) -> None:
+    """What a picture is drawn from, and around it: all of EDITING."""
+    add = parser.add_argument_group("editing").add_argument
+    add(*names_of("image"), metavar="PICTURE", help="begin at this picture; its size is drawn")
+    add(
+        *names_of("mask_image"),
+        metavar="PICTURE",
+        help="of its size: white is painted, where it is black nothing changes",
+    )
+    add(*names_of("strength"), type=float, metavar="X", help="0 to 1: how much of the steps is run (0.8; outpaint: 1)")
+    add("--outpaint", type=_sides, metavar="SIDE=PIXELS,…", help="make it larger: left=64,right=…,top=…,bottom=…")
+    add(*names_of("variation_seed"), type=int, metavar="N", help="mix in this seed's noise; picture k of -n has N + k")
+    add(*names_of("variation_strength"), type=float, metavar="X", help="0 to 1: how much of it")
+    add(*names_of("hires_scale"), type=float, metavar="X", help="draw, make X times larger, and draw on")
+    add(*names_of("hires_steps"), type=int, metavar="N", help="of the second time (as many as of the first)")
+    add(*names_of("hires_strength"), type=float, metavar="X", help="0 to 1: how much of these is run (0.7)")
+    tiling = "whether the VAE works in tiles: yes, no, auto (auto: above 1024x1024)"
+    add("--vae-tiling", type=_tiling, default="auto", metavar="WHEN", help=tiling)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What it is drawn with: all of MODEL."""
     add = parser.add_argument_group("model").add_argument
@@ -88,6 +108,22 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r:.80}") from None
+
+
+def _sides(text: str) -> dict[str, int]:
+    """left=64,top=32 as a mapping."""
+    try:
+        pairs = [(part.split("=")[0].strip(), int(part.split("=")[1])) for part in text.split(",")]
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"expected sides such as left=64,top=32, got {text!r:.80}") from None
+    return dict(pairs)
+
+
+def _tiling(text: str) -> bool | str:
+    words = {"yes": True, "no": False, "auto": "auto"}
+    if text not in words:
+        raise argparse.ArgumentTypeError(f"expected yes, no or auto, got {text!r:.80}")
+    return words[text]
 
 
 OPTION_TYPES = {"pag_layers": _names, "zero_init_steps": int}

@@ -29,18 +29,20 @@ class Original:
     from_noise: bool = False  # begin at noise alone, as the run of a whole picture does, instead of original plus noise
 
 
-def remaining(sigmas: Tensor, strength: float) -> Tensor:
-    """The end of `sigmas` (n + 1,) that image-to-image runs through: min(int(n * strength), n) steps, as in diffusers.
-
-    Raises ConfigError where no step remains.
-    """
-    n = len(sigmas) - 1
+def steps_left(n: int, strength: float, where: str = "strength") -> int:
+    """How many of n steps image-to-image runs: min(int(n * strength), n), as in diffusers. Raises ConfigError at 0."""
     steps = min(int(n * strength), n)
     if steps < 1:
         least = math.ceil(1000 / n) / 1000
         todo = f"use at least {least:g}, or more steps"
-        raise ConfigError(f"{strength:g} of {n} steps leaves none", where="strength", todo=todo)
-    return sigmas[n - steps :]
+        raise ConfigError(f"{strength:g} of {n} steps leaves none", where=where, todo=todo)
+    return steps
+
+
+def remaining(sigmas: Tensor, strength: float) -> Tensor:
+    """The end of `sigmas` (n + 1,) that image-to-image runs through. Raises ConfigError where no step remains."""
+    n = len(sigmas) - 1
+    return sigmas[n - steps_left(n, strength) :]
 
 
 def begin(original: Original, sigmas: Tensor, noise: Tensor) -> Tensor:

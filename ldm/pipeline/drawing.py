@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
     from ldm.pipeline.adapters import Adapter
+    from ldm.pipeline.editing import Start
     from ldm.pipeline.encoding import Encoder
     from ldm.pipeline.settings import Settings
+    from ldm.pipeline.settings.sources import Source
     from ldm.pipeline.work import Work
 
 # called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
@@ -37,21 +39,31 @@ class Picture:
     guidance_scale: float
     adapters: tuple[Adapter, ...] = ()
     latents: torch.Tensor | None = None  # (C, h, w): unit noise in place of the seed's
+    variation: tuple[int, float] | None = None  # (another seed, how far its noise is mixed in, 0 to 1)
+    source: Source | None = None  # the picture that it begins at, in the size that is drawn
 
     @property
     def texts(self) -> tuple[str, str | None]:
         """What is encoded: the prompt, and the negative one where it is looked at."""
         return self.prompt, self.negative_prompt if self.guidance_scale > 1 else ""
 
+    @property
+    def begins(self) -> tuple[bool, bool]:
+        """Whether at a picture, and whether that has a mask: equal for all of a batch."""
+        return self.source is not None, self.source is not None and self.source.repaint is not None
+
 
 def batches(pictures: Sequence[Picture], text: Any, settings: Settings, size: int) -> list[list[int]]:
-    """Which pictures are drawn together: at most `size`, under the same LoRAs and with texts of as many chunks."""
+    """Which pictures are drawn together: at most `size`, under the same LoRAs and with texts of as many chunks.
+
+    Those that begin at a picture are apart from the others, those with a mask too.
+    """
     from ldm.pipeline.encoding import chunks_needed
 
     groups: dict[tuple, list[int]] = {}
     for row, picture in enumerate(pictures):
-        chunks = chunks_needed(text, picture.texts, settings.num_inference_steps)
-        groups.setdefault((picture.adapters, chunks), []).append(row)
+        chunks = tuple(chunks_needed(text, picture.texts, steps) for steps in settings.runs)
+        groups.setdefault((picture.adapters, picture.begins, chunks), []).append(row)
     return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
 
@@ -62,25 +74,54 @@ def draw(
 
     Raises ResourceError out of memory, with nothing held.
     """
-    from ldm.pipeline.encoding import chunks_needed
+    from ldm.pipeline.editing import begin, enlarged, later, pasted
 
     with out_of_memory(settings, len(pictures)):
-        prompts, negatives = zip(*(picture.texts for picture in pictures))
-        steps = settings.num_inference_steps
-        chunks = chunks_needed(model.text, [*prompts, *negatives], steps)
-        guided = any(picture.guidance_scale > 1 for picture in pictures)
-        cond = encode.over(prompts, steps, chunks)
-        uncond = encode.over(negatives, steps, chunks) if guided else None
-        latents = denoise(model, work, settings, pictures, cond, uncond, watch)
-        with work.on(model.vae) as vae:
-            return decode(vae, latents)
+        images = run(model, work, encode, settings, pictures, watch, begin(model, work, settings, pictures))
+        if settings.hires_scale is not None:
+            watch = later(watch, settings.runs[0])
+            settings, pictures, start = enlarged(model, work, settings, pictures, images)
+            images = run(model, work, encode, settings, pictures, watch, start)
+        return pasted(images, pictures)
+
+
+def run(
+    model: Model,
+    work: Work,
+    encode: Encoder,
+    settings: Settings,
+    pictures: Sequence[Picture],
+    watch: Watch,
+    begun: Start,
+) -> torch.Tensor:
+    """One sampling run of a batch, from its texts, its noise and what it begins at: pictures (B, 3, H, W), decoded."""
+    from ldm.pipeline.editing import tile
+    from ldm.pipeline.encoding import chunks_needed
+
+    prompts, negatives = zip(*(picture.texts for picture in pictures))
+    steps = settings.runs[0]
+    chunks = chunks_needed(model.text, [*prompts, *negatives], steps)
+    guided = any(picture.guidance_scale > 1 for picture in pictures)
+    cond = encode.over(prompts, steps, chunks)
+    uncond = encode.over(negatives, steps, chunks) if guided else None
+    latents = denoise(model, work, settings, pictures, cond, uncond, watch, begun)
+    with work.on(model.vae) as vae:
+        return decode(vae, latents, tile(settings, vae, settings.height, settings.width))
 
 
 def denoise(
-    model: Model, work: Work, settings: Settings, pictures: Sequence[Picture], cond: Any, uncond: Any, watch: Watch
+    model: Model,
+    work: Work,
+    settings: Settings,
+    pictures: Sequence[Picture],
+    cond: Any,
+    uncond: Any,
+    watch: Watch,
+    begun: Start,
 ) -> torch.Tensor:
     """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
     from ldm.diffusion.guidance import guide
+    from ldm.diffusion.inpaint import remaining
     from ldm.diffusion.sampling import sample
 
     s, schedule = settings, model.schedule
@@ -88,9 +129,10 @@ def denoise(
     guidance = replace(s.guidance, scale=tuple(picture.guidance_scale for picture in pictures))
     with work.on(model.unet) as unet:
         sigmas = s.noise_levels(schedule)
-        predict = guide(network(unet, s), cond, uncond, guidance, schedule, sigmas)
+        sigmas = sigmas if s.strength is None else remaining(sigmas, s.strength)
+        predict = guide(begun.network(network(unet, s)), cond, uncond, guidance, schedule, sigmas)
         own = {"spacing": s.spacing, "eta": s.eta, "dtype": model.dtype, "callback": watch}
-        return sample(predict, schedule, sigmas, start, s.sampler, noise=noise, **own)
+        return sample(predict, schedule, sigmas, start, s.sampler, noise=noise, original=begun.original, **own)
 
 
 def network(unet: UNet, settings: Settings) -> Callable:
@@ -111,16 +153,19 @@ def starting_noise(
     """(the sampler's noise, the first noise (B, C, h, w)): from the pictures' seeds, or the latents that they bring."""
     import torch
 
+    from ldm.pipeline.editing import varied
     from ldm.pipeline.encoding import Noise
 
     shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
     noise = Noise([picture.seed for picture in pictures], shape, device)
     if all(picture.latents is None for picture in pictures):
-        return noise, noise()
-    return noise, torch.stack([picture.latents for picture in pictures]).to(device).float()
+        start = noise().cpu()
+    else:
+        start = torch.stack([picture.latents for picture in pictures]).cpu().float()
+    return noise, varied(start, pictures).to(device)
 
 
-def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
     """Latents (B, C, h, w) -> pictures (B, 3, H, W) on the CPU; a picture that is not finite becomes NaN as a whole."""
     import torch
 
@@ -128,7 +173,7 @@ def decode(vae: VAE, latents: torch.Tensor) -> torch.Tensor:
     for one in latents.split(1):
         try:
             with torch.no_grad():
-                images.append(vae.decode(one).float().cpu())
+                images.append(vae.decode(one, tile).float().cpu())
         except NumericsError:  # one picture's failure is not the batch's
             h, w = one.shape[2:]
             images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))

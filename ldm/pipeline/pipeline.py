@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,10 @@ from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import take_adapters
 from ldm.pipeline.drawing import Picture
 from ldm.pipeline.painter import Painter
-from ldm.pipeline.record import dtype_name, make_records, warnings_of
+from ldm.pipeline.record import dtype_name, make_records, too_large, warnings_of
 from ldm.pipeline.result import Images
 from ldm.pipeline.settings import (
+    EDITING_WORDS,
     GUIDANCE_WORDS,
     Call,
     Settings,
@@ -26,18 +27,20 @@ from ldm.pipeline.settings import (
     check_schedule,
     own_scale,
 )
+from ldm.pipeline.streaming import Listener
 from ldm.prompts import check
 
 if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint import Model
+    from ldm.pipeline.streaming import Step
 
 OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
 OWN += ("device", "dtype", "offload", "attention")
 CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
 CALL += ("timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents", "callback", "batch_size")
-CALL += tuple(GUIDANCE_WORDS)
+CALL += (*GUIDANCE_WORDS, *EDITING_WORDS)
 
 
 class Pipeline:
@@ -89,6 +92,7 @@ class Pipeline:
         self._painter = Painter(**given)
         self._painter.check([adapter for own in self._adapters for adapter in own])
         self._lock = threading.RLock()
+        self._warned: set[str] = set()
 
     @property
     def model(self) -> str | os.PathLike | Model:
@@ -127,7 +131,14 @@ class Pipeline:
         strict: bool = False,
         image: Any = None,
         mask_image: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
+        outpaint: Mapping[str, int] | None = None,
+        variation_seed: int | Sequence[int] | None = None,
+        variation_strength: float | None = None,
+        hires_scale: float | None = None,
+        hires_steps: int | None = None,
+        hires_strength: float | None = None,
+        vae_tiling: bool | str = "auto",
         latents: torch.Tensor | None = None,
         callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
         batch_size: int | None = None,
@@ -145,6 +156,16 @@ class Pipeline:
         clip_skip   layers of CLIP that are left out at its end, counted as diffusers does (A1111's number less 1)
         emphasis    how (word:1.3) acts: original (the mean is restored, as in A1111) or no_norm
         strict      whether words that the model never saw, or brackets left open, are errors instead of warnings
+        image       a picture or its file, or a list with one for each prompt, to begin at; its size is drawn
+        mask_image  likewise, of the same size: white is painted, grey counts as what it is nearer to, and where it is
+                    black the very pixels of the image stay; for every model, and needed by those with 9 channels
+        strength    above 0 to 1: how much of the steps is run on an image (0.8, with outpaint 1)
+        outpaint    {"left": 64, …}: how many pixels the image grows at left, right, top and bottom
+        variation_seed, variation_strength  above 0 to 1: how far the first noise is mixed with that of another seed;
+                    then every picture of a prompt has the same seed, and picture k has variation_seed + k
+        hires_scale draw, make the picture so many times larger, and draw on for hires_strength (0.7) of hires_steps
+                    (as many as before)
+        vae_tiling  True, False or "auto": the VAE works in tiles (with auto above 1024x1024 pixels)
         latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w); where it returns True the
                     work ends, and the result holds the pictures that are finished
@@ -155,28 +176,39 @@ class Pipeline:
         ResourceError out of memory. Whatever stops a call part-way carries the finished pictures as `.images`.
         """
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in CALL}}
-        refused = {"image": image, "mask_image": mask_image, "strength": strength}
-        given, painter = canonical({**refused, **other}, own, OWN), self._painter
+        given, painter = canonical(other, own, OWN), self._painter
         call = check_call(given, len(self.prompts), painter.vae or painter.folder)
         check_schedule(call.settings, painter.folder)
         with self._lock:
             model = painter.load()
-            settings = call.settings.resolve(model, call.latents)
-            pictures = self._pictures(call, model)
+            settings = call.settings.resolve(model, call.latents, call.sources)
+            pictures = self._pictures(call, model, settings)
             records = make_records(model, painter.work, settings, pictures)
             _tell(records, call.strict)
+            self._tell_sizes(call, model, settings)
             return self._draw(call, settings, pictures, records)
 
-    def _pictures(self, call: Call, model: Model) -> list[Picture]:
+    def _pictures(self, call: Call, model: Model, settings: Settings) -> list[Picture]:
         """One for each image of the call, prompt by prompt."""
         scale = own_scale(model) if call.guidance_scale is None else call.guidance_scale
-        scales = scale if isinstance(scale, tuple) else (scale,) * len(call.seeds)
-        latents = (None,) * len(call.seeds) if call.latents is None else call.latents
+        none = (None,) * len(call.seeds)
+        scales = scale if isinstance(scale, tuple) else (scale,) * len(none)
+        latents = none if call.latents is None else call.latents
+        sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [p for p in range(len(self.prompts)) for _ in range(call.num_images)]
         return [
-            Picture(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], noise)
-            for p, seed, scale, noise in zip(prompts, call.seeds, scales, latents)
+            Picture(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], *own)
+            for p, seed, scale, *own in zip(prompts, call.seeds, scales, latents, call.variations or none, sources)
         ]
+
+    def _tell_sizes(self, call: Call, model: Model, settings: Settings) -> None:
+        """Say what is resized, and warn once of a size that the model was not trained on."""
+        for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
+            console.say(line)
+        line = too_large(model, settings)
+        if line and line not in self._warned:
+            self._warned.add(line)
+            console.warn(line)
 
     def _draw(self, call: Call, settings: Settings, pictures: list[Picture], records: list[dict]) -> Images:
         """All pictures with their records; those that are finished, where the callback stops the work."""
@@ -185,7 +217,7 @@ class Pipeline:
         def finished() -> Images:
             return Images([drawn[row] for row in sorted(drawn)], [records[row] for row in sorted(drawn)])
 
-        steps = -(-len(pictures) // call.batch_size) * settings.num_inference_steps  # more where batches are parted
+        steps = -(-len(pictures) // call.batch_size) * sum(settings.runs)  # more where batches are parted
         try:
             with console.progress(total=steps, desc="drawing", unit="step") as bar:
                 watch = _watching(call.callback, bar)
@@ -198,6 +230,20 @@ class Pipeline:
             stop.images = finished()
             raise
         return finished()
+
+    def stream(self, **settings: Any) -> Iterator[Step]:
+        """As generate, giving each step as it happens: `for step in pipe.stream(): step.preview`.
+
+        A Step has .index, .rows (which pictures), .x0, .preview and .previews, small pictures of what is to come; the
+        last step is given once more, with the finished pictures as .images. Leaving the loop stops the work. What
+        generate raises is raised by the loop.
+        """
+        from ldm.pipeline.streaming import stream
+
+        callback = settings.pop("callback", None)
+        return stream(
+            lambda listener: self.generate(**settings, callback=listener), callback, lambda: self._painter.load().vae
+        )
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path.
@@ -220,7 +266,11 @@ def _watching(callback: Callable | None, bar: Any) -> Callable:
 
     def watch(rows, i, x, x0):
         bar.update()
-        if callback and callback(i, x, x0) is True:
+        if isinstance(callback, Listener):
+            ends = callback(rows, i, x, x0)
+        else:
+            ends = callback is not None and callback(i, x, x0)
+        if ends is True:
             raise Stopped
 
     return watch

@@ -27,7 +27,7 @@ def make_records(model: Any, work: Work, settings: Settings, pictures: Sequence[
     shared = _shared(model, work, settings)
     reports: dict[tuple, dict] = {}
     for texts in dict.fromkeys(picture.texts for picture in pictures):
-        reports[texts] = _text_report(model.text, texts, settings.num_inference_steps)
+        reports[texts] = _text_report(model.text, texts, settings.runs[0])
     return [
         {
             "prompt": picture.prompt,
@@ -36,6 +36,7 @@ def make_records(model: Any, work: Work, settings: Settings, pictures: Sequence[
             "guidance_scale": picture.guidance_scale,
             **shared,
             "latents": "given" if picture.latents is not None else None,
+            **_own(picture),
             **reports[picture.texts],
         }
         for picture in pictures
@@ -61,6 +62,11 @@ def _shared(model: Any, work: Work, settings: Settings) -> dict[str, Any]:
         "eta": settings.eta,
         "clip_skip": settings.clip_skip,
         "emphasis": settings.emphasis,
+        "strength": settings.strength,
+        "hires_scale": settings.hires_scale,
+        "hires_steps": settings.hires_steps,
+        "hires_strength": settings.hires_strength,
+        "vae_tiling": settings.vae_tiling,
         "model": model.name,
         "model_hash": model.hash,
         "commit": model.info.get("commit"),  # of a model from the hub
@@ -73,6 +79,22 @@ def _shared(model: Any, work: Work, settings: Settings) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": _versions(),
     }
+
+
+def _own(picture: Picture) -> dict[str, Any]:
+    """What a picture begins at, where that is more than its seed's noise."""
+    seed, strength = picture.variation or (None, None)
+    varied = {} if seed is None else {"variation_seed": seed, "variation_strength": strength}
+    return {**varied, **({} if picture.source is None else picture.source.told)}
+
+
+def too_large(model: Any, settings: Settings) -> str | None:
+    """A line about a size of more pixels than the model was trained on; hires-fix begins small for that reason."""
+    side = (model.unet.config.sample_size or 0) * model.vae.factor
+    if not side or settings.height * settings.width <= side**2:
+        return None
+    size = f"{settings.width}x{settings.height}"
+    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself; try hires_scale"
 
 
 def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[str, Any]:
@@ -145,6 +167,13 @@ def parameters(record: dict) -> str:
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": record["model_hash"][:10] if record["model_hash"] else None,
         "Model": record["model"],
+        "Denoising strength": record.get("hires_strength") or record.get("strength"),
+        "Hires upscale": record.get("hires_scale"),
+        "Hires steps": record.get("hires_steps"),
+        "Hires upscaler": "Lanczos" if record.get("hires_scale") else None,
+        "Variation seed": record.get("variation_seed"),
+        "Variation seed strength": record.get("variation_strength"),
+        "Mask blur": 0 if record.get("mask_sha256") or record.get("outpaint") else None,
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['short_hash']}" for lora in loras) or None,
         "RNG": "CPU",
         "Version": f"ldm {record['versions']['ldm']}",

@@ -126,11 +126,11 @@ def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys
 
     batches, decode = [], drawing.decode
 
-    def interrupt(vae, latents):
+    def interrupt(vae, latents, *tile):
         batches.append(len(latents))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return decode(vae, latents)
+        return decode(vae, latents, *tile)
 
     monkeypatch.setattr(drawing, "decode", interrupt)
     assert generate("a cat", "-n", "5", "--batch-size", "1", "--seed", "1") == 130

@@ -47,9 +47,9 @@ BAD_CALLS = {
     "misspelt": ({"guidence_scale": 3}, "did you mean 'guidance_scale'"),
     "twice": ({"steps": 3, "num_inference_steps": 4}, "steps and num_inference_steps are the same setting"),
     "elsewhere": ({"negative_prompt": "x"}, r"belongs to Pipeline\(...\)"),
-    "image": ({"image": "old.png"}, "image: image-to-image is not supported yet"),
-    "mask": ({"mask_image": "mask.png"}, "inpainting is not supported yet"),
-    "strength": ({"denoising_strength": 0.5}, "strength belongs to image-to-image"),
+    "image": ({"image": "old.png"}, "image: 'old.png': no such picture"),
+    "mask": ({"mask": "mask.png"}, "mask_image: a mask needs an image"),
+    "strength": ({"denoising_strength": 0.5}, "strength needs an image"),
     "lora": ({"lora": "x.safetensors"}, r"belongs to Pipeline\(...\)"),
     "clip skip": ({"clip_skip": -1}, "clip_skip: -1 is outside 0 to 100"),
     "emphasis": ({"emphasis": "no_norms"}, "emphasis: unknown emphasis 'no_norms'; did you mean 'no_norm'"),
@@ -170,7 +170,7 @@ def test_seeds():
 def test_every_alias_leads_to_a_setting(tiny_folder):
     own = {*words.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
     own |= {"num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "spacing"}
-    own |= {"width", "height", "callback"}
+    own |= {"width", "height", "callback", *settings.EDITING_WORDS}
     assert set(settings.ALIASES.values()) <= own
     assert not set(settings.ALIASES) & own
 

@@ -11,6 +11,7 @@ from ldm.pipeline.settings.checks import (
 from ldm.pipeline.settings.words import (
     ALIASES,
     BATCH,
+    EDITING_WORDS,
     GUIDANCE,
     GUIDANCE_OPTIONS,
     GUIDANCE_WORDS,
@@ -26,6 +27,7 @@ from ldm.pipeline.settings.words import (
 __all__ = [
     "ALIASES",
     "BATCH",
+    "EDITING_WORDS",
     "GUIDANCE",
     "GUIDANCE_OPTIONS",
     "GUIDANCE_WORDS",

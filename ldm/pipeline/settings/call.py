@@ -16,15 +16,20 @@ from ldm.pipeline.settings.checks import (
     check_emphasis,
     check_eta,
     check_guidance,
+    check_hires,
     check_int,
     check_latents,
     check_levels,
     check_sampler,
     check_seeds,
     check_size,
+    check_strength,
+    check_tiling,
+    check_variations,
     make_guidance,
 )
-from ldm.pipeline.settings.words import BATCH, GUIDANCE, LATENT_SIZE, MAX_IMAGES, MAX_STEPS, SAMPLER, STEPS, UNSUPPORTED
+from ldm.pipeline.settings.sources import Sources, check_sources
+from ldm.pipeline.settings.words import BATCH, GUIDANCE, LATENT_SIZE, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SAMPLER, STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -48,28 +53,35 @@ class Settings:
     sigmas: tuple[float, ...] | None = None  # likewise
     clip_skip: int = 0  # layers of the text encoder that are left out, as diffusers counts
     emphasis: str = "original"  # or no_norm (ldm.nn.text.encode_weighted)
+    strength: float | None = None  # how much of the steps is run on a given picture; None: there is none
+    hires_scale: float | None = None  # draw, make so many times larger, draw on; None: draw once
+    hires_steps: int | None = None  # of the second run, of which hires_strength is run; None: as many as of the first
+    hires_strength: float | None = None
+    vae_tiling: bool | None = None  # whether the VAE works in tiles; None: where the picture is large
 
-    def resolve(self, model: Any, latents: torch.Tensor | None = None) -> Settings:
-        """With every default of `model` filled in; `latents` decide the size where nothing else does.
+    def resolve(self, model: Any, latents: torch.Tensor | None = None, sources: Sources | None = None) -> Settings:
+        """With every default of `model` filled in; `sources` or `latents` decide the size where nothing else does.
 
-        Raises ConfigError where size, steps or latents do not fit the model.
+        Raises ConfigError where size, steps, latents or sources do not fit the model.
         """
         from ldm.diffusion import names
         from ldm.diffusion.guidance.guided import zero_init
 
-        if model.unet.config.in_channels != model.vae.latent_channels:
-            raise ConfigError(f"{model.name} is an inpainting model; {UNSUPPORTED['mask_image'][1]}", where="model")
+        if model.unet.config.in_channels != model.vae.latent_channels and (sources is None or not sources.masked):
+            todo = "give image and mask_image"
+            raise ConfigError(f"{model.name} is an inpainting model", where="model", todo=todo)
         own = card_settings(model)
         sampler, joined = names.resolve(self.sampler or own.get("sampler", SAMPLER))
         side = (model.unet.config.sample_size or LATENT_SIZE) * model.vae.factor
-        h, w = latents.shape[2:] if latents is not None else (None, None)
+        h, w = (n * model.vae.factor for n in latents.shape[2:]) if latents is not None else (side, side)
+        h, w = (h, w) if sources is None else sources.size(model.vae.factor, self.height, self.width)
         filled = replace(
             self,
             num_inference_steps=self.num_inference_steps or _own(own, "num_inference_steps", int, STEPS),
             sampler=sampler,
             spacing=None if self.levels else self._spacing(sampler, joined, own, model),
-            height=self.height or (h * model.vae.factor if h else side),
-            width=self.width or (w * model.vae.factor if w else side),
+            height=self.height or h,
+            width=self.width or w,
         )
         names.check(sampler, model.schedule.prediction_type, filled.spacing)
         names.options(sampler, self.eta)
@@ -82,12 +94,39 @@ class Settings:
         steps, limit = filled.num_inference_steps, model.schedule.num_train_timesteps
         require(steps <= limit, f"{steps} is more than the {limit} steps of this model", "num_inference_steps")
         filled.noise_levels(model.schedule)
+        require(all(filled.runs), "no step is left", "strength")
+        if filled.hires_scale is not None:
+            second = filled.second(model.vae.factor)
+            require(max(second.height, second.width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
+            require(second.num_inference_steps <= limit, f"more than the {limit} steps of this model", "hires_steps")
+            second.noise_levels(model.schedule)
         return filled
 
     def _spacing(self, sampler: str, joined: str | None, own: Mapping[str, Any], model: Any) -> str | None:
         spacing = self.spacing or joined or (None if sampler == "lcm" else own.get("spacing"))  # lcm has its own
         xl = model.unet.config.addition_embed_type == "text_time"
         return "ays_xl" if spacing == "ays" and xl else spacing
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """How many steps each sampling run of a picture has: one run, with hires-fix two.
+
+        Raises ConfigError where a strength leaves no step.
+        """
+        from ldm.diffusion.inpaint import steps_left
+
+        n = self.num_inference_steps
+        first = n if self.strength is None else steps_left(n, self.strength)
+        if self.hires_scale is None:
+            return (first,)
+        return first, steps_left(self.hires_steps or n, self.hires_strength, "hires_strength")
+
+    def second(self, factor: int) -> Settings:
+        """Of hires-fix's second run: larger, in multiples of `factor` rounded down, from a picture."""
+        height, width = (int(side * self.hires_scale) // factor * factor for side in (self.height, self.width))
+        steps = self.hires_steps or self.num_inference_steps
+        own = {"height": height, "width": width, "num_inference_steps": steps, "strength": self.hires_strength}
+        return replace(self, **own, hires_scale=None)
 
     @property
     def levels(self) -> tuple[float, ...] | None:
@@ -110,6 +149,8 @@ class Call:
     seeds: tuple[int, ...]  # one for each image, prompt by prompt
     guidance_scale: float | tuple[float, ...] | None  # of all, or one for each image; None: the model's
     latents: torch.Tensor | None  # (images, C, h, w)
+    variations: tuple[tuple[int, float], ...] | None  # (seed, strength) of each image
+    sources: Sources | None  # the pictures that they begin at
     batch_size: int  # images that are denoised together; has no influence on the pictures
     callback: Callable | None
     strict: bool  # whether what would be a warning about a prompt is an error
@@ -121,6 +162,9 @@ def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = Non
     Raises ConfigError naming the setting and the values that would do.
     """
     num_images, seeds = check_seeds(given["num_images"], given["seed"], prompts)
+    variations = check_variations(given, num_images, prompts)
+    if variations and not isinstance(given["seed"], Sequence):
+        seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale = None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"], len(seeds))
     batch_size = given.get("batch_size")
     return Call(
@@ -129,6 +173,8 @@ def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = Non
         seeds=seeds,
         guidance_scale=scale,
         latents=None if given["latents"] is None else check_latents(given["latents"], len(seeds)),
+        variations=variations,
+        sources=check_sources(given, prompts, num_images),
         batch_size=BATCH if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
         callback=check_callback(given["callback"]),
         strict=check_bool(given["strict"], "strict"),
@@ -153,6 +199,9 @@ def _check_settings(given: Mapping[str, Any], scale: float | Sequence[float], fa
         sigmas=sigmas,
         clip_skip=check_int(given["clip_skip"] or 0, "clip_skip", 0, 100),
         emphasis=check_emphasis(given["emphasis"]),
+        strength=check_strength(given),
+        **check_hires(given),
+        vae_tiling=check_tiling(given.get("vae_tiling")),
     )
 
 
@@ -194,6 +243,8 @@ def check_schedule(settings: Settings, folder: str | os.PathLike | None) -> None
     from ldm.diffusion import names
     from ldm.diffusion.schedule import Schedule
 
+    if settings.num_inference_steps is not None:
+        require(all(settings.runs), "no step is left", "strength")
     config = settings_of(folder and Path(folder)).get("scheduler")
     if config is None:
         return  # loading the model says what is wrong with it

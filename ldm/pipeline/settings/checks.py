@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.errors import ConfigError, nearest
-from ldm.pipeline.settings.words import GUIDANCE_WORDS, MAX_GUIDANCE, MAX_IMAGES, MAX_PROMPT, MAX_SIZE, MAX_STEPS
+from ldm.pipeline.settings.words import (
+    GUIDANCE_WORDS,
+    HIRES_STRENGTH,
+    MAX_GUIDANCE,
+    MAX_HIRES,
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_SIZE,
+    MAX_STEPS,
+    STRENGTH,
+)
 from ldm.prompts import EMPHASIS
 
 if TYPE_CHECKING:
@@ -60,9 +70,8 @@ def check_int(value: Any, where: str, least: int, most: int) -> int:
     return number
 
 
-def check_guidance(value: Any, images: int | None = None) -> float | tuple[float, ...]:
+def check_guidance(value: Any, images: int | None = None, where: str = "guidance_scale") -> float | tuple[float, ...]:
     """A finite guidance scale from 0 up, 1 and below being without guidance; or a list of them, one for each image."""
-    where = "guidance_scale"
     if images is not None and isinstance(value, (list, tuple)):
         require(len(value) == images, f"{len(value)} scales for {images} images", where)
         return tuple(check_guidance(one) for one in value)
@@ -113,7 +122,65 @@ def check_eta(value: Any, sampler: str | None) -> float | None:
     return None if value is None else float(value)
 
 
-def check_seeds(num_images: Any, seed: Any, prompts: int) -> tuple[int, tuple[int, ...]]:
+def check_part(value: Any, where: str) -> float:
+    """A number above 0 and up to 1."""
+    number = None if isinstance(value, (bool, str, bytes)) else value
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
+    require(0 < number <= 1, f"{number:g} is not above 0 and up to 1", where)  # nor is NaN
+    return number
+
+
+def check_strength(given: Mapping[str, Any]) -> float | None:
+    """Of image-to-image: 0.8 unless another is given, 1 where the picture grows; None without a picture."""
+    value = given.get("strength")
+    number = None if value is None else check_part(value, "strength")
+    if given.get("image") is not None:
+        return number or (1.0 if given.get("outpaint") else STRENGTH)
+    require(number in (None, STRENGTH), "strength needs an image", "strength")
+    return None
+
+
+def check_hires(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of hires-fix: hires_scale, hires_steps, hires_strength (0.7), all None without a scale."""
+    scale, steps, strength = (given.get(name) for name in ("hires_scale", "hires_steps", "hires_strength"))
+    if scale is None:
+        for name, value in (("hires_steps", steps), ("hires_strength", strength)):
+            require(value is None, f"{name} needs hires_scale", name)
+        return {"hires_scale": None, "hires_steps": None, "hires_strength": None}
+    scale = check_guidance(scale, where="hires_scale")
+    require(1 < scale <= MAX_HIRES, f"{scale:g} is not above 1 and up to {MAX_HIRES}", "hires_scale")
+    require(given.get("image") is None, "hires-fix begins at a prompt, not at an image", "hires_scale")
+    if steps is not None:
+        steps = check_int(steps, "hires_steps", 1, MAX_STEPS)
+        explicit = next((name for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
+        require(explicit is None, f"does not go with explicit {explicit}", "hires_steps")
+    strength = HIRES_STRENGTH if strength is None else check_part(strength, "hires_strength")
+    return {"hires_scale": scale, "hires_steps": steps, "hires_strength": strength}
+
+
+def check_tiling(value: Any) -> bool | None:
+    """Whether the VAE works in tiles: True, False, or "auto" (None)."""
+    if value is None or value == "auto":
+        return None
+    require(isinstance(value, bool), f'expected True, False or "auto", got {value!r:.80}', "vae_tiling")
+    return value
+
+
+def check_variations(given: Mapping[str, Any], num_images: int, prompts: int) -> tuple[tuple[int, float], ...] | None:
+    """(seed, strength) for each image: image k of every prompt has variation_seed + k; None without a strength."""
+    seed, strength = given.get("variation_seed"), given.get("variation_strength")
+    if strength is None or (strength == 0 and not isinstance(strength, bool)):
+        require(seed in (None, -1), "needs a variation_strength above 0", "variation_seed")
+        return None
+    strength = check_part(strength, "variation_strength")
+    _, seeds = check_seeds(num_images, seed, prompts, "variation_seed")
+    return tuple((one, strength) for one in seeds)
+
+
+def check_seeds(num_images: Any, seed: Any, prompts: int, where: str = "seed") -> tuple[int, tuple[int, ...]]:
     """(images of each prompt, one seed for each image): image k of every prompt gets seed + k, a list is as it is.
 
     None and -1 draw below 2**32. A CPU torch.Generator that was not used yet stands for its seed.
@@ -123,13 +190,13 @@ def check_seeds(num_images: Any, seed: Any, prompts: int) -> tuple[int, tuple[in
     several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))
     if not several:
         num_images = num_images or 1
-        first = _seed(seed, spare=num_images)
+        first = _seed(seed, where, spare=num_images)
         return num_images, tuple(first + k for k in range(num_images)) * prompts
     if num_images is None and len(seed) % prompts == 0:
         num_images = len(seed) // prompts
     expected = (num_images or 1) * prompts
-    require(len(seed) == expected and expected > 0, f"{len(seed)} seeds for {expected} images", "seed")
-    return num_images, tuple(_seed(s, where=f"seed[{i}]") for i, s in enumerate(seed))
+    require(len(seed) == expected and expected > 0, f"{len(seed)} seeds for {expected} images", where)
+    return num_images, tuple(_seed(s, where=f"{where}[{i}]") for i, s in enumerate(seed))
 
 
 def _seed(value: Any, where: str = "seed", spare: int = 1) -> int:

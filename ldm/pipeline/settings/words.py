@@ -30,6 +30,11 @@ ALIASES: dict[str, str] = {
     "init_image": "image",
     "mask": "mask_image",
     "denoising_strength": "strength",
+    "subseed": "variation_seed",
+    "subseed_strength": "variation_strength",
+    "hr_scale": "hires_scale",
+    "hr_second_pass_steps": "hires_steps",
+    "hires_denoising_strength": "hires_strength",
     "W": "width",
     "w": "width",
     "H": "height",
@@ -42,12 +47,13 @@ GUIDANCE_WORDS = {"guidance": "kind", "guidance_rescale": "rescale", "guidance_i
 GUIDANCE_WORDS |= {"guidance_sigma_interval": "sigma_interval"}
 GUIDANCE_OPTIONS = ("apg_eta", "apg_momentum", "apg_threshold", "pag_scale", "pag_layers", "zero_init_steps")
 GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
+# generate's keywords for drawing from pictures and around them.
+EDITING_WORDS = ("image", "mask_image", "strength", "outpaint", "variation_seed", "variation_strength")
+EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
+STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
 # What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
-    "image": ((None,), "image-to-image is not supported yet"),
-    "mask_image": ((None,), "inpainting is not supported yet"),
-    "strength": ((None, 0.8), "strength belongs to image-to-image, which is not supported yet"),
     "prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
     "negative_prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
     "cross_attention_kwargs": ((None,), "there are no attention processors to hand settings to"),

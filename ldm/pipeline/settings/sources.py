@@ -1,0 +1,192 @@
+"""The pictures that drawing begins at: read, checked, brought to size, and made larger at their sides (outpainting).
+
+A mask is white where the picture is painted anew and black where it stays; greys count from 50 % up as white. Sizes
+that the model cannot have are brought to the next smaller one, the picture by Lanczos, its mask with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.config import require
+from ldm.errors import ConfigError, DataError, nearest
+from ldm.pipeline.settings.checks import check_int, check_size
+from ldm.pipeline.settings.words import MAX_SIZE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+WHITE, BLACK, HALF = (255, 255, 255), (0, 0, 0), 128
+SIDES = ("left", "right", "top", "bottom")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one picture is drawn from."""
+
+    image: Image.Image  # RGB
+    repaint: Image.Image | None = None  # L, of the same size: 255 where it is painted anew, 0 where it stays
+    told: Mapping[str, Any] = field(default_factory=dict)  # for its record: where it is from, and the pixels' sha256
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Those of a call, one for each picture, and how far they grow at their sides."""
+
+    each: tuple[Source, ...]
+    outpaint: Mapping[str, int] | None = None  # side -> pixels
+
+    @property
+    def masked(self) -> bool:
+        return self.outpaint is not None or self.each[0].repaint is not None
+
+    def size(self, factor: int, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) that is drawn: the given ones, or the pictures' brought down to multiples of `factor`.
+
+        Raises ConfigError where the pictures are of several sizes, or too small.
+        """
+        if height is not None and width is not None:
+            return height, width
+        sizes = {source.image.size for source in self.each}
+        if len(sizes) > 1:
+            listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
+            raise ConfigError(f"the pictures are of several sizes ({listed})", where="image", todo="give width, height")
+        own = [side // factor * factor for side in sizes.pop()]
+        width, height = width or own[0], height or own[1]
+        require(min(width, height) > 0, f"a picture of less than {factor} pixels a side cannot be drawn from", "image")
+        grown = self.outpaint or {}
+        for side, pixels in grown.items():
+            if pixels:
+                check_size(pixels, f"outpaint {side}", factor)
+        height += grown.get("top", 0) + grown.get("bottom", 0)
+        width += grown.get("left", 0) + grown.get("right", 0)
+        require(max(height, width) <= MAX_SIZE, f"{width}x{height} is more than {MAX_SIZE} a side", "image")
+        return height, width
+
+    def fitted(self, height: int, width: int) -> tuple[Source, ...]:
+        """Each in this size; equal ones stay one object."""
+        done: dict[int, Source] = {}
+        for source in self.each:
+            if id(source) not in done:
+                done[id(source)] = _outpainted(source, self.outpaint, height, width)
+        return tuple(done[id(source)] for source in self.each)
+
+    def resized(self, height: int, width: int) -> list[str]:
+        """One line for each size that `fitted` brings to another."""
+        grown = self.outpaint or {}
+        base = (
+            width - grown.get("left", 0) - grown.get("right", 0),
+            height - grown.get("top", 0) - grown.get("bottom", 0),
+        )
+        sizes = {source.image.size for source in self.each} - {base}
+        return [f"the picture of {w}x{h} is resized to {base[0]}x{base[1]}" for w, h in sorted(sizes)]
+
+
+def check_sources(given: Mapping[str, Any], prompts: int, num_images: int) -> Sources | None:
+    """From generate's image, mask_image and outpaint: one for each picture, prompt by prompt; None without an image.
+
+    Opens the files. Raises ConfigError for one that is missing or no picture, a mask without a picture or of another
+    size, and lists that are not as long as the prompts'.
+    """
+    image, mask, outpaint = (given.get(name) for name in ("image", "mask_image", "outpaint"))
+    if image is None:
+        require(mask is None, "a mask needs an image", "mask_image")
+        require(outpaint is None, "outpainting needs an image", "outpaint")
+        return None
+    sides = None if outpaint is None else check_outpaint(outpaint)
+    if sides is not None and (given.get("height") is not None or given.get("width") is not None):
+        raise ConfigError("outpainting decides the size", where="outpaint", todo="leave width and height out")
+    images, masks = _listed(image, "image", prompts), _listed(mask, "mask_image", prompts)
+    read: dict[tuple[int, int], Source] = {}
+    for one, own in zip(images, masks):
+        if (id(one), id(own)) not in read:
+            read[id(one), id(own)] = _read(one, own)
+    each = [read[id(one), id(own)] for one, own in zip(images, masks) for _ in range(num_images)]
+    return Sources(tuple(each), sides)
+
+
+def check_outpaint(value: Any) -> dict[str, int]:
+    """{"left": 64, …}: pixels to be added at sides. Raises ConfigError."""
+    require(isinstance(value, Mapping), f"expected sides such as left=64, got {value!r:.80}", "outpaint")
+    for side in value:
+        if side not in SIDES:
+            raise ConfigError(f"unknown side {side!r:.80}", where="outpaint", todo=nearest(str(side), SIDES))
+    sides = {side: check_int(value[side], f"outpaint {side}", 0, MAX_SIZE) for side in SIDES if side in value}
+    require(any(sides.values()), "adds no pixel at any side", "outpaint")
+    return sides
+
+
+def _listed(value: Any, where: str, prompts: int) -> list[Any]:
+    """One for each prompt, from one for all or a list."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * prompts
+    require(len(value) == prompts, f"{len(value)} of them for {prompts} prompts", where)
+    require(None not in value, "the list holds None", where)
+    return list(value)
+
+
+def _read(image: Any, mask: Any) -> Source:
+    picture, name = _opened(image, "image", WHITE)
+    told = {"image": name, "image_sha256": _digest(picture)}
+    if mask is None:
+        return Source(picture, None, told)
+    laid, name = _opened(mask, "mask_image", BLACK)
+    if laid.size != picture.size:
+        (w, h), (iw, ih) = laid.size, picture.size
+        raise ConfigError(f"the mask is {w}x{h}, its picture {iw}x{ih}", where="mask_image")
+    repaint = laid.convert("L").point(lambda grey: 255 if grey >= HALF else 0)
+    require(repaint.getextrema()[1] > 0, "the mask is black: nothing would be painted", "mask_image")
+    return Source(picture, repaint, told | {"mask_image": name, "mask_sha256": _digest(laid)})
+
+
+def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image.Image, str]:
+    """(the picture in RGB, upright, transparency laid on `ground`; its absolute path, or "given")."""
+    from PIL import Image, ImageOps
+
+    from ldm.data.pictures import read_picture
+    from ldm.images import flatten
+
+    if isinstance(value, Image.Image):
+        return flatten(ImageOps.exif_transpose(value), ground), "given"
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ConfigError(f"expected a picture or its file, got {value!r:.80}", where=where)
+    path = Path(value).expanduser()
+    try:
+        with path.open("rb") as file:
+            return read_picture(file, path, ground=ground), str(path.resolve())
+    except DataError as error:
+        raise ConfigError(f"{path}: {error.what}", where=where, todo=error.todo) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = "no such picture" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
+        raise ConfigError(f"{str(path)!r:.200}: {reason}", where=where) from None
+
+
+def _digest(image: Image.Image) -> str:
+    """Of size and pixels, so that a picture is the same from a file, from another format, and from memory."""
+    return hashlib.sha256(b"%dx%d %s" % (*image.size, image.mode.encode()) + image.tobytes()).hexdigest()
+
+
+def _outpainted(source: Source, sides: Mapping[str, int] | None, height: int, width: int) -> Source:
+    """`source` in this size, of which `sides` are new: filled with the picture's outermost pixels, to be painted."""
+    from PIL import Image
+
+    left, right, top, bottom = (0, 0, 0, 0) if sides is None else (sides.get(side, 0) for side in SIDES)
+    inner = (width - left - right, height - top - bottom)
+    image, repaint = source.image, source.repaint
+    if image.size != inner:
+        image = image.resize(inner, Image.Resampling.LANCZOS)
+        repaint = None if repaint is None else repaint.resize(inner, Image.Resampling.NEAREST)
+    if sides is None:
+        return Source(image, repaint, source.told)
+    import numpy
+
+    around = ((top, bottom), (left, right))
+    grown = numpy.pad(numpy.asarray(image), (*around, (0, 0)), mode="edge")
+    inside = numpy.zeros(inner[::-1], numpy.uint8) if repaint is None else numpy.asarray(repaint)
+    new = numpy.pad(inside, around, constant_values=255)
+    return Source(Image.fromarray(grown), Image.fromarray(new), {**source.told, "outpaint": dict(sides)})
