@@ -71,7 +71,7 @@ def flatten(image: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) 
     """An RGB picture: transparency composited on `ground`, 16-bit grey scaled rather than clipped."""
     from PIL import Image
 
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = image.convert("I").point(lambda value: value / 257)

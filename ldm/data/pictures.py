@@ -100,7 +100,7 @@ def read_picture(
             picture = image
         else:
             picture = _in_bands(image, factor, ground, levels)
-        turn = UPRIGHT.get(header.orientation)
+        turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
         return picture if turn is None else picture.transpose(Image.Transpose(turn))
 
 
@@ -143,7 +143,7 @@ def _header(image: Image.Image, animated: bool) -> Header:
         if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded in search of it
             value = image.getexif().get(ORIENTATION)
             orientation = value if value in UPRIGHT else 1
-    if UPRIGHT.get(orientation, 0) in (2, 4, 5, 6):  # quarter turns
+    if orientation >= 5 and image.format != "TIFF":  # quarter turns; Pillow turns TIFFs itself
         width, height = height, width
     if image.format != "PNG":
         with contextlib.suppress(Exception):
@@ -179,6 +179,7 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
             image.draft(None, (2 * at_least, 2 * at_least))
     factor = max(1, min(image.size) // (2 * at_least)) if at_least else 1
     upright = 0 if header.orientation == 1 else 4
+    each += upright if header.format == "TIFF" else 0  # turned before it is made smaller
     copied = 0 if image.mode == "RGB" and factor == 1 else 4
     decoded = each - 4 if header.format in DECODING else each  # bytes a pixel that stay beside the copies
     needed = kept + image.width * image.height * max(each, decoded + (copied + upright) / factor**2)
