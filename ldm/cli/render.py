@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import argparse
 
-from ldm.cli.options import MODEL, SAMPLING, add_model, add_sampling, names_of
+from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
+from ldm.pipeline.settings import EDITING_WORDS
 
 OF_RUN = ("seed", "wildcards", "batch_size", "shard", "strict", "dry_run")
 OF_RUN += ("sources", "changes", "grid", "gallery", "contact_sheet")
-OF_LINES = ("num_images", "negative_prompt", *SAMPLING, *MODEL)
+OF_LINES = ("num_images", "negative_prompt", *SAMPLING, *EDITING_WORDS, *MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gallery", action="store_true", help="write DIR/index.html: all pictures, with search and settings")
     add("--contact-sheet", action="store_true", help="write DIR/contact/page-001.jpg, …: all pictures, small")
     add_sampling(parser)
+    add_editing(parser)
     add_model(parser)
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
-OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale")  # settings that may differ inside a batch
+# Settings that may differ inside a batch.
+OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale", "variation_seed", "variation_strength")
+OF_THE_PICTURE += ("image", "mask_image", "outpaint")
 MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
 TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
 SPARE = 0.7  # of the free memory that is planned with

@@ -13,13 +13,14 @@ from ldm.pipeline.record import make_records, warnings_of
 from ldm.render.batches import Group, batch_size, groups, windows
 from ldm.render.jobs import Job
 from ldm.render.replay import differences
-from ldm.render.resolve import Resolver, picture
+from ldm.render.resolve import Resolver, adapters_of, picture
 from ldm.render.writer import Drawn, Writer
 
 if TYPE_CHECKING:
     from ldm.pipeline.painter import Painter
     from ldm.pipeline.settings import Settings
 
+IN_MEMORY = 32  # pictures that drawing begins at
 WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest
 
 
@@ -53,7 +54,9 @@ class Draughtsman:
         for window in windows(jobs):
             for group, of_it in groups(window, self._last):
                 self._last = group
-                self._draw_group(group, of_it)
+                part = IN_MEMORY if "image" in of_it[0].settings else len(of_it)
+                for start in range(0, len(of_it), part):
+                    self._draw_group(group, of_it[start : start + part])
 
     def _draw_group(self, group: Group, jobs: Sequence[Job]) -> None:
         """Jobs that share model, LoRAs and settings; a model that cannot be loaded fails all of them."""
@@ -79,7 +82,7 @@ class Draughtsman:
             raise self._broken[group.weights]
         painter, settings = self._resolver.drawable(job.settings)
         try:
-            painter.adapted(painter.load(), picture(job.settings).adapters)
+            painter.adapted(painter.load(), adapters_of(job.settings))
         except LdmError as error:
             self._broken[group.weights] = error
             raise

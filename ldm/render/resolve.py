@@ -14,19 +14,18 @@ from ldm.pipeline.adapters import Adapter, take_adapters
 from ldm.pipeline.drawing import Picture
 from ldm.pipeline.painter import Painter
 from ldm.pipeline.settings import GUIDANCE_WORDS, Settings, check_call, check_guidance, check_prompts, own_scale
+from ldm.pipeline.settings.checks import check_variations
+from ldm.pipeline.settings.sources import check_sources
 from ldm.prompts import check as check_grammar
 from ldm.render.outline import hash_of, outline
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
+    from ldm.pipeline.settings.sources import Sources
 
-OWN = (
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "guidance_scale",
-    "lora",
-)  # of a picture, not of a call
+OWN = ("prompt", "negative_prompt", "seed", "guidance_scale", "lora")  # of a picture, not of a call
+VARIED = ("variation_seed", "variation_strength")  # likewise
+BEGINS = ("image", "mask_image", "outpaint")  # likewise; the size may come from them
 OF_MODEL = ("model", "vae", "dtype")  # of the rest, what is no setting of a call
 CALL = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "guidance")
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
@@ -45,7 +44,7 @@ class Resolver:
     def __init__(self, lora_dir: str | os.PathLike | None = None, dtype: str = "auto", **painter: Any):
         self._lora_dir, self._dtype, self._painter_words = lora_dir, dtype, painter
         self._models: dict[tuple[str, str | None], tuple[Painter, Model] | LdmError] = {}
-        self._shared: dict[tuple, tuple[dict[str, Any], Settings]] = {}
+        self._shared: dict[tuple, tuple[dict[str, Any], Settings, Sources | None]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
         self._hash = lru_cache(REMEMBERED)(hash_of)
 
@@ -53,7 +52,7 @@ class Resolver:
         prompt, adapters = self._prompt(asked)
         negative = asked.get("negative_prompt", "")
         check_grammar(negative or "", where="negative_prompt")
-        shared, _ = self._settings({name: value for name, value in asked.items() if name not in OWN})
+        shared, _, sources = self._settings(_not_own(asked))
         painter, model = self.model(shared)
         scale = asked.get("guidance_scale")
         settings = {
@@ -62,8 +61,9 @@ class Resolver:
             "seed": asked["seed"],
             "guidance_scale": own_scale(model) if scale is None else check_guidance(scale),
             **shared,
+            **_variation(asked),
         }
-        hashes: dict[str, Any] = {"model": model.hash}
+        hashes: dict[str, Any] = {"model": model.hash, **_digests(sources)}
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
@@ -86,7 +86,8 @@ class Resolver:
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Painter, Settings]:
         """Who draws resolved settings, and with what is shared by all that may be in one batch."""
-        shared = {name: value for name, value in settings.items() if name not in OWN}
+        sized = ("height", "width") if "outpaint" in settings else ()  # the picture's and what it grows by
+        shared = {name: value for name, value in _not_own(settings).items() if name not in sized}
         return self.model(settings)[0], self._settings(shared)[1]
 
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
@@ -107,21 +108,27 @@ class Resolver:
                 self._fitting[key] = error
         _or_raise(self._fitting[key])
 
-    def _settings(self, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Settings]:
-        """What a line's picture may share with others, as settings of a job and as those of a call."""
+    def _settings(self, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Settings, Sources | None]:
+        """What a line's picture may share with others, as settings of a job and as those of a call; and its sources."""
+        if shared.get("image") is not None:
+            return self._new_settings(shared)
         key = tuple(sorted((name, _hashable(value)) for name, value in shared.items()))
         if key not in self._shared:
             if len(self._shared) == REMEMBERED:
                 self._shared.pop(next(iter(self._shared)))
-            _, model = self.model(shared)
-            asked = {name: value for name, value in shared.items() if name not in OF_MODEL}
-            if unknown := asked.keys() - {*CALL, *GUIDANCE_WORDS}:
-                raise ConfigError("is not supported in prompt files", where=min(unknown), todo="leave it out")
-            words = {**dict.fromkeys(CALL), "emphasis": "original", **asked}
-            call = check_call({**dict.fromkeys(NOT_ASKED), "strict": False, **words}, 1)
-            settings = call.settings.resolve(model)
-            self._shared[key] = {**self._of_model(shared), **told(settings)}, settings
+            self._shared[key] = self._new_settings(shared)
         return self._shared[key]
+
+    def _new_settings(self, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Settings, Sources | None]:
+        _, model = self.model(shared)
+        asked = {name: value for name, value in shared.items() if name not in OF_MODEL and value is not None}
+        if unknown := asked.keys() - {*CALL, *GUIDANCE_WORDS, *BEGINS}:
+            raise ConfigError("is not supported in prompt files", where=min(unknown), todo="leave it out")
+        words = {**dict.fromkeys(CALL), "emphasis": "original", **asked}
+        call = check_call({**dict.fromkeys(NOT_ASKED), "strict": False, **words}, 1)
+        settings = call.settings.resolve(model, None, call.sources)
+        begins = {} if call.sources is None else {name: asked[name] for name in BEGINS if name in asked}
+        return {**self._of_model(shared), **told(settings), **begins}, settings, call.sources
 
     def _of_model(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         own = {"model": shared.get("model", "default"), "vae": shared.get("vae")}
@@ -150,11 +157,41 @@ def told(settings: Settings) -> dict[str, Any]:
 def picture(settings: Mapping[str, Any]) -> Picture:
     """One job's own part of resolved settings."""
     own = {name: settings[name] for name in OWN if name != "lora"}
-    return Picture(**own, adapters=tuple(Adapter(Path(path), weight) for path, weight in settings.get("lora", ())))
+    own["adapters"] = adapters_of(settings)
+    if "variation_seed" in settings:
+        own["variation"] = settings["variation_seed"], settings["variation_strength"]
+    if "image" in settings:
+        sources = check_sources({name: settings.get(name) for name in BEGINS}, 1, 1)
+        (own["source"],) = sources.fitted(settings["height"], settings["width"])
+    return Picture(**own)
+
+
+def adapters_of(settings: Mapping[str, Any]) -> tuple[Adapter, ...]:
+    """The LoRAs of resolved settings."""
+    return tuple(Adapter(Path(path), weight) for path, weight in settings.get("lora", ()))
+
+
+def _not_own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in (*OWN, *VARIED)}
+
+
+def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The variation's words, where there is one. Raises ConfigError: its seed is never drawn."""
+    if asked.get("variation_strength") and asked.get("variation_seed") in (None, -1):
+        raise ConfigError("a variation needs its own seed", where="variation_seed", todo="give a number")
+    found = check_variations(asked, 1, 1)
+    return {} if found is None else dict(zip(VARIED, found[0]))
+
+
+def _digests(sources: Sources | None) -> dict[str, Any]:
+    """What stands for the files of sources in a job's key: their pixels."""
+    told = {} if sources is None else sources.each[0].told
+    names = {"image": "image_sha256", "mask_image": "mask_sha256"}
+    return {name: told[digest] for name, digest in names.items() if digest in told}
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) else tuple(value.items()) if isinstance(value, dict) else value
 
 
 def _or_raise(value: Any) -> Any:

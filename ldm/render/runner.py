@@ -32,7 +32,8 @@ from ldm.render.writer import Drawn, Writer, WriterStopped
 
 OF_PAINTER = ("device", "offload", "attention", "prediction_type", "allow_unapplied")
 # Words of generate that lines have none for, or (clip_skip) count in another way there.
-NOT_OF_LINES = (*GUIDANCE_WORDS, "timesteps", "sigmas", "emphasis", "clip_skip", "vae")
+NOT_OF_LINES = (*GUIDANCE_WORDS, "timesteps", "sigmas", "emphasis", "clip_skip", "vae", "outpaint")
+NOT_OF_LINES += ("variation_seed", "variation_strength", "hires_scale", "hires_steps", "hires_strength", "vae_tiling")
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 

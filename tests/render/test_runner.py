@@ -386,3 +386,40 @@ def test_the_pages_afterwards(draw, tmp_path):
     draw(["a cat", "a dog --stepz 1"], gallery=True, contact_sheet=True)
     assert "a cat" in (tmp_path / "out" / "index.html").read_text()
     assert (tmp_path / "out" / "contact" / "page-001.jpg").is_file()
+
+
+# From input pictures
+
+
+def test_lines_with_pictures_and_masks(draw, tmp_path, spy):
+    """Their size is drawn, their pixels are in the key, and they share batches with their like alone."""
+    from PIL import Image
+
+    for name, size, colour in (("a", (40, 32), "red"), ("b", (40, 32), "blue"), ("moved", (40, 32), "red")):
+        Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
+    Image.new("L", (40, 32), 255).save(tmp_path / "mask.png")
+    (tmp_path / "p.txt").write_text(
+        "a cat --d 1 --image a.png\na dog --d 2 --init_image b.png --s 2\na cat --d 3 --image a.png --mask mask.png\n"
+        "a cat --d 4\na cat --d 5 --image b.png --strength 0.5 --s 2\na cat --d 6 --image nowhere.png\n"
+    )
+    found = draw(tmp_path / "p.txt", steps=2)
+    assert found.counts["rendered"] == 5 and found.counts["bad_lines"] == 1
+    assert sorted(map(sorted, spy.batches)) == [[1, 2], [3], [4], [5]]
+    settings = {record["seed"]: record["settings"] for record in read_manifest(found.folder)}
+    assert (settings[1]["width"], settings[1]["height"], settings[1]["strength"]) == (40, 32, 0.8)
+    assert settings[5]["strength"] == 0.5 and "strength" not in settings[4] and "mask_image" in settings[3]
+    (tmp_path / "p.txt").write_text("a cat --d 1 --image moved.png\na cat --d 1 --image b.png\n")
+    again = draw(tmp_path / "p.txt", steps=2)
+    assert again.counts["finished_before"] == 1 and again.counts["rendered"] == 1
+
+
+def test_larger_second_runs_and_variations(draw, tmp_path):
+    varied = {"variation_seed": 9, "variation_strength": 0.3}
+    found = draw(["a cat --d 1"], hires_scale=2, steps=2, **varied)
+    (record,) = read_manifest(found.folder)
+    assert {**varied, "hires_scale": 2.0, "height": 32}.items() <= record["settings"].items()
+    inside = read_metadata(found.paths[0])
+    assert inside.ldm["variation_seed"] == 9 and inside.ldm["hires_scale"] == 2
+    assert draw(["a cat --d 1"]).counts["rendered"] == 1  # without them another picture
+    with pytest.raises(ConfigError, match="a variation needs its own seed"):
+        draw(["a cat"], variation_strength=0.5)
