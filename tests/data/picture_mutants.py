@@ -1,4 +1,4 @@
-"""Damaged pictures by the thousand: `python tests/data/picture_mutants.py COUNT [SEED]` prints what came of them, as JSON.
+"""Damaged pictures by the thousand: `python tests/data/picture_mutants.py COUNT [SEED]` prints what came of them.
 
 Ends with an error where anything but PictureError is raised, a picture takes more than a second of processor time, or
 the process grows by more than 200 MB.

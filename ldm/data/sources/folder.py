@@ -86,14 +86,17 @@ def _of_split(found: Found, split: str, counts: Counts) -> list[str]:
 def _remarks(found: Found, counts: Counts) -> None:
     if found.links:
         counts.notes.append(f"{found.links} pictures are links to others in the folder")
-    if found.folder_links:
-        counts.notes.append(f"{len(found.folder_links)} links to folders are not followed: {_few(found.folder_links)}")
+    if found.unfollowed:
+        what = f"{len(found.unfollowed)} links to folders or out of the folder are not followed"
+        counts.notes.append(f"{what}: {_few(found.unfollowed)}")
     if found.hidden:
         counts.notes.append(f"{found.hidden} hidden files and folders are ignored")
     kinds = Counter(suffix or "no suffix" for suffix in found.others.values())
     kinds.update({suffix: len(names) for suffix, names in found.shards.items() if names})
     if kinds:
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(10))
+        listed = ", ".join(
+            f"{count} {kind}" for kind, count in sorted(kinds.most_common(10), key=lambda k: (-k[1], k[0]))
+        )
         counts.notes.append(f"{kinds.total()} other files are ignored: {listed}")
 
 

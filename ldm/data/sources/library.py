@@ -171,7 +171,7 @@ class _no_bars:
     def __enter__(self) -> None:
         import datasets
 
-        self.quiet = progress(total=0).disable and datasets.utils.are_progress_bars_enabled()
+        self.quiet = progress(total=0).disable and not datasets.are_progress_bars_disabled()
         if self.quiet:
             datasets.disable_progress_bars()
 

@@ -156,7 +156,7 @@ def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
             if fault:
                 counts.skip(f"{file.path}#{number}", fault)
                 continue
-            counts.use(f"{file.path}#{number}", texts, there=value is not None)
+            counts.use(f"{file.name}#{number}", texts, there=value is not None)
             rows.append(file.start + number)
     columns = sorted({file.caption for file in files if file.caption})
     said = " and ".join(map(repr, columns)) or "no column"

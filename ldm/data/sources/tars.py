@@ -70,7 +70,7 @@ def open_tars(path: Path, root: Path, tars: list[str]) -> TarSource:
         try:
             with tarfile.open(root / name, "r:") as tar, (root / name).open("rb") as file:
                 for members in _by_key(tar):
-                    _take(f"{root}/{name}", number, members, file, counts, index)
+                    _take(f"{root}/{name}", name, number, members, file, counts, index)
         except (OSError, tarfile.TarError, ValueError) as error:
             what, todo = f"is not a sound tar ({error})", "write it again, uncompressed"
             raise DataError(what, where=root / name, todo=todo) from None
@@ -99,7 +99,9 @@ def _by_key(tar: tarfile.TarFile) -> Iterator[list[tarfile.TarInfo]]:
         yield members
 
 
-def _take(path: str, tar: int, members: list[tarfile.TarInfo], file: BinaryIO, counts: Counts, index: array) -> None:
+def _take(
+    path: str, shard: str, tar: int, members: list[tarfile.TarInfo], file: BinaryIO, counts: Counts, index: array
+) -> None:
     """Count and index the picture of one key."""
     size = os.fstat(file.fileno()).st_size
     kinds = [os.path.splitext(member.name)[1].lower() for member in members]
@@ -126,7 +128,7 @@ def _take(path: str, tar: int, members: list[tarfile.TarInfo], file: BinaryIO, c
     elif picture.size > MAX_FILE:
         counts.skip(where, "file is too large", f"{picture.size / 1e6:.0f} MB")
     else:
-        counts.use(where, texts, there)
+        counts.use(f"{shard}/{picture.name}", texts, there)
         index.extend((tar, picture.offset, picture.offset_data, picture.size, *chosen[:2], chosen[2]))
 
 

@@ -36,7 +36,7 @@ class Found:
     skipped: list[Skip] = field(default_factory=list)  # named as pictures, and none
     links: int = 0  # pictures that are links to others inside of the folder
     hidden: int = 0
-    folder_links: list[str] = field(default_factory=list)  # not followed
+    unfollowed: list[str] = field(default_factory=list)  # links to folders, and of files to what lies outside
 
 
 def walk(folder: Path) -> Found:
@@ -80,10 +80,10 @@ def _sort(found: Found, entry: os.DirEntry, name: str) -> None:
     suffix, where = _suffix(name), str(found.root / name)
     picture = suffix in SUFFIXES
     if fault := _fault(found, entry, name):
-        if fault == FOLDER_LINK and not picture:
-            found.folder_links.append(name)
-        elif picture or suffix in FOREIGN:
+        if picture or suffix in FOREIGN:
             found.skipped.append(Skip(where.encode("utf-8", "replace").decode(), *fault))
+        elif entry.is_symlink():
+            found.unfollowed.append(name)
         else:
             found.others[name] = suffix
     elif picture:
@@ -101,9 +101,6 @@ def _sort(found: Found, entry: os.DirEntry, name: str) -> None:
         found.others[name] = suffix
 
 
-FOLDER_LINK = ("is a link to a folder", "")
-
-
 def _fault(found: Found, entry: os.DirEntry, name: str) -> tuple[str, str] | None:
     """(reason, detail) why this is no plain file of this folder; links are looked through."""
     try:
@@ -116,10 +113,10 @@ def _fault(found: Found, entry: os.DirEntry, name: str) -> tuple[str, str] | Non
             mode = os.stat(target).st_mode
         except OSError:
             return "is a link that leads nowhere", ""
+        if stat.S_ISDIR(mode):
+            return "is a link to a folder", ""
         if not target.startswith(str(found.root) + os.sep):
             return "is a link out of the folder", ""
-        if stat.S_ISDIR(mode):
-            return FOLDER_LINK
     else:
         mode = entry.stat(follow_symlinks=False).st_mode
     if stat.S_ISREG(mode):
