@@ -94,7 +94,8 @@ def too_large(model: Any, settings: Settings) -> str | None:
     if not side or settings.height * settings.width <= side**2:
         return None
     size = f"{settings.width}x{settings.height}"
-    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself; try hires_scale"
+    todo = "; try hires_scale" if settings.strength is None else ""
+    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{todo}"
 
 
 def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError, DataError, LdmError
-from ldm.pipeline.settings import GUIDANCE_WORDS
+from ldm.pipeline.settings import EDITING_WORDS, GUIDANCE_WORDS
 from ldm.render.changes import Changes
 from ldm.render.foreign import not_repeated, of_infotext
 from ldm.render.infotext import read_infotext
@@ -26,10 +26,11 @@ from ldm.render.words import FIELDS, check_words
 OF_PIPELINE = ("prompt", "negative_prompt", "model", "vae", "lora")
 LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # Words of Pipeline and generate that a prompt line has none for; they pass from a record of ours as they are.
-OF_GENERATE = (*GUIDANCE_WORDS, *LEVELS, "emphasis", "vae")
+OF_GENERATE = (*GUIDANCE_WORDS, *EDITING_WORDS, *LEVELS, "emphasis", "vae")
 # What a record of ours says beside settings: `differences` looks at it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
+OF_SOURCES = {"image_sha256": "image", "mask_sha256": "mask_image"}  # likewise, of the pictures that were drawn from
 REMARKS = ("truncated", "unknown_words", "remarks", "job")
 
 
@@ -125,14 +126,19 @@ def _of_picture(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
 def _of_record(record: Mapping[str, Any], base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
     """(settings, notes, told) of an `ldm` chunk or of a manifest's settings."""
     settings, notes = {}, []
-    told = {name: record[name] for name in (*OF_THE_MODEL, *OF_THE_MACHINE) if record.get(name) is not None}
+    known = (*OF_THE_MODEL, *OF_THE_MACHINE, *OF_SOURCES)
+    told = {name: record[name] for name in known if record.get(name) is not None}
+    passed = {*known, *REMARKS} - {"lora"}
     for name, value in record.items():
-        if name in changes.names or name in (*OF_THE_MACHINE, *REMARKS) or (name in OF_THE_MODEL and name != "lora"):
+        if name in changes.names or name in passed:
             continue
         if name == "negative_prompt" and value is None:
             settings[name] = None  # with XL other than ""
         elif name == "latents" and value is not None:
             raise DataError("was drawn from given latents, which are not in the file", where=name)
+        elif name in OF_SOURCES.values() and value == "given":
+            todo = f"--set {name}=FILE"
+            raise DataError("was drawn from a picture that has no file", where=name, todo=todo)
         elif value is None:
             continue
         elif name in OF_GENERATE:
@@ -199,6 +205,9 @@ def differences(told: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]
             f"the picture was drawn by {told['model']!r:.80}, of unknown hash; this model is {record['model']}"
         )
     lines += _other_loras(told.get("lora"), record.get("lora") or ())
+    for name, word in OF_SOURCES.items():
+        if name in told and name in record and told[name] != record[name]:
+            lines.append(f"{word} is another picture than the one that was drawn from: it will differ")
     for name in OF_THE_MACHINE:
         old, new = (source.get(name) for source in (told, record))
         if name == "versions":

@@ -42,29 +42,28 @@ class Sources:
     outpaint: Mapping[str, int] | None = None  # side -> pixels
 
     @property
+    def sides(self) -> Mapping[str, int]:
+        return self.outpaint or {}
+
+    @property
     def masked(self) -> bool:
         return self.outpaint is not None or self.each[0].repaint is not None
 
     def size(self, factor: int, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) that is drawn: the given ones, or the pictures' brought down to multiples of `factor`.
 
-        Raises ConfigError where the pictures are of several sizes, or too small.
+        Raises ConfigError where the pictures are of several sizes or too small, or the sides leave no room for them.
         """
-        if height is not None and width is not None:
-            return height, width
+        sides = {side: check_size(pixels, f"outpaint {side}", factor) for side, pixels in self.sides.items() if pixels}
+        across, down = (sum(sides.get(side, 0) for side in pair) for pair in (SIDES[:2], SIDES[2:]))
         sizes = {source.image.size for source in self.each}
-        if len(sizes) > 1:
+        if len(sizes) > 1 and None in (height, width):
             listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
             raise ConfigError(f"the pictures are of several sizes ({listed})", where="image", todo="give width, height")
         own = [side // factor * factor for side in sizes.pop()]
-        width, height = width or own[0], height or own[1]
-        require(min(width, height) > 0, f"a picture of less than {factor} pixels a side cannot be drawn from", "image")
-        grown = self.outpaint or {}
-        for side, pixels in grown.items():
-            if pixels:
-                check_size(pixels, f"outpaint {side}", factor)
-        height += grown.get("top", 0) + grown.get("bottom", 0)
-        width += grown.get("left", 0) + grown.get("right", 0)
+        require(min(own) > 0, f"a picture of less than {factor} pixels a side cannot be drawn from", "image")
+        width, height = width or own[0] + across, height or own[1] + down
+        require(width > across and height > down, f"no room for the picture in {width}x{height}", "outpaint")
         require(max(height, width) <= MAX_SIZE, f"{width}x{height} is more than {MAX_SIZE} a side", "image")
         return height, width
 
@@ -78,11 +77,8 @@ class Sources:
 
     def resized(self, height: int, width: int) -> list[str]:
         """One line for each size that `fitted` brings to another."""
-        grown = self.outpaint or {}
-        base = (
-            width - grown.get("left", 0) - grown.get("right", 0),
-            height - grown.get("top", 0) - grown.get("bottom", 0),
-        )
+        left, right, top, bottom = (self.sides.get(side, 0) for side in SIDES)
+        base = width - left - right, height - top - bottom
         sizes = {source.image.size for source in self.each} - {base}
         return [f"the picture of {w}x{h} is resized to {base[0]}x{base[1]}" for w, h in sorted(sizes)]
 
@@ -99,8 +95,6 @@ def check_sources(given: Mapping[str, Any], prompts: int, num_images: int) -> So
         require(outpaint is None, "outpainting needs an image", "outpaint")
         return None
     sides = None if outpaint is None else check_outpaint(outpaint)
-    if sides is not None and (given.get("height") is not None or given.get("width") is not None):
-        raise ConfigError("outpainting decides the size", where="outpaint", todo="leave width and height out")
     images, masks = _listed(image, "image", prompts), _listed(mask, "mask_image", prompts)
     read: dict[tuple[int, int], Source] = {}
     for one, own in zip(images, masks):
