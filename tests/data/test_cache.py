@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of
-from ldm.data.cache import Cache, Prepared, Sample
+from ldm.data.cache import Cache, Prepared, Wanted
 from ldm.data.transforms import TransformConfig, choose_caption, draw_view, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, Interrupted, NumericsError, ResourceError
 
@@ -59,7 +59,7 @@ class Data:
 
     def samples(self):
         return [
-            Sample(f"{i}.png", self.identity(i), self.views(i), self.captions[i]) for i in range(len(self.pictures))
+            Wanted(f"{i}.png", self.identity(i), self.views(i), self.captions[i]) for i in range(len(self.pictures))
         ]
 
     def views(self, i):
@@ -349,7 +349,7 @@ def test_memory_is_bounded_by_the_shards_size(folder):
 
     size = Size(32, 32)
     views = fixed_views(size, size, TransformConfig())
-    samples = [Sample(f"{i}", f"{i}", views, (f"{i}",)) for i in range(150)]
+    samples = [Wanted(f"{i}", f"{i}", views, (f"{i}",)) for i in range(150)]
     with Cache(folder, "vae", "text", shard_bytes=1 << 19) as cache:
         tracemalloc.start()
         cache.prepare(samples, lambda i: (Image.new("RGB", (32, 32), (i % 256, 0, 0)), f"{i}"), wide, embed)

@@ -181,3 +181,4 @@ def test_captions_and_dropout_are_drawn_evenly_and_anew_each_epoch():
     assert [choose_caption(captions, 0.1, 7, 3, sample) for sample in range(300)] == list(epochs[3])
     assert {choose_caption(captions, 0.0, 7, 0, i) for i in range(99)} == set(captions)
     assert {choose_caption(captions, 1.0, 7, 0, i) for i in range(99)} == {""}
+    assert choose_caption((), 0.0, 7, 0, 0) == ""

@@ -37,11 +37,11 @@ Open = Callable[[int], tuple["Image.Image", str]]  # position -> upright RGB pic
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What the cache has to know of a captioned picture without opening it."""
+class Wanted:
+    """What the cache is to hold of one sample, told without opening its picture."""
 
     name: str  # for messages
-    identity: str  # sha256 of the file's bytes; where there is a choice in how it is opened, of that too
+    identity: str  # sha256 of the file's bytes, and of how it is opened: the ground, a fraction of its size
     views: tuple[View, ...]  # all that training may ask for
     captions: tuple[str, ...]
 
@@ -104,7 +104,7 @@ class Cache:
 
     def prepare(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Wanted],
         open_picture: Open,
         encode: Encode,
         embed: Embed,
@@ -196,7 +196,7 @@ class Cache:
 class _Pictures:
     """The samples' pictures, opened once for all of their views, and which of them cannot be used."""
 
-    def __init__(self, samples: Sequence[Sample], open_picture: Open, failed: Callable[[int, LdmError], None] | None):
+    def __init__(self, samples: Sequence[Wanted], open_picture: Open, failed: Callable[[int, LdmError], None] | None):
         self._samples, self._open, self._failed = samples, open_picture, failed
         self._last: tuple[int, Image.Image] | None = None  # the views of a picture come one after the other
         self._bad: set[int] = set()
