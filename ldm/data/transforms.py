@@ -112,7 +112,7 @@ def to_float(batch: torch.Tensor) -> torch.Tensor:
 
 
 def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: int, sample: int) -> str:
-    """One of a sample's captions, all equally likely; the empty text where it has none, or with probability `dropout`."""
+    """One of the captions, all equally likely; the empty text where there is none, or with probability `dropout`."""
     if not captions or draw(seed, "caption dropout", epoch, sample) < dropout:
         return ""
     return captions[int(draw(seed, "caption", epoch, sample) * len(captions))]
