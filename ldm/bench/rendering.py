@@ -39,6 +39,7 @@ def rendering(
     if sampler not in PEERS:
         raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
     device, dtype = settled(device, dtype)
+    device, dtype = settled(device, dtype)
     lines = _lines(pictures)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     pipe = peer(model, dtype, device, sampler)

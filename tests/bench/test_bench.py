@@ -53,7 +53,7 @@ def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
     lines[1]["negative_prompt"] = "a dog"
     monkeypatch.setattr(rendering, "_lines", lambda count: lines[:count])
     words = ["--model", str(tiny_folder), "--steps", "2", "--pictures", "3", "--batch-size", "2", "--repeats", "1"]
-    assert main(["bench", "render", *words, "--json"]) == 0
+    assert main(["bench", "render", *words, "--dtype", "auto", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
     apart = found["agreement"]
