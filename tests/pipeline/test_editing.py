@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, NumericsError
 from ldm.images import encode
 from ldm.nn.unet import UNet
+from ldm.nn.vae import VAE
 from ldm.pipeline import Pipeline
 from ldm.pipeline.record import parameters
 from tests.conftest import build_tiny_model
@@ -190,6 +191,29 @@ def test_a_list_holds_one_picture_for_each_prompt(model):
     for k, prompt in enumerate(("a red cat", "a dog")):
         alone = Pipeline(prompt, model=model).generate(seed=5, image=picture(k + 1), num_images=2, **FAST)
         assert pixels(alone) == pixels(images[2 * k : 2 * k + 2])
+
+
+@pytest.mark.parametrize("case", ["mask", "hires"])
+def test_offload_changes_no_bit(model, pipe, case):
+    """On a CPU it lends copies of the parts, as on a GPU."""
+    lent = Pipeline("a red cat", model=model, negative_prompt="a dog", offload=True)
+    assert pixels(lent.generate(seed=5, **CASES[case], **FAST)) == pixels(pipe.generate(seed=5, **CASES[case], **FAST))
+
+
+@pytest.mark.parametrize("case", ["image", "mask", "hires"])
+def test_a_picture_whose_encoding_overflows_is_drawn_again_in_fp32(tiny_folder, case, monkeypatch, capsys):
+    encode_at_once = VAE.encode
+
+    def unstable(self, images, *args, **kwargs):
+        if self.dtype == torch.bfloat16:
+            raise NumericsError("the VAE gave NaN or infinity in encoding")
+        return encode_at_once(self, images, *args, **kwargs)
+
+    full = Pipeline("a red cat", model=tiny_folder, dtype="fp32").generate(seed=5, **CASES[case], **FAST)
+    monkeypatch.setattr(VAE, "encode", unstable)
+    mended = Pipeline("a red cat", model=tiny_folder, dtype="bf16").generate(seed=5, **CASES[case], **FAST)
+    assert pixels(mended) == pixels(full) and mended.metadata[0]["dtype"] == "fp32"
+    assert "seed 5: NaN in bf16" in capsys.readouterr().err
 
 
 # Golden pictures
