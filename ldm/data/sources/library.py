@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.pictures import PictureError
+from ldm.data.pictures import MAX_FILE, PictureError
 from ldm.errors import DataError
 
+from .folder import open_file
 from .source import Counts, Sample, Source, caption_column, captions_of
-from .tables import TODO, picture_bytes
+from .tables import PICTURES, TODO, picture_bytes
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 FIRST = 100  # samples of a stream in which at least one caption must be
@@ -71,7 +72,7 @@ class StreamSource(Source):
             number, row = item
             where = f"{self.path}#{number}"
             self.counts.found += 1
-            data, reason = picture_bytes(row.get(self.pictures))
+            data, reason = _bytes(row.get(self.pictures), self.path)
             texts, fault = captions_of(_text(row.get(self.caption)))
             if reason or fault:
                 self.counts.skip(where, reason or fault)
@@ -108,10 +109,33 @@ def _row_bytes(dataset, column: str, row: int, where: str) -> BinaryIO:
         value = dataset[row][column]
     except Exception as error:  # a damaged or vanished arrow file: whatever the library makes of it
         raise PictureError("cannot be read from the set", _line(error), where=where) from None
-    data, reason = picture_bytes(value)
+    data, reason = _bytes(value, where)
     if reason:
         raise PictureError(reason, where=where)
     return io.BytesIO(data)
+
+
+def _bytes(value: Any, where: str) -> tuple[bytes, str]:
+    """As picture_bytes; a path is followed into the library's own caches, and to the repository that is being read."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
+    if not isinstance(path, str):
+        return picture_bytes(value)
+    try:
+        if path.startswith(f"hf://datasets/{re.split('[@#]', where)[0]}@"):
+            from huggingface_hub import HfFileSystem
+
+            with HfFileSystem().open(path) as file:
+                return picture_bytes(file.read(MAX_FILE + 1))
+        caches = [os.path.realpath(cache) + os.sep for cache in (config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
+        if os.path.realpath(path).startswith(tuple(caches)):
+            with open_file(Path(path)) as file:
+                return picture_bytes(file.read(MAX_FILE + 1))
+    except OSError as error:
+        raise PictureError("cannot be opened", error.strerror or str(error), where=where) from None
+    return picture_bytes(value)
 
 
 def open_saved(path: Path, split: str) -> LibrarySource:
@@ -191,11 +215,14 @@ def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> S
         split = split if split in dataset else next(iter(dataset))
         dataset, kind = dataset[split], f"{kind}, split {split}"
     features = dataset.features or {}
-    pictures = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    pictures = _picture_column(features)
     listed = ", ".join(map(repr, features)) or "not known"
     if pictures is None:
         raise DataError(f"has no column of pictures: the columns are {listed}", where=path, todo=TODO)
-    dataset = dataset.cast_column(pictures, datasets.Image(decode=False))
+    if stream:
+        dataset = dataset.decode(False)
+    elif isinstance(features[pictures], datasets.Image):
+        dataset = dataset.cast_column(pictures, datasets.Image(decode=False))
     caption = caption_column(list(features)) or next((name for name in ("txt", "json") if name in features), None)
     columns = (pictures, caption)
     layout = f"{kind}, pictures in {pictures!r}, captions in {caption!r}" if caption else f"{kind}, without captions"
@@ -208,6 +235,18 @@ def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> S
     if stream and not any(sample.captions for sample in islice(source, FIRST)):
         raise nothing
     return source
+
+
+def _picture_column(features) -> str | None:
+    """The first column of pictures, or of {"bytes", "path"}; without one the bytes whose name says what they are."""
+    import datasets
+
+    kinds = dict(features)
+    for name, kind in kinds.items():
+        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
+            return name
+    plain = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
+    return next((name for wanted in PICTURES for name in plain if name.lower() == wanted), None)
 
 
 def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tuple[Counts, Any, tuple, list[int]]:

@@ -19,7 +19,7 @@ FOLDERS = 2  # of the folders above a picture, the nearest whose names say somet
 # Names that say nothing of what is to be seen.
 EMPTY = {"image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos", "foto", "untitled"}
 EMPTY |= {"dsc", "dscn", "dscf", "pxl", "screenshot", "scan", "file", "files", "data", "dataset", "png", "jpg", "jpeg"}
-EMPTY |= {"unsorted", "misc", "miscellany", "various", "other", "others", "new", "old", "copy", "final", "duplicates"}
+EMPTY |= {"unsorted", "misc", "miscellany", "various", "other", "others", "copy", "final", "duplicates"}
 EMPTY |= {"tests", "tmp", "special", "example", "examples", "clipart", *SPLITS}
 TITLES = 4  # different titles before a word, from which on it may be an author's
 SINGLE = 9  # the same, of an author with one word

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ldm.console import progress
@@ -192,6 +192,8 @@ class Source(Sequence[Sample]):
     def lines(self, cut: Callable[[str], str] | None = None) -> list[str]:
         """What was found, in a few lines; `cut` gives the end of a caption that an encoder will not see, or ""."""
         counts, said = self.counts, [f"{self.path}: {self.layout}"]
+        if not self.random_access:
+            return said + [_pair(sample) for sample in islice(self, SHOWN)]
         left = "; ".join(f"{reason} {n}" for reason, n in counts.reasons().most_common())
         skipped = counts.found - counts.used
         said.append(f"{counts.found} found: {counts.used} used, {skipped} skipped" + (f": {left}" if left else ""))
@@ -199,9 +201,11 @@ class Source(Sequence[Sample]):
         said += counts.notes
         if cut is not None:
             said += over_long(self, cut)
-        with contextlib.suppress(IndexError):
-            said += [f"  {s.id}: {' | '.join(s.captions) or '(no caption)'}" for s in (self[i] for i in range(SHOWN))]
-        return said
+        return said + [_pair(sample) for sample in islice(self, SHOWN)]
+
+
+def _pair(sample: Sample) -> str:
+    return f"  {sample.id}: {' | '.join(sample.captions) or '(no caption)'}"
 
 
 def over_long(source: Source, cut: Callable[[str], str]) -> list[str]:
