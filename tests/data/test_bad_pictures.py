@@ -337,3 +337,18 @@ def test_names_in_another_normal_form_are_found(tmp_path):
     good(tmp_path / "na\u0308ht.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "n\u00e4ht.png", "text": "a"}', encoding="utf-8")
     assert open_source(tmp_path)[0].captions == ("a",)
+
+
+def test_a_picture_that_is_left_out_later_takes_its_captions_out_of_the_counts(tmp_path):
+    for name, text in (("a", "one\ntwo"), ("b", ""), ("c", None), ("d", None), ("e", "three")):
+        good(tmp_path / f"{name}.png")
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_text(text)
+    source = open_source(tmp_path)
+    assert (source.counts.captions, source.counts.empty, source.counts.missing) == (3, 1, 2)
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    assert [sample.id for sample, _ in source.sift()] == ["d.png", "e.png"]
+    assert (source.counts.captions, source.counts.empty, source.counts.missing) == (1, 0, 1)
+    with pytest.raises(DataError, match=r"1 of 2 pictures have no caption \(1 missing, 0 empty\): d.png; write"):
+        source.require(max_bad=3)

@@ -77,7 +77,7 @@ class StreamSource(Source):
             if reason or fault:
                 self.counts.skip(where, reason or fault)
                 continue
-            self.counts.use(where, texts)
+            self.counts.use(f"#{number}", texts)
             yield Sample(f"#{number}", texts, 1, where, partial(io.BytesIO, data))
 
     def sift(self, look=Sample.header, desc: str = "headers"):
@@ -258,6 +258,6 @@ def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tupl
         if fault:
             counts.skip(f"{path}#{row}", fault)
             continue
-        counts.use(f"{path}#{row}", captions, there=value is not None)
+        counts.use(f"#{row}", captions, there=value is not None)
         rows.append(row)
     return counts, dataset, columns, rows

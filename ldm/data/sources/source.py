@@ -73,7 +73,7 @@ class Skip:
 
 @dataclass
 class Counts:
-    """found == used + len(skipped) + the sum of aside; the places of `aside` and `uncaptioned` are the first ten."""
+    """found == used + len(skipped) + the sum of aside, of which only the first ten places are kept."""
 
     found: int = 0  # pictures, and rows that name none
     used: int = 0
@@ -83,7 +83,7 @@ class Counts:
     captions: int = 0  # alternatives counted one by one
     missing: int = 0  # used pictures with no caption
     empty: int = 0  # used pictures whose caption is there and holds nothing
-    uncaptioned: list[str] = field(default_factory=list)
+    uncaptioned: dict[str, bool] = field(default_factory=dict)  # id -> whether it is there and empty
     notes: list[str] = field(default_factory=list)  # counted one-line remarks on what was read differently or ignored
 
     def skip(self, where: object, reason: str, detail: str = "") -> None:
@@ -95,15 +95,14 @@ class Counts:
         if len(places) < LISTED:
             places.append(str(where))
 
-    def use(self, where: object, captions: Sequence[str], there: bool = True) -> None:
+    def use(self, id: str, captions: Sequence[str], there: bool = True) -> None:
         """One picture more; `there` says whether a caption exists, even if it is empty."""
         self.used += 1
         self.captions += len(captions)
         if not captions:
             self.empty += there
             self.missing += not there
-            if len(self.uncaptioned) < LISTED:
-                self.uncaptioned.append(str(where))
+            self.uncaptioned[id] = there
 
     def reasons(self) -> Counter[str]:
         return Counter(skip.reason for skip in self.skipped) + self.aside
@@ -157,9 +156,10 @@ class Source(Sequence[Sample]):
         counts = self.counts
         counts.used -= 1
         counts.captions -= len(sample.captions)
-        if not sample.captions:  # which of the two is not known any more: the text may be gone as well
-            counts.missing -= counts.missing > 0
-            counts.empty -= counts.missing == 0 and counts.empty > 0
+        if sample.id in counts.uncaptioned:
+            there = counts.uncaptioned.pop(sample.id)
+            counts.empty -= there
+            counts.missing -= not there
         reason = getattr(error, "reason", error.what)
         counts.skip(sample.where, reason, getattr(error, "detail", ""))
 
@@ -181,7 +181,7 @@ class Source(Sequence[Sample]):
             raise DataError("holds no pictures that can be used", where=self.path)
         lacking = counts.missing + counts.empty
         if lacking and not allow_empty_captions:
-            listed = ", ".join(counts.uncaptioned) + (", …" if lacking > len(counts.uncaptioned) else "")
+            listed = ", ".join(islice(counts.uncaptioned, LISTED)) + (", …" if lacking > LISTED else "")
             raise DataError(
                 f"{lacking} of {counts.used} pictures have no caption ({counts.missing} missing, {counts.empty} empty):"
                 f" {listed}",
