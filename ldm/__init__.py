@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 _LAZY = {"Pipeline": "ldm.pipeline", "train": "ldm.training", "evaluate": "ldm.evaluation"}  # name -> room
 _LAZY["inspect"] = "ldm.checkpoint.inspect"
 _LAZY["convert"] = "ldm.checkpoint.convert"
+_LAZY["check_data"] = "ldm.data.doctor"
 _LAZY["render"] = "ldm.render.runner"  # the package ldm.render, which takes the name once imported, calls the same
 
 

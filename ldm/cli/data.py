@@ -2,11 +2,18 @@
 
 examples:
   ldm data emoji -o scenes/ -n 2000 --seed 1       draws captioned emoji scenes as an imagefolder
+  ldm data check pictures/                         layout, counts, copies, sizes; what to mend, and how
+  ldm data check pictures/ --page check.html       the same with pictures, as one HTML file
+  ldm data check pictures/ --captions names --json
+
+`ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. Exit code 3
+when something should be mended.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,12 +25,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument("-n", "--num-images", metavar="N", type=int, default=1000, help="scenes to draw (1000)")
     emoji.add_argument("--seed", metavar="N", type=int, default=0, help="scene i is a function of (seed, i) alone (0)")
     emoji.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf, where it is not installed")
+    check = kinds.add_parser("check", help="say what a set holds and what is wrong with it", parents=[common_options()])
+    check.add_argument("data", metavar="DATA", help="a folder, a .tar, a .parquet, or owner/name on the hub")
+    check.add_argument("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files) (auto)")
+    check.add_argument(
+        "--split", metavar="NAME", default="train", help="train, validation, test, where there are (train)"
+    )
+    check.add_argument("--resolution", metavar="N", type=int, default=512, help="of the training in mind (512)")
+    check.add_argument("--page", metavar="FILE", help="write one HTML file with pictures")
+    check.add_argument("--json", action="store_true", help="print one JSON document, nothing cut")
 
 
 def run(args: argparse.Namespace) -> int:
+    return {"emoji": _emoji, "check": _check}[args.kind](args)
+
+
+def _emoji(args: argparse.Namespace) -> int:
     from ldm.data import emoji
 
     folder = emoji.export(args.output, args.num_images, seed=args.seed, font=args.font)
     if not args.quiet:
         print(folder)
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    import json
+
+    from ldm.data.doctor import check_data
+
+    found = check_data(args.data, args.captions, args.split, args.resolution, _beyond_clip, args.page)
+    print(json.dumps(found.as_json(), indent=1, ensure_ascii=False) if args.json else found.as_text())
+    return 0 if found.sound else 3
+
+
+def _beyond_clip(text: str) -> str:
+    """The end of a caption that CLIP, the text encoder of Stable Diffusion 1.x to XL, does not see."""
+    from ldm.checkpoint.vocabulary import LENGTH
+
+    room = LENGTH - 2  # less start and end
+    if len(text.encode("utf-8")) <= room:  # a token has a byte at least
+        return ""
+    tokenizer = _tokenizer()
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[room:]).strip()
+
+
+@functools.cache
+def _tokenizer():
+    from ldm.checkpoint.vocabulary import clip_tokenizer
+
+    return clip_tokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ldm.config import require
 from ldm.errors import DataError
 
 from .folder import open_folder
@@ -31,8 +32,9 @@ def open_source(
     called train, test, …) one is read. `stream` reads a hub set as it comes instead of downloading it. Nothing is
     decoded yet and nothing ever written; `source.require()` says whether it is good enough to learn from.
 
-    Raises DataError for what is not there, damaged metadata, and paths that lead out of the folder.
+    Raises DataError for what is not there, damaged metadata, and paths that lead out of the folder; ConfigError.
     """
+    require(captions in ("auto", "names"), f"must be auto or names, got {captions!r}", "captions")
     path = Path(data)
     if not path.exists():
         if isinstance(data, str) and is_hub_id(data):

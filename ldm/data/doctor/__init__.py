@@ -1,0 +1,207 @@
+"""The doctor of data: what a set holds, what is wrong with it, and what mends that, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm.config import require
+from ldm.data.buckets import BucketConfig, Share, histogram
+from ldm.data.sources import Source, open_source
+from ldm.errors import DataError
+
+from .looks import NEAR_LIMIT, Look, alike, look, same_files
+
+__all__ = ["Diagnosis", "Finding", "check_data"]
+
+NARROW = 3.0  # longer side by shorter, from which on a picture is called narrow
+FEW = 10  # pictures
+SHARED = 0.02  # of the pictures with one and the same caption, from which on it is told
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data; with `todo` it should be mended, without it is only told."""
+
+    kind: str
+    count: int  # pictures
+    what: str
+    todo: str | None = None
+    groups: list[list[str]] = field(default_factory=list)  # ids of the pictures, those that belong together in one list
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that the doctor found out about a set."""
+
+    path: str
+    layout: str
+    resolution: int  # pixels, of the buckets
+    found: int
+    used: int
+    skipped: dict[str, int]  # reason -> things left out
+    captions: int
+    words: dict[int, int]  # words of a caption -> captions
+    sides: tuple[int, int, int]  # pixels of the shorter side: least, middle, most
+    buckets: list[Share]
+    epoch: int  # samples, repeats counted
+    lines: list[str]  # for people
+    findings: list[Finding]
+
+    @property
+    def sound(self) -> bool:
+        return not any(finding.todo for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        shares = [{**dataclasses.asdict(s), "bucket": [s.bucket.width, s.bucket.height]} for s in self.buckets]
+        return {**dataclasses.asdict(self), "buckets": shares, "sound": self.sound}
+
+    def as_text(self) -> str:
+        said = list(self.lines)
+        lost = sum(share.lost * share.pictures for share in self.buckets) / max(1, self.used)
+        least, middle, most = self.sides
+        said.append(f"shorter sides {least} to {most} px, half of them at least {middle} px")
+        listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.pictures}" for s in self.buckets[:6])
+        more = f", and {len(self.buckets) - 6} more" if len(self.buckets) > 6 else ""
+        said.append(f"buckets at {self.resolution}: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away")
+        said.append(f"an epoch has {self.epoch} samples")
+        for finding in sorted(self.findings, key=lambda f: f.todo is None):
+            said.append(f"{'mend' if finding.todo else 'note'}: {finding.what}")
+            said += [f"      {finding.todo}"] if finding.todo else []
+        return "\n".join(said)
+
+
+def check_data(
+    data: str | Path,
+    captions: Literal["auto", "names"] = "auto",
+    split: str = "train",
+    resolution: int = 512,
+    cut: Callable[[str], str] | None = None,
+    page: str | Path | None = None,
+) -> Diagnosis:
+    """Look at every picture and caption of a set. Options as in `open_source`; nothing of the set is changed.
+
+    `resolution` (px) is that of the training in mind, `cut` gives the end of a caption that its text encoder will not
+    see, `page` is where one HTML file with pictures is written. Raises DataError for what is no set of pictures,
+    ConfigError for a page inside of the set.
+    """
+    config = BucketConfig(resolution, step=min(64, resolution))
+    if page is not None:
+        inside = Path(data).is_dir() and Path(page).resolve().is_relative_to(Path(data).resolve())
+        require(not inside, "lies inside of the data, which is never changed", "page")
+    source = open_source(data, captions, split)
+    looks = [seen for _, seen in source.sift(look, desc="pictures")]
+    if not looks:
+        source.require(allow_empty_captions=True)
+        raise DataError("holds no pictures that can be used", where=data)
+    findings = [*_refusal(source), *_skips(source), *_of_captions(source, cut), *_of_pictures(looks, resolution)]
+    diagnosis = _diagnosis(source, looks, config, findings)
+    if page is not None:
+        from .page import write_page
+
+        write_page(Path(page), diagnosis, source)
+    return diagnosis
+
+
+def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings: list[Finding]) -> Diagnosis:
+    counts, sides = source.counts, sorted(min(seen.size) for seen in looks)
+    words = Counter(len(text.split()) for sample in source for text in sample.captions)
+    return Diagnosis(
+        source.path,
+        source.layout,
+        config.resolution,
+        counts.found,
+        counts.used,
+        dict(counts.reasons().most_common()),
+        counts.captions,
+        dict(sorted(words.items())),
+        (sides[0], sides[len(sides) // 2], sides[-1]),
+        histogram((seen.size for seen in looks), config),
+        sum(sample.repeats for sample in source),
+        source.lines(),
+        findings,
+    )
+
+
+def _refusal(source: Source) -> list[Finding]:
+    """Why a training would not begin."""
+    try:
+        source.require()
+    except DataError as error:
+        count = source.counts.missing + source.counts.empty or len(source.counts.skipped)
+        listed = [[id] for id in source.counts.uncaptioned]
+        return [Finding("refused", count, f"training refuses this set: {error.what}", error.todo, listed)]
+    return []
+
+
+def _skips(source: Source) -> list[Finding]:
+    kinds: dict[str, list[str]] = {}
+    for skip in source.counts.skipped:
+        kinds.setdefault(skip.reason, []).append(str(skip))
+    return [
+        Finding(
+            "skipped",
+            len(places),
+            f"{len(places)} left out: {reason}: {places[0]}" + (", …" if len(places) > 1 else ""),
+            "replace or remove them (--json lists all)",
+            [[place] for place in places],
+        )
+        for reason, places in kinds.items()
+    ]
+
+
+def _of_captions(source: Source, cut: Callable[[str], str] | None) -> list[Finding]:
+    findings, texts, lost = [], {}, {}
+    for sample in source:
+        for text in sample.captions:
+            texts.setdefault(text, []).append(sample.id)
+            if cut is not None and (end := cut(text)):
+                lost[sample.id] = end
+    if lost:
+        first, end = next(iter(lost.items()))
+        what = f"{len(lost)} captions are longer than the text encoder sees; of {first} it loses {end!r:.80}"
+        findings.append(Finding("long captions", len(lost), what, "shorten them", [[id] for id in lost]))
+    for text, ids in sorted(texts.items(), key=lambda item: (-len(item[1]), item[0]))[:5]:
+        if len(ids) > max(FEW, SHARED * source.counts.used):
+            what = f"{len(ids)} pictures share the caption {text!r:.80}"
+            findings.append(Finding("shared caption", len(ids), what, "tell them apart, or keep a few of them", [ids]))
+    return findings
+
+
+def _of_pictures(looks: list[Look], resolution: int) -> list[Finding]:
+    findings, total = [], len(looks)
+
+    def add(kind: str, groups: list[list[str]], what: str, todo: str | None = None) -> None:
+        if groups:
+            findings.append(Finding(kind, sum(map(len, groups)), what, todo, groups))
+
+    copies = same_files(looks)
+    extra = sum(map(len, copies)) - len(copies)
+    add("copies", copies, f"{extra} files are copies or links of others, byte for byte", "keep one of each group")
+    near = alike(looks)
+    extra = sum(map(len, near)) - len(near)
+    add("alike", near, f"{extra} pictures look like another (of other bytes)", "look at the groups, keep one of each")
+    if total > NEAR_LIMIT:
+        findings.append(Finding("alike", 0, f"near duplicates are looked for among {NEAR_LIMIT} pictures at most"))
+    tiny = [[seen.id] for seen in sorted(looks, key=lambda s: min(s.size)) if 2 * min(seen.size) < resolution]
+    what = f"{len(tiny)} pictures would be enlarged more than twice at {resolution}"
+    add("tiny", tiny, what, "remove them, or train at a lower resolution")
+    narrow = [[s.id] for s in looks if max(s.size) > NARROW * min(s.size)]
+    add(
+        "narrow", narrow, f"{len(narrow)} pictures are more than {NARROW:g} times as long as wide: much is cropped away"
+    )
+    blank = [[s.id] for s in looks if s.blank]
+    add("blank", blank, f"{len(blank)} pictures show nothing on a white ground", "remove them")
+    for kind, chosen, what in (
+        ("turned", [s.id for s in looks if s.turned], "pictures are turned by EXIF; they are read upright"),
+        ("animated", [s.id for s in looks if s.animated], "pictures are animated; the first frame is taken"),
+        ("transparent", [s.id for s in looks if s.transparent], "pictures may be transparent; they are laid on white"),
+    ):
+        add(kind, [[id] for id in chosen], f"{len(chosen)} {what}")
+    if total < FEW:
+        findings.append(Finding("few", total, f"only {total} pictures: a training will repeat them often"))
+    return findings

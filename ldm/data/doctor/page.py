@@ -1,0 +1,127 @@
+"""The doctor's page: one HTML file with its pictures inside, without script, server or network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from ldm.data.sources import Source
+from ldm.errors import DataError
+from ldm.files import atomic_write
+
+from . import Diagnosis, Finding
+
+THUMB = 112  # pixels
+SHEET = 60  # pictures of the contact sheet, evenly spread
+GROUPS, MEMBERS = 8, 6  # shown of a finding
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 72em; padding: 1em; overflow-wrap: anywhere; }
+h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
+.mend { border-left: .3em solid #c33; padding-left: .8em; } .note { border-left: .3em solid #888; padding-left: .8em; }
+.todo { font-weight: 600; margin: .2em 0; }
+.row, .group { display: flex; flex-wrap: wrap; gap: .8em; align-items: flex-start; }
+.group { border: 1px solid color-mix(in srgb, CanvasText 25%, Canvas); padding: .4em; gap: .4em; }
+figure { margin: 0; width: 7.5em; } figcaption { font-size: .72em; line-height: 1.25; }
+img { display: block; max-width: 100%; background: #fff; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
+table { border-collapse: collapse; } td, th { text-align: right; padding: .1em .8em .1em 0; font-weight: normal; }
+th { opacity: .7; } td.bar { width: 22em; text-align: left; }
+td.bar i { display: block; height: .8em; background: #1f77b4; }
+"""
+
+
+def write_page(path: Path, diagnosis: Diagnosis, source: Source) -> Path:
+    """Write the page over that of before. Raises ResourceError where it cannot be written."""
+    pictures = _Pictures(source)
+    body = [f"<h1>{escape(diagnosis.path)}</h1>"]
+    body += [f"<p>{'<br>'.join(map(escape, diagnosis.lines[:3]))}</p>"]
+    findings = sorted(diagnosis.findings, key=lambda finding: finding.todo is None)
+    mend = sum(finding.todo is not None for finding in findings)
+    body.append(f"<p><b>{f'{mend} things to mend' if mend else 'Nothing to mend'}</b></p>")
+    body += [_finding(finding, pictures) for finding in findings]
+    body += ["<h2>Sizes</h2>", _buckets(diagnosis), "<h2>Words of a caption</h2>", _bars(_binned(diagnosis.words))]
+    body += ["<h2>Some of the pictures, as they are read</h2>", '<div class="row">']
+    step = max(1, len(source) // SHEET)
+    body += [pictures.figure(source[i].id) for i in range(0, len(source), step)][:SHEET]
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f"<title>{escape(diagnosis.path)}</title><style>{STYLE}</style>"
+    text = "\n".join(body)
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{text}</div></body></html>\n'
+    return atomic_write(path, page.encode("utf-8", "replace"))
+
+
+class _Pictures:
+    """Small pictures by the ids of a source."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.index = {sample.id: i for i, sample in enumerate(source)}
+
+    def figure(self, id: str) -> str:
+        from PIL import Image
+
+        if id not in self.index:
+            return f"<figure><figcaption>{escape(id)}</figcaption></figure>"
+        sample = self.source[self.index[id]]
+        try:
+            picture = sample.picture(at_least=THUMB)
+        except DataError as error:
+            return f"<figure><figcaption>{escape(str(error))}</figcaption></figure>"
+        size = f"{picture.width}x{picture.height}"
+        picture.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP", quality=80)
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        said = escape(" | ".join(sample.captions)[:200] or "(no caption)")
+        alt = escape(id, quote=True)
+        return (
+            f'<figure title="{alt} {size}"><img alt="{alt}" src="data:image/webp;base64,{data}">'
+            f"<figcaption><b>{alt}</b><br>{said}</figcaption></figure>"
+        )
+
+
+def _finding(finding: Finding, pictures: _Pictures) -> str:
+    body = [f'<div class="{"mend" if finding.todo else "note"}"><h2>{escape(finding.what)}</h2>']
+    if finding.todo:
+        body.append(f'<p class="todo">{escape(finding.todo)}</p>')
+    body.append('<div class="row">')
+    for group in sorted(finding.groups, key=len, reverse=True)[:GROUPS]:
+        figures = "".join(pictures.figure(id) for id in group[:MEMBERS])
+        more = f"<span>and {len(group) - MEMBERS} more</span>" if len(group) > MEMBERS else ""
+        body.append(f'<div class="group">{figures}{more}</div>' if len(group) > 1 else figures)
+    rest = len(finding.groups) - GROUPS
+    return "\n".join([*body, "</div>", f"<p>and {rest} more</p>" if rest > 0 else "", "</div>"])
+
+
+def _buckets(diagnosis: Diagnosis) -> str:
+    most = max(share.pictures for share in diagnosis.buckets)
+    rows = [
+        f"<tr><td>{s.bucket.width}x{s.bucket.height}</td><td>{s.pictures}</td><td>{s.enlarged}</td>"
+        f"<td>{100 * s.lost:.1f} %</td>{_bar(s.pictures / most)}</tr>"
+        for s in diagnosis.buckets
+    ]
+    head = "<tr><th>bucket</th><th>pictures</th><th>enlarged</th><th>cropped away</th><th></th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _bars(counts: Mapping[str, int]) -> str:
+    most = max(counts.values(), default=1)
+    rows = [f"<tr><td>{escape(name)}</td><td>{n}</td>{_bar(n / most)}</tr>" for name, n in counts.items()]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _bar(share: float) -> str:
+    return f'<td class="bar"><i style="width:{100 * share:.1f}%"></i></td>'
+
+
+def _binned(words: Mapping[int, int]) -> dict[str, int]:
+    """Counts by 1, 2, … 9, 10-19, 20-29, … words."""
+    bins: dict[str, int] = {}
+    for length, count in words.items():
+        name = str(length) if length < 10 else f"{length // 10 * 10}-{length // 10 * 10 + 9}"
+        bins[name] = bins.get(name, 0) + count
+    return bins
