@@ -141,12 +141,13 @@ def _refusal(source: Source) -> list[Finding]:
 def _skips(source: Source) -> list[Finding]:
     kinds: dict[str, list[str]] = {}
     for skip in source.counts.skipped:
-        kinds.setdefault(skip.reason, []).append(str(skip))
+        place = skip.where.removeprefix(str(Path(source.path).resolve()) + "/")
+        kinds.setdefault(skip.reason, []).append(f"{place} ({skip.detail})" if skip.detail else place)
     return [
         Finding(
             "skipped",
             len(places),
-            f"{len(places)} left out: {reason}: {places[0]}" + (", …" if len(places) > 1 else ""),
+            f"{len(places)} left out ({reason}): {places[0]}" + (", …" if len(places) > 1 else ""),
             "replace or remove them (--json lists all)",
             [[place] for place in places],
         )

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SMALL = 16  # pixels; pictures are compared at this size
-BITS, MEAN, MOST = (
-    3,
-    2.0,
-    48,
-)  # greatest differences of pictures called alike: bits of 64, levels on average, in a pixel
+BITS = 3  # of 64 in which the fingerprints of pictures called alike may differ
+MEAN, MOST = 1.5, 32  # levels of 255 by which these may differ at SMALL: on average, and in one place
 NEAR_LIMIT = 50_000  # pictures up to which each is compared with each
 BLANK = 2.0  # levels of standard deviation at SMALL, below which there is nothing to be seen
 PAIRS = 20_000  # compared at once
