@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 SMALL = 16  # pixels; pictures are compared at this size
 BITS = 3  # of 64 in which the fingerprints of pictures called alike may differ
-MEAN, MOST = 1.5, 32  # levels of 255 by which these may differ at SMALL: on average, and in one place
+SHARE = 0.1  # of a picture's own deviation, by which those called alike may differ at SMALL
 NEAR_LIMIT = 50_000  # pictures up to which each is compared with each
-BLANK = 2.0  # levels of standard deviation at SMALL, below which there is nothing to be seen
+BLANK = 10  # levels from the darkest to the brightest, below which there is nothing to be seen
 PAIRS = 20_000  # compared at once
 
 
@@ -41,7 +41,6 @@ class Look:
 
 def look(sample: Sample) -> Look:
     """Read a picture once. Raises PictureError where that cannot be done."""
-    import numpy as np
     from PIL import Image
 
     with sample.open() as file:
@@ -60,7 +59,7 @@ def look(sample: Sample) -> Look:
         header.orientation != 1,
         header.animated,
         header.transparent,
-        bool(np.asarray(small).std(axis=(0, 1)).max() < BLANK),
+        max(high - low for low, high in picture.getextrema()) < BLANK,
     )
 
 
@@ -83,7 +82,7 @@ def same_files(looks: Sequence[Look]) -> list[list[str]]:
 
 
 def alike(looks: Sequence[Look]) -> list[list[str]]:
-    """Groups of pictures that look the same though their files differ: each is like at least one other of its group.
+    """Groups of pictures that look the same though their files differ: each is like the first of its group.
 
     Of equal files one is compared, and blank pictures are not. [] for more than NEAR_LIMIT of them.
     """
@@ -95,28 +94,21 @@ def alike(looks: Sequence[Look]) -> list[list[str]]:
     prints = np.array([one.fingerprint for one in different], np.uint64)
     smalls = np.stack([np.frombuffer(one.small, np.uint8) for one in different])
     aspects = np.array([one.size.width / one.size.height for one in different])
-    parent = list(range(len(different)))
+    groups, taken = [], np.zeros(len(different), bool)
     for i in range(len(different)):
+        if taken[i]:
+            continue
         near = i + 1 + np.flatnonzero(np.bitwise_count(prints[i + 1 :] ^ prints[i]) <= BITS)
-        near = near[np.abs(np.log(aspects[near] / aspects[i])) < 0.05]
-        for begin in range(0, len(near), PAIRS):
-            for j in _equal(smalls, i, near[begin : begin + PAIRS]):
-                parent[_root(parent, j)] = _root(parent, i)
-    groups = defaultdict(list)
-    for i, one in enumerate(different):
-        groups[_root(parent, i)].append(one.id)
-    return [group for group in groups.values() if len(group) > 1]
+        near = near[(np.abs(np.log(aspects[near] / aspects[i])) < 0.05) & ~taken[near]]
+        same = [j for begin in range(0, len(near), PAIRS) for j in _equal(smalls, i, near[begin : begin + PAIRS])]
+        taken[same] = True
+        groups += [[different[j].id for j in (i, *same)]] if same else []
+    return groups
 
 
 def _equal(smalls: np.ndarray, one: int, others: np.ndarray) -> list[int]:
+    """Those whose difference from one, as the root of its mean square, is within SHARE of the deviation of that one."""
     import numpy as np
 
-    difference = np.abs(smalls[others].astype(np.int16) - smalls[one])
-    return others[(difference.mean(axis=1) <= MEAN) & (difference.max(axis=1) <= MOST)].tolist()
-
-
-def _root(parent: list[int], i: int) -> int:
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
+    difference = smalls[others].astype(np.float32) - smalls[one]
+    return others[np.sqrt((difference**2).mean(axis=1)) <= SHARE * smalls[one].std()].tolist()

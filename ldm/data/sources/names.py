@@ -53,7 +53,7 @@ def _base(stem: str) -> str:
 def _words(stem: str) -> list[str]:
     """Lower-case words; cut at capitals inside of a word, and a lone s goes to the word before it."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", _base(stem))
-    parted = re.sub(r"_(39_)?s_", "'s ", parted)
+    parted = re.sub(r"_(39_)?s_(?=[^\W\d_]{3})", "'s ", parted)
     return [word for word in re.split(r"[\s_\-+.,;:()\[\]{}&!@#%=~]+", parted.lower()) if word]
 
 
