@@ -16,7 +16,8 @@ from ldm.errors import DataError
 
 from .source import Counts, Sample, Source, caption_column, captions_of
 
-BATCH = 64_000_000  # bytes of pictures that are read at once
+BATCH = 16_000_000  # bytes of pictures that are read at once
+READ_AHEAD = 1 << 20  # bytes
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes", "pixel_values")
 TODO = "a column of pictures as bytes (or struct<bytes, path>) and a column 'text' are needed"
 
@@ -87,7 +88,9 @@ class _Column:
                 self._forget()
                 self.group, self.begin = group, self.starts[group]
                 size = self.rows_at_once[group]
-                self.batches = pq.ParquetFile(self.path).iter_batches(size, row_groups=[group], columns=[self.name])
+                # by default the whole column of a row group is read at once
+                table = pq.ParquetFile(self.path, pre_buffer=False, buffer_size=READ_AHEAD)
+                self.batches = table.iter_batches(size, row_groups=[group], columns=[self.name])
             while row >= self.begin + len(self.values):
                 self.begin += len(self.values)
                 self.values = next(self.batches).column(0)
