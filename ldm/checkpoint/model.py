@@ -148,14 +148,22 @@ def is_single(place: Path) -> bool:
 
 def _load(place: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
     """The model with every change that was asked for."""
+    import torch
+
+    from ldm.nn.steady import layout
+
     if is_single(place):
         plan = single.plan_of(place, asked, ("vae",) if vae else ())
         loaded = single.read_single(place, device, dtype, plan)
     else:
         loaded = _load_folder(place, name, device, dtype, vae)
+    loaded.unet.to(memory_format=layout(loaded.device, loaded.dtype))
     if asked is not None and asked != loaded.schedule.prediction_type:
         loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=asked)
-    return loaded if vae is None else _with_vae(loaded, vae, device, dtype)
+    loaded = loaded if vae is None else _with_vae(loaded, vae, device, dtype)
+    if loaded.device.type == "cpu":
+        loaded.vae.to(memory_format=torch.channels_last)  # measured: decoding takes 0.84 of the time, in bf16 0.73
+    return loaded
 
 
 def settings_of(place: Path | None) -> Mapping[str, Mapping[str, Any]]:

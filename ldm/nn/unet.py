@@ -7,7 +7,7 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -17,53 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.attention import attention, check_backend
+from ldm.nn.steady import Linear, Pointwise, layout, per_image
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
-
-ROWS = 32  # fewest rows of one product of a Linear in eval mode on a CPU
-
-
-class Linear(nn.Linear):
-    """A linear layer that gives an image the same bits in every batch, in eval mode on a CPU.
-
-    A matrix product may sum in another order when it has another number of rows. So it runs on blocks of a number of
-    images that depends on the tokens per image alone: 2, or as many as make up ROWS rows.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, ..., in) -> (B, ..., out)
-        if self.training or not x.is_cpu:
-            return super().forward(x)
-        per_image = x[0].numel() // self.in_features
-        return in_blocks(super().forward, x, max(2, ROWS // per_image))
-
-
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution under the same rule as Linear (wider ones keep their bits from batch 2 on, by measurement)."""
-
-    def __init__(self, channels: int, out: int):
-        super().__init__(channels, out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, out, H, W)
-        return super().forward(x) if self.training or not x.is_cpu else in_blocks(super().forward, x, 2)
-
-
-def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
-    """function(x) for an elementwise function, image by image in eval mode on a CPU.
-
-    PyTorch computes whole vectors and what is left over at the end of each thread's share with another exp; where a
-    share ends depends on the size of the batch.
-    """
-    return function(x) if training or not x.is_cpu else in_blocks(function, x, 1)
-
-
-def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
-    """layer(x), computed on blocks of exactly so many images; the last one is filled up with zeros."""
-    short = -len(x) % images
-    padded = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x
-    blocks = [layer(block) for block in padded.split(images)]
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[: len(x)]
 
 
 def sinusoidal(values: Tensor, channels: int) -> Tensor:
@@ -335,6 +293,8 @@ class UNet(nn.Module):
         inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
         if len(x) % 2 and x.is_cpu and not self.training:  # convolutions may sum in another order at odd batches
             inputs = tuple(t if t is None else torch.cat([t, t[-1:]]) for t in inputs)
+        if not self.training:
+            inputs = (inputs[0].contiguous(memory_format=layout(x.device, x.dtype)), *inputs[1:])
         return self._predict(*inputs, perturb_in)[: len(x)]
 
     def check_levels(self, names: tuple[str, ...]) -> None:
