@@ -101,14 +101,11 @@ def heun_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, 
 @sampler
 def dpm2(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
     """DPM-Solver-2 as k-diffusion writes it (Lu et al. 2022, algorithm 1): midpoint in log sigma, second order."""
-    return _two_stages(
-        denoise,
-        x,
-        sigmas,
-        callback,
-        lambda s, s_next: math.sqrt(s * s_next),
-        lambda s, s_next: (s - s_next) / math.sqrt(s * s_next),
-    )
+
+    def gain(s: float, s_next: float) -> float:
+        return (s - s_next) / math.sqrt(s * s_next) if s < INFINITE else 0.0
+
+    return _two_stages(denoise, x, sigmas, callback, lambda s, s_next: math.sqrt(s * s_next), gain)
 
 
 @sampler
