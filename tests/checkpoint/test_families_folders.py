@@ -156,7 +156,7 @@ def theirs(pipe, sampler, negatives=NEGATIVES):
 def ours(model, sampler, negatives=NEGATIVES, **other):
     """The same of ours; the latents are those that are decoded."""
     kept, decode = [], model.vae.decode
-    model.vae.decode = lambda latents: kept.append(latents) or decode(latents)
+    model.vae.decode = lambda latents, tile=None: kept.append(latents) or decode(latents, tile)
     try:
         pipe = Pipeline(PROMPTS, model, negative_prompt=negatives)
         settings = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "sampler": sampler, "latents": noise()}
