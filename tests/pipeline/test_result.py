@@ -70,15 +70,14 @@ def test_a_picture_carries_what_draws_it_again(tiny_folder, tmp_path):
 def test_what_the_model_does_not_see_is_said(tiny_folder, capsys):
     long = "a cat " + "and a dog " * 20
     images = Pipeline([long, "a dog"], model=tiny_folder).generate(seed=1, **FAST)
-    assert "a dog" in images.metadata[0]["truncated"] and images.metadata[1]["truncated"] == ""
-    warnings = capsys.readouterr().err.splitlines()
-    assert len([line for line in warnings if "the prompt is too long" in line]) == 1
+    assert images.metadata[0]["truncated"] == images.metadata[1]["truncated"] == ""  # CLIP reads it in chunks
+    assert "too long" not in capsys.readouterr().err
     assert images.metadata[0]["unknown_words"] == images.metadata[1]["unknown_words"] == []
     images = Pipeline("a zebra on a dog", model=tiny_folder).generate(seed=1, **FAST)
     assert images.metadata[0]["unknown_words"] == ["zebra"]
     assert "words that the model was never shown: zebra" in capsys.readouterr().err
-    Pipeline("a dog", model=tiny_folder, negative_prompt=long).generate(guidance_scale=1, num_inference_steps=1)
-    assert "too long" not in capsys.readouterr().err
+    images = Pipeline("a dog", model=tiny_folder, negative_prompt="a zebra").generate(**{**FAST, "guidance_scale": 1})
+    assert images.metadata[0]["unknown_words"] == []  # nobody looks at it
 
 
 def test_files_are_named_by_the_prompt_and_never_overwritten(tmp_path):

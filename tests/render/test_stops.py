@@ -7,12 +7,22 @@ import signal
 import time
 
 import pytest
+import torch
 from render_cases import by_key, identity, in_child, pictures, report_of, status_of
 
 from ldm.cli import main
 from ldm.errors import Interrupted, ResourceError
 from ldm.render.manifest import read_manifest
 from ldm.render.runner import render
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Children that are forked may not meet OpenMP's threads, and the number of threads is part of a picture."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def lines_of(count):
