@@ -212,14 +212,11 @@ def test_the_unet_trains_on_t5_and_the_run_draws(model, folder, tmp_path):
     assert pictures.shape == (2, 32, 32, 3) and not np.array_equal(pictures, draw(masked, ["a red cat", "a dog"])[0])
 
 
-class Unmasked:
+class Unmasked(T5Text):
     """The same encoder with its mask lost."""
 
     def __init__(self, text):
-        self.text = text
+        vars(self).update(vars(text))
 
-    def __getattr__(self, name):
-        return getattr(self.text, name)
-
-    def encode(self, texts):
-        return dataclasses.replace(self.text.encode(texts), mask=None)
+    def encode(self, texts, clip_skip=0):
+        return dataclasses.replace(super().encode(texts, clip_skip), mask=None)
