@@ -100,12 +100,13 @@ def too_large(model: Any, settings: Settings) -> str | None:
 
 def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[str, Any]:
     """What the model does not see of the texts: what is cut off, words it was never shown, brackets left open."""
+    from ldm.nn.text import cut_off
     from ldm.pipeline.encoding import text_at_steps
     from ldm.prompts import BREAK, check, parse
 
     said = list(dict.fromkeys(own for text in texts if text for _, own in text_at_steps(text, steps)))
     plain = [" ".join(piece.text for piece in parse(text) if piece is not BREAK) for text in said]
-    cut = [encoder.truncated(text) for text in plain] if not hasattr(encoder, "check_skip") else []  # CLIP has chunks
+    cut = [cut_off(encoder, text) for text in plain]
     words = [word for text in plain for word in encoder.unknown_words(text)]
     return {
         "truncated": " … ".join(part for part in cut if part),

@@ -255,6 +255,15 @@ def test_saved_again_the_folder_is_what_diffusers_would_write_and_reads(families
     assert np.abs(theirs(read, "ddim")[0] - ours(again, "ddim")[0]).max() <= 1
 
 
+def test_a_long_prompt_of_xl_is_read_whole_and_not_told_as_cut(families, capsys):
+    model = families["xl"][2]
+    long = " ".join(["a dog"] * MAX_LENGTH)
+    settings = {"num_inference_steps": 1, "sampler": "euler", "seed": 1}
+    one, other = (Pipeline(prompt, model).generate(**settings) for prompt in (long, f"{long} on red"))
+    assert one[0].tobytes() != other[0].tobytes()
+    assert other.metadata[0]["truncated"] == "" and "too long" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("family", ["1.5", "xl"])
 def test_half_precision_variants_and_shards_load(families, family, tmp_path):
     pipe, _, model = families[family]

@@ -132,6 +132,11 @@ def test_a_saved_folder_loads_and_draws_the_same(model, folder):
     assert [name for name in names if (folder / name).read_bytes() != (saved / name).read_bytes()] == []
 
 
+def test_a_picture_tells_what_t5_did_not_see(model):
+    _, images = draw(model, ["a red cat on a blue card and a dog"])
+    assert images.metadata[0]["truncated"] == "and a dog"
+
+
 def test_transformers_reads_the_encoder_and_the_tokenizer(text, folder):
     from transformers import AutoTokenizer, T5EncoderModel
 

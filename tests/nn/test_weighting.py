@@ -5,7 +5,7 @@ import torch
 
 from ldm.checkpoint.vocabulary import clip_tokenizer
 from ldm.errors import ConfigError
-from ldm.nn.text import ClipText, T5Text, XLText, count_chunks, encode_weighted
+from ldm.nn.text import ClipText, T5Text, XLText, count_chunks, cut_off, encode_weighted
 from ldm.nn.text.weighting import chunks_of, weighted
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
@@ -144,6 +144,10 @@ def test_xl_weights_each_encoder_by_itself(xl):
     assert found.states[1].abs().max() == 0 and found.pooled[1].abs().max() == 0
 
 
+def test_nothing_is_cut_off_a_prompt_that_is_read_in_chunks(text, xl):
+    assert [cut_off(encoder, cats(100)) for encoder in (text, xl, xl.second)] == ["", "", ""]
+
+
 def test_what_is_refused(text, xl):
     with pytest.raises(ConfigError, match="unknown emphasis 'orginal'; did you mean 'original'"):
         encode_weighted(text, ["a"], emphasis="orginal")
@@ -170,7 +174,7 @@ def test_t5_reads_plain_prompts_and_refuses_emphasis():
     t5 = T5Text(T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).eval(), tokenizer)
     found, plain = encode_weighted(t5, [r"\( cat", None]), t5.encode(["( cat", None])
     assert torch.equal(found.states, plain.states) and torch.equal(found.mask, plain.mask)
-    assert count_chunks(t5, cats(100)) == 1
+    assert count_chunks(t5, cats(100)) == 1 and cut_off(t5, cats(7)) == "" and cut_off(t5, cats(9)) == "cat cat"
     for prompt in ("(cat)", "cat BREAK cat"):
         with pytest.raises(ConfigError, match="emphasis and BREAK are CLIP's"):
             encode_weighted(t5, [prompt])

@@ -4,7 +4,7 @@ from ldm.nn.text.clip import ClipText
 from ldm.nn.text.conditioning import Conditioning, known_words
 from ldm.nn.text.open_clip import OpenClipText
 from ldm.nn.text.t5 import T5Text
-from ldm.nn.text.weighting import count_chunks, encode_weighted
+from ldm.nn.text.weighting import count_chunks, cut_off, encode_weighted
 from ldm.nn.text.xl import XLText
 
 TextEncoder = ClipText | XLText | T5Text | OpenClipText
@@ -17,6 +17,7 @@ __all__ = [
     "TextEncoder",
     "XLText",
     "count_chunks",
+    "cut_off",
     "encode_weighted",
     "known_words",
 ]

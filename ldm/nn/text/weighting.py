@@ -75,6 +75,11 @@ def count_chunks(text: TextEncoder, prompt: str | None) -> int:
     return max(len(chunks_of(part, prompt or "")) for part in parts)
 
 
+def cut_off(text: TextEncoder, prompt: str) -> str:
+    """The end of a prompt without notation that `encode_weighted` does not read: of a long one for T5, which cuts."""
+    return text.truncated(prompt) if isinstance(text, T5Text) else ""
+
+
 def chunks_of(part: ClipText | OpenClipText, prompt: str) -> list[Chunk]:
     """The prompt's tokens in chunks. BREAK ends one; a full one ends at the last comma, where that is near its end.
 
