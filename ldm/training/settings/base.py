@@ -1,0 +1,61 @@
+"""What every training run can be told: data and the fields that all stages share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ldm.config import require
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where pictures and captions come from: emoji scenes drawn on the fly, or the user's own imagefolder."""
+
+    folder: str | None = None  # captioned imagefolder; None: emoji scenes
+    resolution: int = 128  # pixels, square
+    font: str | None = None  # NotoColorEmoji.ttf; None: where the package fonts-noto-color-emoji puts it
+    scenes: dict[str, Any] = field(default_factory=dict)  # fields of ldm.data.emoji.SceneConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields that every stage shares."""
+
+    stage: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    data: DataSettings = DataSettings()
+    model: dict[str, Any] = field(default_factory=dict)  # the network's config
+    accumulation: int = 1  # micro-batches of batch_size a step
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 100  # steps of linear warm-up
+    decay_from: float = 0.6  # fraction of the steps after which the learning rate falls linearly
+    final_lr: float = 0.02  # fraction of the learning rate that is left at the last step
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.9995
+    seed: int = 0
+    workers: int = 1  # processes that draw or read pictures
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is faster
+    save_every: int = 1000  # steps
+    validate_every: int = 1000  # steps
+    log_every: int = 20  # steps
+    keep: int = 2  # checkpoints
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every", "validate_every", "log_every"):
+            require(getattr(self, name) >= 1, f"must be at least 1, not {getattr(self, name)}", name)
+        require(self.learning_rate > 0, "must be positive", "learning_rate")
+        require(0 <= self.ema < 1, "must be in [0, 1)", "ema")
+        require(0 <= self.decay_from <= 1, "must be in [0, 1]", "decay_from")
+        require(0 <= self.final_lr <= 1, "must be in [0, 1]", "final_lr")
+        require(self.clip > 0, "must be positive", "clip")
+        require(self.warmup >= 0 and self.workers >= 0, "must not be negative", "warmup, workers")
+        require(all(0 <= b < 1 for b in self.betas), "must be in [0, 1)", "betas")
+        require(self.weight_decay >= 0, "must not be negative", "weight_decay")
+        require(getattr(self, "validation", 1) >= 1, "must be at least 1", "validation")
+        require(self.keep >= 2, "must be at least 2, so that one good checkpoint is always left", "keep")

@@ -1,0 +1,66 @@
+"""Settings read from YAML and KEY=VALUE, and compared with those of the run that goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm import config
+from ldm.errors import ConfigError, nearest
+from ldm.training.settings.base import Settings
+from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNetSettings
+
+SETTINGS = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
+# What may differ between a run and its continuation without being asked for by name.
+FREE = {"steps", "learning_rate", "warmup", "decay_from", "final_lr", "workers", "device"}
+FREE |= {"save_every", "validate_every", "log_every", "keep"}
+
+
+def packaged_configs() -> Path:
+    """The folder of the shipped settings: `configs/` of the checkout, or its copy in the wheel."""
+    from ldm.checkpoint import shipped
+
+    return shipped("configs")
+
+
+def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a packaged name (`emoji/unet`) or a file, with KEY=VALUE on top.
+
+    Raises ConfigError for an unknown name, stage, key or value.
+    """
+    path = Path(source)
+    if not path.suffix:
+        folder = packaged_configs()
+        names = {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+        if str(source) not in names:
+            raise ConfigError(f"no packaged settings {str(source)!r}", where="config", todo=nearest(str(source), names))
+        path = names[str(source)]
+    overrides = [f"data.folder={word[5:]}" if word.startswith("data=") else word for word in overrides]
+    mapping = config.override(config.load(path), overrides)
+    stage = mapping.get("stage")
+    if stage not in SETTINGS:
+        raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", todo=nearest(str(stage), SETTINGS))
+    try:
+        return config.build(SETTINGS[stage], mapping)
+    except ConfigError as error:
+        raise ConfigError(str(error), where=path) from None
+
+
+def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
+    """The settings, by name, that a continuation would change and that change what is trained: name → (old, new)."""
+    now, before = as_dict(new), {**_defaults(type(new)), **old}
+    return {k: (old.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+
+
+def _defaults(kind: type[Settings]) -> dict[str, Any]:
+    """What a setting was before it existed: its default."""
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    import json
+
+    return json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -1,0 +1,94 @@
+"""What the stages that make a model from nothing can be told: autoencoder, text and U-Net."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ldm.config import require
+from ldm.training.settings.base import Settings
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings(Settings):
+    """Pictures to latents and back."""
+
+    init: str | None = None  # another run or a diffusers folder to start from
+    crop: int = 0  # train on square crops of this size, placed around what is drawn; 0: whole pictures
+    crops: int = 1  # crops taken from each picture
+    crop_until: float = 1.0  # fraction of the steps after which whole pictures are used (GroupNorm sees more there)
+    l1: float = 1.0
+    mse: float = 1.0
+    gradient: float = 1.0  # L1 of the differences between neighbouring pixels
+    kl: float = 1e-6
+    freeze_encoder: bool = False  # train the decoder alone: the latents stay what they were
+    validation: int = 200  # held-out scenes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.data.resolution
+        factor = 2 ** (len(self.model.get("block_out_channels", (64,))) - 1)
+        require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
+        require(0 <= self.crop <= size and self.crop % factor == 0, f"must be 0 to {size} by {factor}", "crop")
+        fits = self.crops >= 1 and self.batch_size % self.crops == 0
+        require(fits, f"must divide batch_size {self.batch_size}, got {self.crops}", "crops")
+        for name in ("use_quant_conv", "use_post_quant_conv"):  # they take the scale of the latents
+            require(self.model.get(name, True), "is needed", f"model.{name}")
+
+
+@dataclass(frozen=True)
+class TextSettings(Settings):
+    """A small CLIP: text tower and image tower on latents, by contrast."""
+
+    vae: str = ""  # run or folder with the autoencoder
+    vocabulary: int = 2048  # BPE entries
+    max_length: int = 40  # tokens, start and end included
+    tokenizer_captions: int = 20000  # captions that the BPE is trained on
+    image_tower: dict[str, Any] = field(default_factory=dict)  # fields of CLIPVisionConfig
+    bank: int = 8192  # latents kept in memory
+    renew: int = 0  # steps after which 256 of them are replaced; 0: never
+    validation: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        _check_bank(self.bank, self.renew)
+
+
+@dataclass(frozen=True)
+class UNetSettings(Settings):
+    """The denoiser, on a bank of cached latents and text embeddings."""
+
+    vae: str = ""
+    text: str = ""
+    init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
+    compile: bool = False  # torch.compile: needs a C++ compiler on a CPU, a minute at the start
+    schedule: dict[str, Any] = field(default_factory=dict)  # fields of ldm.diffusion.schedule.Schedule
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = 1.0  # above 1: more often at high noise, where the text decides
+    snr_gamma: float | None = None
+    caption_dropout: float = 0.1
+    bank: int = 4096
+    renew: int = 64  # steps after which 256 latents of the bank are replaced
+    sampler: str = "ddim"  # of the sample grid and of the exported model
+    sample_steps: int = 25
+    guidance_scale: float = 4.0
+    validation: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
+        require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
+        require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
+        require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        require(bool(self.text), NEEDED.format("text", "text"), "text")
+        _check_bank(self.bank, self.renew)
+
+
+PIECE = 256  # latents that are renewed together
+NEEDED = "is needed: the run of `ldm train emoji/{}`, or a model's folder ({}=RUN)"
+
+
+def _check_bank(bank: int, renew: int) -> None:
+    require(bank % PIECE == 0 and bank > 0, f"must be a multiple of {PIECE}", "bank")
+    require(renew >= 0, f"must not be negative, got {renew}", "renew")
