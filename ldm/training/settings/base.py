@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ldm.config import require
+from ldm.errors import nearest
+
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,21 @@ class Settings:
     data: DataSettings = DataSettings()
     model: dict[str, Any] = field(default_factory=dict)  # the network's config
     accumulation: int = 1  # micro-batches of batch_size a step
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"  # adamw8bit: by bitsandbytes; sgd: no momentum
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # cosine: falls from the end of the warm-up on
     warmup: int = 100  # steps of linear warm-up
-    decay_from: float = 0.6  # fraction of the steps after which the learning rate falls linearly
+    decay_from: float = 0.6  # linear: fraction of the steps after which the learning rate falls
     final_lr: float = 0.02  # fraction of the learning rate that is left at the last step
     clip: float = 1.0  # gradient norm
     ema: float = 0.9995
     seed: int = 0
     workers: int = 1  # processes that draw or read pictures
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is faster
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster; fp16: CUDA alone
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    report_to: tuple[str, ...] = ()  # tensorboard, wandb: beside the page RUN/index.html
     save_every: int = 1000  # steps
     validate_every: int = 1000  # steps
     log_every: int = 20  # steps
@@ -57,5 +63,7 @@ class Settings:
         require(self.warmup >= 0 and self.workers >= 0, "must not be negative", "warmup, workers")
         require(all(0 <= b < 1 for b in self.betas), "must be in [0, 1)", "betas")
         require(self.weight_decay >= 0, "must not be negative", "weight_decay")
+        for name in self.report_to:
+            require(name in TRACKERS, f"unknown tracker {name!r}; {nearest(name, TRACKERS)}", "report_to")
         require(getattr(self, "validation", 1) >= 1, "must be at least 1", "validation")
         require(self.keep >= 2, "must be at least 2, so that one good checkpoint is always left", "keep")

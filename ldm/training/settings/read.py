@@ -14,8 +14,8 @@ from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNet
 
 SETTINGS = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
 # What may differ between a run and its continuation without being asked for by name.
-FREE = {"steps", "learning_rate", "warmup", "decay_from", "final_lr", "workers", "device"}
-FREE |= {"save_every", "validate_every", "log_every", "keep"}
+FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
+FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
 
 
 def packaged_configs() -> Path:
