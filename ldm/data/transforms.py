@@ -116,3 +116,10 @@ def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: in
     if not captions or draw(seed, "caption dropout", epoch, sample) < dropout:
         return ""
     return captions[int(draw(seed, "caption", epoch, sample) * len(captions))]
+
+
+def shuffle_tags(caption: str, keep: int, seed: int, epoch: int, sample: int) -> str:
+    """The parts between commas in another order, but for the first `keep` of them."""
+    tags = [tag.strip() for tag in caption.split(",")]
+    order = sorted(range(keep, len(tags)), key=lambda i: draw(seed, "tags", i, epoch, sample))
+    return ", ".join([*tags[:keep], *(tags[i] for i in order)])

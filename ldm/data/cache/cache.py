@@ -61,6 +61,8 @@ class Prepared:
 class Cache:
     """A folder of latents and text embeddings for one autoencoder and one text encoder, locked while it is open.
 
+    What was prepared can still be read when it is closed: shards are never changed, and each entry checks itself.
+
     The ids are all that the encoders' values depend on: the weights' sha256, clip_skip, the type they run in. `dtype`
     is what floating tensors are kept in: fp32 (as the encoder gave them) or bf16 (half the room, 3 digits). Raises
     ConfigError, and ResourceError where another process has the folder or it cannot be written.
@@ -107,22 +109,23 @@ class Cache:
         samples: Sequence[Wanted],
         open_picture: Open,
         encode: Encode,
-        embed: Embed,
+        embed: Embed | None,
         failed: Callable[[int, LdmError], None] | None = None,
     ) -> Prepared:
         """Check every entry that the samples need and make those that are missing or damaged.
 
-        Pictures and texts are encoded one at a time, so that no value depends on the others. The disk use is said, and
-        asked for, as soon as the first of a kind is made. `failed` hears of positions whose picture cannot be used and
-        may raise; without it the first ends the work. A kill costs a minute of work at most; SIGINT and SIGTERM finish
-        the picture, save and raise Interrupted. Raises ResourceError, NumericsError for texts that are not finite.
+        Pictures and texts are encoded one at a time, so that no value depends on the others; without `embed` no text
+        is kept. The disk use is said, and asked for, as soon as the first of a kind is made. `failed` hears of
+        positions whose picture cannot be used and may raise; without it the first ends the work. A kill costs a minute
+        of work at most; SIGINT and SIGTERM finish the picture, save and raise Interrupted. Raises ResourceError,
+        NumericsError for texts that are not finite.
         """
         views: dict[str, tuple[View, list[int]]] = {}  # pictures that are equal share their entries
         for position, sample in enumerate(samples):
             for view in sample.views:
                 views.setdefault(self._latent_key(sample.identity, view), (view, []))[1].append(position)
-        texts = {self._text_key(caption): caption for s in samples for caption in s.captions}
-        texts = {self._text_key(""): "", **texts}
+        captions = dict.fromkeys(["", *(caption for s in samples for caption in s.captions)] if embed else ())
+        texts = {self._text_key(caption): caption for caption in captions}
         others = len(self._shards.known() - views.keys() - texts.keys())
         missing, damaged = self._missing([*texts, *views])
         pictures = _Pictures(samples, open_picture, failed)

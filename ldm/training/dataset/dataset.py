@@ -1,0 +1,229 @@
+"""Batches of a fine-tuning by number, every draw keyed by (seed, epoch, sample).
+
+Shapes:  B samples of a batch   C, h, w latent channels, height, width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.config import require
+from ldm.console import say, warn
+from ldm.data.buckets import Batches
+from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
+from ldm.errors import DataError, LdmError, NumericsError
+
+from .pictures import Pictures, read_pictures
+from .settings import OFF, FinetuneData
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ldm.data.cache import Cache
+    from ldm.nn.text import Conditioning, TextEncoder
+    from ldm.nn.vae import VAE
+
+    from .encoded import Cached
+
+STILL = TransformConfig()  # of pictures that are held out: cropped in the middle, never mirrored
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size."""
+
+    latents: Tensor  # (B, C, h, w) fp32, scaled, on the device
+    captions: list[str]  # as they are trained: one of the alternatives, "" where there is none or it was dropped
+    cond: Conditioning | None  # their embeddings in fp32; None where the dataset was made with texts=False
+    time_ids: Tensor | None  # (B, 6) fp32, XL's original size, crop and target size; None without xl
+    ids: list[str]  # of the samples, for messages
+
+
+class Dataset:
+    """A set that was opened, judged, counted and encoded, and its batches by number.
+
+    Everything that is wrong with the data is said before a network runs; the counts are said before the first picture
+    is encoded. `ids` name the autoencoder and the text encoder (sha256 of the weights). With `texts` the batches carry
+    the captions' embeddings, else the captions alone, for a text encoder that is trained. `out` is the run's folder,
+    `pictures` what `read_pictures` found, where that was asked before. An empty caption is embedded as None, which is
+    what stands on guidance's other side. Raises DataError, ConfigError, ResourceError, Interrupted.
+    """
+
+    def __init__(
+        self,
+        data: FinetuneData,
+        vae: VAE,
+        text: TextEncoder,
+        ids: tuple[str, str],
+        device: torch.device,
+        seed: int,
+        batch_size: int,
+        out: Path,
+        texts: bool = True,
+        xl: bool = False,
+        pictures: Pictures | None = None,
+    ):
+        from .encoded import Encoders, Live, Memory
+
+        step = data.buckets.step
+        require(step % vae.factor == 0, f"{step} is not a multiple of the autoencoder's {vae.factor}", "bucket_step")
+        self.pictures = pictures = pictures or read_pictures(data, text.truncated)
+        self.data, self.device, self.seed, self.texts, self.xl = data, device, seed, texts, xl
+        say("\n".join(pictures.lines))
+        self.lost: dict[str, LdmError] = {}  # pictures that went bad after they had been counted, by id
+        self._encoders, self._memory = Encoders(vae, text, ids, device), Memory()
+        self._cache: Cache | None = None
+        if data.cache == OFF:
+            again = self._memory if data.crop == "center" else None
+            self._latents = Live(pictures, self._encoders, again, data.workers)
+        else:
+            self._latents = self._prepared(Path(data.cache or Path(out) / "cache"))
+        self._places = pictures.trained
+        if not self._places:
+            raise DataError("no picture is left to train on", where=data.folder)
+        self._order = Batches([pictures.items[place].bucket for place in self._places], batch_size, seed)
+        self._held_out = [i for i, item in enumerate(pictures.items) if item.digest in pictures.held_out]
+        self._held_out.sort(key=lambda i: (pictures.items[i].bucket, pictures.items[i].digest))
+        self.batch_size, self.lines, self.hash = batch_size, pictures.lines, pictures.hash
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._order)
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch, repeats counted."""
+        return len(self._places)
+
+    def batch(self, number: int) -> Batch:
+        """The number-th batch since the beginning: the same whenever, and however often, it is asked for.
+
+        What is left of a bucket makes a smaller one. With `cache=off` a picture that is gone or changed by now is left
+        out with a warning, and a batch of which nothing is left is the next one. Raises DataError where more are lost
+        than `max_bad` allows, or the cache was damaged since it was prepared.
+        """
+        for candidate in range(number, number + len(self)):
+            if rows := self._rows(candidate):
+                self._latents.expect((place, view) for _, place, view in self._views(number + 1))
+                return self._batch(rows)
+        raise DataError("not one picture can be read any more", where=self.data.folder)
+
+    def held_out(self) -> list[Batch]:
+        """The pictures kept for validation, always the same: the posterior's mean, the first caption, none dropped."""
+        items, batches, rows = self.pictures.items, [], []
+        for i in self._held_out:
+            if rows and (len(rows) == self.batch_size or items[i].bucket != items[rows[-1][0]].bucket):
+                batches.append(self._batch(rows))
+                rows = []
+            (view,) = fixed_views(items[i].size, items[i].bucket, STILL)
+            rows.append((i, view, self._latents.latents(i, view)[0], (*items[i].captions, "")[0]))
+        return [*batches, self._batch(rows)] if rows else batches
+
+    def _prepared(self, folder: Path) -> Cached:
+        """Every entry that training will ask for, made or found sound; bad pictures are left out and counted."""
+        from ldm.data.cache import Cache, Wanted
+
+        from .encoded import Cached
+
+        pictures, encoders = self.pictures, self._encoders
+        wanted = []
+        for item in pictures.items:
+            held = item.digest in pictures.held_out
+            views = fixed_views(item.size, item.bucket, STILL if held else self.data.transform)
+            wanted.append(Wanted(item.id, item.digest, views, item.captions[:1] if held else item.captions))
+        self._cache = Cache(folder, encoders.vae_id, encoders.text_id, self.data.cache_dtype)
+        with self._cache as cache:
+            embed = encoders.embed if self._texts_kept else None
+            found = cache.prepare(wanted, pictures.read, encoders.encode, embed, self._lose_at)
+        if self.lost:
+            pictures.leave_out(self.lost)
+            say(f"{len(self.lost)} pictures cannot be encoded: {pictures.lines[1]}")
+        say(f"cache: {found.kept} entries found, {found.made} made, {found.bytes / 1e6:.1f} MB in {folder}")
+        return Cached(pictures, cache, self._memory)
+
+    @property
+    def _texts_kept(self) -> bool:
+        """Whether the embeddings of all captions are in the cache."""
+        return self.texts and self._cache is not None and not self.data.shuffle_tags
+
+    def _lose_at(self, place: int, error: LdmError) -> None:
+        self._lose(self.pictures.items[place].id, error)
+
+    def _lose(self, id: str, error: LdmError) -> None:
+        """Go on without a picture that was counted as good. Raises DataError where they become too many."""
+        if id not in self.lost:
+            warn(f"{error}; left out")
+        self.lost[id] = error
+        counts, allowed = self.pictures.source.counts, self.data.max_bad
+        if len(counts.skipped) + len(self.lost) > (allowed * counts.found if allowed < 1 else allowed):
+            self.pictures.leave_out(self.lost)  # says which, and raises
+
+    def _views(self, number: int) -> list[tuple[int, int, View]]:
+        """(position in the epoch, place of the picture, its view) of each sample of a batch."""
+        epoch, positions = self._order.at(number)
+        found = []
+        for position in positions:
+            place = self._places[position]
+            item = self.pictures.items[place]
+            view = draw_view(item.size, item.bucket, self.data.transform, self.seed, epoch, position)
+            found.append((position, place, view))
+        return found
+
+    def _rows(self, number: int) -> list[tuple[int, View, Tensor, str]]:
+        """(place, view, latents drawn from their distribution, caption) of each sample of a batch."""
+        from ldm.training import keyed
+
+        rows, epoch = [], number // len(self)
+        for position, place, view in self._views(number):
+            item = self.pictures.items[place]
+            try:
+                mean, std = self._latents.latents(place, view)
+            except (DataError, NumericsError) as error:
+                if self._cache is not None:
+                    raise
+                self._lose(item.id, error)
+                continue
+            latents = mean + std * keyed.normal(tuple(mean.shape), self.seed, "latents", epoch, position)
+            caption = choose_caption(item.captions, self.data.caption_dropout, self.seed, epoch, position)
+            if self.data.shuffle_tags:
+                caption = shuffle_tags(caption, self.data.keep_tags, self.seed, epoch, position)
+            rows.append((place, view, latents, caption))
+        return rows
+
+    def _batch(self, rows: Sequence[tuple[int, View, Tensor, str]]) -> Batch:
+        import torch
+
+        captions = [caption for _, _, _, caption in rows]
+        time_ids = torch.tensor([view.time_ids for _, view, _, _ in rows], dtype=torch.float32) if self.xl else None
+        return Batch(
+            torch.stack([latents for _, _, latents, _ in rows]).to(self.device),
+            captions,
+            self._embedded(captions) if self.texts else None,
+            None if time_ids is None else time_ids.to(self.device),
+            [self.pictures.items[place].id for place, _, _, _ in rows],
+        )
+
+    def _embedded(self, captions: list[str]) -> Conditioning:
+        import torch
+
+        from ldm.nn.text import Conditioning
+
+        parts = []
+        for caption in captions:
+            make = partial(self._embedding, caption)
+            kept = make() if self.data.shuffle_tags and caption else self._memory.get(caption, make)
+            parts.append(Conditioning(*kept))
+        return Conditioning.cat(parts).to(self.device, torch.float32)
+
+    def _embedding(self, caption: str) -> tuple[Tensor | None, ...]:
+        """States (1, S, D), pooled (1, P) and mask (1, S) of a caption."""
+        if self._texts_kept:
+            found = {name: tensor[None] for name, tensor in self._cache.text(caption).items()}
+        else:
+            found = self._encoders.embed([caption])
+        return tuple(found.get(name) for name in ("states", "pooled", "mask"))
