@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.bench.timing import Timing, alternate
-from ldm.bench.warm import APART, PEERS, peer, settled
+from ldm.bench.warm import APART, peer, require_peer, settled
 from ldm.console import hushed
-from ldm.errors import ConfigError, NumericsError
+from ldm.errors import NumericsError
 
 THINGS = ("cat", "dog", "red apple", "car", "tree", "fish", "house", "rocket")
 GROUNDS = ("red", "blue", "yellow", "green")
@@ -36,9 +36,7 @@ def rendering(
     """
     import torch
 
-    if sampler not in PEERS:
-        raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
-    device, dtype = settled(device, dtype)
+    require_peer(sampler)
     device, dtype = settled(device, dtype)
     lines = _lines(pictures)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}

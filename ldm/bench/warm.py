@@ -34,8 +34,7 @@ def warm(
     import torch
     from PIL import Image
 
-    if sampler not in PEERS:
-        raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
+    require_peer(sampler)
     device, dtype = settled(device, dtype)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +52,12 @@ def warm(
     agreement = {"largest difference of 255": float(apart.max()), "mean difference of 255": float(apart.mean())}
     told = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
     return Timing("warm", seconds, {**told, "threads": torch.get_num_threads()}, agreement)
+
+
+def require_peer(sampler: str) -> None:
+    """Raise ConfigError for a sampler that diffusers has no equal of."""
+    if sampler not in PEERS:
+        raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
 
 
 def settled(device: str, dtype: str) -> tuple[str, str]:
