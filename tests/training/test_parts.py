@@ -120,25 +120,19 @@ def test_crops_are_parts_of_their_pictures():
 
 def test_timesteps_are_stratified():
     """Every step's batch has one timestep in each of B equal parts of the range."""
-    from ldm.training.stages.unet import UNetStage
-
-    stage = UNetStage.__new__(UNetStage)
-    stage.device = torch.device("cpu")
     from ldm.diffusion.schedule import Schedule
+    from ldm.training.stages.common import spread, timesteps_at
 
-    stage.schedule = Schedule(prediction_type="v_prediction")
-    stage.settings = read_settings("emoji/unet", ["vae=x", "text=x"])
-    t = stage._timesteps(stage._spread((torch.arange(16) + keyed.uniform((16,), 0)) / 16))
+    schedule = Schedule(prediction_type="v_prediction")
+    t = timesteps_at(schedule, spread((torch.arange(16) + keyed.uniform((16,), 0)) / 16, "uniform", 1))
     assert [int(v) * 16 // 1000 for v in t] == list(range(16))
-    stage.settings = read_settings("emoji/unet", ["vae=x", "text=x", "timesteps=logit_normal"])
     even = (torch.arange(1000) + 0.5) / 1000
-    t = stage._timesteps(stage._spread(even)).double() / 1000
+    t = timesteps_at(schedule, spread(even, "logit_normal", 1)).double() / 1000
     logits = torch.log(t / (1 - t))
     assert abs(logits.mean()) < 0.02
     assert abs(logits.std() - 1) < 0.02
     assert math.isfinite(logits.min())
-    stage.settings = read_settings("emoji/unet", ["vae=x", "text=x", "timestep_shift=3"])
-    assert torch.allclose(stage._spread(torch.tensor([0.0, 0.25, 0.5])), torch.tensor([0.0, 0.5, 0.75]))
+    assert torch.allclose(spread(torch.tensor([0.0, 0.25, 0.5]), "uniform", 3), torch.tensor([0.0, 0.5, 0.75]))
 
 
 def test_stopped_log_is_cut_back(tmp_path):
