@@ -75,11 +75,7 @@ def check_guidance(value: Any, images: int | None = None, where: str = "guidance
     if images is not None and isinstance(value, (list, tuple)):
         require(len(value) == images, f"{len(value)} scales for {images} images", where)
         return tuple(check_guidance(one) for one in value)
-    number = None if isinstance(value, (bool, str, bytes)) else value
-    try:
-        number = float(number)
-    except (TypeError, ValueError):
-        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
+    number = _number(value, where)
     require(math.isfinite(number), f"{number} is not a finite number", where)
     require(0 <= number <= MAX_GUIDANCE, f"{number:g} is outside 0 to {MAX_GUIDANCE:g}", where)
     return number
@@ -124,13 +120,17 @@ def check_eta(value: Any, sampler: str | None) -> float | None:
 
 def check_part(value: Any, where: str) -> float:
     """A number above 0 and up to 1."""
-    number = None if isinstance(value, (bool, str, bytes)) else value
-    try:
-        number = float(number)
-    except (TypeError, ValueError):
-        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
+    number = _number(value, where)
     require(0 < number <= 1, f"{number:g} is not above 0 and up to 1", where)  # nor is NaN
     return number
+
+
+def _number(value: Any, where: str) -> float:
+    """`value` as a float, which may be NaN; texts and truth values are none."""
+    try:
+        return float(None if isinstance(value, (bool, str, bytes)) else value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
 
 
 def check_strength(given: Mapping[str, Any]) -> float | None:
