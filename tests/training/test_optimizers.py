@@ -9,7 +9,7 @@ from torch import nn
 from ldm.training.optimizers import make_optimizer
 from ldm.training.settings import read_settings
 
-SETTINGS = read_settings("emoji/unet", ["vae=x", "text=x", "optimizer=muon", "weight_decay=0.1"])
+SETTINGS = read_settings("emoji/unet", ["vae=x", "text=x", "learning_rate=1e-3", "weight_decay=0.1"])
 
 
 class Net(nn.Module):
