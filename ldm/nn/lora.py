@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import ConfigError, ModelError
+from ldm.errors import ConfigError, ModelError, nearest
+
+ATTENTION = re.compile(r"(^|\.)(to_q|to_k|to_v|to_out\.0|self_attn\.(q|k|v|out)_proj)$")  # of U-Nets, of CLIP
+TRANSFORMER = re.compile(r"(^|\.)(attentions|layers)\.")
+TARGETS = {  # words for many layers at once: (layer's name, dimensions of its weight) -> whether it is meant
+    "attention": lambda name, dimensions: bool(ATTENTION.search(name)),
+    "transformer": lambda name, dimensions: bool(TRANSFORMER.search(name)),
+    "all-linear": lambda name, dimensions: dimensions == 2,
+    "all": lambda name, dimensions: True,
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,22 @@ class LoraLayer(nn.Module):
         return F.conv2d(F.conv2d(x, down, stride=self.layer.stride, padding=self.layer.padding), up) * scale
 
 
+def meant(shapes: Mapping[str, Sequence[int]], targets: Sequence[str]) -> list[str]:
+    """The layers (name -> shape of its weight) that any of `targets` means: a word of TARGETS, a name, or its end.
+
+    "to_q" takes every to_q, "attn2.to_q" those of cross attention. Raises ConfigError for one that means no layer.
+    """
+    found: set[str] = set()
+    for target in targets:
+        ends = (name for name in shapes if name == target or name.endswith(f".{target}"))
+        names = [n for n, shape in shapes.items() if TARGETS[target](n, len(shape))] if target in TARGETS else [*ends]
+        if not names:
+            known = [*TARGETS, *dict.fromkeys(re.search(r"[^.]+(\.\d+)?$", name)[0] for name in shapes)]
+            raise ConfigError(f"there is no layer named {target!r:.80}", where="targets", todo=nearest(target, known))
+        found.update(names)
+    return [name for name in shapes if name in found]
+
+
 def new_updates(
     module: nn.Module,
     targets: Sequence[str],
@@ -154,16 +180,13 @@ def new_updates(
     dora: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, LowRank]:
-    """An update that changes nothing yet (A random, B zero) for each layer whose name is or ends in one of `targets`.
+    """An update that changes nothing yet (A random, B zero) for each layer that `targets` mean (see `meant`).
 
-    "to_q" takes every to_q, "attn2.to_q" those of cross attention. Raises ConfigError for one that names no layer.
+    Raises ConfigError for one that means no layer.
     """
     found = layers_of(module)
-    names = {t: [name for name in found if name == t or name.endswith(f".{t}")] for t in targets}
-    if missing := [target for target, layers in names.items() if not layers]:
-        raise ConfigError(f"{type(module).__name__} has no layer named {', '.join(missing)}", where="targets")
-    chosen = {name for layers in names.values() for name in layers}
-    return {name: _new(layer, rank, alpha, dora, generator) for name, layer in found.items() if name in chosen}
+    chosen = meant({name: layer.weight.shape for name, layer in found.items()}, targets)
+    return {name: _new(found[name], rank, alpha, dora, generator) for name in chosen}
 
 
 def _new(layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, dora: bool, generator) -> LowRank:
@@ -187,6 +210,16 @@ def attach(module: nn.Module, updates: Mapping[str, LowRank]) -> None:
     module.requires_grad_(False)
     for name, update in updates.items():
         module.set_submodule(name, LoraLayer(found[name], update).train(module.training))
+
+
+def folded(module: nn.Module) -> nn.Module:
+    """A copy in eval mode in which each LoraLayer is the plain layer that it amounts to; all other memory is shared."""
+    copied = sharing_copy(module).eval()
+    for name, found in [(n, layer) for n, layer in copied.named_modules() if isinstance(layer, LoraLayer)]:
+        weight = merged(found.layer.weight, [(found.update(), 1.0)])
+        found.layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        copied.set_submodule(name, found.layer)
+    return copied
 
 
 def updates_of(module: nn.Module) -> dict[str, LowRank]:

@@ -6,7 +6,19 @@ import torch
 from torch import nn
 
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.lora import LowRank, attach, merge, merged, new_updates, sharing_copy, unmerge, updates_of
+from ldm.nn.lora import (
+    LowRank,
+    attach,
+    folded,
+    layers_of,
+    meant,
+    merge,
+    merged,
+    new_updates,
+    sharing_copy,
+    unmerge,
+    updates_of,
+)
 from ldm.nn.unet import UNet, UNetConfig
 
 LAYERS = {
@@ -16,6 +28,9 @@ LAYERS = {
     "halving": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1), (2, 6, 9, 9)),
     "pointwise": (lambda: nn.Conv2d(6, 10, 1), (2, 6, 8, 8)),
 }
+
+
+MANY = ("attention", "transformer", "all-linear", "all")
 
 
 class Net(nn.Module):
@@ -190,7 +205,31 @@ def test_training_starts_at_the_model_and_reaches_only_the_targets(unet):
 
 
 def test_names_that_are_no_layer_are_refused(unet):
-    with pytest.raises(ConfigError, match="UNet has no layer named to_x, norm1"):
+    with pytest.raises(ConfigError, match="no layer named 'to_x'; did you mean 'to_"):
         new_updates(unet, ["to_q", "to_x", "norm1"], 2, 2.0)
     with pytest.raises(ModelError, match="no layer down"):
         attach(sharing_copy(unet), {"down": next(iter(strong(unet).values()))})
+
+
+def test_words_for_many_layers(unet):
+    shapes = {name: layer.weight.shape for name, layer in layers_of(unet).items()}
+    attention, transformer, linear, everything = (meant(shapes, [w]) for w in MANY)
+    assert {name.split(".attn")[1][1:] for name in attention} == {".to_q", ".to_k", ".to_v", ".to_out.0"}
+    assert set(attention) < set(transformer) < set(everything) == set(shapes)
+    assert any("ff.net" in name for name in transformer) and all(len(shapes[name]) == 2 for name in linear)
+    assert meant(shapes, ["to_q", "attention"]) == attention
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_folding_gives_plain_layers_with_the_same_answer(unet, dora):
+    adapted = sharing_copy(unet)
+    attach(adapted, new_updates(adapted, ["all"], 2, 3.0, dora, torch.Generator().manual_seed(1)))
+    for parameter in [p for p in adapted.parameters() if p.requires_grad]:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    plain = folded(adapted.train())
+    assert plain.state_dict().keys() == unet.state_dict().keys() and not plain.training and adapted.training
+    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(plain(x, t, states), adapted.eval()(x, t, states))
+    norm = "conv_norm_out.weight"
+    assert plain.get_parameter(norm).data_ptr() == unet.get_parameter(norm).data_ptr()

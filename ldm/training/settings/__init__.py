@@ -1,15 +1,18 @@
 """What a training run can be told: frozen dataclasses, one a stage, read from YAML and KEY=VALUE."""
 
 from ldm.training.settings.base import DataSettings, Settings
+from ldm.training.settings.finetune import KINDS, FinetuneSettings
 from ldm.training.settings.read import FREE, SETTINGS, as_dict, changed, packaged_configs, read_settings
 from ldm.training.settings.stages import PIECE, AutoencoderSettings, TextSettings, UNetSettings
 
 __all__ = [
     "FREE",
+    "KINDS",
     "PIECE",
     "SETTINGS",
     "AutoencoderSettings",
     "DataSettings",
+    "FinetuneSettings",
     "Settings",
     "TextSettings",
     "UNetSettings",

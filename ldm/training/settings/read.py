@@ -10,12 +10,17 @@ from typing import Any
 from ldm import config
 from ldm.errors import ConfigError, nearest
 from ldm.training.settings.base import Settings
+from ldm.training.settings.finetune import FinetuneSettings
 from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNetSettings
 
-SETTINGS = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
+SETTINGS: dict[str, type[Settings]] = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
+SETTINGS["finetune"] = FinetuneSettings
 # What may differ between a run and its continuation without being asked for by name.
 FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
 FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
+FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
+FREE |= {"export", "save_dtype", "name"}
+FREE_DATA = {"cache", "max_bad", "workers"}  # likewise, of data
 
 
 def packaged_configs() -> Path:
@@ -51,7 +56,12 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
 def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
     """The settings, by name, that a continuation would change and that change what is trained: name → (old, new)."""
     now, before = as_dict(new), {**_defaults(type(new)), **old}
-    return {k: (old.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+    found = {k: (before.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+    if isinstance(new, FinetuneSettings) and "data" in found:
+        one, other = ({k: v for k, v in data.items() if k not in FREE_DATA} for data in found.pop("data"))
+        differing = [k for k, v in other.items() if one.get(k, v) != v]
+        found |= {"data": tuple({k: data.get(k) for k in differing} for data in (one, other))} if differing else {}
+    return found
 
 
 def _defaults(kind: type[Settings]) -> dict[str, Any]:

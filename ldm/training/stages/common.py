@@ -1,17 +1,24 @@
-"""What the stages share: weights to start from, and held-out samples."""
+"""What the stages share: weights to start from, held-out samples, timesteps, validation and sample grids."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ldm.checkpoint.parts import load_unet_from, load_vae_from
-from ldm.training import state
+from ldm.diffusion.denoiser import Predict, training_loss, x0_error
+from ldm.diffusion.sampling import sample
+from ldm.diffusion.schedule import Schedule
+from ldm.nn.text import Conditioning
+from ldm.training import keyed, state
 from ldm.training.checks import model_folder
 from ldm.training.samples import Samples
 
 SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
 
 
 def start_from(init: str | None, part: str) -> nn.Module | None:
@@ -38,3 +45,66 @@ def distinct(samples: Samples, count: int) -> dict[str, int]:
         if len(found) == count:
             break
     return found
+
+
+def conditioned(unet: Callable[..., Tensor], time_ids: tuple[float, ...] | Tensor | None = None) -> Network:
+    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every picture."""
+
+    def network(x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        ids = x.new_tensor([time_ids] * len(x)) if isinstance(time_ids, tuple) else time_ids
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=ids)
+
+    return network
+
+
+def spread(u: Tensor, timesteps: str, shift: float) -> Tensor:
+    """Uniform (B,) in [0, 1) → [0, 1), as often at low and at high noise as the settings say."""
+    if timesteps == "logit_normal":
+        u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
+    return shift * u / (1 + (shift - 1) * u)  # Esser et al. 2024, eq. 23
+
+
+def timesteps_at(schedule: Schedule, u: Tensor) -> Tensor:
+    """(B,) in [0, 1) → timesteps of the schedule."""
+    if schedule.is_flow:
+        return u.clamp(1e-4, 1 - 1e-4)
+    total = schedule.num_train_timesteps
+    return (u * total).long().clamp(max=total - 1)
+
+
+def fixed_levels(count: int, seed: int) -> Tensor:
+    """(count,) in (0, 1), one from each of `count` equal parts, in an order that is always the same."""
+    order = torch.randperm(count, generator=keyed.generator(seed, "validation order"))
+    return ((torch.arange(count) + 0.5) / count)[order]
+
+
+def validation_scores(
+    parts: Iterable[tuple[Predict, Tensor, Tensor, Tensor]], schedule: Schedule, snr_gamma: float | None
+) -> dict[str, float]:
+    """The loss and the error of x0, over parts of held-out samples: (predict, x0, noise, noise levels in (0, 1))."""
+    found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
+    for predict, x0, noise, u in parts:
+        timesteps = timesteps_at(schedule, u).to(x0.device)
+        loss = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma).mean()
+        found["validation_loss"].append(loss.expand(len(x0)))
+        found["x0_error"].append(x0_error(predict, schedule, x0, noise, u.to(x0.device)))
+    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+
+def draw_grid(
+    predict: Predict,
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    shape: tuple[int, ...],  # of one picture's latents: (C, h, w)
+    rows: Iterable[int],
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Latents (B, C, h, w) of the grid's pictures `rows`, each from noise of its own that is always the same."""
+    sigmas = schedule.sigmas(steps, sampler)
+
+    def noise(*step: int) -> Tensor:
+        return torch.stack([keyed.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
+
+    return sample(predict, schedule, sigmas, noise(), sampler, noise=noise)

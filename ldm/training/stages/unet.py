@@ -15,9 +15,8 @@ from ldm.checkpoint import Model, save_model
 from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.config import build
 from ldm.device import pick_device
-from ldm.diffusion.denoiser import training_loss, x0_error
+from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.text import Conditioning
@@ -28,7 +27,17 @@ from ldm.training.card import unet_card
 from ldm.training.checks import check_same, model_folder
 from ldm.training.samples import open_samples
 from ldm.training.settings import UNetSettings
-from ldm.training.stages.common import SEED_OFFSET, distinct, start_from
+from ldm.training.stages.common import (
+    SEED_OFFSET,
+    conditioned,
+    distinct,
+    draw_grid,
+    fixed_levels,
+    spread,
+    start_from,
+    timesteps_at,
+    validation_scores,
+)
 
 GRID = 16  # pictures in the sample grid
 
@@ -78,9 +87,7 @@ class UNetStage:
         pictures = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
         x0 = self._latents(pictures)
         noise = keyed.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
-        order = torch.randperm(len(x0), generator=keyed.generator(s.seed, "validation order"))
-        u = ((torch.arange(len(x0)) + 0.5) / len(x0))[order]
-        self.validation = (x0, noise, u, self._states(list(found)))
+        self.validation = (x0, noise, fixed_levels(len(x0), s.seed), self._states(list(found)))
         self.grid_captions = list(found)[:GRID]
 
     @torch.no_grad()
@@ -100,20 +107,6 @@ class UNetStage:
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
 
-    def _spread(self, u: Tensor) -> Tensor:
-        """Uniform (B,) in [0, 1) → [0, 1), as often at low and at high noise as the settings say."""
-        s = self.settings
-        if s.timesteps == "logit_normal":
-            u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
-        return s.timestep_shift * u / (1 + (s.timestep_shift - 1) * u)  # Esser et al. 2024, eq. 23
-
-    def _timesteps(self, u: Tensor) -> Tensor:
-        """(B,) in [0, 1) → timesteps of the schedule."""
-        if self.schedule.is_flow:
-            return u.clamp(1e-4, 1 - 1e-4).to(self.device)
-        total = self.schedule.num_train_timesteps
-        return (u * total).long().clamp(max=total - 1).to(self.device)
-
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         s = self.settings
         bank = Bank(self.samples, self._latents, self._states, s.bank, s.renew, s.workers, first_step)
@@ -128,14 +121,14 @@ class UNetStage:
         size = len(x0)
         noise = keyed.normal(tuple(x0.shape), s.seed, "noise", step, micro).to(self.device)
         u = keyed.uniform((2, size), s.seed, "timesteps", step, micro)
-        timesteps = self._timesteps(self._spread((torch.arange(size) + u[0]) / size))  # one from each of B equal parts
+        even = spread(
+            (torch.arange(size) + u[0]) / size, s.timesteps, s.timestep_shift
+        )  # one from each of B equal parts
+        timesteps = timesteps_at(self.schedule, even).to(self.device)
         dropped = (u[1] < s.caption_dropout).to(self.device)[:, None, None]
         states = torch.where(dropped, self.empty, states)
-        return self._loss(self.network, x0, noise, timesteps, states)
-
-    def _loss(self, network: Callable, x0: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        predict, gamma = self._predict(network, states), self.settings.snr_gamma
-        return training_loss(predict, self.schedule, x0, noise, timesteps, gamma).mean()
+        predict = self._predict(self.network, states)
+        return training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma).mean()
 
     def _predict(self, network: Callable, states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         cond = self._conditioning(states)
@@ -144,12 +137,9 @@ class UNetStage:
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
         """On held-out samples, with the same noise and noise levels every time: the loss, and the error of x0."""
-        found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
-        for x0, noise, u, states in zip(*(tensor.split(32) for tensor in self.validation)):
-            loss = self._loss(ema, x0, noise, self._timesteps(u), states)
-            found["validation_loss"].append(loss.expand(len(x0)))
-            found["x0_error"].append(x0_error(self._predict(ema, states), self.schedule, x0, noise, u.to(x0.device)))
-        return {name: torch.cat(values).mean().item() for name, values in found.items()}
+        parts = zip(*(tensor.split(32) for tensor in self.validation))
+        bound = ((self._predict(ema, states), x0, noise, u) for x0, noise, u, states in parts)
+        return validation_scores(bound, self.schedule, self.settings.snr_gamma)
 
     @torch.no_grad()
     def picture(self, ema: nn.Module):
@@ -157,14 +147,9 @@ class UNetStage:
         s, captions = self.settings, self.grid_captions
         states = self._states(captions)
         cond, uncond = self._conditioning(states), self._conditioning(self.empty.expand_as(states))
-        predict = cfg(lambda x, t, c: ema(x, t, c.states, mask=c.mask), cond, uncond, s.guidance_scale)
-        shape, sigmas = tuple(self.validation[0].shape[1:]), self.schedule.sigmas(s.sample_steps, s.sampler)
-
-        def noise(*step: int) -> Tensor:
-            draws = [keyed.normal(shape, s.seed, "grid", i, *step) for i in range(len(captions))]
-            return torch.stack(draws).to(self.device)
-
-        x0 = sample(predict, self.schedule, sigmas, noise(), s.sampler, noise=noise)
+        predict = cfg(conditioned(ema), cond, uncond, s.guidance_scale)
+        shape, rows = tuple(self.validation[0].shape[1:]), range(len(captions))
+        x0 = draw_grid(predict, self.schedule, s.sampler, s.sample_steps, shape, rows, s.seed, self.device)
         return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:

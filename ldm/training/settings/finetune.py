@@ -1,0 +1,71 @@
+"""What a fine-tuning can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ldm.config import require
+from ldm.training.dataset import FinetuneData
+from ldm.training.settings.base import Settings
+
+KINDS = ("lora", "dora", "full")
+MAX_SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(Settings):
+    """A model that exists, on the user's own pictures: all of its U-Net, or low-rank updates of some layers."""
+
+    stage: Literal["finetune"] = "finetune"
+    data: FinetuneData = field(default_factory=FinetuneData)
+    model: str = "default"  # "default", a diffusers folder, a single file, a hub id
+    vae: str | None = None  # another autoencoder's folder or file
+    init: str | None = None  # a LoRA or DoRA to go on from; its ranks, alphas and layers are taken over
+    train: Literal["lora", "dora", "full"] = "lora"  # full: every weight of the U-Net
+    lora_rank: int = 16
+    lora_alpha: float | None = None  # None: the rank; the update is scaled by alpha / rank
+    targets: tuple[str, ...] = ("attention",)  # names of layers or their ends, or words of ldm.nn.lora.TARGETS
+    text_encoder: bool = False  # train it too: CLIP alone; in a full run all of its weights
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None  # None: the model's
+    zero_terminal_snr: bool = False  # rescale the schedule of a full run, so that the last timestep is pure noise
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_shift: float = 1.0  # above 1: more often at high noise
+    snr_gamma: float | None = None  # min-SNR weighting of the loss; 5 is usual
+    noise_offset: float = 0.0  # of a number that each channel's noise is shifted by; 0.05 is usual
+    prior: str | None = None  # captioned pictures of what the model knows, mixed into each step so that it is kept
+    prior_weight: float = 1.0
+    attention: str = "auto"  # of the U-Net: a name of ldm.nn.attention.BACKENDS
+    validation_prompts: tuple[str, ...] = ()  # of the sample grid; none: captions of held-out pictures
+    samples: int = 8  # pictures in the grid, where the captions are drawn
+    sampler: str | None = None  # of the grid; None: the model's, as the next two
+    sample_steps: int | None = None
+    guidance_scale: float | None = None
+    export: Literal["last", "best"] = "last"  # best: the checkpoint with the lowest validation loss
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: fp32 for LoRA and DoRA, bf16 for a model
+    name: str | None = None  # of kohya's file; None: that of the run's folder
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.model), "is empty: name a folder, or leave it out", "model")
+        require(self.lora_rank >= 1, f"must be at least 1, got {self.lora_rank}", "lora_rank")
+        for name in ("lora_alpha", "timestep_shift", "snr_gamma", "prior_weight", "guidance_scale", "sample_steps"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"must be positive, got {value}", name)
+        require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")
+        require(0 <= self.samples <= MAX_SAMPLES, f"must be 0 to {MAX_SAMPLES}, got {self.samples}", "samples")
+        require(all(self.targets), "one of them is empty", "targets")
+        require(bool(self.targets or self.init), "names no layer", "targets")
+        flow = self.prediction_type == "flow" and self.zero_terminal_snr
+        require(not flow, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
+        require(not self.name or ("/" not in self.name and self.name[0] not in ".-"), "is no name of a file", "name")
+        full = self.train == "full"
+        require(not (full and self.init), "is a LoRA to go on from: not in a run with train=full", "init")
+        for name in ("zero_terminal_snr", "prediction_type"):
+            changes = getattr(self, name) == "flow" if name == "prediction_type" else getattr(self, name)
+            what = "a LoRA cannot change what the model was trained for: use train=full"
+            require(full or not changes, what, name)
+
+    @property
+    def alpha(self) -> float:
+        return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
