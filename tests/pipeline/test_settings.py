@@ -59,6 +59,7 @@ BAD_CALLS = {
     "timesteps beyond": ({"timesteps": [1000, 5]}, "is not inside 0 to 999"),
     "sigmas of words": ({"sigmas": "many"}, "sigmas: expected a list of numbers"),
     "sigmas and a spacing": ({"sigmas": [3, 1], "spacing": "karras"}, "spacing 'karras' chooses the noise levels too"),
+    "a sigma of 0 alone": ({"sigmas": [0.0]}, "sigmas: 0 noise levels are outside 1 to 1000"),
     "sigmas and steps": ({"sigmas": [3, 1, 0], "steps": 3}, "2 of them for 3 steps"),
     "eta": ({"eta": 1.5}, "eta: expected a number from 0 to 1"),
     "eta of another": ({"eta": 0.5, "sampler": "euler"}, "eta: the sampler euler takes no eta"),

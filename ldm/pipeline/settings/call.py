@@ -94,7 +94,7 @@ class Settings:
         steps, limit = filled.num_inference_steps, model.schedule.num_train_timesteps
         require(steps <= limit, f"{steps} is more than the {limit} steps of this model", "num_inference_steps")
         filled.noise_levels(model.schedule)
-        require(all(filled.runs), "no step is left", "strength")
+        _ = filled.runs  # raises where a strength leaves no step
         if filled.hires_scale is not None:
             second = filled.second(model.vae.factor)
             require(max(second.height, second.width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
@@ -184,11 +184,11 @@ def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = Non
 def _check_settings(given: Mapping[str, Any], scale: float | Sequence[float], factor: int | None) -> Settings:
     steps, (sampler, spacing) = given["num_inference_steps"], check_sampler(given["sampler"], given["spacing"])
     steps = None if steps is None else check_int(steps, "num_inference_steps", 1, MAX_STEPS)
-    timesteps, sigmas = (check_levels(given[name], name, spacing, steps) for name in ("timesteps", "sigmas"))
-    require(timesteps is None or sigmas is None, "give either timesteps or sigmas", "timesteps")
-    levels = timesteps or sigmas
+    timesteps, steps = check_levels(given["timesteps"], "timesteps", spacing, steps)
+    require(timesteps is None or given["sigmas"] is None, "give either timesteps or sigmas", "timesteps")
+    sigmas, steps = check_levels(given["sigmas"], "sigmas", spacing, steps)
     return Settings(
-        num_inference_steps=len(levels) - (levels[-1] == 0 and sigmas is not None) if levels else steps,
+        num_inference_steps=steps,
         height=None if given["height"] is None else check_size(given["height"], "height", factor),
         width=None if given["width"] is None else check_size(given["width"], "width", factor),
         sampler=sampler,
@@ -244,7 +244,7 @@ def check_schedule(settings: Settings, folder: str | os.PathLike | None) -> None
     from ldm.diffusion.schedule import Schedule
 
     if settings.num_inference_steps is not None:
-        require(all(settings.runs), "no step is left", "strength")
+        _ = settings.runs  # raises where a strength leaves no step
     config = settings_of(folder and Path(folder)).get("scheduler")
     if config is None:
         return  # loading the model says what is wrong with it

@@ -251,16 +251,21 @@ def check_emphasis(value: Any) -> str:
     return value
 
 
-def check_levels(value: Any, where: str, spacing: str | None, steps: int | None) -> tuple[float, ...] | None:
-    """Explicit timesteps or sigmas as numbers; whether a model has them is for its schedule to say."""
+def check_levels(
+    value: Any, where: str, spacing: str | None, steps: int | None
+) -> tuple[tuple[float, ...] | None, int | None]:
+    """(explicit timesteps or sigmas as numbers, how many steps they are); sigmas may end in the 0 that ends all.
+
+    Whether a model has them is for its schedule to say.
+    """
     if value is None:
-        return None
+        return None, steps
     try:
         levels = tuple(float(one) for one in value)
     except (TypeError, ValueError):
         raise ConfigError(f"expected a list of numbers, got {value!r:.80}", where=where) from None
-    require(1 <= len(levels) <= MAX_STEPS + 1, f"{len(levels)} numbers are outside 1 to {MAX_STEPS}", where)
+    count = len(levels) - (where == "sigmas" and levels[-1:] == (0,))
+    require(1 <= count <= MAX_STEPS, f"{count} noise levels are outside 1 to {MAX_STEPS}", where)
     require(spacing is None, f"spacing '{spacing}' chooses the noise levels too; leave one of them out", where)
-    count = len(levels) - (levels[-1] == 0 and where == "sigmas")
     require(steps in (None, count), f"{count} of them for {steps} steps; leave num_inference_steps out", where)
-    return levels
+    return levels, count
