@@ -109,7 +109,8 @@ class Dataset:
         """
         for candidate in range(number, number + len(self)):
             if rows := self._rows(candidate):
-                self._latents.expect((place, view) for _, place, view in self._views(number + 1))
+                if self._cache is None:
+                    self._latents.expect([(place, view) for _, place, view in self._views(number + 1)])
                 return self._batch(rows)
         raise DataError("not one picture can be read any more", where=self.data.folder)
 

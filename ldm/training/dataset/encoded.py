@@ -5,7 +5,7 @@ Shapes:  B pictures or texts   C, h, w latent channels, height, width   H, W pic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,9 +91,6 @@ class Cached:
     def __init__(self, pictures: Pictures, cache: Cache, memory: Memory):
         self.pictures, self.cache, self.memory = pictures, cache, memory
 
-    def expect(self, views: Iterable[tuple[int, View]]) -> None:
-        """Nothing has to be done ahead."""
-
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
         digest = self.pictures.items[place].digest
         return self.memory.get((digest, view), lambda: self.cache.latents(digest, view))
@@ -107,7 +104,7 @@ class Live:
         self.threads = ThreadPoolExecutor(workers, "pictures") if workers else None
         self._coming: dict[tuple[int, View], Future[Tensor]] = {}
 
-    def expect(self, views: Iterable[tuple[int, View]]) -> None:
+    def expect(self, views: Sequence[tuple[int, View]]) -> None:
         """Read these, and forget what was expected and never asked for."""
         if self.threads is None:
             return
