@@ -5,6 +5,7 @@ Shapes:  B batch   C latent channels   H, W picture size   h, w latent size
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,10 +61,13 @@ def batches(pictures: Sequence[Picture], text: Any, settings: Settings, size: in
     """
     from ldm.pipeline.encoding import chunks_needed
 
+    @functools.cache
+    def chunks(texts: tuple[str, str | None]) -> tuple[int, ...]:
+        return tuple(chunks_needed(text, texts, steps) for steps in settings.runs)
+
     groups: dict[tuple, list[int]] = {}
     for row, picture in enumerate(pictures):
-        chunks = tuple(chunks_needed(text, picture.texts, steps) for steps in settings.runs)
-        groups.setdefault((picture.adapters, picture.begins, chunks), []).append(row)
+        groups.setdefault((picture.adapters, picture.begins, chunks(picture.texts)), []).append(row)
     return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
 
@@ -100,7 +104,7 @@ def run(
 
     prompts, negatives = zip(*(picture.texts for picture in pictures))
     steps = settings.runs[0]
-    chunks = chunks_needed(model.text, [*prompts, *negatives], steps)
+    chunks = chunks_needed(model.text, pictures[0].texts, steps)  # as many for all of a batch
     guided = any(picture.guidance_scale > 1 for picture in pictures)
     cond = encode.over(prompts, steps, chunks)
     uncond = encode.over(negatives, steps, chunks) if guided else None
