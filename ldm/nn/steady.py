@@ -5,6 +5,7 @@ And how the numbers of a picture lie in memory there.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -59,9 +60,15 @@ def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -
     PyTorch computes whole vectors and what is left over at the end of each thread's share with another exp. So in eval
     mode on a CPU it goes image by image, but where every share of every batch ends with a whole vector.
     """
-    if training or not x.is_cpu or x[0].numel() % (VECTOR * math.lcm(*range(1, torch.get_num_threads() + 1))) == 0:
+    if training or not x.is_cpu or x[0].numel() % _whole_shares(torch.get_num_threads()) == 0:
         return function(x)
     return in_blocks(function, x, 1)
+
+
+@functools.cache
+def _whole_shares(threads: int) -> int:
+    """Numbers of which so many threads or fewer get whole vectors each."""
+    return VECTOR * math.lcm(*range(1, threads + 1))
 
 
 def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
