@@ -57,7 +57,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_editing(parser: argparse.ArgumentParser) -> None:
-    """What a picture is drawn from, and around it: all of EDITING."""
+    """What a picture is drawn from, and around it: all of EDITING_WORDS."""
     add = parser.add_argument_group("editing").add_argument
     add(*names_of("image"), metavar="PICTURE", help="begin at this picture; its size is drawn")
     add(

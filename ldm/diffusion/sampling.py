@@ -41,8 +41,8 @@ def sample(
         denoise = consistency(denoise, schedule)
     whole = original is None or original.from_noise
     x = schedule.initial(start, sigmas, sampler, spacing) if whole else begin(original, sigmas, start)
-    if original is None or original.repaint is None:
-        return SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
-    denoise = keeping(denoise, original, start, sigmas)
+    masked = original is not None and original.repaint is not None
+    if masked:
+        denoise = keeping(denoise, original, start, sigmas)
     x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
-    return torch.where(original.repaint, x, original.latents)  # ddim may end at a sigma above 0
+    return torch.where(original.repaint, x, original.latents) if masked else x  # ddim may end at a sigma above 0

@@ -5,6 +5,7 @@ Shapes:  B batch   C latent channels   H, W picture size   h, w latent size   f 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -44,21 +45,17 @@ def begin(model: Model, work: Work, settings: Settings, pictures: Sequence[Pictu
     sources = [picture.source for picture in pictures]
     if sources[0] is None:
         return Start()
-    whole = settings.strength == 1
-    masks = [source.repaint for source in sources]
+    images, whole = [source.image for source in sources], settings.strength == 1
     with work.on(model.vae) as vae:
-        if masks[0] is None:
-            return Start(Original(encoded(vae, settings, [source.image for source in sources], work.device)))
-        repaint = torch.cat([covered(mask, vae.factor) for mask in masks]).to(work.device)
-        if inpaints(model):
-            hidden = {id(source): grey_where(source.image, source.repaint) for source in sources}
-            masked = encoded(vae, settings, [hidden[id(source)] for source in sources], work.device)
-            if whole:
-                return Start(None, repaint, masked)
-            latents = encoded(vae, settings, [source.image for source in sources], work.device)
-            return Start(Original(latents), repaint, masked)
-        latents = encoded(vae, settings, [source.image for source in sources], work.device)
-        return Start(Original(latents, repaint, from_noise=whole))
+        latents = functools.partial(encoded, vae, settings, device=work.device)
+        if sources[0].repaint is None:
+            return Start(Original(latents(images)))
+        repaint = torch.cat([covered(source.repaint, vae.factor) for source in sources]).to(work.device)
+        if not inpaints(model):
+            return Start(Original(latents(images), repaint, from_noise=whole))
+        hidden = {id(source): grey_where(source.image, source.repaint) for source in sources}
+        masked = latents([hidden[id(source)] for source in sources])
+        return Start(None if whole else Original(latents(images)), repaint, masked)
 
 
 def inpaints(model: Any) -> bool:
