@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import platform
@@ -47,26 +48,11 @@ def _shared(model: Any, work: Work, settings: Settings) -> dict[str, Any]:
     """What is equal for all pictures of a call."""
     import torch
 
-    device, guidance = work.device, settings.guidance
-    options = {word: getattr(guidance, name) for word, name in GUIDANCE_WORDS.items()}
+    device = work.device
     own_table = settings.sampler == "lcm" or model.schedule.is_flow or settings.levels  # no spacing that has a name
     return {
-        "num_inference_steps": settings.num_inference_steps,
-        **{word: value for word, value in options.items() if value is not None},
-        "height": settings.height,
-        "width": settings.width,
-        "sampler": settings.sampler,
+        **_words(settings),
         "spacing": settings.spacing or (None if own_table else model.schedule.spacing),
-        "timesteps": settings.timesteps,
-        "sigmas": settings.sigmas,
-        "eta": settings.eta,
-        "clip_skip": settings.clip_skip,
-        "emphasis": settings.emphasis,
-        "strength": settings.strength,
-        "hires_scale": settings.hires_scale,
-        "hires_steps": settings.hires_steps,
-        "hires_strength": settings.hires_strength,
-        "vae_tiling": settings.vae_tiling,
         "model": model.name,
         "model_hash": model.hash,
         "commit": model.info.get("commit"),  # of a model from the hub
@@ -79,6 +65,19 @@ def _shared(model: Any, work: Work, settings: Settings) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": _versions(),
     }
+
+
+def _words(settings: Settings) -> dict[str, Any]:
+    """Settings under generate's words; of guidance's options those that its kind has."""
+    told: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "guidance":
+            options = {word: getattr(value, name) for word, name in GUIDANCE_WORDS.items()}
+            told |= {word: option for word, option in options.items() if option is not None}
+        else:
+            told[field.name] = value
+    return told
 
 
 def _own(picture: Picture) -> dict[str, Any]:

@@ -40,17 +40,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn that may be in one batch; None where the model decides (see `resolve`)."""
+    """How pictures are drawn that may be in one batch; None where the model decides (see `resolve`).
+
+    Records tell them in this order.
+    """
 
     num_inference_steps: int | None
+    guidance: Guidance  # but for its scale, which is each picture's own
     height: int | None  # pixels
     width: int | None
     sampler: str | None
     spacing: str | None  # None: the model's own
-    eta: float | None  # of samplers that have one; None: theirs
-    guidance: Guidance  # but for its scale, which is each picture's own
     timesteps: tuple[float, ...] | None = None  # in place of a spacing's
     sigmas: tuple[float, ...] | None = None  # likewise
+    eta: float | None = None  # of samplers that have one; None: theirs
     clip_skip: int = 0  # layers of the text encoder that are left out, as diffusers counts
     emphasis: str = "original"  # or no_norm (ldm.nn.text.encode_weighted)
     strength: float | None = None  # how much of the steps is run on a given picture; None: there is none
@@ -189,14 +192,14 @@ def _check_settings(given: Mapping[str, Any], scale: float | Sequence[float], fa
     sigmas, steps = check_levels(given["sigmas"], "sigmas", spacing, steps)
     return Settings(
         num_inference_steps=steps,
+        guidance=replace(make_guidance(scale, given), scale=1.0),
         height=None if given["height"] is None else check_size(given["height"], "height", factor),
         width=None if given["width"] is None else check_size(given["width"], "width", factor),
         sampler=sampler,
         spacing=spacing,
-        eta=check_eta(given["eta"], sampler),
-        guidance=replace(make_guidance(scale, given), scale=1.0),
         timesteps=timesteps,
         sigmas=sigmas,
+        eta=check_eta(given["eta"], sampler),
         clip_skip=check_int(given["clip_skip"] or 0, "clip_skip", 0, 100),
         emphasis=check_emphasis(given["emphasis"]),
         strength=check_strength(given),
