@@ -169,6 +169,7 @@ def parameters(record: dict) -> str:
         "Model hash": record["model_hash"][:10] if record["model_hash"] else None,
         "Model": record["model"],
         "Denoising strength": record.get("hires_strength") or record.get("strength"),
+        "Clip skip": record["clip_skip"] + 1 if record.get("clip_skip") else None,  # 1 is A1111's for none skipped
         "Hires upscale": record.get("hires_scale"),
         "Hires steps": record.get("hires_steps"),
         "Hires upscaler": "Lanczos" if record.get("hires_scale") else None,

@@ -42,6 +42,9 @@ def test_parameters_are_written_as_a1111_writes_them():
     karras = parameters({**RECORD, "sampler": "dpmpp_2m_sde", "spacing": "karras"})
     assert "Sampler: DPM++ 2M SDE, Schedule type: Karras," in karras
     assert parameters({**RECORD, "negative_prompt": "a dog"}) == f"a cat\nNegative prompt: a dog\n{line}, {tail}"
+    assert parameters({**RECORD, "clip_skip": 0}) == parameters(RECORD)
+    skipping = parameters({**RECORD, "clip_skip": 1, "strength": 0.5})
+    assert "Model: default, Denoising strength: 0.5, Clip skip: 2, RNG: CPU," in skipping
     odd = parameters({**RECORD, "model": 'a, "b": c', "sampler": "heun_flow", "spacing": "other", "model_hash": ""})
     assert odd.splitlines()[1].startswith("Steps: 25, Sampler: Heun flow, CFG scale: 6.0, Seed: 7")
     assert 'Model: "a, \\"b\\": c", RNG: CPU' in odd and "Model hash" not in odd

@@ -380,6 +380,12 @@ def test_our_parameters_text_alone_says_the_same(tmp_path):
     assert not [note for note in replay.notes if "RNG" in note]
 
 
+@pytest.mark.parametrize("skipped", [0, 1, 3])
+def test_our_parameters_text_tells_the_layers_that_are_left_out(tmp_path, skipped):
+    record = record_of(sampler="dpmpp_2m", spacing="karras", eta=None, clip_skip=skipped)
+    assert settings_of(tmp_path, parameters(record)).get("clip_skip", 0) == skipped
+
+
 def test_a_manifest_gives_each_job_once(tmp_path):
     jobs = jobs_of(["a cat --d 1", "a dog --d 2 --l 3", "a cow --d 3"])
     with Ledger(tmp_path) as ledger:
