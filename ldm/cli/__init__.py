@@ -18,8 +18,8 @@ from ldm import console
 from ldm.errors import ConfigError, LdmError, nearest
 
 # Each is a module of this room.
-COMMANDS = ("generate", "render", "convert", "inspect", "train", "data", "evaluate", "bench")
-PLANNED = ("finetune", "web")  # of the contract, and not there yet
+COMMANDS = ("generate", "render", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
+PLANNED = ("web",)  # of the contract, and not there yet
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 

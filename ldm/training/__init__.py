@@ -1,13 +1,18 @@
-"""Training: one loop, its exact state, and the stages autoencoder, text and U-Net."""
+"""Training: one loop, its exact state, and the stages autoencoder, text, U-Net and fine-tuning."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.training.settings import packaged_configs, read_settings
+from ldm.training.finetuning import finetune
+from ldm.training.settings import FinetuneSettings, Settings, packaged_configs, read_settings
 
-__all__ = ["packaged_configs", "read_settings", "train"]
+if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
+
+__all__ = ["finetune", "packaged_configs", "read_settings", "train"]
 
 
 def train(
@@ -27,22 +32,42 @@ def train(
     differ from those of the run that is resumed. Raises LdmError for bad settings before any work, Interrupted after
     a signal (state saved), NumericsError when the loss stays non-finite.
     """
+    return run(read_settings(config, overrides), Path(out), resume, allow_changed, dry_run)
+
+
+def run(
+    settings: Settings,
+    out: Path,
+    resume: str | None,
+    allow_changed: Sequence[str],
+    dry_run: bool,
+    pictures: Pictures | None = None,
+) -> Path:
+    """One stage under complete settings, as `train` has it; `pictures`: what was read of fine-tuning's data before."""
     from ldm import files
-    from ldm.console import say
-    from ldm.training.checks import check
+    from ldm.training.checks import check, check_finetune_place
 
-    settings, out = read_settings(config, overrides), Path(out)
     check(settings)
+    if isinstance(settings, FinetuneSettings):
+        check_finetune_place(settings.data, out)
     if dry_run:
-        from ldm.training.settings import as_dict
-
-        say("\n".join(f"{name}: {value}" for name, value in as_dict(settings).items()))
-        return out / "model"
+        return _dry_run(settings, out, pictures)
     files.require_writable(out)
     with files.Lock(out):
         from ldm.training.loop import fit, to_resume
         from ldm.training.stages import STAGES
 
         checkpoint = to_resume(settings, out, resume, allow_changed)
-        stage = STAGES[settings.stage](settings)
+        stage = STAGES[settings.stage](settings, out, pictures)
         return fit(stage, settings, out, checkpoint, allow_changed)
+
+
+def _dry_run(settings: Settings, out: Path, pictures: Pictures | None) -> Path:
+    """Say what would be done."""
+    from ldm.console import say
+    from ldm.training.settings import as_dict
+
+    if pictures is not None:
+        say("\n".join(pictures.lines))
+    say("\n".join(f"{name}: {value}" for name, value in as_dict(settings).items()))
+    return out / "model"

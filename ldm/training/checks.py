@@ -10,8 +10,9 @@ from typing import Any
 
 from ldm.config import build, require
 from ldm.errors import ConfigError, ModelError, nearest
-from ldm.files import MANIFEST, sha256
-from ldm.training.settings import AutoencoderSettings, Settings, TextSettings, UNetSettings
+from ldm.files import MANIFEST, require_writable, sha256
+from ldm.training.dataset import OFF, FinetuneData
+from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
 
 INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
 
@@ -21,6 +22,8 @@ def check(settings: Settings) -> None:
     from ldm.data.emoji import find_font
     from ldm.training.samples import open_samples
 
+    if isinstance(settings, FinetuneSettings):
+        return _check_finetune(settings)
     for name in INPUTS:
         if getattr(settings, name, None):
             model_folder(getattr(settings, name))
@@ -49,6 +52,82 @@ def _check_unet(settings: UNetSettings) -> None:
     schedule = build(Schedule, settings.schedule, "schedule")
     names.check(settings.sampler, schedule.prediction_type)
     schedule.sigmas(settings.sample_steps, settings.sampler)
+
+
+def _check_finetune(s: FinetuneSettings) -> None:
+    """All that is known without a weight or a picture: of the model, the LoRA to go on from, the machine."""
+    from ldm.checkpoint.lora import fit, read_lora_header, target_at
+    from ldm.checkpoint.model import check_model
+    from ldm.device import pick_device
+    from ldm.diffusion import names
+    from ldm.nn.attention import check_backend
+
+    device = pick_device(s.device)
+    todo = "use bf16 or fp32"
+    if s.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"fp16 is for CUDA alone, and this is {device.type}", where="precision", todo=todo)
+    check_backend(s.attention)
+    if s.sampler is not None:
+        names.resolve(s.sampler)
+    own = None if s.prediction_type == "flow" else s.prediction_type
+    place = check_model(s.model, s.vae, own)
+    _check_schedule(s, place)
+    if s.text_encoder:
+        _check_clip(place)
+    target = target_at(s.model, own)
+    if s.init is not None:
+        header = read_lora_header(s.init)
+        kind = "dora" if header.dora else "lora"
+        require(s.train == kind, f"the LoRA to go on from is a {kind}, and train is {s.train}", "train")
+        if target is not None:
+            places = fit(header, target).places.values()
+            text = any(part != "unet" for part, _ in places)
+            what = (
+                "the LoRA to go on from has layers of the text encoder" if text else "it has none of the text encoder"
+            )
+            require(text == s.text_encoder, f"must be {str(text).lower()}: {what}", "text_encoder")
+    elif s.train != "full" and target is not None:
+        from ldm.training.stages.adapting import chosen_layers
+
+        chosen_layers({part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}, s.targets)
+    if s.prior is not None:
+        from ldm.data.sources import open_source
+
+        open_source(s.prior, s.data.captions, s.data.split)
+
+
+def _check_schedule(s: FinetuneSettings, place: Path) -> None:
+    """What the model says of its prediction type and schedule against what the settings want."""
+    from ldm.checkpoint.model import settings_of
+    from ldm.diffusion.schedule import Schedule
+    from ldm.training.stages.adapting import schedule_for
+
+    config = settings_of(place).get("scheduler")
+    if config:
+        schedule_for(s, Schedule.from_diffusers(dict(config)))
+
+
+def _check_clip(place: Path) -> None:
+    from ldm.checkpoint.folder import T5, read_layout
+    from ldm.checkpoint.model import is_single
+
+    if not is_single(place) and read_layout(place, ("vae",)).text_class("text_encoder") in T5:
+        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", todo="leave it out")
+
+
+def check_finetune_place(data: FinetuneData, out: Path) -> None:
+    """Raise ConfigError or ResourceError where the run's folder or the cache's cannot be what they are meant for."""
+    require_writable(out)
+    folder = Path(data.folder)
+    if folder.is_dir() and (out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents):
+        what = f"lies in {data.folder}, whose pictures are trained on: its own would be among them"
+        raise ConfigError(what, where=out, todo="choose another folder for the run")
+    if out.is_dir() and not (out / "settings.json").is_file():
+        other = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".") and path.name != "cache"]
+        if other:
+            raise ConfigError(f"is no run, and holds {other[0]}", where=out, todo="choose a new folder")
+    if data.cache not in (None, OFF):
+        require_writable(data.cache)
 
 
 def _autoencoder_names() -> list[str]:

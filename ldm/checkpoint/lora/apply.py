@@ -159,7 +159,7 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
             merge(copied, updates[part])
     info = {**model.info, "lora": [*model.info.get("lora", ()), *(_told(lora, weight) for lora, weight in loras)]}
     unet = changed.get(id(model.unet), model.unet)
-    return dataclasses.replace(model, unet=unet, text=_with_networks(model.text, changed), info=info)
+    return dataclasses.replace(model, unet=unet, text=with_networks(model.text, changed), info=info)
 
 
 def _told(lora: LoraFile, weight: float) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _told(lora: LoraFile, weight: float) -> dict[str, Any]:
     return {"name": name, "path": path, "weight": weight, "hash": lora.hash, "short_hash": lora.short_hash}
 
 
-def _with_networks(text: Any, changed: Mapping[int, Any]) -> Any:
+def with_networks(text: Any, changed: Mapping[int, Any]) -> Any:
     """The same text encoder (or pair of them), other networks in the place of those in `changed`, by id."""
     if not any(id(module) in changed for module in text.modules):
         return text
@@ -176,5 +176,5 @@ def _with_networks(text: Any, changed: Mapping[int, Any]) -> Any:
         if id(value) in changed:
             setattr(new, name, changed[id(value)])
         elif isinstance(getattr(value, "modules", None), tuple):  # an encoder within an encoder
-            setattr(new, name, _with_networks(value, changed))
+            setattr(new, name, with_networks(value, changed))
     return new

@@ -96,6 +96,8 @@ def find_lora(name: str, folder: str | Path) -> Path:
         raise ConfigError("no such folder", where=f"lora_dir {folder}")
     known: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.safetensors")):
+        if path.stem == path.parent.name and (path.parent / FILE).is_file():
+            continue  # the same in kohya's layout, as fine-tuning leaves it beside the other
         known.setdefault(path.parent.name if path.name == FILE else path.stem, []).append(path)
     found = known.get(name, [])
     if not found:

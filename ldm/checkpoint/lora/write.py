@@ -13,7 +13,7 @@ from ldm.checkpoint.lora.apply import networks
 from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
 from ldm.checkpoint.lora.read import FILE, METADATA
 from ldm.errors import ModelError
-from ldm.files import atomic_folder, write_manifest
+from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -43,23 +43,55 @@ def write_lora(
     note    a paragraph for the card: what it was trained on
     Raises ModelError for NaN and infinity, layers that the model has not, and what a layout cannot hold.
     """
-    from safetensors.torch import save
-
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file()):
         raise ModelError("is there already and no LoRA's folder", where=folder, todo="choose a new folder")
-    layers = {part: dict(found) for part, found in layers.items() if found}
-    _check(layers, model, folder)
     if layout not in LAYOUTS:
         raise ModelError(f"unknown layout {layout!r}", todo=f"choose from: {', '.join(LAYOUTS)}")
-    tensors, metadata = LAYOUTS[layout](model, layers)
-    data = save({name: _placed(name, t, dtype, folder) for name, t in tensors.items()}, {"format": "pt", **metadata})
-    name = FILE if layout == "peft" else f"{folder.resolve().name}.safetensors"
+    name = folder.resolve().name
+    files = {layout: FILE if layout == "peft" else f"{name}.safetensors"}
+    contents = _contents(folder, model, layers, files, dtype)
     with atomic_folder(folder) as new:
-        (new / name).write_bytes(data)
+        for file, data in contents.items():
+            (new / file).write_bytes(data)
         write_manifest(new)
-        (new / CARD).write_text(_card(folder.resolve().name, name, model, layers, layout, note), encoding="utf-8")
-    return folder / name
+        (new / CARD).write_text(_card(name, files, model, layers, note), encoding="utf-8")
+    return folder / files[layout]
+
+
+def write_lora_into(
+    folder: str | Path, name: str, model: Model, layers: Layers, dtype: torch.dtype | None = None, note: str = ""
+) -> Path:
+    """Write updates into a folder that holds other things too, such as a run's: pytorch_lora_weights.safetensors in
+    PEFT's layout, name.safetensors in kohya's, a model card, and a manifest of the two; returns the first one's path.
+
+    Each file is written whole or not at all. Raises as `write_lora`.
+    """
+    folder = Path(folder)
+    files = {"peft": FILE, "kohya": f"{name}.safetensors"}
+    contents = _contents(folder, model, layers, files, dtype)
+    (folder / MANIFEST).unlink(missing_ok=True)  # else it vouches for the old files while the new ones come
+    for file, data in contents.items():
+        atomic_write(folder / file, data)
+    write_manifest(folder, list(contents))
+    atomic_write(folder / CARD, _card(name, files, model, layers, note))
+    return folder / FILE
+
+
+def _contents(
+    folder: Path, model: Model, layers: Layers, files: Mapping[str, str], dtype: torch.dtype | None
+) -> dict[str, bytes]:
+    """The files' bytes by their names; `files`: layout -> name."""
+    from safetensors.torch import save
+
+    layers = {part: dict(found) for part, found in layers.items() if found}
+    _check(layers, model, folder)
+    contents = {}
+    for layout, file in files.items():
+        tensors, metadata = LAYOUTS[layout](model, layers)
+        placed = {name: _placed(name, tensor, dtype, folder) for name, tensor in tensors.items()}
+        contents[file] = save(placed, {"format": "pt", **metadata})
+    return contents
 
 
 def _check(layers: Layers, model: Model, folder: Path) -> None:
@@ -160,15 +192,18 @@ def _plain(number: float) -> int | float:
     return int(number) if float(number).is_integer() else float(number)
 
 
-def _card(name: str, file: str, model: Model, layers: Layers, layout: str, note: str) -> str:
-    """A short model card, its head as the hub reads it."""
+def _card(name: str, files: Mapping[str, str], model: Model, layers: Layers, note: str) -> str:
+    """A short model card, its head as the hub reads it; `files`: layout -> name."""
     every = [update for found in layers.values() for update in found.values()]
     kind = "DoRA" if any(update.magnitude is not None for update in every) else "LoRA"
     ranks, alphas = ({f"{v:g}" for v in values} for values in ([u.rank for u in every], [u.alpha for u in every]))
-    parts = ", ".join(f"{len(found)} layers of {part}" for part, found in layers.items())
+    parts = ", ".join(f"{len(found)} layers of {part}" for part, found in layers.items() if found)
     base = f"{model.name or 'a model'}{f' (sha256 {model.hash[:12]})' if model.hash else ''}"
-    head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": {"kind": kind.lower(), "layout": layout}}
-    other = f'pipe.load_lora_weights(".", weight_name="{file}")'
+    own = {"kind": kind.lower(), "layout": "both" if len(files) > 1 else next(iter(files))}
+    head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": own}
+    first, there = next(iter(files.values())), " and ".join(f"`{file}`" for file in files.values())
+    other = f'pipe.load_lora_weights(".", weight_name="{first}")'
+    kohya = f", or put `{files['kohya']}` into A1111's or ComfyUI's folder of LoRAs" if "kohya" in files else ""
     return f"""---
 {json.dumps(head)}
 ---
@@ -176,7 +211,5 @@ def _card(name: str, file: str, model: Model, layers: Layers, layout: str, note:
 
 A {kind} for {base}: {parts}; rank {", ".join(sorted(ranks))}, alpha {", ".join(sorted(alphas))}.
 {note and f"{chr(10)}{note}{chr(10)}"}
-In this folder: `{file}`. To use it: `ldm generate "…" --lora {file}:0.8`, or `{other}` in diffusers{
-        ", or put the file into A1111's or ComfyUI's folder of LoRAs" if layout == "kohya" else ""
-    }.
+In this folder: {there}. To use it: `ldm generate "…" --lora {first}:0.8`, or `{other}` in diffusers{kohya}.
 """

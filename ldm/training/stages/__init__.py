@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.training.loop import Stage
 from ldm.training.settings import Settings
 
+if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
 
-def _autoencoder(settings: Settings) -> Stage:
+
+def _autoencoder(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
     from ldm.training.stages.autoencoder import Autoencoder
 
     return Autoencoder(settings)
 
 
-def _text(settings: Settings) -> Stage:
+def _text(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
     from ldm.training.stages.text import Text
 
     return Text(settings)
 
 
-def _unet(settings: Settings) -> Stage:
+def _unet(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
     from ldm.training.stages.unet import UNetStage
 
     return UNetStage(settings)
 
 
-STAGES: dict[str, Callable[[Settings], Stage]] = {"autoencoder": _autoencoder, "text": _text, "unet": _unet}
+def _finetune(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+    from ldm.training.stages.finetune import Finetune
+
+    return Finetune(settings, out).open(pictures)
+
+
+Factory = Callable[[Settings, Path, "Pictures | None"], Stage]  # the run's folder; what was read of its data before
+STAGES: dict[str, Factory] = {"autoencoder": _autoencoder, "text": _text, "unet": _unet, "finetune": _finetune}

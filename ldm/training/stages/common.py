@@ -94,17 +94,17 @@ def validation_scores(
 def draw_grid(
     predict: Predict,
     schedule: Schedule,
+    sigmas: Tensor,
     sampler: str,
-    steps: int,
     shape: tuple[int, ...],  # of one picture's latents: (C, h, w)
     rows: Iterable[int],
     seed: int,
     device: torch.device,
+    spacing: str | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) of the grid's pictures `rows`, each from noise of its own that is always the same."""
-    sigmas = schedule.sigmas(steps, sampler)
 
     def noise(*step: int) -> Tensor:
         return torch.stack([keyed.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
 
-    return sample(predict, schedule, sigmas, noise(), sampler, noise=noise)
+    return sample(predict, schedule, sigmas, noise(), sampler, noise=noise, spacing=spacing)

@@ -149,7 +149,8 @@ class UNetStage:
         cond, uncond = self._conditioning(states), self._conditioning(self.empty.expand_as(states))
         predict = cfg(conditioned(ema), cond, uncond, s.guidance_scale)
         shape, rows = tuple(self.validation[0].shape[1:]), range(len(captions))
-        x0 = draw_grid(predict, self.schedule, s.sampler, s.sample_steps, shape, rows, s.seed, self.device)
+        sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
+        x0 = draw_grid(predict, self.schedule, sigmas, s.sampler, shape, rows, s.seed, self.device)
         return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:

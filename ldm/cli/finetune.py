@@ -1,0 +1,84 @@
+"""Fine-tune a model on captioned pictures: LoRA, DoRA, or all of it.
+
+examples:
+  ldm finetune pictures/ -o runs/mine
+  ldm finetune pictures/ -o runs/mine --lora-rank 8 --steps 2000 --learning-rate 5e-4
+  ldm finetune pictures/ -o runs/mine --model stable-diffusion-xl-base-1.0/ --dry-run
+  ldm finetune pictures/ -o runs/mine --train full --epochs 20
+  ldm finetune pictures/ -o runs/mine --resume
+  ldm finetune --config runs/mine/settings.json -o runs/again seed=1
+  ldm generate "my thing on the beach" --lora runs/mine
+
+What is not said is chosen from the model, the number of pictures and the hardware, and printed as the command that
+repeats it. Ctrl-C saves the state and stops; --resume goes on exactly there. A LoRA is written twice, as
+RUN/pytorch_lora_weights.safetensors (diffusers) and RUN/<name>.safetensors (A1111, ComfyUI); a model is RUN/model.
+
+The training flags of diffusers' and kohya's scripts are taken too, as are KEY=VALUE for every setting:
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ldm.training.aliases import ALIASES, OPTIONS, REFUSED, read_value, table
+
+__doc__ += "\n" + table()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "ldm finetune DATA -o RUN [options] [KEY=VALUE ...]"
+    add = parser.add_argument
+    add("data", metavar="DATA", nargs="?", help="a folder of pictures, a .tar, a .parquet, owner/name on the hub")
+    add("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="any setting")
+    add("-o", "--output", metavar="RUN", required=True, help="the run's folder")
+    add("--output_dir", "--output-dir", dest="output", help=argparse.SUPPRESS)
+    add("--config", metavar="FILE", help="settings (.yaml .toml .json); what is said besides goes before them")
+    add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the newest, or this, checkpoint")
+    add("--resume_from_checkpoint", "--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
+    add("--allow-changed", metavar="NAME", action="append", default=[], help="a setting that may differ on --resume")
+    add("--dry-run", action="store_true", help="check everything, print counts, settings and estimate, train nothing")
+    taken: set[str] = set()
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(f"{title} (in brackets what is taken where nothing is said)")
+        for word, (value, text) in options.items():
+            _add(group, word, value, text)
+            taken.add(word)
+    for word, alias in ALIASES.items():
+        if word not in taken:
+            _add(parser, word, None if alias.switch is not None or _is_switch(alias.word) else "X", argparse.SUPPRESS)
+    for word in REFUSED:
+        _add(parser, word, "X", argparse.SUPPRESS, nargs="?", const=True)
+
+
+def _is_switch(word: str) -> bool:
+    return any(word in options and options[word][0] is None for options in OPTIONS.values())
+
+
+def _add(parser: Any, word: str, value: str | None, text: str, **more: Any) -> None:
+    """An option under our spelling; --with_underscores is taken too, and shown nowhere."""
+    spellings = [f"--{word.replace('_', '-')}"]
+    several = word in ("validation_prompts", "validation_prompt")
+    more |= {"nargs": "+", "action": "extend"} if several else {}
+    kind = {"action": "store_true"} if value is None else {"metavar": value, **more}
+    shared = {"dest": f"word_{word}", "default": argparse.SUPPRESS, **kind}
+    parser.add_argument(*spellings, help=text, **shared)
+    if "_" in word:
+        parser.add_argument(f"--{word}", help=argparse.SUPPRESS, **shared)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ldm.training import finetune
+
+    data, overrides, resume = args.data, list(args.overrides), args.resume
+    if data is not None and "=" in data and args.config:  # no DATA: the first KEY=VALUE stands in its place
+        data, overrides = None, [data, *overrides]
+    if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
+        overrides, resume = [*overrides, resume], "latest"
+    words = {name.removeprefix("word_"): value for name, value in vars(args).items() if name.startswith("word_")}
+    words = {word: read_value(word, value) if isinstance(value, str) else value for word, value in words.items()}
+    options = {"config": args.config, "resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
+    done = finetune(data, args.output, overrides=overrides, **options, **words)
+    if not (args.quiet or args.dry_run):
+        print(done)
+    return 0

@@ -1,0 +1,153 @@
+"""`ldm finetune` as a function: what was said, completed by presets, checked, and handed to the one trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import config as configs
+from ldm.console import say
+from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.training.aliases import assigned, canonical, flattened, nested, setting_of
+from ldm.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
+
+# What a settings file says of LoRA in a full run without meaning it: every run's settings.json has all of them.
+USUAL = {"lora_rank": (None, 16), "lora_alpha": (None,), "targets": (None, ["attention"]), "init": (None,)}
+
+
+def finetune(
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    allow_changed: Sequence[str] = (),
+    dry_run: bool = False,
+    **words: Any,
+) -> Path:
+    """Fine-tune a model on captioned pictures; returns what `lora=` takes (the run's folder), or the model's folder.
+
+    `data`: a folder of any layout, a .tar, a .parquet, a set on the hub. `words` are the settings, by our names or by
+    those of diffusers' and kohya's scripts (`ldm finetune --help` has the table); what nobody says is chosen from the
+    model, the number of pictures and the hardware, and printed as the command that repeats it. `config` is a settings
+    file, `overrides` are KEY=VALUE strings. `resume`: "latest" or a checkpoint's folder; settings that are not said
+    are then those of that run, and `allow_changed` names those that may differ from it.
+
+    Raises LdmError for all that can be said against the run before work begins (with `dry_run` it ends there),
+    Interrupted after a signal (state saved), NumericsError when the loss stays non-finite.
+    """
+    from ldm.training import run
+
+    if out is None:
+        raise ConfigError("is needed: the run's folder", where="out")
+    if isinstance(allow_changed, str):
+        allow_changed = [allow_changed]
+    given = _given({"data": data, "model": model}, config, overrides, words)
+    out = Path(out)
+    earlier = _earlier(out, resume)
+    found, pictures = settle(given, earlier, out)
+    settings = configs.build(FinetuneSettings, nested(found))
+    return run(settings, out, resume, [setting_of(word) for word in allow_changed], dry_run, pictures)
+
+
+def _given(
+    named: Mapping[str, Any], config: str | Path | None, overrides: Sequence[str], words: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that was said, by the settings' keys; the file gives way to the rest. Raises ConfigError."""
+    said = {name: str(value) for name, value in named.items() if value is not None}
+    if twice := [word for word in words if word in said]:
+        raise ConfigError(f"{twice[0]} is given twice")
+    spoken = canonical({**said, **words})
+    assignments = canonical(assigned(overrides))
+    for key in spoken.keys() & assignments.keys():
+        if spoken[key] != assignments[key]:
+            raise ConfigError(f"{key} is given twice, and differs")
+    given = {**spoken, **assignments}
+    from_file = {} if config is None else _from_file(config, given)
+    kind = {**from_file, **given}.get("train")
+    lora = [word for word in USUAL if given.get(word) is not None or from_file.get(word) not in USUAL[word]]
+    if kind == "full" and lora:
+        raise ConfigError(f"{lora[0]} is for LoRA, and train=full trains all weights", todo="leave one of them out")
+    return {**from_file, **given}
+
+
+def _from_file(path: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A settings file's, less the steps or epochs that the other is said instead of."""
+    found = canonical(configs.load(path), where=str(path))
+    other = {"steps": "epochs", "epochs": "steps"}
+    return {key: value for key, value in found.items() if other.get(key) not in given}
+
+
+def _earlier(out: Path, resume: str | None) -> dict[str, Any]:
+    """The settings of the run that goes on, by their keys; {} where none does. Raises CheckpointError."""
+    from ldm.training import state
+
+    if resume is None:
+        return {}
+    if resume == "latest":
+        found = state.checkpoints(out)
+        return _settings_in(out / "settings.json") if found else {}
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
+    return flattened(state.read_about(folder).get("settings", {}))
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        return flattened(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def settle(given: Mapping[str, Any], earlier: Mapping[str, Any], out: Path) -> tuple[dict[str, Any], Pictures]:
+    """Every setting that the run needs, by its key, and the pictures that were read on the way.
+
+    `earlier` are the settings of the run that goes on, which stand where nothing else is said; a new run has presets.
+    Raises ConfigError, ModelError, DataError.
+    """
+    from ldm.training.checks import check_finetune_place
+    from ldm.training.dataset import FinetuneData, read_pictures
+    from ldm.training.presets import before_data, command, complete, in_steps, read_facts
+
+    facts, said = None, {**earlier, **given}
+    if not said.get("data.folder"):
+        raise ConfigError("is needed: a folder of captioned pictures", where="data")
+    if not earlier:
+        model, init, device = (_text(given, name) for name in ("model", "init", "device"))
+        facts = read_facts(model or "default", init, device or "auto")
+        _check_init(given, facts.init)
+        said = before_data(given, facts)
+    data = configs.build(FinetuneData, nested(said).get("data", {}), "data")
+    check_finetune_place(data, out)
+    pictures = read_pictures(data)
+    count = len(pictures.trained)
+    if not count:
+        raise DataError("no picture is left to train on", where=data.folder)
+    found = complete(given, facts, count) if facts is not None else in_steps(said, given, count)
+    say(f"with all settings said:\n  {command(found, out)}")
+    return found, pictures
+
+
+def _text(given: Mapping[str, Any], name: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"expected str, got {value!r:.80}", where=name)
+    return value
+
+
+def _check_init(given: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+    """A LoRA brings its kind, ranks and layers with it: to say others is a contradiction."""
+    for name, value in (own or {}).items():
+        asked = given.get(name)
+        if asked is not None and asked != value:
+            told = f"is {value} in the LoRA to go on from" if value != [] else "are those of the LoRA to go on from"
+            raise ConfigError(f"{told}, not {asked}", where=name, todo="leave it out")

@@ -1,0 +1,191 @@
+"""What a fine-tuning is told where nobody says it: from the model, the number of pictures and the hardware."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import require
+from ldm.training.aliases import KEYS, OPTIONS, SWITCHES
+
+# Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
+SMALL_WIDTH = 256  # channels of the first level, below which a model is small
+# (size, full or not): passes over the pictures, and between how many steps and how many.
+LENGTHS = {
+    ("small", False): (600, 400, 4000),
+    ("small", True): (600, 400, 8000),
+    ("sd", False): (100, 400, 3000),
+    ("sd", True): (50, 400, 10_000),
+    ("xl", False): (80, 400, 3000),
+    ("xl", True): (40, 400, 10_000),
+}
+PRESETS: dict[tuple[str, bool], dict[str, Any]] = {
+    ("small", False): {"learning_rate": 1e-3, "lora_rank": 16, "targets": ["all-linear"]},
+    ("small", True): {"learning_rate": 2e-4},
+    ("sd", False): {"learning_rate": 1e-4, "lora_rank": 16, "targets": ["attention"]},
+    ("sd", True): {"learning_rate": 1e-5},
+    ("xl", False): {"learning_rate": 1e-4, "lora_rank": 16, "targets": ["attention"]},
+    ("xl", True): {"learning_rate": 1e-5},
+}
+# (size, device): micro-batch, accumulation, gradient checkpointing; on a GPU with its memory in GB.
+BATCHES = {
+    ("small", "cpu"): (8, 1, False),
+    ("small", "gpu"): (16, 1, False),
+    ("sd", "cpu"): (1, 4, False),
+    ("sd", "gpu"): (4, 1, False),
+    ("xl", "cpu"): (1, 4, True),
+    ("xl", "gpu"): (1, 4, True),
+}
+ROOMY = {"sd": 16e9, "xl": 40e9}  # bytes of a GPU from which on the batch above fits without checkpointing
+SHARED = {"snr_gamma": 5.0, "lr_schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before a weight is read or a picture opened."""
+
+    width: int  # channels of the U-Net's first level
+    xl: bool
+    side: int  # pixels that the model draws at
+    flow: bool
+    device: str  # cpu, cuda, mps
+    memory: int | None = None  # bytes of the GPU
+    init: Mapping[str, Any] | None = None  # settings that the LoRA to go on from has
+
+    @property
+    def size(self) -> str:
+        return "small" if self.width < SMALL_WIDTH else "xl" if self.xl else "sd"
+
+
+def complete(given: Mapping[str, Any], facts: Facts, samples: int) -> dict[str, Any]:
+    """`given` (by the settings' keys) with all that a run needs and nobody said; `samples` are those of an epoch.
+
+    Epochs become steps. The order of keys is that of the table's, so that the printed command is stable.
+    """
+    full = given.get("train") == "full"
+    size = facts.size
+    found = {**before_data(given, facts), **PRESETS[size, full]}
+    found |= facts.init or {}
+    found |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
+    micro, accumulation, checkpointing = BATCHES[size, "cpu" if facts.device == "cpu" else "gpu"]
+    if facts.memory is not None and facts.memory < ROOMY.get(size, 0):
+        micro, accumulation, checkpointing = 1, micro * accumulation, True
+    found |= {"batch_size": max(1, min(micro, samples)), "accumulation": accumulation}
+    found |= {"gradient_checkpointing": True} if checkpointing else {}
+    found |= given
+    found = in_steps(found, given, samples)
+    passes, least, most = LENGTHS[size, full]
+    found.setdefault("steps", min(max(round(passes * samples / _batch(found)), least), most))
+    steps = _positive(found["steps"])
+    for name, value in {
+        "warmup": min(100, steps // 20),
+        "ema": 0.0 if steps < 20 else round(min(0.9995, 1 - 10 / steps), 4),
+        "validate_every": max(1, min(1000, steps // 8)),
+        "save_every": max(1, min(1000, steps // 8)),
+        "log_every": max(1, min(20, steps // 20)),
+    }.items():
+        found.setdefault(name, value)
+    return found
+
+
+def in_steps(found: Mapping[str, Any], given: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """`found` with the epochs of `given`, of so many samples each, as steps."""
+    found = {key: value for key, value in found.items() if key != "epochs"}
+    if given.get("epochs") is not None:
+        epochs = given["epochs"]
+        good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < math.inf
+        require(good, f"must be a positive number, got {epochs!r:.80}", "epochs")
+        found["steps"] = max(1, math.ceil(epochs * samples / _batch(found)))
+    return found
+
+
+def _batch(found: Mapping[str, Any]) -> float:
+    """Pictures of a step."""
+    return _positive(found["batch_size"]) * _positive(found["accumulation"])
+
+
+def before_data(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """What has to be known before the data is read: how large the pictures are taken."""
+    return {"data.resolution": facts.side, **given}
+
+
+def _positive(value: Any) -> float:
+    """A number above 0 to go on with; what is none is refused where the settings are built."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return value if good else 1
+
+
+def read_facts(model: str, init: str | None, device: str) -> Facts:
+    """Of a model's settings, its weights unread, and of a LoRA's header. Raises ModelError, ConfigError."""
+    import torch
+
+    from ldm.checkpoint.lora import read_lora_header
+    from ldm.checkpoint.model import check_model
+    from ldm.device import pick_device
+
+    place = check_model(model)
+    configs = _configs(place)
+    unet, vae = configs["unet"], configs["vae"]
+    widths, factor = unet.get("block_out_channels", (320,)), 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    found = pick_device(device)
+    memory = torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None
+    return Facts(
+        width=widths[0],
+        xl=unet.get("addition_embed_type") == "text_time",
+        side=(unet.get("sample_size") or 64) * factor,
+        flow="flow" in str(configs["scheduler"].get("prediction_type", "")),
+        device=found.type,
+        memory=memory,
+        init=None if init is None else settings_of_lora(read_lora_header(init)),
+    )
+
+
+def _configs(place: Path) -> dict[str, Mapping[str, Any]]:
+    from ldm.checkpoint.model import is_single
+    from ldm.checkpoint.safety import read_json
+    from ldm.checkpoint.single import plan_of
+
+    if is_single(place):
+        return {"vae": {}, "scheduler": {}, **plan_of(place, "epsilon", ("vae",)).configs}
+    names = {"unet": "unet/config.json", "vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
+    return {part: read_json(place / name) for part, name in names.items()}
+
+
+def settings_of_lora(header: Any) -> dict[str, Any]:
+    """What a run that goes on from this LoRA is told: its kind, its commonest rank and alpha, where its layers are."""
+    from collections import Counter
+
+    entries = list(header.entries.values())
+    (rank, alpha), _ = Counter((entry.rank, entry.alpha) for entry in entries).most_common(1)[0]
+    text = any(name.startswith(("lora_te", "text_encoder")) for name in header.entries)
+    kind = "dora" if header.dora else "lora"
+    return {"train": kind, "lora_rank": rank, "lora_alpha": alpha, "targets": [], "text_encoder": text}
+
+
+def command(found: Mapping[str, Any], out: str | Path) -> str:
+    """The command line that asks for exactly these settings, presets and all."""
+    options = {word for group in OPTIONS.values() for word in group}
+    words = {KEYS[word]: word for word in KEYS if word in options and word not in ("epochs", "prompts_file")}
+    parts = ["ldm", "finetune", str(found.get("data.folder", "DATA")), "-o", str(out)]
+    for key, value in found.items():
+        option = f"--{words[key].replace('_', '-')}" if key in words else ""
+        if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
+            continue
+        if key == "validation_prompts":
+            parts += [text for prompt in value for text in (option, str(prompt))]
+        elif words.get(key) in SWITCHES:
+            parts += [option] if value is True else [f"{key}={_shown(value)}"]
+        elif option:
+            parts += [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)]
+        else:
+            parts.append(f"{key}={_shown(value)}")
+    return " ".join(shlex.quote(part) for part in parts)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}" if type(value) is float else json.dumps(value)

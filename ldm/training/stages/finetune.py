@@ -1,0 +1,186 @@
+"""Stage 4, fine-tuning: a model that exists on the user's own pictures, as a whole or by LoRA and DoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldm import images
+from ldm.checkpoint import Model, save_model
+from ldm.checkpoint.lora import networks, with_networks, write_lora_into
+from ldm.device import DTYPES, pick_device
+from ldm.diffusion.denoiser import Predict, training_loss
+from ldm.diffusion.guidance import Guidance, cfg
+from ldm.nn.lora import folded, updates_of
+from ldm.nn.text import TextEncoder
+from ldm.pipeline.settings import Settings as Drawing
+from ldm.pipeline.settings import own_scale
+from ldm.training import keyed
+from ldm.training.card import finetune_card, finetune_note
+from ldm.training.dataset import Batch, Dataset
+from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.adapting import encode, load_base, make_module
+from ldm.training.stages.common import (
+    conditioned,
+    draw_grid,
+    fixed_levels,
+    spread,
+    timesteps_at,
+    validation_scores,
+)
+
+if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
+
+FEWEST = 64  # pairs of held-out picture and noise level that the validation loss is a mean of
+SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
+
+
+class Finetune:
+    """The U-Net of a model (and its CLIP, where that is asked for), wholly or by updates of its layers.
+
+    `open` reads the data, which may take long; until then the stage can be measured, and not trained.
+    """
+
+    def __init__(self, settings: FinetuneSettings, out: Path):
+        s = self.settings = settings
+        self.out, self.device = Path(out), pick_device(s.device)
+        self.model = load_base(s, self.device)
+        self.module, self.inputs = make_module(s, self.model)
+        self.inputs["model"] = self.model.hash
+        self.xl = self.model.unet.config.addition_embed_type == "text_time"
+        side = s.data.resolution
+        asked = {"num_inference_steps": s.sample_steps, "height": side, "width": side, "sampler": s.sampler}
+        self.drawing = Drawing(**asked, spacing=None, eta=None, guidance=Guidance()).resolve(self.model)
+        self.guidance_scale = own_scale(self.model) if s.guidance_scale is None else s.guidance_scale
+
+    def open(self, pictures: Pictures | None = None) -> Finetune:
+        """Read, judge and encode the data; `pictures`: what was read of it before. Raises DataError."""
+        s = self.settings
+        if pictures is not None:
+            pictures.cut = self.model.text.truncated
+        self.data = self._dataset(s.data, pictures)
+        self.inputs["data"] = self.data.hash
+        self.prior = None
+        if s.prior:
+            kept = dataclasses.replace(s.data, folder=s.prior, held_out=0.0)
+            self.prior = self._dataset(kept, None)
+            self.inputs["prior"] = self.prior.hash
+        self._hold_out()
+        return self
+
+    def _dataset(self, data, pictures: Pictures | None) -> Dataset:
+        s, m = self.settings, self.model
+        shared = (data, m.vae, m.text, (m.hash, m.hash), self.device, s.seed, s.batch_size, self.out)
+        return Dataset(*shared, texts=not s.text_encoder, xl=self.xl, pictures=pictures)
+
+    def _hold_out(self) -> None:
+        """Fixed noise and noise levels for the held-out pictures, each several times where they are few."""
+        s, batches = self.settings, self.data.held_out()
+        count = sum(len(batch.latents) for batch in batches)
+        rounds = -(-FEWEST // count) if count else 0
+        levels = fixed_levels(rounds * count, s.seed)
+        self.validation: list[tuple[Batch, Tensor, Tensor]] = []
+        for number, batch in enumerate(batches * rounds):
+            u, levels = levels[: len(batch.latents)], levels[len(batch.latents) :]
+            noise = keyed.normal(tuple(batch.latents.shape), s.seed, "validation", number).to(self.device)
+            self.validation.append((batch, noise, u))
+        captions = [caption for batch in batches for caption in batch.captions]
+        captions += [(*item.captions, "")[0] for item in self.data.pictures.items[: 4 * s.samples]]
+        self.prompts = list(s.validation_prompts) or list(dict.fromkeys(filter(None, captions)))[: s.samples]
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        accumulation = self.settings.accumulation
+        for number in range(first_step * accumulation, self.settings.steps * accumulation):
+            yield self.data.batch(number)
+
+    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        own = self._loss(batch, "", step, micro)
+        if self.prior is None:
+            return own
+        kept = self.prior.batch(step * self.settings.accumulation + micro)
+        return own + self.settings.prior_weight * self._loss(kept, "prior ", step, micro)
+
+    def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
+        s, x0, size = self.settings, batch.latents, len(batch.latents)
+        noise = keyed.normal(tuple(x0.shape), s.seed, f"{kind}noise", step, micro)
+        if s.noise_offset:
+            shift = keyed.normal((*x0.shape[:2], 1, 1), s.seed, f"{kind}noise offset", step, micro)
+            noise = noise + s.noise_offset * shift
+        u = (torch.arange(size) + keyed.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
+        timesteps = timesteps_at(self.model.schedule, spread(u, s.timesteps, s.timestep_shift)).to(self.device)
+        predict = self._predict(self.module, batch)
+        return training_loss(predict, self.model.schedule, x0, noise.to(self.device), timesteps, s.snr_gamma).mean()
+
+    def _predict(self, module: nn.Module, batch: Batch) -> Predict:
+        """The U-Net of `module` under the batch's captions, which its text encoders read where they are trained."""
+        cond = batch.cond if batch.cond is not None else encode(self._text(module), batch.captions)
+        network = conditioned(_parts(module)["unet"], batch.time_ids)
+        return lambda x, timesteps: network(x, timesteps, cond)
+
+    def _text(self, module: nn.Module) -> TextEncoder:
+        """The text encoder with the networks of `module`, where it has some."""
+        own, found = networks(self.model), _parts(module)
+        return with_networks(self.model.text, {id(own[part]): found[part] for part in found if part != "unet"})
+
+    @torch.no_grad()
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
+        """On held-out pictures, with the same noise and noise levels every time: the loss, and the error of x0."""
+        if not self.validation:
+            return {}
+        plain = self._plain(ema)
+        parts = ((self._predict(plain, batch), batch.latents, noise, u) for batch, noise, u in self.validation)
+        return validation_scores(parts, self.model.schedule, self.settings.snr_gamma)
+
+    def _plain(self, module: nn.Module) -> nn.Module:
+        """As it will draw: with merged layers, as whoever loads what is exported."""
+        return module if self.settings.train == "full" else folded(module)
+
+    @torch.no_grad()
+    def picture(self, ema: nn.Module):
+        """The prompts drawn with fixed seeds."""
+        s, drawing, vae = self.settings, self.drawing, self.model.vae
+        if not self.prompts:
+            return None
+        plain = self._plain(ema)
+        text, side = self._text(plain), s.data.resolution
+        sizes = (side, side, 0, 0, side, side) if self.xl else None  # original, crop, target
+        network, shape = conditioned(_parts(plain)["unet"], sizes), (vae.latent_channels, *[side // vae.factor] * 2)
+        drawn = []
+        for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
+            cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
+            predict = cfg(network, cond, uncond, self.guidance_scale)
+            own = (drawing.noise_levels(self.model.schedule), drawing.sampler, shape, rows, s.seed, self.device)
+            drawn.append(vae.decode(draw_grid(predict, self.model.schedule, *own, drawing.spacing)).cpu())
+        return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
+
+    @torch.no_grad()
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
+        """Both files of a LoRA into the run's folder, or a whole model into `folder`; returns what --lora or --model
+        takes."""
+        s, plain = self.settings, self._plain(ema)
+        model = dataclasses.replace(self.model, unet=_parts(plain)["unet"], text=self._text(plain))
+        if s.train == "full":
+            return self._save(model, folder, scores)
+        layers = {part: updates_of(network) for part, network in _parts(ema).items()}
+        dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
+        note = finetune_note(s, self.data.lines, scores)
+        write_lora_into(self.out, s.name or self.out.resolve().name, model, layers, dtype, note)
+        return self.out
+
+    def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
+        modules = {"unet": model.unet, "vae": model.vae.module, "text encoder": nn.ModuleList(model.text.modules)}
+        small = sum(p.numel() for module in modules.values() for p in module.parameters()) < SMALL
+        card = finetune_card(self.settings, model, self.device.type, modules, scores)
+        dtype = self.settings.save_dtype or "bf16"
+        return save_model(model, folder, dtype=dtype, max_shard_mb=15 if small else 5000, readme=card)
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The networks that are trained, by their names in LoRA files."""
+    return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
