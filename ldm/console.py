@@ -67,6 +67,19 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._waits = True
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that the first signal ends where it is: for work that changes nothing that is to be saved."""
+        try:
+            self._waits = False
+            yield
+        except KeyboardInterrupt:
+            if self.signal is None:
+                raise
+        finally:
+            self._waits = True
 
     def __enter__(self) -> StopRequest:
         import threading
@@ -85,4 +98,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(RuntimeError, OSError):  # in the middle of another write; a terminal that is gone
-            say(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")
+            when = "after this step" if self._waits else "here"
+            say(f"stopping {when} ({signal.Signals(number).name}); again to stop at once")
+        if not self._waits:
+            raise KeyboardInterrupt

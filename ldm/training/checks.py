@@ -21,7 +21,9 @@ def check(settings: Settings) -> None:
     """Raise ConfigError, DataError or ModelError for what would stop the run later. Reads no weight and no picture."""
     from ldm.data.emoji import find_font
     from ldm.training.samples import open_samples
+    from ldm.training.step import check_means
 
+    check_means(settings)
     if isinstance(settings, FinetuneSettings):
         return _check_finetune(settings)
     for name in INPUTS:

@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ldm import files, report
-from ldm.console import StopRequest, progress, say
-from ldm.device import fast_bf16, pick_device
-from ldm.errors import CheckpointError, DataError, Interrupted, NumericsError, ResourceError
+from ldm import files
+from ldm.console import StopRequest, progress, say, warn
+from ldm.device import is_out_of_memory, pick_device
+from ldm.errors import CheckpointError, DataError, Interrupted, LdmError, NumericsError, ResourceError
 from ldm.training import state as states
 from ldm.training.checks import fingerprints
-from ldm.training.optimizers import make_optimizer
+from ldm.training.optimizers import checkpoint_bytes
+from ldm.training.page import write_page
+from ldm.training.records import BEST, Best, Records
+from ldm.training.schedules import learning_rate
 from ldm.training.settings import Settings, as_dict, changed
 from ldm.training.state import TrainState
+from ldm.training.step import Outcome, Stage, prepare, take_step
+from ldm.training.trackers import Trackers
 
 MAX_BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite
-
-
-class Stage(Protocol):
-    """What a stage adds to the loop. `batches` starts at any step and depends on nothing but (settings, step)."""
-
-    module: nn.Module
-
-    def batches(self, first_step: int) -> Iterator[Any]: ...  # accumulation × steps of them
-
-    def loss(self, batch: Any, step: int, micro: int) -> Tensor: ...  # scalar fp32
-
-    def validate(self, ema: nn.Module, step: int) -> dict[str, float]: ...
-
-    def picture(self, ema: nn.Module): ...  # PIL image of samples, or None
-
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None: ...
-
-
-def learning_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, constant, then linear to `final_lr` of it at the last step."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    start = settings.decay_from * settings.steps
-    left = 1.0 if step < start else 1 - (1 - settings.final_lr) * (step - start) / max(1.0, settings.steps - start)
-    return settings.learning_rate * warm * left
-
-
-def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16 where it is asked for or faster, else nothing."""
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def fit(
@@ -64,32 +39,50 @@ def fit(
 
     `checkpoint` is what `to_resume` found. Raises Interrupted after a signal (state saved), NumericsError after five
     bad steps in a row (the last good checkpoint stays), CheckpointError where the models that the run reads are not
-    those it began with, ResourceError out of memory, DataError (exit code 5, state saved) for a bad picture.
+    those it began with, ResourceError out of memory or, before the first step, where the disk has no room for its
+    checkpoints, DataError (exit code 5, state saved) for a bad picture.
     """
-    device = pick_device(settings.device)
-    module = stage.module.to(device).train()
-    ema = copy.deepcopy(module).eval().requires_grad_(False)
-    state = TrainState(module, ema, make_optimizer(settings, module, device))
-    inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
-    losses = _restore(state, checkpoint, settings, inputs, allow_changed) if checkpoint else []
-    files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
-    log = LossLog(out / "loss.jsonl", state.step, losses, inputs)
+    with _memory_named(settings, out):
+        state = prepare(stage, settings, pick_device(settings.device))
+        inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
+        losses = _restore(state, checkpoint, settings, inputs, allow_changed) if checkpoint else []
+        _ask_for_space(state, settings, out)
+        files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
+        run = _Run(stage, state, settings, out, Records(out, state.step, losses), inputs)
+        try:
+            with run.stop:
+                run.train()
+            return run.export()
+        except BaseException as error:
+            with suppress(LdmError):
+                run.tell(f"stopped: {str(error) or type(error).__name__}")
+            raise
+        finally:
+            run.trackers.finish()
+
+
+@contextmanager
+def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
+    """Turn running out of memory into ResourceError that names the settings to change."""
     try:
-        if state.step == 0:
-            _show(stage, state, out)
-        with StopRequest() as stop:
-            _steps(stage, state, settings, out, log, stop)
-        scores = log.scores or _show(stage, state, out)
-        stage.export(state.ema, out / "model", scores)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        todo = "lower batch_size (and raise accumulation); the last checkpoint is good"
-        raise ResourceError(f"out of memory ({error})", where=f"{out}: step {state.step}", todo=todo) from None
-    say(f"{out / 'model'}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
-    return out / "model"
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        todo = f"{sparing(settings)}; the last checkpoint is good"
+        raise ResourceError("out of memory", where=out, todo=todo) from None
+
+
+def sparing(settings: Settings) -> str:
+    """Which settings to change where memory runs out."""
+    found = [] if settings.gradient_checkpointing else ["set gradient_checkpointing=true"]
+    if settings.batch_size > 1:
+        found.append(f"lower batch_size={settings.batch_size} and raise accumulation={settings.accumulation}")
+    return ", or ".join([*found, f"lower data.resolution={settings.data.resolution}"])
 
 
 def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str]) -> Path | None:
-    """The checkpoint to go on from, its settings compared; `resume`: None, "latest" or a checkpoint's folder.
+    """The checkpoint to go on from, its settings compared; `resume`: None, "latest", "best" or a checkpoint's folder.
 
     Checkpoints of the run that are newer than the one named are set aside as `later-step-…`. Raises CheckpointError
     where the folder holds another run, the checkpoint is damaged or belongs to other settings.
@@ -102,7 +95,7 @@ def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: 
                 "already holds a run", where=out, todo="go on with --resume, or choose another folder"
             )
         return None
-    folder = states.newest(out) if resume == "latest" else Path(resume)
+    folder = states.newest(out) if resume == "latest" else states.best(out) if resume == "best" else Path(resume)
     if folder is None:
         say(f"{out}: nothing to resume, starting from the beginning")
         return None
@@ -134,138 +127,181 @@ def _restore(
         tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
         say(f"{settings.optimizer} begins without moments")
     state.restore(tensors, about["step"])
+    if state.scaler is not None and "scaler" in about:
+        state.scaler.load_state_dict(about["scaler"])
     states.tell_differences(about["environment"], next(state.module.parameters()).device)
     say(f"resuming {folder.name}")
     return about["losses"]
 
 
-def _steps(stage: Stage, state: TrainState, settings: Settings, out: Path, log: LossLog, stop: StopRequest) -> None:
-    if state.step >= settings.steps:
-        return
-    batches, bad = stage.batches(state.step), 0
-    samples, since = settings.batch_size * settings.accumulation * settings.log_every, time.monotonic()
-    bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
-    with bar, closing(batches):  # else its workers, which hear no signal, outlive an error that nobody catches
-        while state.step < settings.steps:
-            loss = _guarded_step(stage, state, settings, batches, out, log)
-            bad = 0 if math.isfinite(loss) else bad + 1
-            if bad == MAX_BAD_STEPS:
-                raise NumericsError(
-                    f"loss or gradient is not finite, {bad} steps in a row",
-                    where=f"{out}: step {state.step}",
-                    todo="lower learning_rate or use precision=fp32; the last checkpoint is good",
-                )
-            log.add(state.step, loss, learning_rate(settings, state.step - 1), settings.log_every)
-            bar.update()
-            last = state.step == settings.steps
-            if state.step % settings.log_every == 0:
-                speed = f"loss {log.mean:.4f}, {samples / (time.monotonic() - since):.0f} samples/s"
-                bar.set_postfix_str(speed)
-                say(f"step {state.step}: {speed}", verbosity=1)
-                since = time.monotonic()
-            if state.step % settings.validate_every == 0 or last:
-                log.scores = _show(stage, state, out)
-                since = time.monotonic()
-            stopped = stop.signal
-            if state.step % settings.save_every == 0 or last or stopped:
-                log.save(state, settings, out)
-            if stopped and not last:
-                told = f"stopped after step {state.step}, all saved"
-                raise Interrupted(stopped, told, where=out, todo="go on with --resume latest")
+def _ask_for_space(state: TrainState, settings: Settings, out: Path) -> None:
+    """Raise ResourceError unless the disk has room for the checkpoints that are to come.
+
+    Those that are kept, the best one, and a new one before the oldest goes; less what is there already.
+    """
+    count = settings.keep + 2 - len(states.checkpoints(out))
+    files.require_space(out, int(1.2 * max(1, count) * checkpoint_bytes(state)))
 
 
-def _guarded_step(
-    stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any], out: Path, log: LossLog
-) -> float:
-    """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
-    try:
-        return _step(stage, state, settings, batches)
-    except DataError as error:
-        if state.step:
-            log.save(state, settings, out)
-        error.exit_code = 5
-        raise
+class _Run:
+    """A run in its folder: the steps, and what is written down as they go."""
 
+    def __init__(
+        self, stage: Stage, state: TrainState, settings: Settings, out: Path, records: Records, inputs: dict[str, str]
+    ):
+        self.stage, self.state, self.settings, self.out = stage, state, settings, out
+        self.records, self.inputs, self.stop = records, inputs, StopRequest()
+        self.trackers = Trackers(settings, out, state.step)
+        self.scores = records.scores(state.step)
+        self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
 
-def _step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> float:
-    """One optimizer step; returns the loss, NaN where it or the gradient was not finite and nothing was applied."""
-    device = next(state.module.parameters()).device
-    rate = learning_rate(settings, state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    total = torch.zeros((), device=device)
-    for micro in range(settings.accumulation):
-        with precision(settings, device):
-            loss = stage.loss(next(batches), state.step, micro) / settings.accumulation
-        loss.backward()
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(states.trainable(state.module).values(), settings.clip)
-    good = bool(torch.isfinite(total + norm))
-    if good:
-        state.optimizer.step()
-        update_ema(state.ema, state.module, min(settings.ema, (1 + state.step) / (10 + state.step)))
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    return float(total) if good else math.nan
+    def train(self) -> None:
+        """To the last step, with scores, checkpoints and the page on the way."""
+        state, settings = self.state, self.settings
+        if state.step >= settings.steps:
+            return
+        if state.step % settings.validate_every == 0 and not self.scores:
+            self._show()
+        batches, bad = self.stage.batches(state.step), 0
+        bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
+        with bar, closing(batches):  # else its workers, which hear no signal, outlive an error that nobody catches
+            ready = self._begun(batches)
+            while state.step < settings.steps:
+                bad = 0 if self._step(ready, bar) else bad + 1
+                if bad == MAX_BAD_STEPS:
+                    raise NumericsError(
+                        f"loss or gradient is not finite, {bad} steps in a row",
+                        where=f"{self.out}: step {state.step}",
+                        todo="lower learning_rate or use precision=fp32; the last checkpoint is good",
+                    )
+                self._after_step()
 
+    def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches with the first one made: that may take minutes, which a signal need not wait for."""
+        first = []
+        if not self.stop.signal:
+            with self.stop.at_once():
+                first.append(next(batches))
+        if self.stop.signal:
+            raise self._stopped(f"at step {self.state.step}, before another one")
+        return chain(first, batches)
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
-    """ema ← decay · ema + (1 − decay) · module, in place; buffers are copied."""
-    torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), 1 - decay)
-    for old, new in zip(ema.buffers(), module.buffers()):
-        old.copy_(new)
+    def _step(self, batches: Iterator[Any], bar) -> bool:
+        """One step and its line of the log; whether it was good."""
+        state, every, began = self.state, self.settings.log_every, time.monotonic()
+        done = self._guarded(batches)
+        self.clock.append(time.monotonic() - began)
+        if done.bad:
+            named = f" ({', '.join(done.ids[:8])})" if done.ids else ""
+            warn(f"step {state.step}: loss or gradient is not finite, nothing is applied{named}")
+        row = self.records.add(state.step, done.loss, learning_rate(self.settings, state.step - 1), every)
+        bar.update()
+        if row is not None:
+            told = f"loss {row['loss']:.4f}, {self._speed():.3g} samples/s"
+            bar.set_postfix_str(told)
+            say(f"step {state.step}: {told}", verbosity=1)
+            self.trackers.log({"loss": row["loss"], "learning_rate": row["lr"]}, state.step)
+        if len(self.clock) == 2:
+            self._announce()
+        return not done.bad
 
+    def _guarded(self, batches: Iterator[Any]) -> Outcome:
+        """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
+        try:
+            return take_step(self.stage, self.state, self.settings, batches)
+        except DataError as error:
+            if self.state.step:
+                self._save()
+            error.exit_code = 5
+            raise
 
-def _show(stage: Stage, state: TrainState, out: Path) -> dict[str, float]:
-    """Score and draw with the EMA weights; returns the scores and keeps them in `scores.jsonl`."""
-    with torch.no_grad():
-        scores = stage.validate(state.ema, state.step)
-        image = stage.picture(state.ema)
-    if image is not None:
-        files.atomic_write(out / "samples" / f"step-{state.step:08d}.png", lambda path: image.save(path, format="PNG"))
-    if (out / "loss.jsonl").exists():
-        rows = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
-        curve = report.line_plot({"loss": [(r["step"], r["loss"]) for r in rows]}, "step", "loss", log=True)
-        files.atomic_write(out / "loss.svg", curve)
-    lines = LossLog.until(out / "scores.jsonl", state.step - 1)
-    line = json.dumps({"step": state.step, **scores})
-    files.atomic_write(out / "scores.jsonl", "\n".join([*lines, line]) + "\n")
-    say(f"step {state.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-    return scores
+    def _speed(self) -> float:
+        """Samples a second, scores and checkpoints aside."""
+        return self.settings.batch_size * self.settings.accumulation * len(self.clock) / sum(self.clock)
 
+    def _announce(self) -> None:
+        """How long a signal takes to be answered: the step in which it comes, and a checkpoint."""
+        step, saving = self.clock[-1], states.saving_seconds(self.out, checkpoint_bytes(self.state))
+        parts = f"a step takes {step:.2g} s, a checkpoint about {saving:.2g} s"
+        say(f"Ctrl-C or SIGTERM ends the run, saved, within about {math.ceil(step + saving)} s ({parts})")
 
-class LossLog:
-    """`loss.jsonl`: one line {step, loss, lr} for the mean of every `log_every` steps, cut back on resume."""
+    def _after_step(self) -> None:
+        """Scores, a checkpoint and the answer to a signal, where they are due."""
+        state, settings = self.state, self.settings
+        last = state.step == settings.steps
+        self.scores = {}
+        if last or state.step % settings.validate_every == 0:
+            self._show()
+        best = self._best() if self.scores else None
+        due = last or state.step % settings.save_every == 0 or (best is not None and best.step == state.step)
+        if due or self.stop.signal:
+            self._save()
+        if self.stop.signal:
+            raise self._stopped(f"after step {state.step}, all saved")
 
-    def __init__(self, path: Path, step: int, losses: list[float], inputs: dict[str, str] | None = None):
-        self.path, self.mean, self.scores, self.inputs = path, math.nan, {}, inputs or {}
-        self.values = losses  # of the steps since the last line
-        if path.exists():
-            files.atomic_write(path, "".join(f"{line}\n" for line in self.until(path, step)))
+    def _show(self) -> None:
+        """Score and draw with the EMA weights, and write the page; a signal cuts it short.
 
-    @staticmethod
-    def until(path: Path, step: int) -> list[str]:
-        """The lines of a log up to and including `step`; a torn last line is dropped."""
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                break
-        return kept
+        Out of memory, the training goes on without: its steps may need less.
+        """
+        if self.stop.signal:
+            return
+        try:
+            with self.stop.at_once(), torch.no_grad():
+                self._score()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            warn(f"step {self.state.step}: out of memory in validation, so no scores; {sparing(self.settings)}")
 
-    def add(self, step: int, loss: float, rate: float, every: int) -> None:
-        if math.isfinite(loss):
-            self.values.append(loss)
-        if step % every == 0 and self.values:
-            self.mean = sum(self.values) / len(self.values)
-            self.values.clear()
-            with files.disk_errors(self.path), self.path.open("a") as handle:
-                handle.write(json.dumps({"step": step, "loss": self.mean, "lr": rate}) + "\n")
+    def _score(self) -> None:
+        step = self.state.step
+        scores, image = self.stage.validate(self.state.ema, step), self.stage.picture(self.state.ema)
+        if image is not None:
+            path = self.out / "samples" / f"step-{step:08d}.png"
+            files.atomic_write(path, lambda path: image.save(path, format="PNG"))
+            self.trackers.picture(image, step)
+        self.records.score(step, scores)
+        self.scores = scores
+        self.trackers.log(scores, step)
+        self.tell("running")
+        say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
-    def save(self, state: TrainState, settings: Settings, out: Path) -> None:
-        """A checkpoint of the run, with what the log has not written yet and what the run reads."""
-        extra = {"losses": self.values, "inputs": self.inputs}
-        states.save(state, out, as_dict(settings), settings.keep, extra)
+    def _best(self) -> Best | None:
+        """The best of the checkpoints, that of this step counted as one."""
+        return self.records.best({self.state.step, *map(states.step_of, states.checkpoints(self.out))} - {0})
+
+    def _save(self) -> None:
+        """A checkpoint, with what the log has not written yet and what the run reads; then the oldest goes."""
+        extra = {"losses": self.records.values, "inputs": self.inputs}
+        states.save(self.state, self.out, as_dict(self.settings), extra)
+        best = self._best()
+        if best is not None:
+            self.records.mark(best)
+        states.rotate(self.out, self.settings.keep, best.step if best else None)
+
+    def _stopped(self, when: str) -> Interrupted:
+        return Interrupted(self.stop.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+
+    def tell(self, status: str) -> None:
+        """Write the run's page."""
+        speed = self._speed() if self.clock else None
+        lines = list(getattr(self.stage, "lines", ()))
+        write_page(self.records, self.settings, self.state.step, status, self._best(), lines, speed)
+
+    def export(self) -> Path:
+        """The model of the average, or of that of the best checkpoint; returns where it is."""
+        if not self.scores:
+            self._show()
+        best, scores = self._best(), self.scores
+        before = self.records.scores(0)
+        if best is not None and before.get(best.name, math.nan) * BEST[best.name] > best.value * BEST[best.name]:
+            warn(f"{best.name} was better before training ({before[best.name]:.4g}) than at any checkpoint since")
+        if best is not None and getattr(self.settings, "export", "last") == "best" and best.step != self.state.step:
+            say(f"the model is that of step {best.step}, the best")
+            self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{best.step:08d}"))
+            scores = self.records.scores(best.step)
+        made = self.stage.export(self.state.ema, self.out / "model", scores)
+        self.tell("done")
+        say(f"{made}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
+        return made

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,41 +24,88 @@ FORMAT = 1
 
 @dataclass
 class TrainState:
-    """What a step changes. Randomness is keyed by the step (see keyed.py), so it is not part of it."""
+    """What a step changes. Randomness is keyed by the step (see keyed.py), so it is not part of it.
+
+    `ema` has the names of `module` and may share with it what is not trained.
+    """
 
     module: nn.Module
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimizer steps done
+    scaler: torch.amp.GradScaler | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state under a flat name."""
-        found = {f"model.{k}": v for k, v in self.module.state_dict().items()}
-        found |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        """Every tensor of the state under a flat name: what is trained, buffers, their average, moments."""
+        found, names = {}, learned(self.module)
+        for part, module in (("model", self.module), ("ema", self.ema)):
+            own = module.state_dict()
+            found |= {f"{part}.{name}": own[name] for name in names}
         for name, parameter in trainable(self.module).items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{name}.{slot}"] = torch.as_tensor(value)
-        return {k: v.detach().to("cpu").contiguous() for k, v in found.items()}
+        return _apart({k: v.detach().to("cpu").contiguous() for k, v in found.items()})
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Put back what `tensors` gave; the parameters keep their place in memory and on their device."""
+        """Put back what `tensors` gave; the parameters keep their place in memory and on their device.
+
+        Raises CheckpointError where they are not those of this network.
+        """
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        self.module.load_state_dict(parts["model"], strict=True)
-        self.ema.load_state_dict(parts["ema"], strict=True)
+        needed = learned(self.module)
+        _load(self.module, parts["model"], needed)
+        _load(self.ema, parts["ema"], needed)
+        slots: dict[str, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            parameter, _, slot = name.rpartition(".")
+            slots.setdefault(parameter, {})[slot] = value
         for name, parameter in trainable(self.module).items():
-            slots = {k.rpartition(".")[2]: v for k, v in parts["optimizer"].items() if k.rpartition(".")[0] == name}
-            if slots:
-                self.optimizer.state[parameter] = {k: _laid_out_as(parameter, v) for k, v in slots.items()}
+            if name in slots:
+                self.optimizer.state[parameter] = {k: _slot(parameter, v) for k, v in slots[name].items()}
         self.step = step
 
+    def take_average(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the average of a checkpoint's tensors in the place of this one."""
+        found = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
+        _load(self.ema, found, learned(self.module))
 
-def _laid_out_as(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """A moment in the memory layout of its parameter: the fused optimizer walks both by address."""
+
+def learned(module: nn.Module) -> list[str]:
+    """The names in its state_dict of what training may change: parameters that are trained, and buffers."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return [name for name in module.state_dict() if name not in frozen]
+
+
+def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> None:
+    """Write `given` into `module`; a checkpoint of before may hold what is not trained too."""
+    own = module.state_dict()
+    wrong = [name for name in needed if name not in given] + [name for name in given if name not in own]
+    wrong += [name for name, value in given.items() if name in own and own[name].shape != value.shape]
+    if wrong:
+        told = f"{len(wrong)} tensors are not those of this network ({wrong[0]}, …)"
+        raise CheckpointError(told, todo="resume with the settings that the run began with")
+    module.load_state_dict(given, strict=False)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in memory of its own: 8-bit optimizers share their tables, which safetensors refuses."""
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        if value.numel() and value.data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.data_ptr())
+    return tensors
+
+
+def _slot(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
+    """What the optimizer keeps of a parameter: a moment lies as its parameter, for fused ones walk both by address."""
+    if value.ndim == 0 and not value.is_floating_point():
+        return int(value)  # bitsandbytes' count of steps
     if value.shape != parameter.shape:
-        return value.to(parameter.device)  # the count of steps
+        return value.to(parameter.device)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
@@ -73,8 +122,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": " ".join(where)}
 
 
-def save(state: TrainState, run: Path, settings: dict[str, Any], keep: int, extra: Mapping[str, Any] = {}) -> Path:
-    """Write `checkpoints/step-N`, read it back against its manifest, then remove all but the newest `keep`."""
+def save(state: TrainState, run: Path, settings: dict[str, Any], extra: Mapping[str, Any] = {}) -> Path:
+    """Write `checkpoints/step-N` and read it back against its manifest."""
     from safetensors.torch import save_file
 
     tensors = state.tensors()
@@ -84,20 +133,52 @@ def save(state: TrainState, run: Path, settings: dict[str, Any], keep: int, extr
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     files.require_space(run, int(1.2 * sum(v.numel() * v.element_size() for v in tensors.values())))
     about = {"format": FORMAT, "step": state.step, "settings": settings, **extra}
+    if state.scaler is not None:
+        about["scaler"] = state.scaler.state_dict()
     about["environment"] = environment(next(state.module.parameters()).device)
     with files.atomic_folder(folder) as tmp:
         save_file(tensors, tmp / "state.safetensors")
         (tmp / "state.json").write_text(json.dumps(about, indent=1) + "\n")
         files.write_manifest(tmp)
     files.verify_manifest(folder)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def saving_seconds(run: Path, size: int) -> float:
+    """How long a checkpoint of `size` bytes takes here, by a try with 32 MB of it: written, synced and read twice."""
+    data = os.urandom(min(size, 1 << 25))
+    path, began = run / "checkpoints" / f".tmp-{os.getpid()}-probe", time.monotonic()
+    files.atomic_write(path, data)
+    for _ in ("for the manifest", "against it"):
+        files.sha256(path)
+    path.unlink()
+    return (time.monotonic() - began) * size / max(1, len(data))
+
+
+def rotate(run: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest `keep` and the one of step `best`; one that cannot be removed stays."""
+    for old in checkpoints(run)[:-keep]:
+        if step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a folder `step-N` was saved after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir())
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal())
+
+
+def best(run: Path) -> Path:
+    """The checkpoint that `best.json` of a run names. Raises CheckpointError where there is none."""
+    try:
+        return run / json.loads((run / "best.json").read_text())["checkpoint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        todo = "resume the latest one"
+        raise CheckpointError("names no best checkpoint", where=run / "best.json", todo=todo) from None
 
 
 def newest(run: Path) -> Path | None:

@@ -60,7 +60,7 @@ def test_keyed_draws_depend_on_every_part_and_on_nothing_else():
 
 
 def test_learning_rate_warms_up_stays_and_falls():
-    from ldm.training.loop import learning_rate
+    from ldm.training.schedules import learning_rate
 
     given = ["vae=x", "text=x", "steps=1000", "learning_rate=1", "warmup=10", "decay_from=0.5", "final_lr=0.1"]
     s = read_settings("emoji/unet", given)
@@ -71,7 +71,7 @@ def test_learning_rate_warms_up_stays_and_falls():
 
 
 def test_ema_in_place():
-    from ldm.training.loop import update_ema
+    from ldm.training.step import update_ema
 
     a, b = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     with torch.no_grad():
@@ -136,14 +136,14 @@ def test_timesteps_are_stratified():
 
 
 def test_stopped_log_is_cut_back(tmp_path):
-    from ldm.training.loop import LossLog
+    from ldm.training.records import Records
 
     path = tmp_path / "loss.jsonl"
-    log = LossLog(path, 0, [])
+    log = Records(tmp_path, 0, [])
     for step in range(1, 7):
         log.add(step, float(step), 0.1, 2)
     path.write_text(path.read_text() + '{"step": 8, "lo')
-    again = LossLog(path, 4, [])
+    again = Records(tmp_path, 4, [])
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ['{"step": 2', '{"step": 4']
     again.add(5, 5.0, 0.1, 2)
     again.add(6, math.nan, 0.1, 2)

@@ -10,6 +10,7 @@ import pytest
 
 from ldm.errors import CheckpointError, ConfigError, Interrupted, ModelError, NumericsError, ResourceError
 from ldm.training import state, train
+from tests.children import in_child, status_of
 from tests.training.conftest import threads
 
 
@@ -19,18 +20,6 @@ def final_bytes(run):
     files = [last / "state.safetensors", run / "loss.jsonl", run / "scores.jsonl"]
     files += sorted(p for p in (run / "model").rglob("*") if p.is_file())
     return {str(p.relative_to(run)): p.read_bytes() for p in files}
-
-
-def forked(work):
-    """Run `work` in a child of this process and return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return pid
 
 
 def wait_for_step(run, step, pid, limit=60):
@@ -58,7 +47,7 @@ def uninterrupted(tmp_path_factory, unet_mapping):
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, unet_settings, uninterrupted, one_thread):
     run = tmp_path / "killed"
     for step in (3, 6):
-        pid = forked(lambda: train(unet_settings, run, resume="latest"))
+        pid = in_child(lambda: train(unet_settings, run, resume="latest"))
         wait_for_step(run, step, pid)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -90,8 +79,8 @@ def test_stopped_by_a_signal_to_its_whole_group_between_two_saves(
 
     with monkeypatch.context() as patch:
         patch.setattr(UNetStage, "loss", interrupting)
-        pid = forked(child)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+        pid = in_child(child)
+        assert status_of(pid) == 143
     assert [p.name for p in state.checkpoints(run)] == ["step-00000003", "step-00000005"]
     train(unet_settings, run, resume="latest")
     assert final_bytes(run) == uninterrupted
@@ -172,8 +161,8 @@ def test_one_bad_step_changes_nothing_but_the_count(tmp_path, unet_settings, one
     """A step whose loss is not finite leaves weights, EMA and optimizer as they were."""
     import torch
 
-    from ldm.training.loop import _step
     from ldm.training.settings import read_settings
+    from ldm.training.step import take_step
 
     class Stage:
         factor = 1.0
@@ -185,10 +174,10 @@ def test_one_bad_step_changes_nothing_but_the_count(tmp_path, unet_settings, one
     ema = torch.nn.Linear(2, 2)
     now = state.TrainState(module, ema, torch.optim.AdamW(module.parameters(), lr=0.1))
     settings = read_settings(unet_settings, ["accumulation=1"])
-    _step(stage, now, settings, iter([torch.ones(2)]))
+    take_step(stage, now, settings, iter([torch.ones(2)]))
     before = {k: v.clone() for k, v in now.tensors().items()}
     stage.factor = float("inf")
-    _step(stage, now, settings, iter([torch.ones(2)]))
+    take_step(stage, now, settings, iter([torch.ones(2)]))
     assert now.step == 2
     assert all(torch.equal(v, before[k]) for k, v in now.tensors().items())
 

@@ -1,0 +1,84 @@
+"""What a run writes down beside its checkpoints: loss.jsonl, scores.jsonl, and best.json, the checkpoint to prefer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm import files
+
+# The score that a checkpoint is best by, the first of these that the stage takes: +1 where more is better.
+BEST = {"validation_loss": -1, "psnr": 1, "text_to_image": 1}
+
+
+class Best(NamedTuple):
+    """The checkpoint with the best score."""
+
+    step: int
+    name: str  # of the score
+    value: float
+
+
+class Records:
+    """The logs of a run in `out`, cut back to `step`, where it begins or goes on."""
+
+    def __init__(self, out: Path, step: int, losses: list[float]):
+        self.out, self.mean, self.values = out, math.nan, losses  # of the steps since the last line
+        for name in ("loss.jsonl", "scores.jsonl"):
+            if (out / name).exists():
+                files.atomic_write(out / name, "".join(f"{line}\n" for line in self._until(name, step)))
+
+    def _until(self, name: str, step: int) -> list[str]:
+        """The lines of a log up to and including `step`; a torn last line is dropped."""
+        kept, path = [], self.out / name
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                break
+        return kept
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The lines of "loss.jsonl", {step, loss, lr}, or of "scores.jsonl", {step, score: value, …}."""
+        return [json.loads(line) for line in self._until(name, 1 << 62)]
+
+    def add(self, step: int, loss: float, rate: float, every: int) -> dict[str, float] | None:
+        """Note the loss of a step; at every `every`-th write a line for their mean, and return it."""
+        if math.isfinite(loss):
+            self.values.append(loss)
+        if step % every or not self.values:
+            return None
+        self.mean = sum(self.values) / len(self.values)
+        self.values.clear()
+        row = {"step": step, "loss": self.mean, "lr": rate}
+        with files.disk_errors(self.out / "loss.jsonl"), (self.out / "loss.jsonl").open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        return row
+
+    def score(self, step: int, scores: dict[str, float]) -> None:
+        """Write the scores of a step in place of those that it may have had."""
+        lines = [*self._until("scores.jsonl", step - 1), json.dumps({"step": step, **scores})]
+        files.atomic_write(self.out / "scores.jsonl", "\n".join(lines) + "\n")
+
+    def scores(self, step: int) -> dict[str, float]:
+        """The scores of a step, {} where none were taken."""
+        found = [row for row in self.rows("scores.jsonl") if row["step"] == step]
+        return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
+
+    def best(self, saved: Collection[int]) -> Best | None:
+        """The best of the steps that have a score and are `saved`; of equals the first."""
+        rows = [row for row in self.rows("scores.jsonl") if row["step"] in saved]
+        name = next((name for name in BEST if any(name in row for row in rows)), None)
+        found = [Best(row["step"], name, row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        return max(found, key=lambda best: BEST[best.name] * best.value, default=None)
+
+    def mark(self, best: Best) -> None:
+        """Name the best checkpoint in `best.json`."""
+        folder = f"checkpoints/step-{best.step:08d}"
+        files.atomic_write(
+            self.out / "best.json", json.dumps({"step": best.step, best.name: best.value, "checkpoint": folder}) + "\n"
+        )

@@ -1,0 +1,143 @@
+"""One optimizer step of any stage, and what it moves: weights, their average, moments."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import require
+from ldm.device import fast_bf16, pick_device
+from ldm.nn.unet import UNet
+from ldm.training.optimizers import make_optimizer
+from ldm.training.schedules import learning_rate
+from ldm.training.settings import Settings
+from ldm.training.state import TrainState, trainable
+from ldm.training.trackers import check_trackers
+
+
+class Stage(Protocol):
+    """What a stage adds to the loop. `batches` starts at any step and depends on nothing but (settings, step).
+
+    What is not trained of `module` does not require a gradient. A stage may have `lines` too, what there is to say of
+    its data (the run's page shows them), and `inputs`, digests of what it reads by name. A batch may have `ids`.
+    """
+
+    module: nn.Module
+
+    def batches(self, first_step: int) -> Iterator[Any]: ...  # accumulation × steps of them
+
+    def loss(self, batch: Any, step: int, micro: int) -> Tensor: ...  # scalar fp32
+
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]: ...
+
+    def picture(self, ema: nn.Module): ...  # PIL image of samples, or None
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None: ...
+
+
+def check_means(settings: Settings) -> None:
+    """Raise ConfigError for what this machine has not: fp16, the package of an optimizer or of a tracker."""
+    device = pick_device(settings.device)
+    fits = settings.precision != "fp16" or device.type == "cuda"
+    require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
+    there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
+    require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
+    check_trackers(settings)
+
+
+def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
+    """Autocast to fp16 or bf16 where it is asked for, to bf16 where it is faster by `auto`, else nothing."""
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast_bf16(device))
+    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=bf16 or settings.precision == "fp16")
+
+
+def prepare(stage: Stage, settings: Settings, device: torch.device) -> TrainState:
+    """What a run starts from: the stage's module on `device`, its average, an optimizer; of fp16 a gradient scaler."""
+    module = stage.module.to(device).train()
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(module)
+    scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
+    return TrainState(module, shadow(module), make_optimizer(settings, module, device), scaler=scaler)
+
+
+def checkpoint_gradients(module: nn.Module) -> None:
+    """Compute activations again in the backward pass: in our U-Nets, diffusers' and transformers' networks.
+
+    Raises ConfigError where no part of `module` can.
+    """
+    found = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+    require(bool(found), f"{type(module).__name__} cannot do that", "gradient_checkpointing")
+    for part in module.modules():
+        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
+            part.enable_gradient_checkpointing()
+        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+        elif isinstance(part, UNet):
+            part.gradient_checkpointing = True
+
+
+def shadow(module: nn.Module) -> nn.Module:
+    """A copy in eval mode for the average: what is trained, and buffers, in memory of its own; the rest is shared."""
+    shared: dict[int, object] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared).eval().requires_grad_(False)
+
+
+class Outcome(NamedTuple):
+    """What came of a step."""
+
+    loss: float  # NaN where it is `bad`
+    bad: bool  # loss or gradient was not finite; nothing was applied
+    ids: tuple[str, ...]  # of its samples, where the batches know
+
+
+def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> Outcome:
+    """One optimizer step, with gradients accumulated over `settings.accumulation` batches.
+
+    Where fp16's scaled gradients overflow, nothing is applied and the scale is halved: that is not `bad`.
+    """
+    device = next(state.module.parameters()).device
+    rate, scaler, ids = learning_rate(settings, state.step), state.scaler, []
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    total = torch.zeros((), device=device)
+    for micro in range(settings.accumulation):
+        batch = next(batches)
+        ids += getattr(batch, "ids", ())
+        with precision(settings, device):
+            loss = stage.loss(batch, state.step, micro) / settings.accumulation
+        (scaler.scale(loss) if scaler else loss).backward()
+        total += loss.detach()
+    if scaler:
+        scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(trainable(state.module).values(), settings.clip)
+    applied = bool(torch.isfinite(total + norm))
+    bad = not applied
+    if applied:
+        state.optimizer.step()
+        update_ema(state.ema, state.module, min(settings.ema, (1 + state.step) / (10 + state.step)))
+    elif scaler:
+        bad = not math.isfinite(total) or scaler.get_scale() <= 1
+    if scaler:
+        scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return Outcome(math.nan if bad else float(total), bad, tuple(ids))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · module of what is trained, in place; buffers are copied."""
+    pairs = [(old, new) for old, new in zip(ema.parameters(), module.parameters()) if new.requires_grad]
+    if pairs:
+        torch._foreach_lerp_([old for old, _ in pairs], [new for _, new in pairs], 1 - decay)
+    for old, new in zip(ema.buffers(), module.buffers()):
+        old.copy_(new)
