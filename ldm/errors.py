@@ -54,6 +54,11 @@ class Interrupted(LdmError):
         self.exit_code = 128 + number
 
 
+def first_line(error: Exception) -> str:
+    """Of another library's message, at most 200 characters; its kind where it says nothing."""
+    return str(error).split("\n")[0][:200] or type(error).__name__
+
+
 def nearest(name: str, known) -> str:
     """`did you mean 'x'?` for the closest of `known`, or the whole list when nothing is close."""
     import difflib

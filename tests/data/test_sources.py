@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.sources import CaptionedFolder
+from ldm.data.sources import CaptionedFolder, open_source
 from ldm.errors import DataError
 
 
@@ -101,3 +101,15 @@ def test_names_text_that_is_not_utf8_and_pictures_that_are_none(folder):
     for index, (name, said) in enumerate({"fake.png": "no picture", "cut.png": "damaged or cut short"}.items()):
         with pytest.raises(DataError, match=rf"{name}: is {said}"):
             CaptionedFolder(folder)[index]
+
+
+def test_a_library_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    def wordless(*args, **words):
+        raise OSError
+
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", wordless)
+    with pytest.raises(DataError, match=r"a.parquet: is not a sound parquet file \(OSError\)"):
+        open_source(tmp_path / "a.parquet")

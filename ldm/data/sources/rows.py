@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import DataError, nearest
+from ldm.errors import DataError, first_line, nearest
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TODO = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
@@ -87,8 +87,4 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{path}:{number}", row
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"is not a sound parquet file ({_line(error)})", where=path) from None
-
-
-def _line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
+        raise DataError(f"is not a sound parquet file ({first_line(error)})", where=path) from None

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.pictures import MAX_FILE, PictureError
-from ldm.errors import DataError
+from ldm.errors import DataError, first_line
 
 from .source import Counts, Sample, Source, caption_column, captions_of
 
@@ -52,8 +52,6 @@ def picture_bytes(value: Any) -> tuple[bytes, str]:
         if value.get("bytes") is None and value.get("path"):
             return b"", "holds a path in place of a picture"
         value = value.get("bytes")
-    if value is None:
-        return b"", "holds no picture"
     if not isinstance(value, bytes):
         return b"", "holds no picture"
     return (b"", "file is too large") if len(value) > MAX_FILE else (value, "")
@@ -96,7 +94,7 @@ class _Column:
                 self.values = next(self.batches).column(0)
         except (OSError, pa.ArrowException, StopIteration) as error:
             self._forget()
-            detail = str(error).split("\n")[0][:200] or "rows are missing"
+            detail = "rows are missing" if isinstance(error, StopIteration) else first_line(error)
             raise PictureError("is not a sound parquet file", detail, where=f"{self.path}#{row}") from None
         return self.values[row - self.begin].as_py()
 
@@ -113,7 +111,7 @@ class _File:
             with pq.ParquetFile(path) as table:
                 schema, groups = table.schema_arrow, [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise DataError(f"is not a sound parquet file ({str(error).splitlines()[0][:200]})", where=path) from None
+            raise DataError(f"is not a sound parquet file ({first_line(error)})", where=path) from None
         self.picture, self.caption = _picture_column(schema), caption_column(schema.names)
         self.columns = schema.names
         rows = [group.num_rows for group in groups]
