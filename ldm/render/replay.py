@@ -16,6 +16,7 @@ from typing import Any
 
 from ldm.errors import ConfigError, DataError, LdmError
 from ldm.pipeline.settings import EDITING_WORDS, GUIDANCE_WORDS
+from ldm.pipeline.settings.sources import DIGESTS
 from ldm.render.changes import Changes
 from ldm.render.foreign import not_repeated, of_infotext
 from ldm.render.infotext import read_infotext
@@ -30,7 +31,6 @@ OF_GENERATE = (*GUIDANCE_WORDS, *EDITING_WORDS, *LEVELS, "emphasis", "vae")
 # What a record of ours says beside settings: `differences` looks at it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
-OF_SOURCES = {"image_sha256": "image", "mask_sha256": "mask_image"}  # likewise, of the pictures that were drawn from
 REMARKS = ("truncated", "unknown_words", "remarks", "job")
 
 
@@ -126,7 +126,7 @@ def _of_picture(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
 def _of_record(record: Mapping[str, Any], base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
     """(settings, notes, told) of an `ldm` chunk or of a manifest's settings."""
     settings, notes = {}, []
-    known = (*OF_THE_MODEL, *OF_THE_MACHINE, *OF_SOURCES)
+    known = (*OF_THE_MODEL, *OF_THE_MACHINE, *DIGESTS.values())
     told = {name: record[name] for name in known if record.get(name) is not None}
     passed = {*known, *REMARKS} - {"lora"}
     for name, value in record.items():
@@ -136,7 +136,7 @@ def _of_record(record: Mapping[str, Any], base: Path, changes: Changes) -> tuple
             settings[name] = None  # with XL other than ""
         elif name == "latents" and value is not None:
             raise DataError("was drawn from given latents, which are not in the file", where=name)
-        elif name in OF_SOURCES.values() and value == "given":
+        elif name in DIGESTS and value == "given":
             todo = f"--set {name}=FILE"
             raise DataError("was drawn from a picture that has no file", where=name, todo=todo)
         elif value is None:
@@ -205,7 +205,7 @@ def differences(told: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]
             f"the picture was drawn by {told['model']!r:.80}, of unknown hash; this model is {record['model']}"
         )
     lines += _other_loras(told.get("lora"), record.get("lora") or ())
-    for name, word in OF_SOURCES.items():
+    for word, name in DIGESTS.items():
         if name in told and name in record and told[name] != record[name]:
             lines.append(f"{word} is another picture than the one that was drawn from: it will differ")
     for name in OF_THE_MACHINE:

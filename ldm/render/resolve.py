@@ -15,7 +15,7 @@ from ldm.pipeline.drawing import Picture
 from ldm.pipeline.painter import Painter
 from ldm.pipeline.settings import GUIDANCE_WORDS, Settings, check_call, check_guidance, check_prompts, own_scale
 from ldm.pipeline.settings.checks import check_variations
-from ldm.pipeline.settings.sources import check_sources
+from ldm.pipeline.settings.sources import DIGESTS, check_sources
 from ldm.prompts import check as check_grammar
 from ldm.render.outline import hash_of, outline
 
@@ -186,8 +186,7 @@ def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:
 def _digests(sources: Sources | None) -> dict[str, Any]:
     """What stands for the files of sources in a job's key: their pixels."""
     told = {} if sources is None else sources.each[0].told
-    names = {"image": "image_sha256", "mask_image": "mask_sha256"}
-    return {name: told[digest] for name, digest in names.items() if digest in told}
+    return {name: told[digest] for name, digest in DIGESTS.items() if digest in told}
 
 
 def _hashable(value: Any) -> Any:

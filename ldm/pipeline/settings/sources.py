@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WHITE, BLACK, HALF = (255, 255, 255), (0, 0, 0), 128
+DIGESTS = {"image": "image_sha256", "mask_image": "mask_sha256"}  # a picture's word -> the record's, of its pixels
 SIDES = ("left", "right", "top", "bottom")
 
 
@@ -126,7 +127,7 @@ def _listed(value: Any, where: str, prompts: int) -> list[Any]:
 
 def _read(image: Any, mask: Any) -> Source:
     picture, name = _opened(image, "image", WHITE)
-    told = {"image": name, "image_sha256": _digest(picture)}
+    told = {"image": name, DIGESTS["image"]: _digest(picture)}
     if mask is None:
         return Source(picture, None, told)
     laid, name = _opened(mask, "mask_image", BLACK)
@@ -135,7 +136,7 @@ def _read(image: Any, mask: Any) -> Source:
         raise ConfigError(f"the mask is {w}x{h}, its picture {iw}x{ih}", where="mask_image")
     repaint = laid.convert("L").point(lambda grey: 255 if grey >= HALF else 0)
     require(repaint.getextrema()[1] > 0, "the mask is black: nothing would be painted", "mask_image")
-    return Source(picture, repaint, told | {"mask_image": name, "mask_sha256": _digest(laid)})
+    return Source(picture, repaint, told | {"mask_image": name, DIGESTS["mask_image"]: _digest(laid)})
 
 
 def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image.Image, str]:
