@@ -46,7 +46,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def __contains__(self, key: str) -> bool:
-        return self.of == 1 or int(key[:16], 16) % self.of == self.number - 1
+        return self.of == 1 or short(key) % self.of == self.number - 1
 
     def file(self, stem: str) -> str:
         """manifest.jsonl, or manifest-1-of-3.jsonl."""
@@ -163,6 +163,11 @@ class Plan:
             taken = self._names.count(hashlib.sha256(same_name(name)).digest())
             stem = f"{name}-{key[:SHORT]}" if taken else name
         return Job(index, key, entry.where, stem, settings)
+
+
+def short(key: str) -> int:
+    """64 bits of a job's key."""
+    return int(key[:16], 16)
 
 
 def canonical(value: Any) -> bytes:

@@ -8,9 +8,9 @@ from pathlib import Path
 from ldm import console, images
 from ldm.files import atomic_write
 from ldm.render.grids import Axis, draw_sheet, grid_entries
-from ldm.render.jobs import Job
+from ldm.render.jobs import Job, short
 from ldm.render.source import Prompts
-from ldm.render.survey import Run, short
+from ldm.render.survey import Run
 
 FOLDER = "grids"  # of the sheets, in the rendered folder
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import console
 from ldm.errors import ConfigError
 from ldm.render.expand import Wildcards
-from ldm.render.jobs import Job, Plan, Shard
+from ldm.render.jobs import Job, Plan, Shard, short
 from ldm.render.parse import Entry
 from ldm.render.resolve import Resolver
 from ldm.render.source import Prompts
@@ -83,8 +83,3 @@ def survey(run: Run, finished: Callable[[Job], Any], bad_line: Callable[[Entry],
 def unfinished(run: Run, finished: Table) -> Iterator[Job]:
     """The second pass: every job but those that were finished in the first."""
     return (job for job in run.plan() if isinstance(job, Job) and finished.get(bytes.fromhex(job.key)) is None)
-
-
-def short(key: str) -> int:
-    """64 bits of a job's key."""
-    return int(key[:16], 16)
