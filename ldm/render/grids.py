@@ -14,18 +14,15 @@ import csv
 import hashlib
 import itertools
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.settings import MAX_IMAGES
 from ldm.render.changes import Changes
-from ldm.render.folder import finished
 from ldm.render.jobs import NOT_OF_THE_PICTURE, canonical
 from ldm.render.parse import Entry
 from ldm.render.words import WORDS, known_word
@@ -181,31 +178,9 @@ def _label(axis: Axis, i: int) -> str:
 
 # The sheet
 
-FOLDER = "grids"  # of the sheets, in the rendered folder
 MAX_SIDE, MAX_AREA = 16_000, 64_000_000  # pixels of a sheet; larger pictures are made smaller
 GAP, LABEL_LINES, TITLE_LINES = 4, 3, 3
 LEAST, MOST_FONT = 10, 28  # pixels
-
-
-def write_sheets(
-    folder: str | os.PathLike, entries: Iterable[Entry], axes: Sequence[Axis], keys: Iterable[int]
-) -> list[Path]:
-    """Write a sheet for each prompt as FOLDER/grids/grid-001.png, …, by its place in the file; return their paths.
-
-    `entries` are the prompts, before `grid_entries`; `keys` the jobs of the run (`Rendered.keys`). A prompt that is bad
-    has no sheet, a cell whose picture is not there is grey. Raises ResourceError where they cannot be written.
-    """
-    from ldm.files import atomic_write
-    from ldm.images import encode
-
-    folder, wanted, paths = Path(folder), set(keys), []
-    files = {line["where"]: folder / line["path"] for line in finished(folder) if int(line["key"][:16], 16) in wanted}
-    for number, entry in enumerate(entries, 1):
-        cells = grid_entries(entry, axes)
-        if cells[0].error is None:
-            sheet = draw_sheet(axes, [files.get(cell.where) for cell in cells], entry.settings["prompt"])
-            paths.append(atomic_write(folder / FOLDER / f"grid-{number:03d}.png", encode(sheet)))
-    return paths
 
 
 def draw_sheet(axes: Sequence[Axis], pictures: Sequence[Source], title: str = "") -> Image:

@@ -10,12 +10,17 @@ from prompt_files import jobs_of, resolve
 
 from ldm.errors import ConfigError
 from ldm.images import encode
+from ldm.pipeline.result import Target
 from ldm.render import grids
-from ldm.render.grids import draw_sheet, grid_entries, read_axes, write_sheets
-from ldm.render.jobs import Job, Plan
+from ldm.render.folder import finished
+from ldm.render.grids import draw_sheet, grid_entries, read_axes
+from ldm.render.jobs import Job, Shard, short
 from ldm.render.labels import cut, wrapped
 from ldm.render.manifest import Ledger
 from ldm.render.parse import read_entries
+from ldm.render.sheets import write_sheets
+from ldm.render.source import Prompts, gridded
+from ldm.render.survey import Run
 
 
 def entry_of(line="a cat on a red mat"):
@@ -172,15 +177,17 @@ def test_smaller_pictures_are_centred_and_missing_ones_grey(tmp_path):
 def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
     entries = list(read_entries(["a cat --d 1", "a dog --s x", "a cat --d 1", "a bird"]))
     axes = read_axes(["steps=1,2,3", "cfg=1,2"])
-    jobs = list(Plan((cell for entry in entries for cell in grid_entries(entry, axes)), {}, resolve))
-    jobs = [job for job in jobs if isinstance(job, Job)]
+    base = Prompts("prompts", lambda: iter(entries))
+    own = {"prompts": gridded(base, axes, 0), "target": Target.of(tmp_path), "resolver": resolve, "shard": Shard()}
+    run = Run(**own, defaults={}, wildcards=None, seed=0, batch_size=None, metadata=True)
+    jobs = [job for job in run.plan() if isinstance(job, Job)]
     with Ledger(tmp_path) as ledger:
         ledger.save(replace(jobs[0], key="0" * 32, stem="of-an-older-run"), encode(Image.new("RGB", (64, 64), "white")))
         for job in jobs:
             if job.index != 9:
                 ledger.save(job, encode(Image.new("RGB", (64, 64), colour(job.index))))
-    paths = write_sheets(tmp_path, entries, axes, [int(job.key[:16], 16) for job in jobs])
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"grids/grid-00{i}.png" for i in (1, 3, 4)]
+    paths = write_sheets(run, base, axes, {short(line["key"]): line["path"] for line in finished(tmp_path)})
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"grids/00{i}.png" for i in (1, 2, 3)]
     for path, own in zip(paths, (range(1, 7), (7, 8, 10, 11, 12), range(13, 19))):
         with Image.open(path) as sheet:
             places(sheet, [colour(i) for i in own], (64, 64))
