@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from ldm import console
+from tests.children import in_child, status_of
 
 
 @pytest.fixture
@@ -126,19 +127,18 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
 def test_a_loop_in_another_process_ends_with_its_unit_of_work():
     reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            done = 0
-            with console.StopRequest() as stop:
-                os.write(writer, b"ready")
-                while not stop.signal or done < 1000:
-                    done += 1
-            os._exit(128 + stop.signal)
-        except BaseException:
-            os._exit(2)
+
+    def work():
+        done = 0
+        with console.StopRequest() as stop:
+            os.write(writer, b"ready")
+            while not stop.signal or done < 1000:
+                done += 1
+        return 128 + stop.signal
+
+    pid = in_child(work)
     os.read(reader, 5)
     os.kill(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+    assert status_of(pid) == 143
     os.close(reader)
     os.close(writer)

@@ -16,6 +16,7 @@ import pytest
 
 from ldm import files
 from ldm.errors import ModelError, ResourceError
+from tests.children import in_child, status_of
 
 STEPS = ("replace", "rename", "fsync", "link", "chmod", "mkdir")  # of os, that a write may go through
 
@@ -47,24 +48,6 @@ def fail_at(monkeypatch, number, error):
 def tree(folder):
     """{relative path: content} of all files below, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def child(work):
-    """Fork, run `work` there; its pid. The child ends with exit code 0, 4 (ResourceError), 5 (any other)."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except ResourceError as error:
-            os._exit(4 if "\n" not in str(error) else 6)
-        except BaseException:
-            os._exit(5)
-    return pid
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @contextlib.contextmanager
@@ -322,13 +305,13 @@ def test_a_killed_writer_leaves_old_or_new_after_a_sweep(trial, tmp_path):
                     (new / name).write_bytes(str(i).encode() * 1000)
             files.atomic_write(tmp_path / "x", str(i).encode() * 1000)
 
-    pid = child(work)
+    pid = in_child(work)
     try:
         wait_for((tmp_path / "x").exists)
         time.sleep(random.Random(trial).uniform(0, 0.02))
     finally:
         os.kill(pid, signal.SIGKILL)
-        assert ended(pid) == -signal.SIGKILL
+        assert status_of(pid) == -signal.SIGKILL
     files.sweep(tmp_path)
     left = tree(tmp_path)
     done = int(left["x"][: len(left["x"]) // 1000])
@@ -358,7 +341,7 @@ def test_killed_at_the_very_step(stop_at, tmp_path):
                 write_two(new)
             files.atomic_write(folder / "x", b"new")
 
-        code = ended(child(work))
+        code = status_of(in_child(work))
         files.sweep(folder)
         left = tree(folder)
         x = left.pop("x")
@@ -377,7 +360,7 @@ def limited(work, size=100_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         work()
 
-    return ended(child(inner))
+    return status_of(in_child(inner))
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
@@ -524,13 +507,13 @@ def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
 
     with files.Lock(tmp_path):
         assert holder(tmp_path) == str(os.getpid())
-        pid = child(work)
-        assert ended(pid) == 4
+        pid = in_child(work)
+        assert status_of(pid) == 4
         with pytest.raises(
             ResourceError, match=f"^{re.escape(str(tmp_path))}: is in use by process {os.getpid()}; wait"
         ):
             work()
-    assert ended(child(work)) == 0
+    assert status_of(in_child(work)) == 0
     with files.Lock(tmp_path / "x" / ".." / "y"):
         assert (tmp_path / "y" / ".lock").exists()
 
@@ -541,14 +524,14 @@ def test_another_process_is_named_and_a_killed_one_gives_way(tmp_path):
             (tmp_path / "ready").touch()
             time.sleep(60)
 
-    pid = child(hold)
+    pid = in_child(hold)
     try:
         wait_for((tmp_path / "ready").exists)
         with pytest.raises(ResourceError, match=f"is in use by process {pid};"), files.Lock(tmp_path):
             pass
     finally:
         os.kill(pid, signal.SIGKILL)
-        ended(pid)
+        status_of(pid)
     with files.Lock(tmp_path):
         assert holder(tmp_path) == str(os.getpid())
 
@@ -556,11 +539,11 @@ def test_another_process_is_named_and_a_killed_one_gives_way(tmp_path):
 def test_workers_that_outlive_the_holder_do_not_keep_its_lock(tmp_path):
     def hold_and_fork():
         with files.Lock(tmp_path):
-            worker = child(lambda: time.sleep(60))
+            worker = in_child(lambda: time.sleep(60))
             files.atomic_write(tmp_path / "worker", str(worker))
             os._exit(0)
 
-    assert ended(child(hold_and_fork)) == 0
+    assert status_of(in_child(hold_and_fork)) == 0
     worker = int((tmp_path / "worker").read_text())
     try:
         os.kill(worker, 0)  # it lives
@@ -581,10 +564,10 @@ def test_a_forked_child_cannot_take_or_drop_its_parents_lock(tmp_path):
     parent = os.getpid()
     lock = files.Lock(tmp_path)
     with lock:
-        assert ended(child(inner)) == 0
-        assert ended(child(lambda: lock.__exit__())) == 0  # closes its copy of the handle
-        assert ended(child(inner)) == 0
-    assert ended(child(inner)) == 1
+        assert status_of(in_child(inner)) == 0
+        assert status_of(in_child(lambda: lock.__exit__())) == 0  # closes its copy of the handle
+        assert status_of(in_child(inner)) == 0
+    assert status_of(in_child(inner)) == 1
 
 
 # names

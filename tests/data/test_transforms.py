@@ -1,7 +1,6 @@
 """Crops, flips and captions: what they are, that they are drawn evenly, and that they need no state."""
 
 import itertools
-import os
 import resource
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from ldm.data.transforms import (
     to_float,
 )
 from ldm.errors import ConfigError, DataError
+from tests.children import in_child, status_of
 
 
 def noise(height, width, seed=0):
@@ -87,16 +87,13 @@ def test_a_line_needs_no_more_memory_than_a_square():
     view = draw_view(size, bucket_of(size, BucketConfig(512)), TransformConfig(), 0, 0, 0)
     assert view.resized.area > 3e8
     picture = Image.new("RGB", (5000, 1), (9, 20, 30))
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)  # threads do not outlive a fork
+
+    def work():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100_000_000,) * 2)
-        try:
-            os._exit(pixels(picture, view).float().mean((1, 2)).tolist() != [9, 20, 30])
-        except BaseException:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        return pixels(picture, view).float().mean((1, 2)).tolist() != [9, 20, 30]
+
+    assert status_of(in_child(work)) == 0
 
 
 def test_a_picture_that_was_decoded_at_a_fraction_keeps_its_place():

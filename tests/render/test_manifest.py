@@ -12,6 +12,7 @@ from ldm.errors import NumericsError, ResourceError
 from ldm.render.jobs import Plan, Shard
 from ldm.render.manifest import Ledger, Report, read_manifest
 from ldm.render.parse import read_entries
+from tests.children import in_child, status_of
 
 
 def picture(job):
@@ -40,18 +41,6 @@ def identity(folder):
 
 def records(folder, status="done"):
     return [record for record in read_manifest(folder) if record["status"] == status]
-
-
-def in_child(function):
-    """Run a function in a forked process and return its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            status = function() or 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 JOBS = ["a cat", "a dog --f dog", "a dog --f dog", "{'not json"]
@@ -99,7 +88,12 @@ def test_a_kill_before_any_change_of_the_disk_loses_and_repeats_nothing(tmp_path
         number += 1
         folder = tmp_path / str(number)
         folder.mkdir()
-        status = in_child(lambda number=number, folder=folder: stopping_at(number) or bool(render(folder, jobs)) * 0)
+
+        def work(number=number, folder=folder):
+            stopping_at(number)
+            render(folder, jobs)
+
+        status = status_of(in_child(work))
         left, kept = pictures(folder), identity(folder)
         assert left.items() <= expected.items()  # whole files under their own names, or none
         done = {record["key"] for record in records(folder)}
@@ -247,7 +241,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_named(tmp_path):
         except ResourceError as error:
             return 42 if "cannot be written" in str(error) and "manifest.jsonl" in str(error) else 43
 
-    assert in_child(run) == 42
+    assert status_of(in_child(run)) == 42
     data = (tmp_path / "manifest.jsonl").read_bytes()
     assert 2000 < len(data) <= 4000 and data.endswith(b"\n")
     done, before = records(tmp_path), identity(tmp_path)
