@@ -120,7 +120,7 @@ def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapp
     """A paragraph for a LoRA's card: what it was trained on, how long, and how well it did."""
     s = settings
     told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    counts = lines[0] if lines else ""
+    counts = lines[1] if len(lines) > 1 else ""  # the first names the layout
     steps = f"{s.steps} steps of {s.batch_size * s.accumulation} pictures, learning rate {s.learning_rate:g}"
     return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' In the end: {told}.' if told else ''}"
 

@@ -40,7 +40,7 @@ class Stage(Protocol):
 
     def picture(self, ema: nn.Module): ...  # PIL image of samples, or None
 
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None: ...
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path: ...  # what was written
 
 
 def check_means(settings: Settings) -> None:

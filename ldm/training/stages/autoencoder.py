@@ -77,7 +77,7 @@ class Autoencoder:
         batch = torch.stack([torch.from_numpy(self.held_out[i][0]) for i in indices])
         return to_float(batch, self.device).contiguous(memory_format=torch.channels_last)
 
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         from ldm.checkpoint.parts import save_parts
         from ldm.nn.vae import VAE
 
@@ -86,7 +86,7 @@ class Autoencoder:
         if not self.settings.freeze_encoder:  # else the latents stay what they were
             x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_pictures(256)])
             standardize(module, x)
-        save_parts(folder, torch.bfloat16, vae=VAE(module))
+        return save_parts(folder, torch.bfloat16, vae=VAE(module))
 
     def _train_pictures(self, count: int) -> Iterator[Tensor]:
         batches = stream(self.samples, 0, 32, 0)

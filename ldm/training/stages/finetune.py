@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
 from ldm.diffusion.guidance import Guidance, cfg
 from ldm.nn.lora import folded, updates_of
-from ldm.nn.text import TextEncoder
+from ldm.nn.text import ClipText, TextEncoder, known_words
 from ldm.pipeline.settings import Settings as Drawing
 from ldm.pipeline.settings import own_scale
 from ldm.training import keyed
@@ -65,7 +66,7 @@ class Finetune:
         if pictures is not None:
             pictures.cut = self.model.text.truncated
         self.data = self._dataset(s.data, pictures)
-        self.inputs["data"] = self.data.hash
+        self.lines, self.inputs["data"] = self.data.lines, self.data.hash
         self.prior = None
         if s.prior:
             kept = dataclasses.replace(s.data, folder=s.prior, held_out=0.0)
@@ -174,6 +175,9 @@ class Finetune:
         return self.out
 
     def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
+        if isinstance(model.text, ClipText) and model.text.words is not None:
+            model.text = copy.copy(model.text)
+            model.text.words |= known_words(c for item in self.data.pictures.items for c in item.captions)
         modules = {"unet": model.unet, "vae": model.vae.module, "text encoder": nn.ModuleList(model.text.modules)}
         small = sum(p.numel() for module in modules.values() for p in module.parameters()) < SMALL
         card = finetune_card(self.settings, model, self.device.type, modules, scores)

@@ -100,14 +100,14 @@ class Text:
     def picture(self, ema: nn.Module) -> None:
         return None
 
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         from transformers import CLIPTextModel
 
         tower = CLIPTextModel(ema.text.config)
         state = {k: v for k, v in ema.text.state_dict().items() if not k.startswith("text_projection.")}
         bare = {k.removeprefix("text_model."): v for k, v in state.items()}
         tower.load_state_dict({k: bare[k.removeprefix("text_model.")] for k in tower.state_dict()}, strict=True)
-        save_parts(folder, torch.bfloat16, text=ClipText(tower, self.tokenizer, self.words))
+        return save_parts(folder, torch.bfloat16, text=ClipText(tower, self.tokenizer, self.words))
 
 
 def _parts(items, size: int = 256) -> list:

@@ -153,8 +153,8 @@ class UNetStage:
         x0 = draw_grid(predict, self.schedule, sigmas, s.sampler, shape, rows, s.seed, self.device)
         return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
 
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> None:
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         model = Model(unet=ema, vae=self.vae, text=self.text, schedule=self.schedule)
         modules = {"unet": ema, "vae": self.vae.module, "text encoder": nn.ModuleList(self.text.modules)}
         card = unet_card(self.settings, self.device.type, modules, scores)
-        save_model(model, folder, dtype=torch.bfloat16, readme=card)
+        return save_model(model, folder, dtype=torch.bfloat16, readme=card)
