@@ -5,6 +5,7 @@ examples:
   ldm render prompts.csv -o pictures/ --steps 40 --seed 7 --strict
   ldm render prompts.txt -o pictures/ --dry-run    what would be done, and how long it may take
   ldm render prompts.txt -o pictures/ --shard 2/3  the second third, on the second of three machines
+  ldm render prompts.txt -o pictures/ --ray auto   on all machines of a Ray cluster (pip install 'ldm-pipeline[ray]')
   ls animals/ | ldm render - -o pictures/
   ldm render --from pictures/ --set steps=50 -o again/
   ldm render prompts.txt -o grid/ --grid "steps=4,8,16" --grid "sampler=euler,DPM++ 2M"
@@ -25,7 +26,7 @@ import argparse
 from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
 from ldm.pipeline.settings import EDITING_WORDS
 
-OF_RUN = ("seed", "wildcards", "batch_size", "shard", "strict", "dry_run")
+OF_RUN = ("seed", "wildcards", "batch_size", "shard", "ray", "strict", "dry_run")
 OF_RUN += ("sources", "changes", "grid", "gallery", "contact_sheet")
 OF_LINES = ("num_images", "negative_prompt", *SAMPLING, *EDITING_WORDS, *MODEL)
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--wildcards", metavar="FOLDER", help="where __name__ in prompts finds name.txt")
     add("--batch-size", type=int, metavar="N", help="pictures drawn together (by free memory); changes no picture")
     add("--shard", metavar="I/N", help="draw only this part of the file")
+    add("--ray", metavar="ADDRESS", help="draw on a Ray cluster: host:port, auto, or local (starts one here)")
     add("--strict", action="store_true", help="draw nothing if a line is bad")
     add("--dry-run", action="store_true", help="print what would be drawn and an estimate, write nothing")
     add("--format", metavar="NAME", default="png", help="png, jpg, webp (png)")

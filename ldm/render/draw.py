@@ -40,7 +40,8 @@ class Draughtsman:
         size: int | None = None,
         told: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self._resolver, self._writer, self._stop, self._size, self._told = resolver, writer, stop, size, told or {}
+        self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
+        self._told = {} if told is None else told
         self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
         self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
         self._last: Group | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,16 @@ class Resolver:
         self._models: dict[tuple[str, str | None], tuple[Painter, Model] | LdmError] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], Settings, Sources | None]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
-        self._hash = lru_cache(REMEMBERED)(hash_of)
+        self._hash = functools.lru_cache(REMEMBERED)(hash_of)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is sent the arguments alone, and looks at models and files for itself."""
+        return functools.partial(Resolver, **self._painter_words), (self._lora_dir, self._dtype)
+
+    @property
+    def device(self) -> str:
+        """As it was asked for."""
+        return str(self._painter_words.get("device", "auto"))
 
     def __call__(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         prompt, adapters = self._prompt(asked)

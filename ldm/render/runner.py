@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm import console, images
+from ldm import console
 from ldm.errors import ConfigError, Interrupted, ResourceError
-from ldm.pipeline.record import parameters
 from ldm.pipeline.result import Target
 from ldm.pipeline.settings import ALIASES, GUIDANCE_WORDS, MAX_IMAGES, check_int
+from ldm.render.cluster import Crew, check_ray, joined
 from ldm.render.contact import write_contact_sheets
 from ldm.render.draw import Draughtsman
 from ldm.render.dry import dry
@@ -28,7 +28,7 @@ from ldm.render.sheets import write_sheets
 from ldm.render.source import Prompts, gridded, held, replayed
 from ldm.render.survey import Run, Survey, short, survey, unfinished
 from ldm.render.words import MAX_SEED, check_words
-from ldm.render.writer import Drawn, Writer, WriterStopped
+from ldm.render.writer import Encode, Writer, WriterStopped
 
 OF_PAINTER = ("device", "offload", "attention", "prediction_type", "allow_unapplied")
 # Words of generate that lines have none for, or (clip_skip) count in another way there.
@@ -74,6 +74,7 @@ def render(
     metadata: bool = True,
     batch_size: int | None = None,
     shard: str | None = None,
+    ray: str | None = None,
     strict: bool = False,
     dry_run: bool = False,
     sources: str | os.PathLike | Sequence = (),
@@ -93,6 +94,9 @@ def render(
     format      png, jpg or webp; `metadata=False` writes nothing about prompt and settings into the files
     batch_size  pictures that are drawn together; None: by the memory that is free. No picture depends on it
     shard       "2/3": only the second third, so that three machines share one file and one folder
+    ray         a Ray cluster that draws (extra `ray`): "local" starts one on this machine, "auto" or host:port joins
+                one whose machines have the same files at the same paths; each worker draws as this process would, with
+                as many threads, and this process alone writes. One that is lost is replaced
     strict      whether one bad line stops the run before work (ConfigError)
     dry_run     whether to say only what would be done
     sources     in place of prompts: pictures, manifests and rendered folders whose pictures are drawn again;
@@ -112,6 +116,7 @@ def render(
     Raises ConfigError for what is wrong with the call or the file as a whole; ResourceError where the disk is full or
     another run has the folder; Interrupted after SIGINT and SIGTERM, once the batch in hand is saved.
     """
+    check_ray(ray)
     target = Target.of(os.path.join(os.fspath(output), ""), format).check()
     axes = _check_grid(grid, shard, words)
     checked = {
@@ -121,6 +126,7 @@ def render(
         "shard": Shard() if shard is None else Shard.read(shard),
         "batch_size": None if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
         "metadata": metadata,
+        "ray": ray,
     }
     with _prompts(prompts, sources, changes) as base:
         resolver, defaults = _resolver(words, base.dtype)
@@ -196,6 +202,8 @@ def _refuse_bad_lines(run: Run, found: Survey) -> None:
 
 def _real(run: Run, strict: bool) -> Rendered:
     with ExitStack() as stack:
+        if run.ray is not None:
+            stack.enter_context(joined(run.ray))
         ledger = stack.enter_context(Ledger(run.target.folder, run.shard, f".{run.target.format}"))
         report = stack.enter_context(Report(run.target.folder, run.shard))
         found = survey(run, ledger.finished, report.bad_line)
@@ -231,18 +239,16 @@ def _finish(report: Report, found: Survey) -> dict[str, Any]:
 def _draw(run: Run, found: Survey, ledger: Ledger, report: Report) -> None:
     """The second pass: everything that is not finished."""
     before = found.jobs - found.left
-
-    def encode(drawn: Drawn) -> bytes:
-        inside = images.Metadata(parameters(drawn.record), drawn.record) if run.metadata else None
-        return images.encode(drawn.image, run.target.format, inside)
-
+    encode = Encode(run.target.format, run.metadata)
     with (
         console.progress(total=found.jobs, initial=before, desc="rendering", unit=" images") as bar,
         console.StopRequest() as stop,
         Writer(ledger, report, encode, bar.update) as writer,
     ):
         bar.bar_format = BAR
-        Draughtsman(run.resolver, writer, stop, run.batch_size, run.prompts.told).draw(unfinished(run, found.finished))
+        words = run.resolver, writer, stop, run.batch_size, run.prompts.told
+        draughtsman = Draughtsman(*words) if run.ray is None else Crew(*words, encode, found.left)
+        draughtsman.draw(unfinished(run, found.finished))
 
 
 def _say_counts(run: Run, found: Survey, ledger: Ledger) -> None:

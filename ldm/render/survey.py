@@ -35,6 +35,7 @@ class Run:
     shard: Shard
     batch_size: int | None
     metadata: bool
+    ray: str | None = None  # the address of a cluster
 
     def plan(self) -> Plan:
         """Goes through the lines once."""

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ldm import images
 from ldm.errors import Interrupted, LdmError
+from ldm.pipeline.record import parameters
 from ldm.render.jobs import Job
 from ldm.render.manifest import Ledger, Report
 
 if TYPE_CHECKING:
     from PIL import Image
 
-REMARKS = ("truncated", "unknown_words", "remarks")  # of a record, what the manifest's line tells too
+REMARKS = ("truncated", "unknown_words", "remarks")
 WAITING = 16  # pictures at most between the networks and the disk
 
 
@@ -24,10 +26,29 @@ class Drawn:
     """What became of a job: a picture with its record, or the reason why there is none."""
 
     job: Job
-    image: Image.Image | None
+    image: Image.Image | bytes | None  # bytes: those of its file
     record: dict[str, Any]
     error: LdmError | None = None
     seconds: float = 0.0  # of its batch, divided by the pictures in it
+
+    @property
+    def remarks(self) -> dict[str, Any]:
+        """What of the record the manifest's line tells too."""
+        return {name: self.record[name] for name in REMARKS if self.record.get(name)}
+
+
+@dataclass(frozen=True)
+class Encode:
+    """How a picture becomes the bytes of a file: `encode(drawn)`."""
+
+    format: str
+    metadata: bool  # whether its record goes inside
+
+    def __call__(self, drawn: Drawn) -> bytes:
+        if isinstance(drawn.image, bytes):
+            return drawn.image
+        inside = images.Metadata(parameters(drawn.record), drawn.record) if self.metadata else None
+        return images.encode(drawn.image, self.format, inside)
 
 
 class WriterStopped(Exception):
@@ -94,8 +115,7 @@ class Writer:
 
     def _write(self, drawn: Drawn) -> None:
         if drawn.error is None:
-            told = {name: drawn.record[name] for name in REMARKS if drawn.record.get(name)}
-            self._ledger.save(drawn.job, self._encode(drawn), seconds=round(drawn.seconds, 4), **told)
+            self._ledger.save(drawn.job, self._encode(drawn), seconds=round(drawn.seconds, 4), **drawn.remarks)
             self._report.count("rendered")
         else:
             self._ledger.fail(drawn.job, drawn.error)
