@@ -17,7 +17,8 @@ from PIL import Image
 from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of
 from ldm.data.cache import Cache, Prepared, Wanted
 from ldm.data.transforms import TransformConfig, choose_caption, draw_view, fixed_views, pixels, to_float
-from ldm.errors import ConfigError, DataError, Interrupted, NumericsError, ResourceError
+from ldm.errors import ConfigError, DataError, NumericsError, ResourceError
+from tests.children import in_child, status_of
 
 BUCKETS, TRANSFORM = BucketConfig(32, 8), TransformConfig(flip=0.5)
 NAME = "ldm-cache-00000.safetensors"
@@ -359,24 +360,6 @@ def test_memory_is_bounded_by_the_shards_size(folder):
     assert sum(written) > 9e6 and max(written) <= 1 << 19 and peak < 2 << 20
 
 
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)  # threads do not outlive a fork
-            work()
-            os._exit(0)
-        except (Interrupted, ResourceError) as error:
-            os._exit(error.exit_code)
-        except BaseException:
-            os._exit(99)
-    return pid
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def slowly(data, folder, seconds):
     """Prepare with a shard each `seconds`, 20 ms a picture."""
 
@@ -399,7 +382,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(folder):
         pid = in_child(slowly(data, folder, seconds=0.03))
         time.sleep(draw.uniform(0.01, 0.03 * (1 + kills)))
         os.kill(pid, signal.SIGKILL)
-        code = ended(pid)
+        code = status_of(pid)
         with Cache(folder, "vae", "text") as cache:
             there = len(cache._shards.known())
         assert there >= before and code in (0, -signal.SIGKILL)
@@ -420,12 +403,12 @@ def test_a_signal_saves_what_is_done(folder, number):
         time.sleep(0.01)
     time.sleep(0.4)
     os.kill(pid, number)
-    assert ended(pid) == 128 + number
+    assert status_of(pid) == 128 + number
     with Cache(folder, "vae", "text") as cache:
         assert len(list(folder.glob("*.safetensors"))) == 1 and 0 < len(cache._shards.known()) < 801
 
 
 def test_two_processes_on_one_cache_are_refused(data, prepared):
     with Cache(prepared, "vae", "text") as cache:
-        assert ended(in_child(slowly(data, prepared, seconds=60))) == 4
+        assert status_of(in_child(slowly(data, prepared, seconds=60))) == 4
         data.check(cache)

@@ -14,6 +14,7 @@ from ldm import files
 from ldm.data.cache import shards
 from ldm.data.cache.shards import Shards
 from ldm.errors import ResourceError
+from tests.children import in_child, status_of
 
 
 def entry(seed):
@@ -192,30 +193,16 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert all((tmp_path / name).read_bytes() == content for name, content in mine.items())
 
 
-def run_in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            torch.set_num_threads(1)  # threads do not outlive a fork
-            work()
-            os._exit(0)
-        except ResourceError as error:
-            os._exit(4 if "is in use by process" in str(error) else 6)
-        except BaseException:
-            os._exit(5)
-    return pid
-
-
-def ended(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_two_processes_refuse_each_other_by_a_lock(tmp_path):
+    def refused():
+        with pytest.raises(ResourceError, match="is in use by process"):
+            fill(tmp_path, [1])
+
     with Shards(tmp_path) as store:
-        assert ended(run_in_child(lambda: fill(tmp_path, [1]))) == 4
+        assert status_of(in_child(refused)) == 0
         store.put(key(2), entry(2))
         store.flush()
-    assert ended(run_in_child(lambda: fill(tmp_path, [3]))) == 0
+    assert status_of(in_child(lambda: fill(tmp_path, [3]))) == 0
     with Shards(tmp_path) as store:
         assert store.known() == {key(2), key(3)}
 
@@ -252,7 +239,7 @@ def test_a_kill_at_every_step_of_writing_leaves_whole_entries(tmp_path):
                 store.flush()
             os._exit(0)
 
-        code = ended(run_in_child(work))
+        code = status_of(in_child(work))
         with Shards(folder) as store:
             found = {int(k, 16) for k in store.known()}
             assert found in ({0, 1, 2, 3}, set(range(8)))

@@ -1,29 +1,8 @@
-"""What the tests of rendering share: a spy on the batches, a forked child, folders as tables."""
+"""What the tests of rendering share: a spy on the batches, folders as tables."""
 
 import json
-import os
 
 from ldm.render.manifest import read_manifest
-
-
-def in_child(function, *args):
-    """Run a function in a forked process, with its return value (or 70 for an error) as status; returns its id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            status = function(*args) or 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def status_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def pictures(folder):

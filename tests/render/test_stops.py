@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from render_cases import by_key, identity, in_child, pictures, report_of, status_of
+from render_cases import by_key, identity, pictures, report_of
 
 from ldm.cli import main
 from ldm.errors import Interrupted, ResourceError
 from ldm.render.manifest import read_manifest
 from ldm.render.runner import render
+from tests.children import in_child, status_of
 
 
 @pytest.fixture(autouse=True)
