@@ -11,7 +11,7 @@ from typing import Any
 from ldm.errors import LdmError
 from ldm.render.batches import Group, batch_size, groups, windows
 from ldm.render.jobs import Job
-from ldm.render.manifest import DONE, read_manifest
+from ldm.render.manifest import DONE, is_inside, read_manifest
 from ldm.render.resolve import Resolver, picture
 from ldm.render.survey import Run, Survey, survey, unfinished
 from ldm.render.table import Table
@@ -44,7 +44,7 @@ def _done(folder: Path) -> Table:
     """The keys of what the folder holds, without its lock."""
     done = Table()
     for record in read_manifest(folder) if folder.is_dir() else ():
-        if record["status"] == DONE and (folder / str(record["path"])).is_file():
+        if record["status"] == DONE and is_inside(record.get("path")) and (folder / record["path"]).is_file():
             done.set(bytes.fromhex(record["key"]), 1)
     return done
 

@@ -306,6 +306,18 @@ def test_a_dry_run_writes_nothing_and_tells(draw, tmp_path, capsys):
     assert capsys.readouterr().out == "0 pictures to draw in 0 batches, 0 steps\n"
 
 
+def test_a_dry_run_takes_damaged_lines_of_a_manifest_for_nothing(draw, tmp_path, capsys):
+    """As a run does."""
+    found = draw(["a cat --d 3", "a dog --d 4", "a cow --d 5"])
+    whole, outside, none = map(json.loads, found.manifest.read_text().splitlines())
+    del none["path"]
+    lines = (whole, outside | {"path": f"../out/{outside['path']}"}, none)
+    found.manifest.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    capsys.readouterr()
+    again = draw(["a cat --d 3", "a dog --d 4", "a cow --d 5"], dry_run=True)
+    assert again.counts["finished_before"] == 1 and "2 pictures to draw" in capsys.readouterr().out
+
+
 def test_the_progress_bar_tells_pictures_a_second_and_time_left(draw, monkeypatch, capsys):
     monkeypatch.setenv("LDM_PROGRESS", "1")
     draw([f"a cat --d {i}" for i in range(6)], batch_size=2)
