@@ -143,6 +143,8 @@ OWN = ("stage", "data", "workers")  # fields of FinetuneSettings that are not wo
 _DATA = next(f.default_factory for f in dataclasses.fields(FinetuneSettings) if f.name == "data")
 KEYS: dict[str, str] = {f.name: f.name for f in dataclasses.fields(FinetuneSettings) if f.name not in OWN}
 KEYS |= {f.name: f"data.{f.name}" for f in dataclasses.fields(_DATA)}
+NULLABLE = {f.name for f in dataclasses.fields(FinetuneSettings) if "None" in str(f.type)}
+NULLABLE |= {f"data.{f.name}" for f in dataclasses.fields(_DATA) if "None" in str(f.type)}
 KEYS |= {"data": "data.folder", "epochs": "epochs", "prompts_file": "validation_prompts"}
 
 
@@ -283,6 +285,8 @@ def _settled(word: str, value: Any, where: str) -> dict[str, Any]:
     if key is None:
         todo = nearest(plain, [*KEYS, *ALIASES])
         raise ConfigError(f"unknown setting {word!r:.80}", where=where or None, todo=todo)
+    if value is None and key not in NULLABLE:
+        return {}  # as if it were not said
     if plain == "prompts_file":
         return {key: _prompts(value)}
     if plain in ("validation_prompts", "report_to", "targets") and isinstance(value, str):

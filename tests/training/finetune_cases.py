@@ -1,0 +1,66 @@
+"""Captioned pictures and small models, and fine-tunings of them that take a second."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm.config import build as build_settings
+from ldm.training import finetune, state
+from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.finetune import Finetune
+from tests.training.conftest import threads
+
+SIZE = 32  # pixels
+# A run of three steps, with nothing of validation and grids, in which nothing is random but what is keyed.
+QUICK = {"steps": 3, "batch_size": 4, "learning_rate": 0.05, "lora_rank": 2, "resolution": SIZE, "held_out": 0}
+QUICK |= {"samples": 0, "device": "cpu", "precision": "fp32", "warmup": 0, "lr_schedule": "constant", "ema": 0.0}
+QUICK |= {"validate_every": 100, "save_every": 100, "targets": "attention", "seed": 3}
+
+
+def pictures(folder, count=8, sizes=((SIZE, SIZE),)):
+    """`count` captioned pictures of noise, of these sizes in turn."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(sizes[i % len(sizes)], Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {('red', 'blue')[i % 2]} {('cat', 'dog')[i // 2 % 2]}")
+    return folder
+
+
+def run(data, out, model, **words):
+    """`ldm.finetune` with QUICK's settings and these."""
+    words = {**QUICK, **words}
+    if words.get("train") == "full":
+        words = {name: value for name, value in words.items() if name not in ("lora_rank", "targets")}
+    with threads(1):
+        return finetune(data, out, model, **words)
+
+
+def settings_of(out):
+    return build_settings(FinetuneSettings, json.loads((out / "settings.json").read_text()))
+
+
+def stage_of(out):
+    """The stage of a run as it was before its first step, its data opened."""
+    return Finetune(settings_of(out), out).open()
+
+
+def last_tensors(out, part="model."):
+    """What the last checkpoint holds under a prefix."""
+    tensors = load_file(state.checkpoints(Path(out))[-1] / "state.safetensors")
+    return {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+
+
+def apart(one, other):
+    """The largest difference of two mappings of tensors, in parts of the largest number of the second."""
+    assert one.keys() == other.keys()
+    most = max(value.abs().max().item() for value in other.values())
+    return max((one[name] - value).abs().max().item() for name, value in other.items()) / most
+
+
+def norm(values):
+    return torch.cat([value.flatten() for value in values]).norm().item()
