@@ -361,10 +361,11 @@ def test_memory_is_bounded_by_the_shards_size(folder):
 
 
 def slowly(data, folder, seconds):
-    """Prepare with a shard each `seconds`, 20 ms a picture."""
+    """Prepare with a shard each `seconds`, 20 ms a picture; the first one leaves a file `begun` beside the folder."""
 
     def work():
         def slow(images):
+            (folder.parent / "begun").touch()
             time.sleep(0.02)
             return encode(images)
 
@@ -399,7 +400,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(folder):
 def test_a_signal_saves_what_is_done(folder, number):
     data = Data(200)
     pid = in_child(slowly(data, folder, seconds=60))
-    while not (folder / ".lock").exists():
+    while not (folder.parent / "begun").exists():
         time.sleep(0.01)
     time.sleep(0.4)
     os.kill(pid, number)
