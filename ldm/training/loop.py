@@ -26,7 +26,7 @@ from ldm.training.records import BEST, Best, Records
 from ldm.training.schedules import learning_rate
 from ldm.training.settings import Settings, as_dict, changed
 from ldm.training.state import TrainState
-from ldm.training.step import Outcome, Stage, prepare, take_step
+from ldm.training.step import Outcome, Stage, precision, prepare, take_step
 from ldm.training.trackers import Trackers
 
 MAX_BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite
@@ -180,7 +180,8 @@ class _Run:
         """The batches with the first one made: that may take minutes, which a signal need not wait for."""
         first = []
         if not self.stop.signal:
-            with self.stop.at_once():
+            device = next(self.state.module.parameters()).device
+            with self.stop.at_once(), precision(self.settings, device):  # as all the others are made
                 first.append(next(batches))
         if self.stop.signal:
             raise self._stopped(f"at step {self.state.step}, before another one")

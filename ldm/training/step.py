@@ -110,9 +110,9 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
         group["lr"] = rate
     total = torch.zeros((), device=device)
     for micro in range(settings.accumulation):
-        batch = next(batches)
-        ids += getattr(batch, "ids", ())
         with precision(settings, device):
+            batch = next(batches)
+            ids += getattr(batch, "ids", ())
             loss = stage.loss(batch, state.step, micro) / settings.accumulation
         (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
