@@ -1,0 +1,214 @@
+"""A run that is stopped, short of memory or disk, or better before its end: what is saved, marked, said and resumed."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm import files
+from ldm.errors import CheckpointError, Interrupted, ResourceError
+from ldm.training import state
+from tests.children import in_child, status_of
+from tests.training.toy import Toy, train_toy
+
+
+def ends(run):
+    """Everything that a finished run says, but what tells the time."""
+    names = [state.checkpoints(run)[-1] / "state.safetensors", run / "loss.jsonl", run / "scores.jsonl"]
+    names += [run / "best.json", run / "model" / "weights.txt", *sorted((run / "samples").iterdir())]
+    return {str(path.relative_to(run)): path.read_bytes() for path in names}
+
+
+def steps_of(run):
+    return [state.step_of(folder) for folder in state.checkpoints(run)]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def whole(request, tmp_path_factory):
+    """(lora, what a run that nobody disturbs ends with)."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train_toy(run, lora=request.param, accumulation=2)
+    return request.param, ends(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_at_any_moment_and_resumed_is_what_it_would_have_been(number, whole, tmp_path):
+    lora, expected = whole
+    for moment in ((0, 0), (4, 1), (7, 0), (10, 1), None):
+
+        def stop(step, micro, moment=moment):
+            if (step, micro) == moment:
+                os.kill(os.getpid(), number)
+
+        child = in_child(lambda: train_toy(tmp_path / "run", "latest", lora=lora, inside=stop, accumulation=2) and 0)
+        killed = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
+        assert status_of(child) == (killed if moment else 0)
+        if moment and number == signal.SIGTERM:
+            assert steps_of(tmp_path / "run")[-1] == moment[0] + 1
+    assert ends(tmp_path / "run") == expected
+
+
+class SignalledAt(Toy):
+    """SIGINT to its own process in one of its works at step 8."""
+
+    where, done = "", 0
+
+    def _maybe(self, where, step):
+        if where == self.where and step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def validate(self, ema, step):
+        self._maybe("validate", step)
+        return super().validate(ema, step)
+
+    def picture(self, ema):
+        self._maybe("picture", self.done)
+        return super().picture(ema)
+
+    def loss(self, batch, step, micro):
+        self.done = step + 1
+        return super().loss(batch, step, micro)
+
+    def batches(self, first_step):
+        for number, batch in enumerate(super().batches(first_step), first_step):
+            self._maybe("batches", number)
+            yield batch
+
+
+@pytest.mark.parametrize("where", ["validate", "picture"])
+def test_a_signal_need_not_wait_for_scores(where, whole, tmp_path):
+    lora, expected = whole
+    with pytest.raises(Interrupted) as stopped:
+        kind = type("Signalled", (SignalledAt,), {"where": where})
+        train_toy(tmp_path / "run", lora=lora, kind=kind, accumulation=2)
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert steps_of(tmp_path / "run")[-1] == 8
+    assert json.loads((tmp_path / "run" / "scores.jsonl").read_text().splitlines()[-1])["step"] == 4
+    train_toy(tmp_path / "run", "latest", lora=lora, accumulation=2)
+    assert ends(tmp_path / "run") == expected
+
+
+def test_a_signal_before_the_first_step_of_what_goes_on_waits_for_no_batch(tmp_path):
+    train_toy(tmp_path / "run", steps=8, decay_from=1)
+    kind = type("Signalled", (SignalledAt,), {"where": "batches"})
+    with pytest.raises(Interrupted, match="at step 8, before another one"):
+        train_toy(tmp_path / "run", "latest", kind=kind, decay_from=1)
+    assert steps_of(tmp_path / "run") == [6, 8]
+
+
+def test_how_long_a_signal_takes_is_said_once_at_the_start(tmp_path, capsys):
+    train_toy(tmp_path / "run")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "ends the run, saved, within about" in line]
+    assert len(lines) == 1 and "a checkpoint about" in lines[0]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+class Scored(Toy):
+    """Whose validation loss is what a list says, step by 4 steps."""
+
+    values = (9.0, 5.0, 3.0, 4.0, 4.0, 3.0)
+
+    def validate(self, ema, step):
+        return {"validation_loss": self.values[step // 4]}
+
+
+def test_the_best_checkpoint_is_marked_kept_and_found(tmp_path, capsys):
+    run = tmp_path / "run"
+    train_toy(run, kind=Scored, steps=20, save_every=5)
+    best = json.loads((run / "best.json").read_text())
+    assert best == {"step": 8, "validation_loss": 3.0, "checkpoint": "checkpoints/step-00000008"}  # the first of equals
+    assert steps_of(run) == [8, 15, 20]
+    train_toy(run, "best", kind=Scored, steps=20, save_every=5)
+    assert "step-00000020 is newer than what is resumed" in capsys.readouterr().err
+    assert steps_of(run) == [8, 15, 20]
+    (run / "best.json").unlink()
+    with pytest.raises(CheckpointError, match="names no best checkpoint"):
+        train_toy(run, "best", kind=Scored, steps=20, save_every=5)
+
+
+def test_what_was_better_before_training_is_said(tmp_path, capsys):
+    train_toy(tmp_path / "run", kind=type("Worse", (Scored,), {"values": (1.0, 2.0, 3.0, 4.0)}))
+    assert "validation_loss was better before training (1) than at any checkpoint since" in capsys.readouterr().err
+
+
+def test_the_best_model_can_be_what_is_made(tmp_path):
+    """The settings of fine-tuning have `export`."""
+    from ldm.training.loop import fit
+    from tests.training.conftest import threads
+    from tests.training.toy import toy_settings
+
+    with threads(1):
+        at_8 = train_toy(tmp_path / "short", kind=Scored, steps=8, decay_from=1)
+        settings = toy_settings(steps=20, decay_from=1)
+        object.__setattr__(settings, "export", "best")
+        made = fit(Scored(settings), settings, tmp_path / "run", None)
+    assert (made / "weights.txt").read_text() == (at_8 / "weights.txt").read_text()
+
+
+def test_out_of_memory_names_the_settings_to_change(tmp_path):
+    def too_much(step, micro):
+        torch.empty((1 if step < 5 else 1 << 50,))
+
+    with pytest.raises(ResourceError) as error:
+        train_toy(tmp_path / "run", inside=too_much)
+    said = str(error.value)
+    assert error.value.exit_code == 4 and "gradient_checkpointing=true" in said and "batch_size=4" in said
+    assert steps_of(tmp_path / "run") == [3, 4]
+
+
+def test_out_of_memory_in_validation_is_a_warning(tmp_path, capsys):
+    class Greedy(Toy):
+        def validate(self, ema, step):
+            return super().validate(ema, step) if step != 8 else {"x": float(torch.empty(1 << 50).sum())}
+
+    train_toy(tmp_path / "run", kind=Greedy)
+    assert "step 8: out of memory in validation, so no scores" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert steps == [0, 4, 12]
+
+
+def test_disk_space_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
+    def never(step, micro):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
+    with pytest.raises(ResourceError, match=r"are needed, .* are free") as error:
+        train_toy(tmp_path / "run", inside=never)
+    assert error.value.exit_code == 4 and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_step_that_is_not_finite_names_its_samples(tmp_path, capsys):
+    class Broken(Toy):
+        def loss(self, batch, step, micro):
+            return super().loss(batch, step, micro) * (float("nan") if step == 5 else 1)
+
+    train_toy(tmp_path / "run", kind=Broken)
+    said = capsys.readouterr().err
+    assert "step 6: loss or gradient is not finite, nothing is applied (5-0, 5-1, 5-2, 5-3)" in said
+
+
+def test_a_checkpoint_of_before_that_holds_frozen_tensors_too_goes_on(tmp_path):
+    """As those were that held the whole network."""
+    from safetensors.torch import save_file
+
+    run = tmp_path / "run"
+    train_toy(run, lora=True, decay_from=1)
+    expected, folder = ends(run), run / "checkpoints" / "step-00000009"
+    tensors = state.read_tensors(folder)
+    assert not any("layer" in name for name in tensors)
+    for part in ("model", "ema"):
+        tensors |= {f"{part}.0.layer.{name}": value.clone() for name, value in Toy(None).module[0].state_dict().items()}
+    save_file(tensors, folder / "state.safetensors")
+    files.write_manifest(folder)
+    train_toy(run, str(folder), lora=True, decay_from=1)
+    assert ends(run) == expected
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    train_toy(tmp_path / "run", steps=3)
+    with pytest.raises(CheckpointError, match=r"tensors are not those of this network \(0.down, …\)"):
+        train_toy(tmp_path / "run", "latest", lora=True, steps=4)
