@@ -16,8 +16,10 @@ from PIL import Image
 
 import ldm
 from ldm.cli import main
-from ldm.data.doctor import check_data
-from ldm.data.doctor.looks import fingerprint
+from ldm.data.buckets import Size
+from ldm.data.doctor import check_data, near
+from ldm.data.doctor.looks import Look, fingerprint
+from ldm.data.doctor.near import Smalls, alike
 from ldm.errors import ConfigError, DataError
 
 OPENCLIPART = Path("/usr/share/openclipart/png")  # Debian's package openclipart-png
@@ -113,6 +115,101 @@ def test_copies_of_another_size_have_nearly_the_same_fingerprint_and_others_not(
         small = fingerprint(drawing(i).resize((80, 70)))
         assert (one ^ small).bit_count() <= 3
         assert all((one ^ other).bit_count() > 8 for other in prints[:i])
+
+
+def compared(prints, values, sizes):
+    """What the doctor says of pictures with these fingerprints and values at 16x16."""
+    with Smalls() as smalls:
+        return alike(looks_of(smalls, prints, values, sizes), smalls)
+
+
+def looks_of(smalls, prints, values, sizes):
+    looks = []
+    for i, (print_, small, size) in enumerate(zip(prints, values, sizes, strict=True)):
+        looks.append(Look(f"{i}", size, hashlib.sha256(b"%d" % i).digest(), int(print_), False, False, False, False))
+        smalls.append(small.tobytes())
+    return looks
+
+
+def compared_all(prints, values, sizes):
+    """The groups by comparing each picture with each."""
+    groups, taken = [], set()
+    for i in range(len(prints)):
+        own = values[i].astype(float)
+        same = [
+            j
+            for j in range(i + 1, len(prints))
+            if not {i, j} & taken
+            and (int(prints[i]) ^ int(prints[j])).bit_count() <= 3
+            and abs(np.log(sizes[j].width / sizes[j].height) - np.log(sizes[i].width / sizes[i].height)) < 0.05
+            and ((values[j] - own) ** 2).mean() ** 0.5 <= 0.1 * own.std()
+        ]
+        taken |= set(same)
+        groups += [[str(k) for k in (i, *same)]] if same else []
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_near_duplicates_are_those_that_comparing_all_pairs_finds(seed):
+    """Copies that are off by little in value, by 0 to 5 bits in fingerprint, now and then by their aspect."""
+    draw = np.random.default_rng(seed)
+    prints = draw.integers(0, 4 if seed == 5 else 1 << 63, 60).tolist()
+    values = [draw.integers(0, 256, 768).astype(float) * draw.uniform(0.1, 1) for _ in prints]
+    sizes = [Size(100, 100) for _ in prints]
+    for _ in range(240):
+        i = draw.integers(len(prints))
+        bits = draw.choice(64, draw.integers(6), replace=False)
+        prints.append(prints[i] ^ sum(1 << int(bit) for bit in bits))
+        values.append(values[i] + draw.uniform(0, 0.12) * values[i].std() * draw.choice([-1, 1], 768))
+        sizes.append(Size(100, 104) if draw.random() < 0.1 else Size(200, 180) if draw.random() < 0.1 else sizes[i])
+    values = [value.clip(0, 255).astype(np.uint8) for value in values]
+    found, cut = compared(prints, values, sizes)
+    expected = compared_all(prints, values, sizes)
+    assert found == expected and cut == 0 and len(expected) > 20
+
+
+def test_pictures_that_are_all_alike_in_outline_cost_no_more_than_a_bounded_number_of_comparisons(monkeypatch):
+    """And it is said of how many that is so."""
+    monkeypatch.setattr(near, "MOST", 40)
+    draw = np.random.default_rng(0)
+    values = [draw.integers(0, 128, 768, dtype=np.uint8) for _ in range(300)]
+    values[200] = values[100].copy()
+    values[200][:4] += 9
+    asked, equal = [], near._equal
+    monkeypatch.setattr(
+        near, "_equal", lambda v, r, i, others, limit: asked.append(len(others)) or equal(v, r, i, others, limit)
+    )
+    found, cut = compared([7] * 300, values, [Size(100, 100)] * 300)
+    assert found == [["100", "200"]] and 250 < cut <= 300 and max(asked) <= 40
+
+
+@pytest.mark.slow
+def test_a_million_pictures_are_compared_in_a_minute_and_a_gigabyte():
+    """With one in a hundred a near copy; what the compared values take of the page cache is not counted."""
+    code = """
+import hashlib, time, numpy as np
+from ldm.data.buckets import Size
+from ldm.data.doctor.looks import Look
+from ldm.data.doctor.near import Smalls, alike
+draw, looks, copies = np.random.default_rng(0), [], 0
+with Smalls() as smalls:
+    for start in range(0, 1_000_000, 10_000):
+        prints = draw.integers(0, 1 << 63, 10_000)
+        values = draw.integers(0, 128, (10_000, 768), dtype=np.uint8)
+        later = np.arange(99, 10_000, 100)
+        values[later], prints[later] = values[later - 1] + 2, prints[later - 1] ^ 0b101
+        copies += len(later)
+        for i, (one, small) in enumerate(zip(prints.tolist(), values), start):
+            looks.append(Look(f"{i}", Size(9, 9), hashlib.sha256(b"%d" % i).digest(), one, False, False, False, False))
+            smalls.append(small.tobytes())
+    began = time.process_time()
+    groups, cut = alike(looks, smalls)
+    memory = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    print(len(groups) == copies and not cut, time.process_time() - began, int(memory.split()[1]) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    right, seconds, megabytes = done.stdout.split()
+    assert right == "True" and float(seconds) < 60 and int(megabytes) < 1000, done.stdout
 
 
 class Page(html.parser.HTMLParser):

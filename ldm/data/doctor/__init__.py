@@ -14,7 +14,8 @@ from ldm.data.buckets import BucketConfig, Share, histogram
 from ldm.data.sources import Source, open_source
 from ldm.errors import DataError
 
-from .looks import NEAR_LIMIT, Look, alike, look, same_files
+from .looks import Look, look, same_files
+from .near import MOST, Smalls, alike
 
 __all__ = ["Diagnosis", "Finding", "check_data"]
 
@@ -94,11 +95,16 @@ def check_data(
         inside = Path(data).is_dir() and Path(page).resolve().is_relative_to(Path(data).resolve())
         require(not inside, "lies inside of the data, which is never changed", "page")
     source = open_source(data, captions, split)
-    looks = [seen for _, seen in source.sift(look, desc="pictures")]
-    if not looks:
-        source.require(allow_empty_captions=True)
-        raise DataError("holds no pictures that can be used", where=data)
-    findings = [*_refusal(source), *_skips(source), *_of_captions(source, cut), *_of_pictures(looks, resolution)]
+    looks: list[Look] = []
+    with Smalls() as smalls:
+        for _, (seen, small) in source.sift(look, desc="pictures"):
+            looks.append(seen)
+            smalls.append(small)
+        if not looks:
+            source.require(allow_empty_captions=True)
+            raise DataError("holds no pictures that can be used", where=data)
+        of_pictures = _of_pictures(looks, smalls, resolution)
+    findings = [*_refusal(source), *_skips(source), *_of_captions(source, cut), *of_pictures]
     diagnosis = _diagnosis(source, looks, config, findings)
     if page is not None:
         from .page import write_page
@@ -173,7 +179,7 @@ def _of_captions(source: Source, cut: Callable[[str], str] | None) -> list[Findi
     return findings
 
 
-def _of_pictures(looks: list[Look], resolution: int) -> list[Finding]:
+def _of_pictures(looks: list[Look], smalls: Smalls, resolution: int) -> list[Finding]:
     findings, total = [], len(looks)
 
     def add(kind: str, groups: list[list[str]], what: str, todo: str | None = None) -> None:
@@ -183,11 +189,12 @@ def _of_pictures(looks: list[Look], resolution: int) -> list[Finding]:
     copies = same_files(looks)
     extra = sum(map(len, copies)) - len(copies)
     add("copies", copies, f"{extra} files are copies or links of others, byte for byte", "keep one of each group")
-    near = alike(looks)
+    near, cut = alike(looks, smalls)
     extra = sum(map(len, near)) - len(near)
     add("alike", near, f"{extra} pictures look like another (of other bytes)", "look at the groups, keep one of each")
-    if total > NEAR_LIMIT:
-        findings.append(Finding("alike", 0, f"near duplicates are looked for among {NEAR_LIMIT} pictures at most"))
+    if cut:
+        what = f"{cut} pictures are like so many others in outline that each was compared with {MOST} of them alone"
+        findings.append(Finding("alike", 0, what))
     tiny = [[seen.id] for seen in sorted(looks, key=lambda s: min(s.size)) if 2 * min(seen.size) < resolution]
     what = f"{len(tiny)} pictures would be enlarged more than twice at {resolution}"
     add("tiny", tiny, what, "remove them, or train at a lower resolution")
