@@ -74,6 +74,9 @@ def _check_finetune(s: FinetuneSettings) -> None:
     if s.text_encoder:
         _check_clip(place)
     target = target_at(s.model, own)
+    if target is not None and (have := target.unet.in_channels) != (gives := target.unet.out_channels):
+        what = f"its U-Net takes {have} channels, and gives {gives}: an inpainting model, perhaps"
+        raise ModelError(what, where=s.model, todo="fine-tune a text-to-image model")
     if s.init is not None:
         header = read_lora_header(s.init)
         kind = "dora" if header.dora else "lora"

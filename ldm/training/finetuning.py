@@ -48,12 +48,27 @@ def finetune(
         raise ConfigError("is needed: the run's folder", where="out")
     if isinstance(allow_changed, str):
         allow_changed = [allow_changed]
+    settings, pictures = prepared(data, out, model, config=config, overrides=overrides, resume=resume, **words)
+    return run(settings, Path(out), resume, [setting_of(word) for word in allow_changed], dry_run, pictures)
+
+
+def prepared(
+    data: str | Path | None,
+    out: str | Path,
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    **words: Any,
+) -> tuple[FinetuneSettings, Pictures]:
+    """The settings of a run that is asked for as `finetune` has it, and its pictures, judged and counted.
+
+    Says the command that repeats it. Raises ConfigError, DataError, ModelError, CheckpointError.
+    """
     given = _given({"data": data, "model": model}, config, overrides, words)
-    out = Path(out)
-    earlier = _earlier(out, resume)
-    found, pictures = settle(given, earlier, out)
-    settings = configs.build(FinetuneSettings, nested(found))
-    return run(settings, out, resume, [setting_of(word) for word in allow_changed], dry_run, pictures)
+    found, pictures = settle(given, _earlier(Path(out), resume), Path(out))
+    return configs.build(FinetuneSettings, nested(found)), pictures
 
 
 def _given(

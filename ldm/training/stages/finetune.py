@@ -38,7 +38,7 @@ from ldm.training.stages.common import (
 if TYPE_CHECKING:
     from ldm.training.dataset import Pictures
 
-FEWEST = 64  # pairs of held-out picture and noise level that the validation loss is a mean of
+FEWEST = 32  # pairs of held-out picture and noise level that the validation loss is a mean of
 SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 
 

@@ -1,0 +1,128 @@
+"""A fine-tuning that is killed goes on to the very bits of the one that was not: LoRA and full."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from ldm.checkpoint import load_model
+from ldm.errors import CheckpointError
+from ldm.training import state
+from tests.training.finetune_cases import pictures, run
+from tests.training.test_resume import final_bytes
+
+FULL = {"train": "full", "learning_rate": 1e-3, "text_encoder": True}
+LORA = {"learning_rate": 0.02, "snr_gamma": 5.0}
+# Every draw that resuming could get wrong, and saves at other steps than scores.
+COMMON = {"steps": 8, "accumulation": 2, "batch_size": 4, "save_every": 2, "validate_every": 3, "log_every": 3}
+COMMON |= {"optimizer": "adamw", "lr_schedule": "cosine", "warmup": 2, "ema": 0.8, "noise_offset": 0.05, "flip": 0.5}
+COMMON |= {"held_out": 0.3, "samples": 2, "sample_steps": 2, "sampler": "dpmpp_sde", "caption_dropout": 0.3}
+COMMON |= {"timesteps": "logit_normal", "export": "best"}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, tiny_folder):
+    """A function kind -> (function that runs it into a folder, what an uninterrupted run ends with, its seconds).
+
+    The caches are made once, and everything is imported before a child is forked.
+    """
+    root = tmp_path_factory.mktemp("kills")
+    data, made = pictures(root / "pictures", 10, ((32, 32), (44, 28))), {}
+
+    def get(kind):
+        words = {**COMMON, **(FULL if kind == "full" else LORA), "cache": str(root / "cache"), "name": "mine"}
+
+        def go(out, resume=None, **more):
+            return run(data, out, tiny_folder, resume=resume, **{**words, **more})
+
+        if kind not in made:
+            go(root / f"{kind}-first")
+            began = time.monotonic()
+            in_a_child(lambda: go(root / kind))
+            made[kind] = final(root / kind), time.monotonic() - began
+        return go, *made[kind]
+
+    return get
+
+
+def final(out):
+    """All that a run says in the end, its output included."""
+    names = [name for name in ("best.json", "mine.safetensors") if (out / name).exists()]
+    return final_bytes(out) | {name: (out / name).read_bytes() for name in names}
+
+
+def in_a_child(work, kill_after=None):
+    """Run `work` in a forked child, killed after so many seconds; whether it came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_five_kills_change_no_bit(kind, case, tmp_path, one_thread):
+    go, uninterrupted, seconds = case(kind)
+    chance = random.Random(kind)
+    for _ in range(5):
+        in_a_child(lambda: go(tmp_path / "run", resume="latest"), kill_after=chance.uniform(0, 0.6 * seconds))
+    assert in_a_child(lambda: go(tmp_path / "run", resume="latest"))
+    assert final(tmp_path / "run") == uninterrupted
+    assert (kind == "full") == ("model/model_index.json" in uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_fifty_kills_of_fifty_runs(kind, case, tmp_path, one_thread):
+    """Each run is killed once, at a random moment between its first instruction and its last."""
+    go, uninterrupted, seconds = case(kind)
+    chance, same = random.Random(f"fifty {kind}"), 0
+    for trial in range(50):
+        out = tmp_path / f"{trial}"
+        in_a_child(lambda: go(out, resume="latest"), kill_after=chance.uniform(0, 1.1 * seconds))  # noqa: B023
+        assert in_a_child(lambda: go(out, resume="latest"))  # noqa: B023
+        same += final(out) == uninterrupted
+    assert same == 50
+
+
+def test_what_was_not_said_again_is_as_it_was(case, tmp_path, one_thread):
+    """Presets are made for a new run alone; a setting that is said and differs is named."""
+    go, _, _ = case("lora")
+    out = tmp_path / "run"
+    go(out, steps=3)
+    with pytest.raises(CheckpointError, match=r"settings changed \(lora_rank: 2 → 4\)"):
+        go(out, resume="latest", lora_rank=4)
+    with pytest.raises(CheckpointError, match=r"settings changed \(data: \{'flip': 0.5\} → \{'flip': 0.0\}\)"):
+        go(out, resume="latest", flip=0.0)
+    go(out, resume="latest", steps=4, flip=0.0, allow_changed="flip")
+    assert state.checkpoints(out)[-1].name == "step-00000004"
+
+
+def test_other_data_or_another_model_is_noticed(tiny_folder, tmp_path, one_thread):
+    import shutil
+
+    from ldm.checkpoint import save_model
+    from tests.conftest import build_tiny_model
+
+    data, model = pictures(tmp_path / "pictures", 4), shutil.copytree(tiny_folder, tmp_path / "model")
+    run(data, tmp_path / "run", model, steps=1)
+    (data / "0.txt").write_text("a blue dog")
+    with pytest.raises(CheckpointError, match="the data is not the one that this run began with"):
+        run(data, tmp_path / "run", model, steps=2, resume="latest")
+    (data / "0.txt").write_text("a red cat")
+    before = load_model(model, "cpu", "fp32").hash
+    save_model(build_tiny_model(seed=1), model, dtype="fp32")
+    assert load_model(model, "cpu", "fp32").hash != before
+    with pytest.raises(CheckpointError, match="the model is not the one that this run began with"):
+        run(data, tmp_path / "run", model, steps=2, resume="latest")
+    run(data, tmp_path / "run", model, steps=2, resume="latest", allow_changed=["model"])
