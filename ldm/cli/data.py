@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="NAME", default="train", help="train, validation, test, where there are (train)"
     )
     check.add_argument("--resolution", metavar="N", type=int, default=512, help="of the training in mind (512)")
+    check.add_argument(
+        "--first", metavar="N", type=int, help="of a set on the hub: look at the first N (1000); 0 downloads all"
+    )
     check.add_argument("--page", metavar="FILE", help="write one HTML file with pictures")
     check.add_argument("--json", action="store_true", help="print one JSON document, nothing cut")
 
@@ -54,7 +57,7 @@ def _check(args: argparse.Namespace) -> int:
 
     from ldm.data.doctor import check_data
 
-    found = check_data(args.data, args.captions, args.split, args.resolution, _beyond_clip, args.page)
+    found = check_data(args.data, args.captions, args.split, args.resolution, _beyond_clip, args.page, args.first)
     print(json.dumps(found.as_json(), indent=1, ensure_ascii=False) if args.json else found.as_text())
     return 0 if found.sound else 3
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.data.doctor import check_data
 from ldm.data.sources.library import is_hub_id
+from ldm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,6 +32,16 @@ for name, stream in json.loads(sys.argv[1]):
         print(json.dumps([source.layout, samples, source.counts.found, source.lines()[-3:]]))
     except DataError as error:
         print(json.dumps(str(error)))
+"""
+
+
+CHECK = """
+import json, sys
+from ldm.data.doctor import check_data
+for name, first, page in json.loads(sys.argv[1]):
+    found = check_data(name, first=first, page=page, resolution=64)
+    kinds = {finding.kind: finding.what for finding in found.findings}
+    print(json.dumps([found.layout, found.found, found.used, found.captions, found.skipped, kinds, found.lines]))
 """
 
 
@@ -129,11 +141,11 @@ def hub(tmp_path_factory):
     hub.server.shutdown()
 
 
-def read(hub, cache, tasks, **environment):
+def read(hub, cache, tasks, code=READ, **environment):
     """What a fresh process makes of these (name, stream); the library as it is, told by its environment."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(tasks)],
+        [sys.executable, "-c", code, json.dumps(tasks)],
         env=environment,
         capture_output=True,
         text=True,
@@ -182,6 +194,24 @@ def test_without_network_the_cache_or_one_line(answers, hub, cache):
     assert offline[0][1] == answers["someone/folder", False][1]
     assert "someone/silent-too is neither in" in offline[1] and "(offline)" in offline[1]
     assert str(cache) in offline[1] and "hf download someone/silent-too --repo-type dataset" in offline[1]
+
+
+def test_the_doctor_looks_at_the_first_of_a_set_and_says_so(hub, cache, answers, tmp_path):
+    """Without downloading it; where there is no network, at what was downloaded before."""
+    page = tmp_path / "check.html"
+    tasks = [("someone/table", 2, str(page)), ("someone/folder", 3, None), ("someone/folder", None, None)]
+    first, whole, few = read(hub, tmp_path / "home", tasks, code=CHECK)
+    assert first[0].endswith("read as it comes, the first 2") and first[1:4] == [2, 2, 2]
+    assert first[5]["sample"] == "only the first 2 pictures were looked at" and "few" in first[5]
+    assert "  #0: a red square" in first[6] and page.read_text().count("<img") >= 2
+    assert whole[1:4] == few[1:4] == [3, 3, 3] and "sample" in whole[5] and "sample" not in few[5]
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".arrow", ".png", ".parquet")]
+    (offline,) = read(hub, cache, [("someone/folder", None, None)], code=CHECK, HF_HUB_OFFLINE="1")
+    assert offline[1:4] == [3, 3, 3]
+    (all_of_it,) = read(hub, cache, [("someone/folder", 0, None)], code=CHECK)
+    assert all_of_it[1:4] == [3, 3, 3] and "read as it comes" not in all_of_it[0]
+    with pytest.raises(ConfigError, match="first: is for a set on the hub"):
+        check_data(tmp_path, first=3)
 
 
 def test_what_can_only_be_a_hub_id(tmp_path, monkeypatch):

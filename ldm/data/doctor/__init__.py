@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ldm.config import require
 from ldm.data.buckets import BucketConfig, Share, histogram
-from ldm.data.sources import Source, open_source
+from ldm.data.sources import FirstSource, Source, is_hub_id, open_source
 from ldm.errors import DataError
 
 from .looks import Look, look, same_files
@@ -21,6 +21,7 @@ __all__ = ["Diagnosis", "Finding", "check_data"]
 
 NARROW = 3.0  # longer side by shorter, from which on a picture is called narrow
 FEW = 10  # pictures
+FIRST = 1000  # pictures of a set on the hub
 SHARED = 0.02  # of the pictures with one and the same caption, from which on it is told
 
 
@@ -83,18 +84,20 @@ def check_data(
     resolution: int = 512,
     cut: Callable[[str], str] | None = None,
     page: str | Path | None = None,
+    first: int | None = None,
 ) -> Diagnosis:
     """Look at every picture and caption of a set. Options as in `open_source`; nothing of the set is changed.
 
     `resolution` (px) is that of the training in mind, `cut` gives the end of a caption that its text encoder will not
-    see, `page` is where one HTML file with pictures is written. Raises DataError for what is no set of pictures,
-    ConfigError for a page inside of the set.
+    see, `page` is where one HTML file with pictures is written. Of a set on the hub only the `first` pictures (1000)
+    are looked at, which are read as they come; 0 downloads and reads all. Raises DataError for what is no set of
+    pictures, ConfigError for a page inside of the set, and for `first` of a set that is here.
     """
     config = BucketConfig(resolution, step=min(64, resolution))
     if page is not None:
         inside = Path(data).is_dir() and Path(page).resolve().is_relative_to(Path(data).resolve())
         require(not inside, "lies inside of the data, which is never changed", "page")
-    source = open_source(data, captions, split)
+    source = _opened(data, captions, split, first)
     looks: list[Look] = []
     with Smalls() as smalls:
         for _, (seen, small) in source.sift(look, desc="pictures"):
@@ -104,13 +107,22 @@ def check_data(
             source.require(allow_empty_captions=True)
             raise DataError("holds no pictures that can be used", where=data)
         of_pictures = _of_pictures(looks, smalls, resolution)
-    findings = [*_refusal(source), *_skips(source), *_of_captions(source, cut), *of_pictures]
+    findings = [*_sampled(source), *_refusal(source), *_skips(source), *_of_captions(source, cut), *of_pictures]
     diagnosis = _diagnosis(source, looks, config, findings)
     if page is not None:
         from .page import write_page
 
         write_page(Path(page), diagnosis, source)
     return diagnosis
+
+
+def _opened(data: str | Path, captions: Literal["auto", "names"], split: str, first: int | None) -> Source:
+    hub = isinstance(data, str) and is_hub_id(data)
+    require(hub or not first, "is for a set on the hub; of one that is here all is read", "first")
+    require(first is None or first >= 0, f"must not be negative, got {first}", "first")
+    if hub and first != 0:
+        return FirstSource(open_source(data, captions, split, stream=True), first or FIRST)
+    return open_source(data, captions, split)
 
 
 def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings: list[Finding]) -> Diagnosis:
@@ -131,6 +143,12 @@ def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings
         source.lines(),
         findings,
     )
+
+
+def _sampled(source: Source) -> list[Finding]:
+    if not isinstance(source, FirstSource) or source.ended:
+        return []
+    return [Finding("sample", source.counts.found, f"only the first {source.counts.found} pictures were looked at")]
 
 
 def _refusal(source: Source) -> list[Finding]:

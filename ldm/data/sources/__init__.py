@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from ldm.config import require
 from ldm.errors import DataError
 
+from .first import FirstSource
 from .folder import open_folder
 from .library import is_hub_id, is_saved, open_hub, open_saved
 from .source import Counts, Sample, Skip, Source, over_long
@@ -18,7 +19,17 @@ from .walk import split_of, walk
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CaptionedFolder", "Counts", "Sample", "Skip", "Source", "open_source", "over_long"]
+__all__ = [
+    "CaptionedFolder",
+    "Counts",
+    "FirstSource",
+    "Sample",
+    "Skip",
+    "Source",
+    "is_hub_id",
+    "open_source",
+    "over_long",
+]
 
 
 def open_source(
