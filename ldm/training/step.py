@@ -79,8 +79,9 @@ def checkpoint_gradients(module: nn.Module) -> None:
     for part in module.modules():
         if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
             part.enable_gradient_checkpointing()
-        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers, which has a new name for it from 5 on
+            enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         elif isinstance(part, UNet):
             part.gradient_checkpointing = True
 

@@ -1,4 +1,4 @@
-"""Muon for matrices and convolutions, AdamW for the rest: what torch's own two do to each."""
+"""Muon for matrices and convolutions, AdamW for the rest: what torch's own two do to each; SGD, 8 bits, adapters."""
 
 import copy
 
@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.training.optimizers import make_optimizer
+from ldm.errors import ConfigError
+from ldm.nn.lora import attach, new_updates
+from ldm.training.optimizers import checkpoint_bytes, make_optimizer
 from ldm.training.settings import read_settings
+from ldm.training.state import TrainState, read_tensors, save
+from ldm.training.step import shadow
+from tests.training.toy import toy_settings
 
 SETTINGS = read_settings("emoji/unet", ["vae=x", "text=x", "learning_rate=1e-3", "weight_decay=0.1"])
 
@@ -77,3 +82,62 @@ def test_learning_rate_is_one(net):
         group["lr"] = 0.0
     stepped(net, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters()))
+
+
+def test_sgd_is_the_gradient_alone(net):
+    other = copy.deepcopy(net)
+    settings = read_settings("emoji/unet", ["vae=x", "text=x", "optimizer=sgd", "weight_decay=0", "learning_rate=0.01"])
+    stepped(net, make_optimizer(settings, net, torch.device("cpu")), steps=1)
+    torch.manual_seed(0)
+    other(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), other.parameters()):
+        assert torch.allclose(ours, theirs.detach() - 0.01 * theirs.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_muon_moves_the_matrices_of_adapters(dora, net):
+    attach(net, new_updates(net, ["conv", "linear"], 2, 2.0, dora))
+    optimizer, before = make_optimizer(SETTINGS, net, torch.device("cpu")), copy.deepcopy(net)
+    matrices = {id(p) for p in optimizer.param_groups[0]["params"]}
+    named = {name for name, p in net.named_parameters() if id(p) in matrices}
+    assert named == {f"{layer}.{part}" for layer in ("conv", "linear") for part in ("down", "up")}
+    stepped(net, optimizer)
+    for (name, now), old in zip(net.named_parameters(), before.parameters()):
+        assert torch.equal(now, old) != now.requires_grad, name
+
+
+def test_nothing_to_train_is_refused(net):
+    net.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing of Net is trained"):
+        make_optimizer(SETTINGS, net, torch.device("cpu"))
+    net.norm.requires_grad_(True)
+    with pytest.raises(ConfigError, match="muon moves matrices"):
+        make_optimizer(SETTINGS, net, torch.device("cpu"))
+
+
+def test_eight_bits_go_on_from_a_checkpoint(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = toy_settings(optimizer="adamw8bit")
+    states = []
+    for halved in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 100), nn.SiLU(), nn.Linear(100, 64))
+        now = TrainState(net, shadow(net), make_optimizer(settings, net, torch.device("cpu")))
+        for step in range(4):
+            if step == 2:
+                assert now.tensors()["optimizer.0.weight.state1"].dtype == torch.uint8
+                written = save(now, tmp_path / str(halved), {})
+                size = sum(value.nbytes for value in now.tensors().values())
+                assert abs(checkpoint_bytes(now) - size) < 100
+                if halved:
+                    now = TrainState(net, shadow(net), make_optimizer(settings, net, torch.device("cpu")))
+                    for p in net.parameters():
+                        p.data.zero_()
+                    now.restore(read_tensors(written), 2)
+            torch.manual_seed(step)
+            net(torch.randn(8, 64)).square().sum().backward()
+            now.optimizer.step()
+            now.optimizer.zero_grad()
+        states.append(now.tensors())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -70,6 +70,22 @@ def test_learning_rate_warms_up_stays_and_falls():
     assert learning_rate(s, 999) == pytest.approx(0.1, abs=0.01)
 
 
+def test_learning_rate_stays_or_follows_a_cosine():
+    from ldm.training.schedules import learning_rate
+    from tests.training.toy import toy_settings
+
+    given = {"steps": 110, "learning_rate": 2.0, "warmup": 10, "final_lr": 0.1, "decay_from": 0.0}
+    constant, cosine = (toy_settings(lr_schedule=name, **given) for name in ("constant", "cosine"))
+    assert [learning_rate(constant, step) for step in (0, 4, 9, 10, 60, 109)] == pytest.approx([0.2, 1, 2, 2, 2, 2])
+    assert [learning_rate(cosine, step) for step in (0, 4, 9, 10)] == pytest.approx([0.2, 1, 2, 2])
+    assert learning_rate(cosine, 60) == pytest.approx(2 * 0.55)
+    assert learning_rate(cosine, 35) == pytest.approx(2 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))
+    assert learning_rate(cosine, 110) == pytest.approx(0.2)
+    rates = [learning_rate(cosine, step) for step in range(10, 110)]
+    assert rates == sorted(rates, reverse=True)
+    assert learning_rate(toy_settings(lr_schedule="cosine", warmup=0, steps=1), 0) == pytest.approx(0.05)
+
+
 def test_ema_in_place():
     from ldm.training.step import update_ema
 
