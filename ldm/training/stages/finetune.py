@@ -59,6 +59,7 @@ class Finetune:
         asked = {"num_inference_steps": s.sample_steps, "height": side, "width": side, "sampler": s.sampler}
         self.drawing = Drawing(**asked, spacing=None, eta=None, guidance=Guidance()).resolve(self.model)
         self.guidance_scale = own_scale(self.model) if s.guidance_scale is None else s.guidance_scale
+        self.prior: Dataset | None = None
 
     def open(self, pictures: Pictures | None = None) -> Finetune:
         """Read, judge and encode the data; `pictures`: what was read of it before. Raises DataError."""
@@ -67,7 +68,6 @@ class Finetune:
             pictures.cut = self.model.text.truncated
         self.data = self._dataset(s.data, pictures)
         self.lines, self.inputs["data"] = self.data.lines, self.data.hash
-        self.prior = None
         if s.prior:
             kept = dataclasses.replace(s.data, folder=s.prior, held_out=0.0)
             self.prior = self._dataset(kept, None)

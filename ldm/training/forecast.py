@@ -1,0 +1,65 @@
+"""What a fine-tuning would take here, before its data is encoded: its own steps, tried on a batch of made-up numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.training.dataset import Batch
+from ldm.training.settings import FinetuneSettings
+
+if TYPE_CHECKING:
+    from ldm.training.estimate import Estimate
+    from ldm.training.stages.finetune import Finetune
+
+CAPTION = "a picture of a thing"
+
+
+def measure(settings: FinetuneSettings, out: Path) -> Estimate:
+    """Two steps on a batch of the resolution's square. Raises ModelError, ResourceError out of memory."""
+    import torch
+
+    from ldm.errors import ResourceError
+    from ldm.training.estimate import estimate
+    from ldm.training.stages.finetune import Finetune
+
+    try:
+        stage = Finetune(settings, out)
+        return estimate(stage, settings, trial_batch(stage))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        todo = "lower batch_size (and raise accumulation), or set gradient_checkpointing"
+        raise ResourceError(f"a step does not fit into memory ({error})", where=settings.model, todo=todo) from None
+
+
+def trial_batch(stage: Finetune) -> Batch:
+    """Latents of noise under one caption, as many and as large as the settings have them."""
+    import torch
+
+    s, model, count = stage.settings, stage.model, stage.settings.batch_size
+    side = s.data.resolution // model.vae.factor
+    latents = torch.randn((count, model.vae.latent_channels, side, side), generator=torch.Generator().manual_seed(0))
+    captions = [CAPTION] * count
+    cond = None if s.text_encoder else model.text.encode(captions).to(stage.device, torch.float32)
+    sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
+    return Batch(latents.to(stage.device), captions, cond, sizes.to(stage.device) if stage.xl else None, captions)
+
+
+def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:
+    """What `ldm finetune` would do with so many samples where nothing else is said, and its time, memory and disk.
+
+    `resolution` is in pixels, None is the model's own. Raises ConfigError, ModelError, ResourceError.
+    """
+    from ldm import config
+    from ldm.training.aliases import nested
+    from ldm.training.presets import complete, read_facts
+
+    given = {"model": model, "data.folder": "."}
+    given |= {} if resolution is None else {"data.resolution": resolution}
+    settings = config.build(FinetuneSettings, nested(complete(given, read_facts(model, None, "auto"), samples)))
+    with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
+        found = measure(settings, Path(out))
+    s = settings
+    each = f"{s.batch_size} pictures" if s.accumulation == 1 else f"{s.accumulation} times {s.batch_size} pictures"
+    told = f"{s.steps} steps of {each} at {s.data.resolution} px, as `ldm finetune` chooses them"
+    return (f"a LoRA of rank {s.lora_rank} on the model {model}: {told}", *found.lines)
