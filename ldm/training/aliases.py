@@ -6,6 +6,7 @@ Imports nothing heavy, so that the command line can print the tables in its help
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,7 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
 SWITCHES = frozenset(word for group in OPTIONS.values() for word, (value, _) in group.items() if value is None)
 TEXTS = ("model", "vae", "init", "prior", "captions", "split", "cache", "validation_prompts", "prompts_file", "name")
 TEXTS += ("data",)  # values that are never read as numbers
+PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder")
 
 
 def canonical(given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -287,6 +289,9 @@ def _settled(word: str, value: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"unknown setting {word!r:.80}", where=where or None, todo=todo)
     if value is None and key not in NULLABLE:
         return {}  # as if it were not said
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str):
+            _check_text(text, word, plain in PATHS or key.removeprefix("data.") in PATHS)
     if plain == "prompts_file":
         return {key: _prompts(value)}
     if plain in ("validation_prompts", "report_to", "targets") and isinstance(value, str):
@@ -294,6 +299,18 @@ def _settled(word: str, value: Any, where: str) -> dict[str, Any]:
         parts = [value] if plain == "validation_prompts" else [part.strip() for part in value.split(",")]
         return {key: [] if none else parts}
     return {key: str(value) if key == "data.folder" and isinstance(value, Path) else value}
+
+
+def _check_text(text: str, word: str, path: bool) -> None:
+    """Raise ConfigError for what the operating system would choke on."""
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ConfigError("holds half a character (a lone surrogate)", where=word) from None
+    if b"\0" in raw:
+        raise ConfigError("holds a NUL character", where=word)
+    if path and (len(raw) > 4000 or max(map(len, raw.split(b"/"))) > 255):
+        raise ConfigError(f"is too long for a path: {text[:40]!r}…", where=word)
 
 
 def _hashable(value: Any) -> bool:

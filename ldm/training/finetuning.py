@@ -66,9 +66,13 @@ def prepared(
 
     Says the command that repeats it. Raises ConfigError, DataError, ModelError, CheckpointError.
     """
+    from ldm.training.presets import command
+
     given = _given({"data": data, "model": model}, config, overrides, words)
     found, pictures = settle(given, _earlier(Path(out), resume), Path(out))
-    return configs.build(FinetuneSettings, nested(found)), pictures
+    settings = configs.build(FinetuneSettings, nested(found))
+    say(f"with all settings said:\n  {command(found, out)}")
+    return settings, pictures
 
 
 def _given(
@@ -131,7 +135,7 @@ def settle(given: Mapping[str, Any], earlier: Mapping[str, Any], out: Path) -> t
     """
     from ldm.training.checks import check_finetune_place
     from ldm.training.dataset import FinetuneData, read_pictures
-    from ldm.training.presets import before_data, command, complete, in_steps, read_facts
+    from ldm.training.presets import before_data, complete, in_steps, read_facts
 
     facts, said = None, {**earlier, **given}
     if not said.get("data.folder"):
@@ -148,7 +152,6 @@ def settle(given: Mapping[str, Any], earlier: Mapping[str, Any], out: Path) -> t
     if not count:
         raise DataError("no picture is left to train on", where=data.folder)
     found = complete(given, facts, count) if facts is not None else in_steps(said, given, count)
-    say(f"with all settings said:\n  {command(found, out)}")
     return found, pictures
 
 
