@@ -5,9 +5,11 @@ examples:
   ldm data check pictures/                         layout, counts, copies, sizes; what to mend, and how
   ldm data check pictures/ --page check.html       the same with pictures, as one HTML file
   ldm data check pictures/ --captions names --json
+  ldm data check owner/name --first 500            of a set on the hub the first pictures, without downloading it
 
-`ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. Exit code 3
-when something should be mended.
+`ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. Last it
+takes two steps of a training on made-up numbers and says what `ldm finetune` would take here. Exit code 3 when
+something should be mended.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--split", metavar="NAME", default="train", help="train, validation, test, where there are (train)"
     )
-    check.add_argument("--resolution", metavar="N", type=int, default=512, help="of the training in mind (512)")
+    check.add_argument("--resolution", metavar="N", type=int, help="of the training in mind (512)")
+    check.add_argument("--model", metavar="MODEL", default="default", help="that a training is tried with (default)")
+    check.add_argument("--no-estimate", action="store_true", help="try no step of a training")
     check.add_argument(
         "--first", metavar="N", type=int, help="of a set on the hub: look at the first N (1000); 0 downloads all"
     )
@@ -57,9 +61,22 @@ def _check(args: argparse.Namespace) -> int:
 
     from ldm.data.doctor import check_data
 
-    found = check_data(args.data, args.captions, args.split, args.resolution, _beyond_clip, args.page, args.first)
+    asked = (args.data, args.captions, args.split, 512 if args.resolution is None else args.resolution)
+    estimate = None if args.no_estimate else functools.partial(_estimate, args.model, args.resolution)
+    found = check_data(*asked, _beyond_clip, args.page, args.first, estimate)
     print(json.dumps(found.as_json(), indent=1, ensure_ascii=False) if args.json else found.as_text())
     return 0 if found.sound else 3
+
+
+def _estimate(model: str, resolution: int | None, samples: int) -> tuple[str, ...]:
+    """What a training would take here, or why that cannot be said: the data can be looked at all the same."""
+    from ldm.errors import LdmError
+    from ldm.training.forecast import forecast
+
+    try:
+        return forecast(samples, model, resolution)
+    except LdmError as error:
+        return (f"no estimate ({error})",)
 
 
 def _beyond_clip(text: str) -> str:

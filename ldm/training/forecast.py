@@ -1,4 +1,4 @@
-"""What a fine-tuning would take here, before its data is encoded: its own steps, tried on a batch of made-up numbers."""
+"""What a fine-tuning would take here, before its data is encoded: two of its steps, tried on made-up numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ldm.training.stages.finetune import Finetune
 
 CAPTION = "a picture of a thing"
+MOST = 2  # times the side of the model's pictures: a trial must not be what memory runs out in
 
 
 def measure(settings: FinetuneSettings, out: Path) -> Estimate:
@@ -54,9 +55,12 @@ def forecast(samples: int, model: str = "default", resolution: int | None = None
     from ldm.training.aliases import nested
     from ldm.training.presets import complete, read_facts
 
-    given = {"model": model, "data.folder": "."}
-    given |= {} if resolution is None else {"data.resolution": resolution}
-    settings = config.build(FinetuneSettings, nested(complete(given, read_facts(model, None, "auto"), samples)))
+    facts, given = read_facts(model, None, "auto"), {"model": model, "data.folder": "."}
+    if resolution is not None:
+        fits = resolution <= MOST * facts.side
+        config.require(fits, f"a step at {resolution} px is not tried: {model} draws at {facts.side}", "resolution")
+        given["data.resolution"] = resolution
+    settings = config.build(FinetuneSettings, nested(complete(given, facts, samples)))
     with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
         found = measure(settings, Path(out))
     s = settings

@@ -249,11 +249,26 @@ def test_the_page_shows_pictures_and_runs_nothing(tmp_path):
 
 def test_the_command_says_it_and_returns_three_when_something_is_to_be_mended(tmp_path, capsys):
     data = sound_set(tmp_path / "data")
-    assert main(["data", "check", str(data), "--resolution", "128"]) == 0
+    assert main(["data", "check", str(data), "--resolution", "128", "--no-estimate"]) == 0
     out = capsys.readouterr().out
     assert "12 found: 12 used, 0 skipped" in out and "buckets at 128: " in out and "mend" not in out
     (data / "00.txt").write_text("a cat and a dog " * 30)
-    assert main(["data", "check", str(data), "--json", "--resolution", "2048", "--page", str(tmp_path / "p.html")]) == 3
+    assert (
+        main(
+            [
+                "data",
+                "check",
+                str(data),
+                "--json",
+                "--resolution",
+                "2048",
+                "--no-estimate",
+                "--page",
+                str(tmp_path / "p.html"),
+            ]
+        )
+        == 3
+    )
     said = json.loads(capsys.readouterr().out)
     assert {f["kind"] for f in said["findings"]} == {"long captions", "tiny"} and said["sound"] is False
     assert "and a dog" in said["findings"][0]["what"] and (tmp_path / "p.html").exists()
@@ -268,6 +283,32 @@ def test_the_command_says_it_and_returns_three_when_something_is_to_be_mended(tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no pictures"):
         check_data(tmp_path / "empty")
+
+
+def test_a_training_here_is_estimated_by_steps_that_are_tried(tmp_path, tiny_folder, capsys):
+    """Of the model that is named, at its own size; what cannot be tried is no fault of the data."""
+    data, page = sound_set(tmp_path / "data"), tmp_path / "check.html"
+    before = state(data)
+    assert (
+        main(["data", "check", str(data), "--model", str(tiny_folder), "--page", str(page)]) == 3
+    )  # too small for 512
+    out = capsys.readouterr().out
+    said = re.search(
+        r"a training here: a LoRA of rank \d+ on the model \S+: (\d+) steps of (\d+) pictures at 32 px", out
+    )
+    steps, pictures = map(int, said.groups())
+    assert steps * pictures > 12 and f"for {steps} steps of " in out
+    assert re.search(r"\n  time: about .*one was tried here", out) and re.search(r"\n  memory: [\d.]+ GB", out)
+    assert "A training here" in page.read_text() and state(data) == before
+    asked = ["--json", "--resolution", "128", "--model"]
+    for model, reason in {str(tiny_folder): "a step at 128 px is not tried", str(tmp_path): "no estimate ("}.items():
+        assert main(["data", "check", str(data), *asked, model]) == 0
+        (line,) = json.loads(capsys.readouterr().out)["estimate"]
+        assert line.startswith("no estimate (") and reason in line
+    seen = []
+    found = check_data(data, resolution=128, estimate=lambda samples: seen.append(samples) or ["one", "two"])
+    assert seen == [12] and found.as_text().endswith("a training here: one\n  two")
+    assert check_data(data, resolution=128).estimate == []
 
 
 @pytest.mark.slow

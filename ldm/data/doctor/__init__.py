@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class Diagnosis:
     epoch: int  # samples, repeats counted
     lines: list[str]  # for people
     findings: list[Finding]
+    estimate: list[str]  # of the steps, time and memory of a training here; [] where none was asked for
 
     @property
     def sound(self) -> bool:
@@ -71,6 +72,7 @@ class Diagnosis:
         more = f", and {len(self.buckets) - 6} more" if len(self.buckets) > 6 else ""
         said.append(f"buckets at {self.resolution}: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away")
         said.append(f"an epoch has {self.epoch} samples")
+        said += [f"{'  ' if i else 'a training here: '}{line}" for i, line in enumerate(self.estimate)]
         for finding in sorted(self.findings, key=lambda f: f.todo is None):
             said.append(f"{'mend' if finding.todo else 'note'}: {finding.what}")
             said += [f"      {finding.todo}"] if finding.todo else []
@@ -85,13 +87,15 @@ def check_data(
     cut: Callable[[str], str] | None = None,
     page: str | Path | None = None,
     first: int | None = None,
+    estimate: Callable[[int], Sequence[str]] | None = None,
 ) -> Diagnosis:
     """Look at every picture and caption of a set. Options as in `open_source`; nothing of the set is changed.
 
     `resolution` (px) is that of the training in mind, `cut` gives the end of a caption that its text encoder will not
     see, `page` is where one HTML file with pictures is written. Of a set on the hub only the `first` pictures (1000)
-    are looked at, which are read as they come; 0 downloads and reads all. Raises DataError for what is no set of
-    pictures, ConfigError for a page inside of the set, and for `first` of a set that is here.
+    are looked at, which are read as they come; 0 downloads and reads all. `estimate` says in some lines what a training
+    would take with so many samples an epoch. Raises DataError for what is no set of pictures, ConfigError for a page
+    inside of the set, and for `first` of a set that is here.
     """
     config = BucketConfig(resolution, step=min(64, resolution))
     if page is not None:
@@ -109,6 +113,8 @@ def check_data(
         of_pictures = _of_pictures(looks, smalls, resolution)
     findings = [*_sampled(source), *_refusal(source), *_skips(source), *_of_captions(source, cut), *of_pictures]
     diagnosis = _diagnosis(source, looks, config, findings)
+    if estimate is not None:
+        diagnosis = dataclasses.replace(diagnosis, estimate=list(estimate(diagnosis.epoch)))
     if page is not None:
         from .page import write_page
 
@@ -142,6 +148,7 @@ def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings
         sum(sample.repeats for sample in source),
         source.lines(),
         findings,
+        [],
     )
 
 

@@ -42,6 +42,8 @@ def write_page(path: Path, diagnosis: Diagnosis, source: Source) -> Path:
     mend = sum(finding.todo is not None for finding in findings)
     body.append(f"<p><b>{f'{mend} things to mend' if mend else 'Nothing to mend'}</b></p>")
     body += [_finding(finding, pictures) for finding in findings]
+    if diagnosis.estimate:
+        body += ["<h2>A training here</h2>", f"<p>{'<br>'.join(map(escape, diagnosis.estimate))}</p>"]
     body += ["<h2>Sizes</h2>", _buckets(diagnosis), "<h2>Words of a caption</h2>", _bars(_binned(diagnosis.words))]
     body += ["<h2>Some of the pictures, as they are read</h2>", '<div class="row">']
     step = max(1, len(source) // SHEET)
