@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,21 @@ def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -
 def _whole_shares(threads: int) -> int:
     """Numbers of which so many threads or fewer get whole vectors each."""
     return VECTOR * math.lcm(*range(1, threads + 1))
+
+
+def silu(x: Tensor, training: bool) -> Tensor:
+    """Of an x that nobody else holds: written over it where no gradient is wanted."""
+    return per_image(partial(F.silu, inplace=not torch.is_grad_enabled()), x, training)
+
+
+def added(h: Tensor, x: Tensor) -> Tensor:
+    """h + x, for an h that nobody else holds: written over it where that changes nothing and no gradient is wanted.
+
+    Memory that is taken anew for every sum costs more than the sum. Measured (the default model, 32 rows, fp32, one
+    thread): with this and what else writes over its input, a call of the U-Net takes 0.96 of the time (2 rows: 0.99).
+    """
+    alike = h.dtype == x.dtype and (h.stride() == x.stride() or h.shape != x.shape)
+    return h.add_(x) if alike and not torch.is_grad_enabled() else h + x
 
 
 def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:

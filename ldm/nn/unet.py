@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.attention import attention, check_backend
-from ldm.nn.steady import Linear, Pointwise, layout, per_image
+from ldm.nn.steady import Linear, Pointwise, added, layout, per_image, silu
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
 
@@ -39,7 +39,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = Linear(embed, embed)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
-        return self.linear_2(per_image(F.silu, self.linear_1(x), self.training))
+        return self.linear_2(silu(self.linear_1(x), self.training))
 
 
 class AttentionPooling(nn.Module):
@@ -89,8 +89,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Pointwise(channels, out) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
-        h = self.conv1(per_image(F.silu, self.norm1(x), self.training)) + self.time_emb_proj(temb)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(per_image(F.silu, self.norm2(h), self.training))
+        h = self.conv1(silu(self.norm1(x), self.training))
+        h = added(h, self.time_emb_proj(temb)[:, :, None, None])
+        return added(self.conv2(silu(self.norm2(h), self.training)), self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -121,7 +122,8 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * per_image(F.gelu, gate, self.training)
+        gate = per_image(F.gelu, gate, self.training)
+        return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
 class FeedForward(nn.Module):
@@ -145,9 +147,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, states: Tensor, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
         h = self.norm1(x)
-        x = x + self.attn1(h, h, perturb=perturb)
-        x = x + self.attn2(self.norm2(x), states, mask)
-        return x + self.ff(self.norm3(x))
+        x = added(self.attn1(h, h, perturb=perturb), x)
+        x = added(self.attn2(self.norm2(x), states, mask), x)
+        return added(self.ff(self.norm3(x)), x)
 
 
 class Transformer2D(nn.Module):
@@ -166,7 +168,7 @@ class Transformer2D(nn.Module):
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, states, mask, perturb)
-        return x + (picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x)))
+        return added(picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x)), x)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -305,7 +307,7 @@ class UNet(nn.Module):
 
     def _predict(self, x, timesteps, states, mask, pooled, time_ids, perturb, perturb_in) -> Tensor:
         temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
-        temb = per_image(F.silu, temb, self.training)  # (B, E)
+        temb = silu(temb, self.training)  # (B, E)
         x = self.conv_in(x)
         context = {level: (states, mask, perturb if level in perturb_in else None) for level in self.attention_levels}
 
@@ -333,7 +335,7 @@ class UNet(nn.Module):
             if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
                 x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
 
-        return self.conv_out(per_image(F.silu, self.conv_norm_out(x), self.training))
+        return self.conv_out(silu(self.conv_norm_out(x), self.training))
 
     def _embed(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
