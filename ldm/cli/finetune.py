@@ -19,6 +19,7 @@ The training flags of diffusers' and kohya's scripts are taken too, as are KEY=V
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ldm.training.aliases import ALIASES, OPTIONS, REFUSED, read_value, table
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", nargs="?", help="a folder of pictures, a .tar, a .parquet, owner/name on the hub")
     add("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="any setting")
-    add("-o", "--output", metavar="RUN", required=True, help="the run's folder")
+    add("-o", "--output", metavar="RUN", help="the run's folder")
     add("--output_dir", "--output-dir", dest="output", help=argparse.SUPPRESS)
     add("--config", metavar="FILE", help="settings (.yaml .toml .json); what is said besides goes before them")
     add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the newest, or this, checkpoint")
@@ -57,28 +58,31 @@ def _is_switch(word: str) -> bool:
 
 def _add(parser: Any, word: str, value: str | None, text: str, **more: Any) -> None:
     """An option under our spelling; --with_underscores is taken too, and shown nowhere."""
-    spellings = [f"--{word.replace('_', '-')}"]
     several = word in ("validation_prompts", "validation_prompt")
-    more |= {"nargs": "+", "action": "extend"} if several else {}
     kind = {"action": "store_true"} if value is None else {"metavar": value, **more}
     shared = {"dest": f"word_{word}", "default": argparse.SUPPRESS, **kind}
-    parser.add_argument(*spellings, help=text, **shared)
-    if "_" in word:
-        parser.add_argument(f"--{word}", help=argparse.SUPPRESS, **shared)
+    parser.add_argument(f"--{word.replace('_', '-')}", help=text, **shared, **({"action": "append"} if several else {}))
+    if "_" in word:  # diffusers' --validation_prompts takes several at once
+        several_at_once = {"action": "extend", "nargs": "+"} if several else {}
+        parser.add_argument(f"--{word}", help=argparse.SUPPRESS, **shared, **several_at_once)
 
 
 def run(args: argparse.Namespace) -> int:
     from ldm.training import finetune
 
     data, overrides, resume = args.data, list(args.overrides), args.resume
-    if data is not None and "=" in data and args.config:  # no DATA: the first KEY=VALUE stands in its place
+    if data is not None and "=" in data and not os.path.exists(data):  # no DATA: a KEY=VALUE stands in its place
         data, overrides = None, [data, *overrides]
     if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
         overrides, resume = [*overrides, resume], "latest"
-    words = {name.removeprefix("word_"): value for name, value in vars(args).items() if name.startswith("word_")}
-    words = {word: read_value(word, value) if isinstance(value, str) else value for word, value in words.items()}
     options = {"config": args.config, "resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
-    done = finetune(data, args.output, overrides=overrides, **options, **words)
+    done = finetune(data, args.output, overrides=overrides, **options, **given_words(args))
     if not (args.quiet or args.dry_run):
         print(done)
     return 0
+
+
+def given_words(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as options, by the words that were said."""
+    found = {name.removeprefix("word_"): value for name, value in vars(args).items() if name.startswith("word_")}
+    return {word: read_value(word, value) if isinstance(value, str) else value for word, value in found.items()}

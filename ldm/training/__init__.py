@@ -70,4 +70,8 @@ def _dry_run(settings: Settings, out: Path, pictures: Pictures | None) -> Path:
     if pictures is not None:
         say("\n".join(pictures.lines))
     say("\n".join(f"{name}: {value}" for name, value in as_dict(settings).items()))
+    if isinstance(settings, FinetuneSettings):
+        from ldm.training.forecast import measure
+
+        say("\n".join(measure(settings, out).lines))
     return out / "model"

@@ -45,7 +45,7 @@ def finetune(
     from ldm.training import run
 
     if out is None:
-        raise ConfigError("is needed: the run's folder", where="out")
+        raise ConfigError("is needed: the run's folder (-o RUN)", where="out")
     if isinstance(allow_changed, str):
         allow_changed = [allow_changed]
     settings, pictures = prepared(data, out, model, config=config, overrides=overrides, resume=resume, **words)

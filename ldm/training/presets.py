@@ -177,14 +177,20 @@ def command(found: Mapping[str, Any], out: str | Path) -> str:
         if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
             continue
         if key == "validation_prompts":
-            parts += [text for prompt in value for text in (option, str(prompt))]
+            for prompt in value:
+                parts += _with_value(option, str(prompt))
         elif words.get(key) in SWITCHES:
             parts += [option] if value is True else [f"{key}={_shown(value)}"]
         elif option:
-            parts += [option, ",".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)]
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)
+            parts += _with_value(option, text)
         else:
             parts.append(f"{key}={_shown(value)}")
     return " ".join(shlex.quote(part) for part in parts)
+
+
+def _with_value(option: str, text: str) -> list[str]:
+    return [f"{option}={text}"] if text.startswith("-") or not text else [option, text]
 
 
 def _shown(value: Any) -> str:
