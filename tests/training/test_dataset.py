@@ -349,6 +349,23 @@ def test_killed_while_it_prepares_it_goes_on_and_gives_the_same(opened, networks
     assert vae.calls <= 20 and bits(dataset.batch(5)) == expected
 
 
+def test_threads_that_read_ahead_do_not_mix_up_a_table_s_rows(opened, folder, tmp_path, monkeypatch):
+    """A parquet file's reader remembers where it is; here each row is read by itself."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ldm.data.sources import tables
+
+    monkeypatch.setattr(tables, "BATCH", 1)
+    rows = [{"bytes": (folder / f"{i:02d}.png").read_bytes(), "path": None} for i in range(20)]
+    table = tmp_path / "set.parquet"
+    pq.write_table(pa.table({"image": rows, "text": [f"a cat and {i}" for i in range(20)]}), table)
+    shared = {"folder": str(table), "flip": 0.5, "batch_size": 5, "held_out": 0.0}
+    cached, live = opened(**shared), opened(**shared, cache=OFF, workers=4)
+    for number in range(2 * len(cached)):
+        assert bits(cached.batch(number)) == bits(live.batch(number))
+
+
 def test_random_crops_are_live_and_a_function_of_the_number(opened, networks):
     with pytest.raises(ConfigError, match="crop: random crops cannot be kept in a cache"):
         opened(crop="random")

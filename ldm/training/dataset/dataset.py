@@ -74,7 +74,8 @@ class Dataset:
         require(step % vae.factor == 0, f"{step} is not a multiple of the autoencoder's {vae.factor}", "bucket_step")
         self.pictures = pictures = pictures or read_pictures(data, text.truncated)
         self.data, self.device, self.seed, self.texts, self.xl = data, device, seed, texts, xl
-        say("\n".join(pictures.lines))
+        self.lines = pictures.lines
+        say("\n".join(self.lines))
         self.lost: dict[str, LdmError] = {}  # pictures that went bad after they had been counted, by id
         self._encoders, self._memory = Encoders(vae, text, ids, device), Memory()
         self._cache: Cache | None = None
@@ -89,7 +90,7 @@ class Dataset:
         self._order = Batches([pictures.items[place].bucket for place in self._places], batch_size, seed)
         self._held_out = [i for i, item in enumerate(pictures.items) if item.digest in pictures.held_out]
         self._held_out.sort(key=lambda i: (pictures.items[i].bucket, pictures.items[i].digest))
-        self.batch_size, self.lines, self.hash = batch_size, pictures.lines, pictures.hash
+        self.batch_size, self.hash = batch_size, pictures.hash
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -143,7 +144,8 @@ class Dataset:
             found = cache.prepare(wanted, pictures.read, encoders.encode, embed, self._lose_at)
         if self.lost:
             pictures.leave_out(self.lost)
-            say(f"{len(self.lost)} pictures cannot be encoded: {pictures.lines[1]}")
+            self.lines = pictures.lines
+            say(f"{len(self.lost)} pictures cannot be encoded: {self.lines[1]}")
         say(f"cache: {found.kept} entries found, {found.made} made, {found.bytes / 1e6:.1f} MB in {folder}")
         return Cached(pictures, cache, self._memory)
 

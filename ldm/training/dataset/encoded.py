@@ -132,8 +132,9 @@ class Live:
 
     def _pixels(self, place: int, view: View) -> Tensor:
         picture, digest = self.pictures.read(place)
-        if digest != self.pictures.items[place].digest:
-            raise DataError("was changed since the training began", where=self.pictures.source[place].where)
+        item = self.pictures.items[place]
+        if digest != item.digest:
+            raise DataError("was changed since the training began", where=f"{self.pictures.source.path}/{item.id}")
         return pixels(picture, view)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ class Pictures:
 
     def __init__(self, source: Source, items: list[Item], data: FinetuneData, cut: Callable[[str], str] | None):
         self.source, self.items, self.data, self.cut = source, items, data, cut
+        self._reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
 
     @property
@@ -73,10 +75,15 @@ class Pictures:
         ]
 
     def read(self, place: int) -> tuple[Image.Image, str]:
-        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises PictureError."""
-        item, sample = self.items[place], self.source[place]
-        with sample.open() as file:
-            content = file.read(MAX_FILE + 1)
+        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises PictureError.
+
+        Threads may read at the same time: they wait for each other's files, not for the decoding.
+        """
+        item = self.items[place]
+        with self._reading:
+            sample = self.source[place]
+            with sample.open() as file:
+                content = file.read(MAX_FILE + 1)
         return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
 
     def leave_out(self, bad: Mapping[str, LdmError]) -> None:
