@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 64, 44, 16, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 76, 44, 16, 24
 POINTS = 600  # more than this many points a line are averaged
 
 
@@ -57,13 +57,20 @@ def _placer(x0: float, x1: float, y0: float, y1: float):
 
 def _axes(x0: float, x1: float, y0: float, y1: float, log: bool) -> list[str]:
     place, drawn = _placer(x0, x1, y0, y1), []
+    digits = 3 if log else _digits(y0, y1)
     for i in range(6):
         a, b = x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5
         px, py = place(a, b)
         drawn.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>')
         drawn.append(f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{a:.6g}</text>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{10**b if log else b:.3g}</text>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{10**b if log else b:.{digits}g}</text>')
     return drawn
+
+
+def _digits(low: float, high: float) -> int:
+    """How many, from 3 on, tell the six ticks of an axis from each other."""
+    widest, apart = max(abs(low), abs(high)), (high - low) / 5
+    return min(12, max(3, 1 + math.ceil(math.log10(widest) - math.log10(apart)))) if apart > 0 else 3
 
 
 # Marks of lines in `log_panels`: corners and degrees of the first one; a circle is a polygon of 20.

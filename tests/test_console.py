@@ -91,6 +91,27 @@ def test_a_signal_asks_and_a_second_one_stops(number, capsys):
     assert capsys.readouterr().err == f"stopping after this step ({number.name}); again to stop at once\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_block_that_need_not_be_finished(number, capsys):
+    done = []
+    with console.StopRequest() as stop:
+        with stop.at_once():
+            done.append("before")
+            signal.raise_signal(number)
+            done.append("after")
+        assert stop.signal == number and done == ["before"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert "stopping here" in capsys.readouterr().err
+    with console.StopRequest() as stop:
+        with stop.at_once():
+            done.append("whole")
+        signal.raise_signal(number)
+        assert stop.signal == number and done == ["before", "whole"]
+        with pytest.raises(KeyError), console.StopRequest().at_once():
+            raise KeyError
+
+
 def test_handlers_come_back_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), console.StopRequest():

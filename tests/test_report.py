@@ -45,6 +45,13 @@ def test_points_lie_where_they_should():
     assert {"step", "value", "loss", "0", "10", "1", "3"} <= set(texts)
 
 
+@pytest.mark.parametrize("points", [[(0, 0.05204), (1, 0.05207)], [(0, -1e-9), (1, 3e-9)], [(0, 1e6), (1, 1e6 + 1)]])
+def test_the_ticks_of_a_narrow_range_differ(points):
+    svg = line_plot({"": points}, "", "")
+    ticks = [text.text for text in ET.fromstring(svg).iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert len({float(tick) for tick in ticks}) == 6
+
+
 def test_a_logarithmic_axis():
     svg = line_plot({"loss": [(0, 0.01), (1, 0.1), (2, 1), (3, 0), (4, -1)]}, "x", "y", log=True)
     [(_, low), (_, middle), (_, high)] = lines_of(svg)[0]

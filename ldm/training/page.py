@@ -17,6 +17,7 @@ from ldm.files import atomic_write
 from ldm.report import line_plot
 from ldm.training.records import Best, Records
 from ldm.training.settings import Settings, as_dict
+from ldm.training.trackers import flat
 
 GRIDS = 24  # sample grids shown, evenly spread over the run; the first and the last always
 EVERY = 60  # seconds between two readings of a run that goes
@@ -29,11 +30,13 @@ h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
 .bar { height: .5em; margin: .8em 0; background: color-mix(in srgb, CanvasText 15%, Canvas); }
 .bar i { display: block; height: 100%; background: #1f77b4; }
 .row { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; }
-.row svg { flex: 1 1 24em; max-width: 40em; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
+svg { display: block; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
 figure { margin: 0; flex: 0 1 34em; } figcaption { font-size: .85em; }
+.plots figure { flex: 1 1 24em; max-width: 36em; }
 img { display: block; max-width: 100%; }
 table { border-collapse: collapse; } td { padding: .1em 1.2em .1em 0; vertical-align: top; }
-td:first-child { opacity: .7; }
+td:first-child { opacity: .7; white-space: nowrap; } tr { break-inside: avoid; }
+.columns { columns: 26em; }
 """
 
 
@@ -52,11 +55,11 @@ def write_page(
     body.append(_facts(settings, step, scores, best, speed))
     body.append(f'<div class="bar"><i style="width:{100 * step / settings.steps:.1f}%"></i></div>')
     if losses or scores:
-        body.append(f'<h2>Curves</h2><div class="row">{"".join(_curves(losses, scores))}</div>')
+        body.append(f'<h2>Curves</h2><div class="row plots">{"".join(_curves(losses, scores))}</div>')
     body += _grids(out)
     if lines:
         body += ["<h2>Data</h2>", "<p>", "<br>".join(map(escape, lines)), "</p>"]
-    body += ["<h2>Settings</h2>", _table(as_dict(settings))]
+    body += ["<h2>Settings</h2>", _table(flat(as_dict(settings)))]
     policy = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f'<meta http-equiv="refresh" content="{EVERY}">' if status == "running" else ""
@@ -90,9 +93,10 @@ def _curves(losses: Sequence[Mapping[str, float]], scores: Sequence[Mapping[str,
     both = {"training": [(row["step"], row["loss"]) for row in losses]}
     if "validation_loss" in series:
         both["validation"] = series["validation_loss"]
-    curves = [line_plot(both, "step", "loss", log=True)]
-    curves += [line_plot({name: points}, "step", name.replace("_", " ")) for name, points in series.items()]
-    return [*curves, line_plot({"learning rate": [(row["step"], row["lr"]) for row in losses]}, "step", "rate")]
+    plots = {"loss": line_plot(both, "step", "", log=True)}
+    series["learning rate"] = [(row["step"], row["lr"]) for row in losses]
+    plots |= {name.replace("_", " "): line_plot({"": points}, "step", "") for name, points in series.items()}
+    return [f"<figure>{plot}<figcaption>{escape(name)}</figcaption></figure>" for name, plot in plots.items()]
 
 
 def _grids(out: Path) -> list[str]:
@@ -115,4 +119,4 @@ def _table(settings: Mapping[str, Any]) -> str:
     for name, value in settings.items():
         told = value if isinstance(value, str) else json.dumps(value)
         rows.append(f"<tr><td>{escape(name)}</td><td>{escape(told)}</td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+    return f'<div class="columns"><table>{"".join(rows)}</table></div>'

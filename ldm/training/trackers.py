@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError
 from ldm.training.settings import Settings, as_dict
@@ -41,7 +42,9 @@ class Trackers:
             tracker.start()
         if not step:
             for tracker in self.trackers:
-                tracker.store_init_configuration(_flat(as_dict(settings)))
+                values = flat(as_dict(settings)).items()
+                known = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values}
+                tracker.store_init_configuration(known)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Numbers by name, of a step."""
@@ -62,12 +65,9 @@ class Trackers:
             tracker.finish()
 
 
-def _flat(values: dict, above: str = "") -> dict[str, str | float]:
-    """Settings as trackers take them: one level, numbers and words."""
-    found: dict[str, str | float] = {}
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings on one level, as KEY=VALUE names them: {"data.folder": …}."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{above}{name}.")
-        else:
-            found[above + name] = value if isinstance(value, int | float | str) else str(value)
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) and value else {above + name: value}
     return found
