@@ -17,6 +17,7 @@ from ldm.pipeline.settings import GUIDANCE_WORDS, Settings, check_call, check_gu
 from ldm.pipeline.settings.checks import check_variations
 from ldm.pipeline.settings.sources import DIGESTS, check_sources
 from ldm.prompts import check as check_grammar
+from ldm.render.loaded import known
 from ldm.render.outline import hash_of, outline
 
 if TYPE_CHECKING:
@@ -36,20 +37,28 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     dtype     in the settings (and so in the keys) unless it is auto, so that a run may go on on another machine
+    loaded    the model of lines that name none, where it is in memory (see ldm.render.loaded)
     painter   Painter's other words: device, offload, attention, prediction_type, allow_unapplied
 
     Settings are JSON, None and what changes nothing left out. Raises LdmError for what cannot be drawn.
     """
 
-    def __init__(self, lora_dir: str | os.PathLike | None = None, dtype: str = "auto", **painter: Any):
+    def __init__(
+        self,
+        lora_dir: str | os.PathLike | None = None,
+        dtype: str = "auto",
+        loaded: Model | None = None,
+        **painter: Any,
+    ):
         self._lora_dir, self._dtype, self._painter_words = lora_dir, dtype, painter
+        self._own, self._loaded = ("default", None) if loaded is None else known(loaded)
         self._models: dict[tuple[str, str | None], tuple[Painter, Model] | LdmError] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], Settings, Sources | None]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
         self._hash = functools.lru_cache(REMEMBERED)(hash_of)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process is sent the arguments alone, and looks at models and files for itself."""
+        """Another process is sent the arguments alone (no loaded model), and looks at files for itself."""
         return functools.partial(Resolver, **self._painter_words), (self._lora_dir, self._dtype)
 
     @property
@@ -83,15 +92,19 @@ class Resolver:
 
     def model(self, settings: Mapping[str, Any]) -> tuple[Painter, Model]:
         """Who draws with a line's model, and its outline. Raises ModelError, the same each time."""
-        name = settings.get("model", "default"), settings.get("vae")
+        name = settings.get("model", self._own), settings.get("vae")
         if name not in self._models:
             try:
-                given = {"vae": name[1], "dtype": self._dtype, **self._painter_words}
-                asked = self._painter_words.get("prediction_type")
-                self._models[name] = Painter(name[0], **given), outline(name[0], name[1], asked)
+                self._models[name] = self._look_at(*name)
             except LdmError as error:
                 self._models[name] = error
         return _or_raise(self._models[name])
+
+    def _look_at(self, name: str, vae: str | None) -> tuple[Painter, Model]:
+        given = {"vae": vae, "dtype": self._dtype, **self._painter_words}
+        if self._loaded is not None and name == self._own:
+            return Painter(self._loaded, **given), self._loaded
+        return Painter(name, **given), outline(name, vae, self._painter_words.get("prediction_type"))
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Painter, Settings]:
         """Who draws resolved settings, and with what is shared by all that may be in one batch."""
@@ -140,7 +153,7 @@ class Resolver:
         return {**self._of_model(shared), **told(settings), **begins}, settings, call.sources
 
     def _of_model(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"model": shared.get("model", "default"), "vae": shared.get("vae")}
+        own = {"model": shared.get("model", self._own), "vae": shared.get("vae")}
         own["dtype"] = None if self._dtype == "auto" else self._dtype
         return {name: str(value) for name, value in own.items() if value is not None}
 

@@ -104,9 +104,9 @@ def render(
     grid        up to three axes, ["steps=4,8,16", "sampler=euler,ddim"]: every prompt with every combination, and a
                 sheet of them in output/grids
     gallery     whether to write output/index.html; contact_sheet: output/contact/page-001.jpg, …
-    words       Pipeline's and generate's, under everybody's names: model, vae, lora, lora_dir, device, dtype, … and,
-                for lines that do not say it themselves, num_images, num_inference_steps, guidance_scale,
-                negative_prompt, sampler, spacing, width, height, …
+    words       Pipeline's and generate's, under everybody's names: model (or a loaded one), vae, lora, lora_dir,
+                device, dtype, … and, for lines that do not say it themselves, num_images, num_inference_steps,
+                guidance_scale, negative_prompt, sampler, spacing, width, height, …
 
     A run that was stopped is taken up by the same call: finished pictures are left alone, the others come out to the
     bit as they would have. `output` then holds the pictures, `manifest.jsonl` (one line a picture: status, time, seed,
@@ -116,8 +116,10 @@ def render(
     Raises ConfigError for what is wrong with the call or the file as a whole; ResourceError where the disk is full or
     another run has the folder; Interrupted after SIGINT and SIGTERM, once the batch in hand is saved.
     """
-    check_ray(ray)
     target = Target.of(os.path.join(os.fspath(output), ""), format).check()
+    if ray is not None and _in_memory(words.get("model")):
+        raise ConfigError("a loaded model stays in its process", where="model", todo="save it, and name its folder")
+    check_ray(ray)
     axes = _check_grid(grid, shard, words)
     checked = {
         "target": target,
@@ -172,6 +174,8 @@ def _resolver(words: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, 
     """
     given = {ALIASES.get(word, word): value for word, value in words.items() if value is not None}
     own = {name: given.pop(name) for name in ("lora_dir", "dtype", *OF_PAINTER) if name in given}
+    if _in_memory(given.get("model")):
+        own["loaded"] = given.pop("model")
     if isinstance(given.get("lora"), tuple):  # (path, weight)
         given["lora"] = [given["lora"]]
     free = {name: given.pop(name) for name in NOT_OF_LINES if name in given}
@@ -180,6 +184,10 @@ def _resolver(words: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, 
     resolver = Resolver(**own)
     resolver({**{name: value for name, value in defaults.items() if name != "num_images"}, "prompt": "", "seed": 0})
     return resolver, defaults
+
+
+def _in_memory(model: Any) -> bool:
+    return model is not None and not isinstance(model, (str, os.PathLike))
 
 
 def _plain(value: Any) -> Any:
