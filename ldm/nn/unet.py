@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -91,7 +92,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
         h = self.conv1(silu(self.norm1(x), self.training))
         h = added(h, self.time_emb_proj(temb)[:, :, None, None])
-        return added(self.conv2(silu(self.norm2(h), self.training)), self.conv_shortcut(x))
+        shortcut = self.conv_shortcut(x)  # before conv2: gradients are summed in the reverse of this order
+        return added(self.conv2(silu(self.norm2(h), self.training)), shortcut)
 
 
 class Attention(nn.Module):
@@ -105,12 +107,23 @@ class Attention(nn.Module):
         self.to_v = Linear(context, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor, mask=None, perturb=None) -> Tensor:  # (B, L, C), (B, S, D)
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        mixed = attention(q, k, v, self.num_heads, mask, self.backend)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, D) -> (B, S, C) both
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask=None, perturb=None) -> Tensor:  # (B, L, C), (B, S, C)
+        mixed = attention(self.to_q(x), k, v, self.num_heads, mask, self.backend)
         if perturb is not None:  # the map of attention is the identity in these rows (Ahn et al. 2024)
             mixed = torch.where(perturb[:, None, None], v, mixed)
         return self.to_out[0](mixed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a U-Net makes of a batch's texts, equal at every step of a run: see UNet.prepare."""
+
+    mask: Tensor | None  # (B, S)
+    keys_values: Mapping[Attention, tuple[Tensor, Tensor]]  # of each cross-attention, (B, S, C) both
+    embedding: Tensor | None  # (B, E): the text in the time embedding, where the model has it there
 
 
 class GEGLU(nn.Module):
@@ -145,10 +158,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, states: Tensor, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
+    def forward(self, x: Tensor, states: Tensor | Prepared, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
         h = self.norm1(x)
-        x = added(self.attn1(h, h, perturb=perturb), x)
-        x = added(self.attn2(self.norm2(x), states, mask), x)
+        x = added(self.attn1(h, *self.attn1.keys_values(h), perturb=perturb), x)
+        texts = states.keys_values[self.attn2] if isinstance(states, Prepared) else self.attn2.keys_values(states)
+        x = added(self.attn2(self.norm2(x), *texts, mask), x)
         return added(self.ff(self.norm3(x)), x)
 
 
@@ -275,11 +289,29 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
+    def prepare(self, states: Tensor, mask: Tensor | None = None) -> Prepared:
+        """states (B, S, D), mask (B, S) bool -> what `forward` takes in their place, with the same bits in the end.
+
+        What depends on the texts alone is so computed once a run. Measured (the default model, fp32, one thread): a
+        call takes 0.93 of the time with 32 rows, 0.96 with 2.
+        """
+        states, mask = self._even(states, mask)
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        texts = self.config.addition_embed_type == "text"
+        embedding = self.add_embedding(states, mask) if texts else None
+        return Prepared(mask, {block.attn2: block.attn2.keys_values(states) for block in blocks}, embedding)
+
+    def _even(self, x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All with their last row twice where x has an odd number: convolutions may sum in another order there."""
+        if len(x) % 2 and x.is_cpu and not self.training:
+            return tuple(t if t is None else torch.cat([t, t[-1:]]) for t in (x, *rest))
+        return x, *rest
+
     def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
-        states: Tensor,
+        states: Tensor | Prepared,
         *,
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -288,16 +320,16 @@ class UNet(nn.Module):
         perturb_in: tuple[str, ...] = (),
     ) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
-        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone. In place of `states` and
+        `mask`, what `prepare` made of them.
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         """
         self.check_levels(perturb_in)
-        inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
-        if len(x) % 2 and x.is_cpu and not self.training:  # convolutions may sum in another order at odd batches
-            inputs = tuple(t if t is None else torch.cat([t, t[-1:]]) for t in inputs)
+        inputs = self._even(x, timesteps, pooled, time_ids, perturb)
+        texts = (states, states.mask) if isinstance(states, Prepared) else self._even(states, mask)
         if not self.training:
             inputs = (inputs[0].contiguous(memory_format=layout(x.device, x.dtype)), *inputs[1:])
-        return self._predict(*inputs, perturb_in)[: len(x)]
+        return self._predict(*inputs, *texts, perturb_in)[: len(x)]
 
     def check_levels(self, names: tuple[str, ...]) -> None:
         """Raise ConfigError for a level without self-attention."""
@@ -305,7 +337,7 @@ class UNet(nn.Module):
             todo = f"choose from: {', '.join(self.attention_levels)}"
             raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", todo=todo)
 
-    def _predict(self, x, timesteps, states, mask, pooled, time_ids, perturb, perturb_in) -> Tensor:
+    def _predict(self, x, timesteps, pooled, time_ids, perturb, states, mask, perturb_in) -> Tensor:
         temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
         temb = silu(temb, self.training)  # (B, E)
         x = self.conv_in(x)
@@ -342,7 +374,8 @@ class UNet(nn.Module):
         waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
         temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype))
         if self.config.addition_embed_type == "text":
-            temb = temb + self.add_embedding(states, mask)
+            prepared = isinstance(states, Prepared)
+            temb = temb + (states.embedding if prepared else self.add_embedding(states, mask))
         elif self.config.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")

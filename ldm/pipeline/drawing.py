@@ -144,9 +144,15 @@ def network(unet: UNet, settings: Settings) -> Callable:
     h, w = settings.height, settings.width
     sizes = (h, w, 0, 0, h, w) if unet.config.addition_embed_type == "text_time" else None  # original, crop, target
 
+    last: Any = None  # the texts of the call before, and what the U-Net made of them
+    texts: Any = None
+
     def predict(x, timesteps, cond, **perturbed):
+        nonlocal last, texts
+        if cond is not last:
+            last, texts = cond, unet.prepare(cond.states, cond.mask)
         time_ids = None if sizes is None else timesteps.new_tensor([sizes] * len(x))
-        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=time_ids, **perturbed)
+        return unet(x, timesteps, texts, pooled=cond.pooled, time_ids=time_ids, **perturbed)
 
     return predict
 

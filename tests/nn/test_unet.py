@@ -163,6 +163,24 @@ def test_bits_do_not_depend_on_the_batch(dtype, size):
         assert torch.equal(unet(x[order], t[order], states[order]), alone[order])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_prepared_texts_change_no_bit(kind, dtype):
+    unet = randomised(UNet(CONFIGS[kind])).eval().to(dtype)
+    x, t, states, extra = inputs(CONFIGS[kind])
+    x, states, extra = x.to(dtype), states.to(dtype), {name: value.to(dtype) for name, value in extra.items()}
+    mask = torch.arange(11) < torch.tensor([[11], [7], [3]])
+    with torch.no_grad():
+        for m in (None, mask):
+            for n in (3, 2, 1):
+                more = {name: value[:n] for name, value in extra.items()}
+                of_n = None if m is None else m[:n]
+                expected = unet(x[:n], t[:n], states[:n], mask=of_n, **more)
+                prepared = unet.prepare(states[:n], of_n)
+                for _step in range(2):
+                    assert torch.equal(unet(x[:n], t[:n], prepared, **more), expected)
+
+
 def test_training_mode_pads_nothing():
     config = CONFIGS["default"]
     unet = UNet(config).train()

@@ -52,6 +52,21 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype, tiny_folder):
         assert drawn == pictures[:count]
 
 
+def test_the_unet_reads_the_texts_once_a_batch(pipe, monkeypatch):
+    from ldm.nn.unet import UNet
+
+    read, prepare = [], UNet.prepare
+    monkeypatch.setattr(
+        UNet, "prepare", lambda unet, states, mask: read.append(len(states)) or prepare(unet, states, mask)
+    )
+    steps = {"num_inference_steps": 6, "sampler": "heun"}
+    pipe.generate(num_images=5, batch_size=3, **steps)
+    assert read == [6, 4]
+    read.clear()
+    pipe.generate(guidance_interval=(0.4, 0.8), **steps)
+    assert read == [1, 2, 1]
+
+
 def test_batches_are_put_together_in_order(tiny_folder):
     pipe = Pipeline(["a cat", "a dog"], model=tiny_folder)
     whole = pixels(pipe.generate(num_images=5, seed=3, **FAST))
