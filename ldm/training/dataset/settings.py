@@ -10,6 +10,7 @@ from ldm.data.buckets import BucketConfig
 from ldm.data.transforms import TransformConfig
 
 OFF = "off"  # in the place of the cache's folder
+MAX_SIDE = 8192  # pixels
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class FinetuneData:
         for name, most in (("caption_dropout", 1), ("held_out", 0.5)):
             value = getattr(self, name)
             require(0 <= value <= most, f"must be 0 to {most}, got {value}", name)
+        for name in ("resolution", "min_side", "max_side", "bucket_step"):
+            require((getattr(self, name) or 0) <= MAX_SIDE, f"must be at most {MAX_SIDE} pixels", name)
         require(self.bucket_step is None or self.bucket_step >= 1, "must be at least 1", "bucket_step")
         alone = self.min_side is None and self.max_side is None
         require(alone or not self.square, "contradicts min_side and max_side", "square")
