@@ -110,8 +110,11 @@ class Attention(nn.Module):
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, D) -> (B, S, C) both
         return self.to_k(context), self.to_v(context)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask=None, perturb=None) -> Tensor:  # (B, L, C), (B, S, C)
-        mixed = attention(self.to_q(x), k, v, self.num_heads, mask, self.backend)
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask=None, perturb=None) -> Tensor:
+        """x (B, L, C), context (B, S, D) or its keys and values -> (B, L, C)."""
+        q = self.to_q(x)  # first: gradients are summed in the reverse of this order, and resumed runs keep their bits
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        mixed = attention(q, k, v, self.num_heads, mask, self.backend)
         if perturb is not None:  # the map of attention is the identity in these rows (Ahn et al. 2024)
             mixed = torch.where(perturb[:, None, None], v, mixed)
         return self.to_out[0](mixed)
@@ -160,9 +163,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, states: Tensor | Prepared, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
         h = self.norm1(x)
-        x = added(self.attn1(h, *self.attn1.keys_values(h), perturb=perturb), x)
-        texts = states.keys_values[self.attn2] if isinstance(states, Prepared) else self.attn2.keys_values(states)
-        x = added(self.attn2(self.norm2(x), *texts, mask), x)
+        x = added(self.attn1(h, h, perturb=perturb), x)
+        texts = states.keys_values[self.attn2] if isinstance(states, Prepared) else states
+        x = added(self.attn2(self.norm2(x), texts, mask), x)
         return added(self.ff(self.norm3(x)), x)
 
 
