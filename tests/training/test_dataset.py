@@ -147,6 +147,22 @@ def test_latents_are_drawn_anew_each_epoch_and_each_time(opened, networks):
         assert torch.allclose(values.std(0), std[0], rtol=0.3)
 
 
+def test_copies_of_a_picture_get_draws_of_their_own(opened, folder):
+    for i in range(1, 20):
+        (folder / f"{i:02d}.png").write_bytes((folder / "00.png").read_bytes())
+    dataset = opened(held_out=0.0)
+    latents = torch.cat([dataset.batch(number).latents for number in range(len(dataset))])
+    assert len(latents) == 20 and len({row.numpy().tobytes() for row in latents}) == 20
+    assert not dataset.held_out() and not opened(held_out=0.5).held_out()  # there is one picture, to be trained on
+
+
+def test_autocast_around_a_batch_changes_no_bit(opened):
+    dataset = opened(cache=OFF, crop="random", shuffle_tags=True)
+    expected = bits(dataset.batch(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bits(dataset.batch(2)) == expected
+
+
 def test_dropout_and_alternatives_are_live(opened):
     dataset = opened(held_out=0.0, caption_dropout=0.25)
     seen = [caption for number in range(60 * len(dataset)) for caption in dataset.batch(number).captions]
