@@ -14,6 +14,7 @@ import ldm
 from ldm.pipeline.settings import GUIDANCE_WORDS, Settings
 
 if TYPE_CHECKING:
+    from ldm.pipeline.adapters import Adapter
     from ldm.pipeline.drawing import Picture
     from ldm.pipeline.work import Work
 
@@ -27,8 +28,8 @@ def make_records(model: Any, work: Work, settings: Settings, pictures: Sequence[
     """One record a picture: every resolved argument, the model and the machine."""
     shared = _shared(model, work, settings)
     reports: dict[tuple, dict] = {}
-    for texts in dict.fromkeys(picture.texts for picture in pictures):
-        reports[texts] = _text_report(model.text, texts, settings.runs[0])
+    for texts, adapters in dict.fromkeys((picture.texts, picture.adapters) for picture in pictures):
+        reports[texts, adapters] = _text_report(model.text, texts, settings.runs[0], _words_of(adapters))
     return [
         {
             "prompt": picture.prompt,
@@ -38,7 +39,7 @@ def make_records(model: Any, work: Work, settings: Settings, pictures: Sequence[
             **shared,
             "latents": "given" if picture.latents is not None else None,
             **_own(picture),
-            **reports[picture.texts],
+            **reports[picture.texts, picture.adapters],
         }
         for picture in pictures
     ]
@@ -97,7 +98,16 @@ def too_large(model: Any, settings: Settings) -> str | None:
     return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{todo}"
 
 
-def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[str, Any]:
+def _words_of(adapters: Sequence[Adapter]) -> frozenset[str]:
+    """The words that LoRAs were trained on, as far as they tell."""
+    from ldm.checkpoint.lora import read_lora_header
+
+    return frozenset(word for adapter in adapters for word in read_lora_header(adapter.path).words)
+
+
+def _text_report(
+    encoder: Any, texts: Sequence[str | None], steps: int, known: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """What the model does not see of the texts: what is cut off, words it was never shown, brackets left open."""
     from ldm.nn.text import cut_off
     from ldm.pipeline.encoding import text_at_steps
@@ -106,7 +116,7 @@ def _text_report(encoder: Any, texts: Sequence[str | None], steps: int) -> dict[
     said = list(dict.fromkeys(own for text in texts if text for _, own in text_at_steps(text, steps)))
     plain = [" ".join(piece.text for piece in parse(text) if piece is not BREAK) for text in said]
     cut = [cut_off(encoder, text) for text in plain]
-    words = [word for text in plain for word in encoder.unknown_words(text)]
+    words = [word for text in plain for word in encoder.unknown_words(text) if word not in known]
     return {
         "truncated": " … ".join(part for part in cut if part),
         "unknown_words": list(dict.fromkeys(words)),

@@ -65,11 +65,12 @@ def run(
 def _dry_run(settings: Settings, out: Path, pictures: Pictures | None) -> Path:
     """Say what would be done."""
     from ldm.console import say
+    from ldm.training.aliases import flattened
     from ldm.training.settings import as_dict
 
     if pictures is not None:
         say("\n".join(pictures.lines))
-    say("\n".join(f"{name}: {value}" for name, value in as_dict(settings).items()))
+    say("\n".join(f"{name}: {value}" for name, value in flattened(as_dict(settings)).items()))
     if isinstance(settings, FinetuneSettings):
         from ldm.training.forecast import measure
 

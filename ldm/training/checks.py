@@ -164,5 +164,7 @@ def model_folder(run: str | Path) -> Path:
 
 def fingerprints(settings: Settings) -> dict[str, str]:
     """The sha256 of the manifest of each model that the run reads, by setting; what has no manifest is left out."""
+    if isinstance(settings, FinetuneSettings):
+        return {}  # its stage knows the hash of all that it loaded
     folders = {name: model_folder(getattr(settings, name)) for name in INPUTS[:2] if getattr(settings, name, None)}
     return {name: sha256(folder / MANIFEST) for name, folder in folders.items() if (folder / MANIFEST).is_file()}

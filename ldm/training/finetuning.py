@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ def finetune(
     `data`: a folder of any layout, a .tar, a .parquet, a set on the hub. `words` are the settings, by our names or by
     those of diffusers' and kohya's scripts (`ldm finetune --help` has the table); what nobody says is chosen from the
     model, the number of pictures and the hardware, and printed as the command that repeats it. `config` is a settings
-    file, `overrides` are KEY=VALUE strings. `resume`: "latest" or a checkpoint's folder; settings that are not said
-    are then those of that run, and `allow_changed` names those that may differ from it.
+    file, `overrides` are KEY=VALUE strings. `resume`: "latest", "best" or a checkpoint's folder; settings that are not
+    said are then those of that run, and `allow_changed` names those that may differ from it.
 
     Raises LdmError for all that can be said against the run before work begins (with `dry_run` it ends there),
     Interrupted after a signal (state saved), NumericsError when the loss stays non-finite.
@@ -79,6 +80,9 @@ def _given(
     named: Mapping[str, Any], config: str | Path | None, overrides: Sequence[str], words: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that was said, by the settings' keys; the file gives way to the rest. Raises ConfigError."""
+    for name, value in named.items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise ConfigError(f"expected a path or a name, got {value!r:.80}", where=name)
     said = {name: str(value) for name, value in named.items() if value is not None}
     if twice := [word for word in words if word in said]:
         raise ConfigError(f"{twice[0]} is given twice")
@@ -109,7 +113,7 @@ def _earlier(out: Path, resume: str | None) -> dict[str, Any]:
 
     if resume is None:
         return {}
-    if resume == "latest":
+    if resume in ("latest", "best"):
         found = state.checkpoints(out)
         return _settings_in(out / "settings.json") if found else {}
     folder = Path(resume)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
-from ldm.errors import ConfigError
+from ldm.errors import CheckpointError, ConfigError
 from ldm.training.presets import Facts, complete
 from ldm.training.settings import as_dict
 from tests.checkpoint.lora_cases import apart as pictures_apart
@@ -202,6 +202,27 @@ def test_a_full_run_may_change_what_the_model_predicts(words, models, data, tmp_
     schedule = load_model(model, "cpu", "fp32").schedule
     assert schedule.is_flow if "prediction_type" in words else schedule.rescale_betas_zero_snr
     assert len(Pipeline("a cat", model=model, device="cpu").generate(num_inference_steps=2, seed=1)) == 1
+
+
+def test_words_of_the_captions_are_known_afterwards(tiny_folder, tmp_path):
+    data = pictures(tmp_path / "pictures", 4)
+    (data / "0.txt").write_text("a zorbel")
+    for kind in ("lora", "full"):
+        made = run(data, tmp_path / kind, tiny_folder, train=kind, steps=1)
+        model, lora = (tiny_folder, made) if kind == "lora" else (made, None)
+        images = Pipeline("a zorbel gnu", model=model, lora=lora).generate(num_inference_steps=1, seed=1)
+        assert images.metadata[0]["unknown_words"] == ["gnu"]
+
+
+def test_another_vae_and_a_single_file(models, data, tmp_path):
+    from ldm.checkpoint.single import save_single
+
+    folder = models("1.5")
+    file = save_single(load_model(folder, "cpu", "fp32"), tmp_path / "model.safetensors", torch.float32)
+    run(data, tmp_path / "run", file, vae=str(models("2.1-v")), steps=1)
+    assert ours(file, lora=tmp_path / "run")[0].shape == (2, 64, 64, 3)
+    with pytest.raises(CheckpointError, match="the model is not the one"):
+        run(data, tmp_path / "run", file, vae=str(folder), steps=2, resume="latest", allow_changed=["vae"])
 
 
 # Presets

@@ -159,7 +159,17 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
             merge(copied, updates[part])
     info = {**model.info, "lora": [*model.info.get("lora", ()), *(_told(lora, weight) for lora, weight in loras)]}
     unet = changed.get(id(model.unet), model.unet)
-    return dataclasses.replace(model, unet=unet, text=with_networks(model.text, changed), info=info)
+    text = _with_words(with_networks(model.text, changed), [word for lora, _ in loras for word in lora.header.words])
+    return dataclasses.replace(model, unet=unet, text=text, info=info)
+
+
+def _with_words(text: Any, words: Sequence[str]) -> Any:
+    """The text encoder that knows these words too, where it is known which it was trained on."""
+    if not words or getattr(text, "words", None) is None:
+        return text
+    new = copy.copy(text)
+    new.words = text.words.union(words)
+    return new
 
 
 def _told(lora: LoraFile, weight: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"  # in the folders that PEFT's and diffusers' tools write
 METADATA = "lora_adapter_metadata"  # in the header of diffusers' files: JSON of PEFT's settings, a prefix for each part
+WORDS = "ldm_words"  # in the header of ours: JSON of the captions' words, where the model's text encoder knows few
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
 
@@ -53,6 +54,15 @@ class LoraHeader:
     def name(self) -> str:
         """As a prompt's <lora:name:1> has it."""
         return self.path.parent.name if self.path.name == FILE else self.path.stem
+
+    @property
+    def words(self) -> frozenset[str]:
+        """Those of the captions that it was trained on, where the file tells."""
+        try:
+            found = json.loads(self.metadata.get(WORDS, "[]"))
+        except (ValueError, RecursionError):
+            return frozenset()
+        return frozenset(word for word in found if isinstance(word, str)) if isinstance(found, list) else frozenset()
 
     @property
     def dora(self) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ldm
 from ldm.checkpoint.lora.apply import networks
 from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
-from ldm.checkpoint.lora.read import FILE, METADATA
+from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
 from ldm.errors import ModelError
 from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
 
@@ -60,16 +61,23 @@ def write_lora(
 
 
 def write_lora_into(
-    folder: str | Path, name: str, model: Model, layers: Layers, dtype: torch.dtype | None = None, note: str = ""
+    folder: str | Path,
+    name: str,
+    model: Model,
+    layers: Layers,
+    dtype: torch.dtype | None = None,
+    note: str = "",
+    words: Iterable[str] = (),
 ) -> Path:
     """Write updates into a folder that holds other things too, such as a run's: pytorch_lora_weights.safetensors in
     PEFT's layout, name.safetensors in kohya's, a model card, and a manifest of the two; returns the first one's path.
 
-    Each file is written whole or not at all. Raises as `write_lora`.
+    Each file is written whole or not at all; `words` are those of the captions, where the model knows few. Raises as
+    `write_lora`.
     """
     folder = Path(folder)
     files = {"peft": FILE, "kohya": f"{name}.safetensors"}
-    contents = _contents(folder, model, layers, files, dtype)
+    contents = _contents(folder, model, layers, files, dtype, {WORDS: json.dumps(sorted(words))} if words else {})
     (folder / MANIFEST).unlink(missing_ok=True)  # else it vouches for the old files while the new ones come
     for file, data in contents.items():
         atomic_write(folder / file, data)
@@ -79,9 +87,14 @@ def write_lora_into(
 
 
 def _contents(
-    folder: Path, model: Model, layers: Layers, files: Mapping[str, str], dtype: torch.dtype | None
+    folder: Path,
+    model: Model,
+    layers: Layers,
+    files: Mapping[str, str],
+    dtype: torch.dtype | None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, bytes]:
-    """The files' bytes by their names; `files`: layout -> name."""
+    """The files' bytes by their names; `files`: layout -> name; `more` goes into their headers."""
     from safetensors.torch import save
 
     layers = {part: dict(found) for part, found in layers.items() if found}
@@ -90,7 +103,7 @@ def _contents(
     for layout, file in files.items():
         tensors, metadata = LAYOUTS[layout](model, layers)
         placed = {name: _placed(name, tensor, dtype, folder) for name, tensor in tensors.items()}
-        contents[file] = save(placed, {"format": "pt", **metadata})
+        contents[file] = save(placed, {"format": "pt", **metadata, **more})
     return contents
 
 

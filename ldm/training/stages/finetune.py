@@ -18,7 +18,7 @@ from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
 from ldm.diffusion.guidance import Guidance, cfg
 from ldm.nn.lora import folded, updates_of
-from ldm.nn.text import ClipText, TextEncoder, known_words
+from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.settings import Settings as Drawing
 from ldm.pipeline.settings import own_scale
 from ldm.training import keyed
@@ -171,13 +171,19 @@ class Finetune:
         layers = {part: updates_of(network) for part, network in _parts(ema).items()}
         dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
         note = finetune_note(s, self.data.lines, scores)
-        write_lora_into(self.out, s.name or self.out.resolve().name, model, layers, dtype, note)
+        write_lora_into(self.out, s.name or self.out.resolve().name, model, layers, dtype, note, self._words())
         return self.out
 
+    def _words(self) -> frozenset[str]:
+        """Those of the captions, where the text encoder tells which words it was trained on."""
+        if getattr(self.model.text, "words", None) is None:
+            return frozenset()
+        return known_words(caption for item in self.data.pictures.items for caption in item.captions)
+
     def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
-        if isinstance(model.text, ClipText) and model.text.words is not None:
+        if words := self._words():
             model.text = copy.copy(model.text)
-            model.text.words |= known_words(c for item in self.data.pictures.items for c in item.captions)
+            model.text.words |= words
         modules = {"unet": model.unet, "vae": model.vae.module, "text encoder": nn.ModuleList(model.text.modules)}
         small = sum(p.numel() for module in modules.values() for p in module.parameters()) < SMALL
         card = finetune_card(self.settings, model, self.device.type, modules, scores)
