@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ldm.device import is_out_of_memory
 from ldm.errors import NumericsError, ResourceError
 
 if TYPE_CHECKING:
@@ -198,10 +199,8 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
     try:
         yield
         return
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
