@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("config", metavar="CONFIG", help="a packaged name (emoji/unet) or a file (.yaml .toml .json)")
     add("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings in place of the config's")
     add("-o", "--output", metavar="RUN", required=True, help="the run's folder")
-    add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the latest, best or this checkpoint")
+    add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the latest, best or this one")
     add("--allow-changed", metavar="NAME", action="append", default=[], help="a setting that may differ on --resume")
     add("--dry-run", action="store_true", help="check everything, print the settings, train nothing")
 
