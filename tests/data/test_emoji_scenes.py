@@ -198,3 +198,13 @@ def test_a_grid_leaves_few_sizes_and_places():
     assert {p.x for p in placed} == {p.y for p in placed} == {56, 64, 72}
     with pytest.raises(ConfigError, match="grid"):
         SceneConfig(grid=0)
+
+
+def test_a_share_of_single_objects_stands_still_in_the_middle():
+    scenes = Scenes(SceneConfig(size=(88, 104), jitter=8, grid=8, still=0.7))
+    placed = [scenes.spec(i).objects[0] for i in range(400)]
+    middle = sum((p.x, p.y, p.size) == (64, 64, 96) for p in placed) / 400
+    assert 0.65 < middle < 0.82  # and those of the others that happen to be there
+    free, none = Scenes(SceneConfig(size=(88, 104))), Scenes(SceneConfig(size=(88, 104), still=0.0))
+    assert all(free.spec(i) == none.spec(i) for i in range(50))
+    assert {p.size for p in placed} == {88, 96, 104}

@@ -32,6 +32,7 @@ class SceneConfig:
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
     jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
+    still: float = 0.0  # share of single objects in the middle of the picture and of `size`, where seeds change little
     grid: int = 1  # steps of a single object's size and place: whole latents of an autoencoder of factor 8 with 8
     grounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
     mention: float = 0.85  # share of captions that tell the ground's colour
@@ -49,7 +50,7 @@ class SceneConfig:
         require(0 <= self.jitter <= 128, f"must be 0 to 128, got {self.jitter}", "jitter")
         require(1 <= self.grid <= 128, f"must be 1 to 128, got {self.grid}", "grid")
         require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
-        for name in ("everyday_share", "mention", "two_cards"):
+        for name in ("everyday_share", "mention", "two_cards", "still"):
             require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
         require(not (self.held_out and self.grounds == "any"), "held-out scenes need named grounds", "grounds")
 
@@ -220,6 +221,8 @@ def _single(draw: Draw, config: SceneConfig) -> Spec:
     size = low + config.grid * draw.integer(0, (high - low) // config.grid)
     middle = layout.FRAME // 2
     x, y = layout.jittered(draw, middle, middle, size, config.jitter, config.grid)
+    if config.still and draw.chance(config.still):
+        size, x, y = (low + high) // 2, middle, middle
     judged = [("on", thing.codepoints, ground[1] or nearest_colour(ground[0]))]
     said = captions.noun_phrase(draw, thing)
     return _finish(draw, config, "single", said, ground, [Placed(thing, x, y, size)], judged)
