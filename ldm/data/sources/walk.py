@@ -108,8 +108,8 @@ def _fault(found: Found, entry: os.DirEntry, name: str) -> tuple[str, str] | Non
     except UnicodeEncodeError:
         return "has a name that is not UTF-8", ""
     if entry.is_symlink():
-        target = os.path.realpath(entry.path)
         try:
+            target = os.path.realpath(entry.path)
             mode = os.stat(target).st_mode
         except OSError:
             return "is a link that leads nowhere", ""
