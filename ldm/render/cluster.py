@@ -55,27 +55,28 @@ def joined(address: str) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    own = {"include_dashboard": False} if address == "local" else {}
-    with _own_sigterm():
-        try:
-            _check_there(address)
-            ray.init(address=address, logging_level=logging.ERROR, **own)
-        except Exception as error:  # Ray raises plain ones too
-            reason = str(error).partition("\n")[0].partition(". ")[0]
-            local = "see /tmp/ray/session_latest/logs"
-            todo = local if address == "local" else 'start one (ray start --head), or give "local"'
-            raise ConfigError(f"no Ray cluster at {address} ({reason})", where="ray", todo=todo) from None
     try:
+        with _own_sigterm():
+            _connect(address)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_there(address: str) -> None:
-    """Raise OSError where nobody listens at host:port, for which Ray itself waits many minutes."""
+def _connect(address: str) -> None:
+    import ray
+
+    own = {"include_dashboard": False} if address == "local" else {}
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in address:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT).close()
+    try:
+        if host and port.isdecimal() and "/" not in address:  # where nobody listens, Ray itself waits many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT).close()
+        ray.init(address=address, logging_level=logging.ERROR, **own)
+    except Exception as error:  # Ray raises plain ones too
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        todo = 'start one (ray start --head), or give "local"'
+        todo = "see /tmp/ray/session_latest/logs" if own else todo
+        raise ConfigError(f"no Ray cluster at {address} ({reason})", where="ray", todo=todo) from None
 
 
 @contextlib.contextmanager
@@ -232,9 +233,10 @@ class Crew:
     def _lost(self, worker: Any, part: Part | None, error: Exception) -> None:
         """Have a worker replaced, and what it had in hand drawn by others; one that cannot even start is given up."""
         if part is None:
+            reason = str(error).strip().rpartition("\n")[2]
+            console.warn(f"a worker cannot start ({reason:.200})")
             if not self._idle and not self._calls:
-                reason = str(error).strip().rpartition("\n")[2]
-                raise ResourceError(f"no worker of the cluster can start ({reason:.200})", where="ray")
+                raise ResourceError("no worker of the cluster is left", where="ray", todo="see Ray's logs")
             return
         console.warn(f"a worker was lost; the {len(part.jobs)} pictures that it had in hand go to others")
         self._ask(worker)
