@@ -357,7 +357,7 @@ def setting_of(word: str) -> str:
     """The name of the setting that a word means, as `--allow-changed` needs it; an unknown one stays."""
     plain = word.replace("-", "_")
     plain = ALIASES[plain].word if plain in ALIASES else plain
-    return "data" if plain != "data" and KEYS.get(plain, "").startswith("data.") else plain
+    return "data" if plain.startswith("data.") or KEYS.get(plain, "").startswith("data.") else plain
 
 
 def read_value(word: str, text: str) -> Any:

@@ -266,7 +266,8 @@ class _Run:
         self.scores = scores
         self.trackers.log(scores, step)
         self.tell("running")
-        say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        if scores:
+            say(f"step {step}: {_told(scores)}")
 
     def _best(self) -> Best | None:
         """The best of the checkpoints, that of this step counted as one."""
@@ -304,5 +305,9 @@ class _Run:
             scores = self.records.scores(best.step)
         made = self.stage.export(self.state.ema, self.out / "model", scores)
         self.tell("done")
-        say(f"{made}: {', '.join(f'{k} {v:.4g}' for k, v in scores.items())}")
+        say(f"{made}: {_told(scores)}" if scores else f"{made}: done")
         return made
+
+
+def _told(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm import images
 from ldm.checkpoint import Model, save_model
 from ldm.checkpoint.lora import networks, with_networks, write_lora_into
+from ldm.console import say
 from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
 from ldm.diffusion.guidance import Guidance, cfg
@@ -85,6 +86,8 @@ class Finetune:
         s, batches = self.settings, self.data.held_out()
         count = sum(len(batch.latents) for batch in batches)
         rounds = -(-FEWEST // count) if count else 0
+        if not count:
+            say("no picture is held out, so there is no validation loss")
         levels = fixed_levels(rounds * count, s.seed)
         self.validation: list[tuple[Batch, Tensor, Tensor]] = []
         for number, batch in enumerate(batches * rounds):
