@@ -158,6 +158,8 @@ class _Run:
     def train(self) -> None:
         """To the last step, with scores, checkpoints and the page on the way."""
         state, settings = self.state, self.settings
+        if state.step in map(states.step_of, states.checkpoints(self.out)):
+            self._tidy()  # it may have been killed right after that checkpoint
         if state.step >= settings.steps:
             return
         if state.step % settings.validate_every == 0 and not self.scores:
@@ -277,6 +279,10 @@ class _Run:
         """A checkpoint, with what the log has not written yet and what the run reads; then the oldest goes."""
         extra = {"losses": self.records.values, "inputs": self.inputs}
         states.save(self.state, self.out, as_dict(self.settings), extra)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Mark the best checkpoint, and let the oldest go."""
         best = self._best()
         if best is not None:
             self.records.mark(best)

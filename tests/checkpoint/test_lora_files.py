@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoint.lora import fit, read_lora, read_lora_header, target_at, with_loras, write_lora
+from ldm.checkpoint.lora import fit, read_lora, read_lora_header, target_at, with_loras, write_lora, write_lora_into
 from ldm.checkpoint.lora.names import kohya_name, sgm_names
 from ldm.errors import ModelError
 from ldm.nn.lora import LowRank, layers_of
@@ -254,3 +254,12 @@ def test_layers_of_the_model_alone_are_written(trained, tmp_path):
         write_lora(tmp_path / "mine", model, {"unet": {Q: update}})
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
     assert with_loras(model, []).unet is model.unet
+
+
+def test_a_file_is_the_same_however_often_it_is_written(trained, tmp_path):
+    """safetensors orders metadata at random."""
+    model, update = trained("1.5").model, LowRank(torch.ones(2, 32), torch.ones(32, 2), 1.0)
+    files = [write_lora_into(tmp_path / f"{i}", "x", model, {"unet": {Q: update}}, words=["a"]) for i in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert len({(file.parent / "x.safetensors").read_bytes() for file in files}) == 1
+    assert read_lora(files[0]).header.words == {"a"} and read_lora(files[0]).header.unknown == ()

@@ -49,7 +49,8 @@ def case(tmp_path_factory, tiny_folder):
 
 def final(out):
     """All that a run says in the end, its output included."""
-    names = [name for name in ("best.json", "mine.safetensors") if (out / name).exists()]
+    outputs = ("best.json", "mine.safetensors", "pytorch_lora_weights.safetensors", "manifest.json")
+    names = [name for name in outputs if (out / name).exists()]
     return final_bytes(out) | {name: (out / name).read_bytes() for name in names}
 
 

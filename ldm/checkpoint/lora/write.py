@@ -103,8 +103,18 @@ def _contents(
     for layout, file in files.items():
         tensors, metadata = LAYOUTS[layout](model, layers)
         placed = {name: _placed(name, tensor, dtype, folder) for name, tensor in tensors.items()}
-        contents[file] = save(placed, {"format": "pt", **metadata, **more})
+        contents[file] = _in_order(save(placed, {"format": "pt", **metadata, **more}))
     return contents
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: safetensors writes it in another order each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    told = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _check(layers: Layers, model: Model, folder: Path) -> None:
