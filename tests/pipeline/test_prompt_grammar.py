@@ -33,18 +33,23 @@ def test_a_prompt_that_means_itself_is_the_plain_one(tiny_folder):
 
 
 def test_editing_changes_the_text_from_its_step_on(tiny_folder):
-    model, seen = load_model(tiny_folder, dtype="fp32"), []
-    forward = model.unet.forward
+    model, texts, seen = load_model(tiny_folder, dtype="fp32"), {}, []
+    prepare, forward = model.unet.prepare, model.unet.forward
 
-    def watched(x, timesteps, states, **other):
-        seen.append(states[-1:].clone())  # the prompt's, behind the negative one
-        return forward(x, timesteps, states, **other)
+    def read(states, mask=None):
+        prepared = prepare(states, mask)
+        texts[id(prepared)] = (prepared, states[-1:].clone())  # the prompt's, behind the negative one
+        return prepared
 
-    model.unet.forward = watched
+    def watched(x, timesteps, prepared, **other):
+        seen.append(texts[id(prepared)][1])
+        return forward(x, timesteps, prepared, **other)
+
+    model.unet.prepare, model.unet.forward = read, watched
     try:
         Pipeline("a [cat:dog:0.5]", model=model).generate(**FOUR)
     finally:
-        del model.unet.forward
+        del model.unet.forward, model.unet.prepare
     cat, dog = (model.text.encode([text]).states for text in ("a cat", "a dog"))
     assert [torch.equal(states, text) for states, text in zip(seen, (cat, cat, dog, dog))] == [True] * 4
 
