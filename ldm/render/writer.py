@@ -1,4 +1,8 @@
-"""The thread that turns drawn pictures into files and lines, while the next batch is drawn."""
+"""The thread that turns drawn pictures into files and lines, while the next batch is drawn.
+
+Decoding is not done here. On a CPU it needs the cores that the next batch needs: of a picture's time (the default
+model, 25 steps, fp32) it is 6 %, the PNG 0.5 %, and in a thread beside the U-Net it took 1.02 of the CPU time.
+"""
 
 from __future__ import annotations
 
