@@ -87,7 +87,7 @@ def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: 
     Checkpoints of the run that are newer than the one named are set aside as `later-step-…`. Raises CheckpointError
     where the folder holds another run, the checkpoint is damaged or belongs to other settings.
     """
-    for folder in (out, out / "checkpoints"):
+    for folder in (out, out / "checkpoints", out / "samples"):
         files.sweep(folder)
     if resume is None:
         if states.checkpoints(out):

@@ -79,7 +79,7 @@ def test_a_crash_at_any_change_on_the_disk_leaves_the_last_checkpoint_good(lora,
         content = (newest / "state.safetensors").read_bytes()
         assert content == {**before, 12: last}[state.step_of(newest)], number
         assert not list(run.rglob("corrupt-*"))
-        if number % 10 == 0:
+        if number % 10 == 0 or list((run / "samples").glob(".tmp-*")):
             again(run, lora)
             assert ends(run) == expected, number
         shutil.rmtree(run)
