@@ -21,12 +21,12 @@ from ldm.render.dry import dry
 from ldm.render.expand import Wildcards
 from ldm.render.gallery import write_gallery
 from ldm.render.grids import Axis, read_axes
-from ldm.render.jobs import Shard
-from ldm.render.manifest import DONE, Ledger, Report, read_manifest
+from ldm.render.jobs import Shard, short
+from ldm.render.manifest import DONE, Ledger, Report, is_inside, read_manifest
 from ldm.render.resolve import Resolver
 from ldm.render.sheets import write_sheets
 from ldm.render.source import Prompts, gridded, held, replayed
-from ldm.render.survey import Run, Survey, short, survey, unfinished
+from ldm.render.survey import Run, Survey, survey, unfinished
 from ldm.render.words import MAX_SEED, check_words
 from ldm.render.writer import Encode, Writer, WriterStopped
 
@@ -60,8 +60,8 @@ class Rendered:
     def names(self) -> dict[int, str]:
         """Key (see `keys`) -> file in the folder."""
         wanted = set(self.keys)
-        done = (record for record in read_manifest(self.folder) if record["status"] == DONE)
-        return {key: record["path"] for record in done if (key := short(record["key"])) in wanted}
+        lines = (line for line in read_manifest(self.folder) if line["status"] == DONE and is_inside(line.get("path")))
+        return {key: line["path"] for line in lines if (key := short(line["key"])) in wanted}
 
 
 def render(

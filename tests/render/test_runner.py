@@ -92,6 +92,12 @@ def test_what_is_finished_is_left_alone_and_needs_no_model(draw, tmp_path, monke
         found = draw(LINES[:3])
     assert found.counts["finished_before"] == 3 and found.counts["rendered"] == 0 and len(found.paths) == 3
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == manifest
+    record = json.loads(manifest.splitlines()[0])
+    (tmp_path / "out" / "manifest-9-of-9.jsonl").write_text(
+        "".join(json.dumps(record | {"path": path}) + "\n" for path in (None, "../../secret.png"))
+    )
+    assert sorted(found.paths) == sorted(path for path in (tmp_path / "out").iterdir() if path.suffix == ".png")
+    (tmp_path / "out" / "manifest-9-of-9.jsonl").unlink()
     found = draw([LINES[4], LINES[1], LINES[3]])
     assert found.counts["finished_before"] == 1 and found.counts["rendered"] == 2
     assert identity(tmp_path / "out").items() >= before.items()
