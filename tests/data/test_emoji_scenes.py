@@ -208,3 +208,15 @@ def test_a_share_of_single_objects_stands_still_in_the_middle():
     free, none = Scenes(SceneConfig(size=(88, 104))), Scenes(SceneConfig(size=(88, 104), still=0.0))
     assert all(free.spec(i) == none.spec(i) for i in range(50))
     assert {p.size for p in placed} == {88, 96, 104}
+
+
+@pytest.mark.parametrize(("kind", "ways"), [("pair", 4), ("count", 3), ("card", 5)])
+def test_a_still_scene_has_one_place_for_each_arrangement(kind, ways):
+    """Pairs: four sides; counts: two, three and four; cards: one, or two on four sides."""
+    still, free = (Scenes(SceneConfig(kinds={kind: 1.0}, still=share), 1) for share in (1.0, 0.0))
+
+    def seen(scenes):
+        return {tuple(sorted((p.x, p.y, p.size) for p in scenes.spec(i).objects)) for i in range(150)}
+
+    sides = {tuple((p.x, p.y, p.size) for p in still.spec(i).objects) for i in range(150)}
+    assert len(sides) == ways and len(seen(free)) > 100

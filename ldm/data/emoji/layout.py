@@ -30,31 +30,41 @@ def jittered(draw: Draw, x: int, y: int, size: int, jitter: int | Place, grid: i
     )
 
 
-def two(draw: Draw, relation: str, sizes: tuple[int, int]) -> tuple[Place, Place]:
+def side(draw: Draw, low_high: tuple[int, int], still: bool = False) -> int:
+    """A side between the two, or their middle."""
+    return sum(low_high) // 2 if still else draw.integer(*low_high)
+
+
+def two(draw: Draw, relation: str, sizes: tuple[int, int], still: bool = False) -> tuple[Place, Place]:
     """Centres of a and b so that a stands `relation` b (left, right, above, below), without overlap."""
     near, far, middle = FRAME // 4, FRAME - FRAME // 4, FRAME // 2
     first, second = (near, far) if relation in ("left", "above") else (far, near)
-    along = min(PAIR_ALONG, (far - near - max(sizes)) // 2)
-    points, jitter = ((first, middle), (second, middle)), (along, PAIR_ACROSS)
+    along, across = min(PAIR_ALONG, (far - near - max(sizes)) // 2), PAIR_ACROSS
+    if still:
+        along, across = 0, 0
+    points, jitter = ((first, middle), (second, middle)), (along, across)
     if relation in ("above", "below"):
-        points, jitter = ((middle, first), (middle, second)), (PAIR_ACROSS, along)
+        points, jitter = ((middle, first), (middle, second)), (across, along)
     a, b = (jittered(draw, *point, size, jitter) for point, size in zip(points, sizes))
     return a, b
 
 
-def several(draw: Draw, count: int) -> tuple[int, list[Place]]:
-    """(size, centres) of `count` equal objects that do not overlap: rows, columns, triangles, a square."""
+def several(draw: Draw, count: int, still: bool = False) -> tuple[int, list[Place]]:
+    """(size, centres) of `count` equal objects that do not overlap: rows, columns, triangles, a square.
+
+    `still`: in one way for each count, in the middle of its cell.
+    """
     near, middle, far, gap = FRAME // 4, FRAME // 2, FRAME - FRAME // 4, FRAME // 2
-    size = draw.integer(*COUNT_SIZE[count])
+    size = side(draw, COUNT_SIZE[count], still)
     if count == 2:
-        points = [(near, middle), (far, middle)] if draw.chance(0.7) else [(middle, near), (middle, far)]
+        points = [(near, middle), (far, middle)] if still or draw.chance(0.7) else [(middle, near), (middle, far)]
     elif count == 4:
         points = [(x, y) for y in (near, far) for x in (near, far)]
-    elif draw.chance(0.5):
+    elif still or draw.chance(0.5):
         points = [(middle, near), (near, far), (far, far)]
-        if draw.chance(0.5):
+        if not still and draw.chance(0.5):
             points = [(x, FRAME - y) for x, y in points]
     else:
         size, gap = draw.integer(*ROW_OF_THREE), FRAME // 3
         points = [(middle - gap, middle), (middle, middle), (middle + gap, middle)]
-    return size, [jittered(draw, x, y, size, (gap - size) // 2) for x, y in points]
+    return size, [jittered(draw, x, y, size, 0 if still else (gap - size) // 2) for x, y in points]

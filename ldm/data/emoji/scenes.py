@@ -32,7 +32,7 @@ class SceneConfig:
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
     jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
-    still: float = 0.0  # share of single objects in the middle of the picture and of `size`, where seeds change little
+    still: float = 0.0  # share of scenes with their things in one place and at one size each: seeds change little there
     grid: int = 1  # steps of a single object's size and place: whole latents of an autoencoder of factor 8 with 8
     grounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
     mention: float = 0.85  # share of captions that tell the ground's colour
@@ -215,13 +215,18 @@ def _finish(draw: Draw, config: SceneConfig, kind: str, said: str, ground, place
     )
 
 
+def _still(draw: Draw, config: SceneConfig) -> bool:
+    """Whether a scene is still; without such scenes no draw is spent, so that all others stay what they were."""
+    return bool(config.still) and draw.chance(config.still)
+
+
 def _single(draw: Draw, config: SceneConfig) -> Spec:
     thing, ground = _object(draw, config), _ground(draw, config)
     low, high = config.size
     size = low + config.grid * draw.integer(0, (high - low) // config.grid)
     middle = layout.FRAME // 2
     x, y = layout.jittered(draw, middle, middle, size, config.jitter, config.grid)
-    if config.still and draw.chance(config.still):
+    if _still(draw, config):
         size, x, y = (low + high) // 2, middle, middle
     judged = [("on", thing.codepoints, ground[1] or nearest_colour(ground[0]))]
     said = captions.noun_phrase(draw, thing)
@@ -232,8 +237,9 @@ def _pair(draw: Draw, config: SceneConfig) -> Spec:
     (a, b), ground = _two_objects(draw, config), _ground(draw, config)
     relation = draw.pick(tuple(captions.RELATIONS))
     stands = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
-    sizes = (draw.integer(*layout.PAIR_SIZE), draw.integer(*layout.PAIR_SIZE))
-    places = layout.two(draw, stands, sizes)
+    still = _still(draw, config)
+    sizes = (layout.side(draw, layout.PAIR_SIZE, still), layout.side(draw, layout.PAIR_SIZE, still))
+    places = layout.two(draw, stands, sizes, still)
     placed = [Placed(thing, *place, size) for thing, place, size in zip((a, b), places, sizes)]
     judged = [(relation, a.codepoints, b.codepoints)]
     said = captions.pair(draw, relation, a, b)
@@ -244,7 +250,7 @@ def _pair(draw: Draw, config: SceneConfig) -> Spec:
 def _count(draw: Draw, config: SceneConfig) -> Spec:
     thing, ground = _object(draw, config, countable=True), _ground(draw, config)
     count = draw.integer(2, 4)
-    size, places = layout.several(draw, count)
+    size, places = layout.several(draw, count, _still(draw, config))
     placed = [Placed(thing, x, y, size) for x, y in places]
     said = captions.several(draw, thing, count)
     return _finish(draw, config, "count", said, ground, placed, [("count", thing.codepoints, count)])
@@ -262,12 +268,13 @@ def _card(draw: Draw, config: SceneConfig) -> Spec:
     colours, middle = _card_colours(draw, ground), layout.FRAME // 2
     both = draw.chance(config.two_cards)
     stands = draw.pick(("left", "right", "above", "below"))
+    still = _still(draw, config)
     if both:
-        sizes = (draw.integer(*layout.TWO_CARDS_SIZE), draw.integer(*layout.TWO_CARDS_SIZE))
-        places = layout.two(draw, stands, sizes)
+        sizes = (layout.side(draw, layout.TWO_CARDS_SIZE, still), layout.side(draw, layout.TWO_CARDS_SIZE, still))
+        places = layout.two(draw, stands, sizes, still)
     else:
-        sizes = (draw.integer(*layout.CARD_SIZE),)
-        places = (layout.jittered(draw, middle, middle, sizes[0], config.jitter),)
+        sizes = (layout.side(draw, layout.CARD_SIZE, still),)
+        places = (layout.jittered(draw, middle, middle, sizes[0], 0 if still else config.jitter),)
     cards = tuple(
         Card(draw.pick(("card", "disc")), colour, *place, size) for colour, place, size in zip(colours, places, sizes)
     )
