@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+SILENT = -2  # of all processes of a run but one: not even warnings
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 level = 0  # -1 quiet, 0 normal, 1 verbose; set by the command line
 _warned: set[str] | None = None  # what `hushed` has let through
 
@@ -37,7 +39,7 @@ def progress(
 def hushed() -> Iterator[None]:
     """No bars inside of the block, and of the words each warning once: for work that another bar shows as a whole."""
     global level, _warned
-    before, level, _warned = (level, _warned), -1, set()
+    before, level, _warned = (level, _warned), min(level, -1), set()
     try:
         yield
     finally:
@@ -52,6 +54,8 @@ def say(text: str, verbosity: int = 0) -> None:
 
 def warn(text: str) -> None:
     """One `warning: …` line on stderr; -q does not silence it."""
+    if level == SILENT:
+        return
     if _warned is not None:
         if text in _warned:
             return
@@ -86,7 +90,7 @@ class StopRequest:
 
         self._old = {}
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._old = {s: signal.signal(s, self._handle) for s in STOPPING}
         return self
 
     def __exit__(self, *_exc) -> None:

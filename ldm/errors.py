@@ -46,6 +46,12 @@ class ResourceError(LdmError):
     exit_code = 4
 
 
+class ProcessGone(LdmError):
+    """Another process of the same run has ended, or hangs: what was saved is good, and can be gone on from."""
+
+    exit_code = 5
+
+
 class Interrupted(LdmError):
     """A signal stopped the work after its state had been saved; the exit code is 128 + the signal's number."""
 

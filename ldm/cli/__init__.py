@@ -134,6 +134,8 @@ def _refuse(word: str, parser: Parser) -> NoReturn:
 
 
 def _report(line: str, debug: bool, code: int) -> int:
+    if console.level == console.SILENT:  # another process of the run says it
+        return code
     if debug:
         traceback.print_exc()
     print(line, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ import argparse
 import os
 from typing import Any
 
+from ldm import console
 from ldm.training.aliases import ALIASES, OPTIONS, REFUSED, read_value, table
 
 __doc__ += "\n" + table()
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         overrides, resume = [*overrides, resume], "latest"
     options = {"config": args.config, "resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
     done = finetune(data, args.output, overrides=overrides, **options, **given_words(args))
-    if not (args.quiet or args.dry_run):
+    if console.level >= 0 and not args.dry_run:
         print(done)
     return 0
 

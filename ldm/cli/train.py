@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 
+from ldm import console
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -33,6 +35,6 @@ def run(args: argparse.Namespace) -> int:
         overrides, resume = [*overrides, resume], "latest"
     options = {"resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
     model = train(args.config, args.output, overrides, **options)
-    if not (args.quiet or args.dry_run):
+    if console.level >= 0 and not args.dry_run:
         print(model)
     return 0

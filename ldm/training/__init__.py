@@ -30,9 +30,14 @@ def train(
     `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet) or a settings file; `overrides` are
     KEY=VALUE strings; `resume` is None, "latest" or a checkpoint's folder; `allow_changed` names settings that may
     differ from those of the run that is resumed. Raises LdmError for bad settings before any work, Interrupted after
-    a signal (state saved), NumericsError when the loss stays non-finite.
+    a signal (state saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun started several
+    processes for it and one of them is missing.
     """
-    return run(read_settings(config, overrides), Path(out), resume, allow_changed, dry_run)
+    from ldm.training.distributed import processes
+
+    with processes() as group:
+        settings = group.together(lambda: read_settings(config, overrides))
+        return run(settings, Path(out), resume, allow_changed, dry_run)
 
 
 def run(
@@ -44,22 +49,38 @@ def run(
     pictures: Pictures | None = None,
 ) -> Path:
     """One stage under complete settings, as `train` has it; `pictures`: what was read of fine-tuning's data before."""
-    from ldm import files
-    from ldm.training.checks import check, check_finetune_place
+    from contextlib import ExitStack
 
-    check(settings)
-    if isinstance(settings, FinetuneSettings):
-        check_finetune_place(settings.data, out)
-    if dry_run:
-        return _dry_run(settings, out, pictures)
-    files.require_writable(out)
-    with files.Lock(out):
-        from ldm.training.loop import fit, to_resume
+    from ldm import files
+    from ldm.training.checks import check, check_finetune_place, check_lock, check_processes
+    from ldm.training.distributed import current
+
+    group = current()
+    with ExitStack() as held:
+
+        def begin() -> str | None:
+            check(settings)
+            if isinstance(settings, FinetuneSettings):
+                check_finetune_place(settings.data, out)
+            if dry_run:
+                return str(_dry_run(settings, out, pictures))
+            files.require_writable(out)
+            held.enter_context(files.Lock(out))
+            from ldm.training.loop import to_resume
+
+            found = to_resume(settings, out, resume, allow_changed)
+            return found and str(found)
+
+        group.together(lambda: check_processes(settings))
+        found = group.on_first(begin)
+        if dry_run:
+            return Path(found)
+        from ldm.training.loop import fit
         from ldm.training.stages import STAGES
 
-        checkpoint = to_resume(settings, out, resume, allow_changed)
-        stage = STAGES[settings.stage](settings, out, pictures)
-        return fit(stage, settings, out, checkpoint, allow_changed)
+        group.together(lambda: check_lock(out))
+        stage = group.together(lambda: STAGES[settings.stage](settings, out, pictures))
+        return fit(stage, settings, out, found and Path(found), allow_changed)
 
 
 def _dry_run(settings: Settings, out: Path, pictures: Pictures | None) -> Path:

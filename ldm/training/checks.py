@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.config import build, require
+from ldm.device import pick_device
 from ldm.errors import ConfigError, ModelError, nearest
 from ldm.files import MANIFEST, require_writable, sha256
 from ldm.training.dataset import OFF, FinetuneData
+from ldm.training.distributed import current
 from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
 
+BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the pictures of a batch
 INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
 
 
@@ -43,6 +47,42 @@ def check(settings: Settings) -> None:
     open_samples(settings.data, settings.seed)
 
 
+def check_processes(settings: Settings) -> None:
+    """Raise ConfigError for what cannot be trained on as many processes as there are, or not in this way."""
+    group = current()
+    if group.world == 1:
+        return
+    count, device = f"{group.world} processes", pick_device(settings.device)
+    known = settings.stage in BY_ROWS
+    require(known, f"{settings.stage} compares the pictures of a batch: train it on one process", "stage")
+    fits = settings.batch_size >= group.world
+    require(fits, f"{settings.batch_size} pictures are too few for {count}: raise it, or start fewer", "batch_size")
+    require(device.type != "mps", f"mps is for one process, not for {count}: use device=cpu", "device")
+    if device.type == "cuda":
+        import torch
+
+        there = torch.cuda.device_count()
+        fits = int(os.environ.get("LOCAL_RANK", 0)) < there
+        require(fits, f"this machine has {there} GPUs: start as many processes on it, not more", "device")
+    if group.sharded:
+        _check_sharded(settings)
+
+
+def _check_sharded(s: Settings) -> None:
+    whole = f"{s.optimizer} needs whole tensors, of which FSDP2 keeps parts: use adamw"
+    require(s.optimizer not in ("muon", "adamw8bit"), whole, "optimizer")
+    require(s.precision != "fp16", "fp16 does not go with FSDP2: use bf16", "precision")
+    require(s.stage != "autoencoder", "autoencoder is small: train it without FSDP2", "stage")
+    require(not getattr(s, "compile", False), "does not go with FSDP2", "compile")
+
+
+def check_lock(out: Path) -> None:
+    """Raise ConfigError where this process does not see the run's folder, which the first one has locked."""
+    group = current()
+    seen = (out / ".lock").exists()
+    require(seen, f"process {group.rank} of {group.world} does not see {out}: use a folder that all share", "out")
+
+
 def _check_unet(settings: UNetSettings) -> None:
     from ldm.diffusion import names
     from ldm.diffusion.samplers import SAMPLERS
@@ -60,7 +100,6 @@ def _check_finetune(s: FinetuneSettings) -> None:
     """All that is known without a weight or a picture: of the model, the LoRA to go on from, the machine."""
     from ldm.checkpoint.lora import fit, read_lora_header, target_at
     from ldm.checkpoint.model import check_model
-    from ldm.device import pick_device
     from ldm.diffusion import names
     from ldm.nn.attention import check_backend
 

@@ -41,16 +41,28 @@ def finetune(
     said are then those of that run, and `allow_changed` names those that may differ from it.
 
     Raises LdmError for all that can be said against the run before work begins (with `dry_run` it ends there),
-    Interrupted after a signal (state saved), NumericsError when the loss stays non-finite.
+    Interrupted after a signal (state saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun
+    started several processes for it and one of them is missing.
     """
     from ldm.training import run
+    from ldm.training.distributed import processes
+    from ldm.training.settings import as_dict
 
     if out is None:
         raise ConfigError("is needed: the run's folder (-o RUN)", where="out")
     if isinstance(allow_changed, str):
         allow_changed = [allow_changed]
-    settings, pictures = prepared(data, out, model, config=config, overrides=overrides, resume=resume, **words)
-    return run(settings, Path(out), resume, [setting_of(word) for word in allow_changed], dry_run, pictures)
+    with processes() as group:
+        read: list[Pictures] = []  # by the first process; the others read them when they have its settings
+
+        def settled() -> dict[str, Any]:
+            found, pictures = prepared(data, out, model, config=config, overrides=overrides, resume=resume, **words)
+            read.append(pictures)
+            return as_dict(found)
+
+        settings = configs.build(FinetuneSettings, group.on_first(settled))
+        changed = [setting_of(word) for word in allow_changed]
+        return run(settings, Path(out), resume, changed, dry_run, *read)
 
 
 def prepared(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.training.dataset import Batch
+from ldm.training.distributed import Part
 from ldm.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def trial_batch(stage: Finetune) -> Batch:
     captions = [CAPTION] * count
     cond = None if s.text_encoder else model.text.encode(captions).to(stage.device, torch.float32)
     sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
-    return Batch(latents.to(stage.device), captions, cond, sizes.to(stage.device) if stage.xl else None, captions)
+    ids = sizes.to(stage.device) if stage.xl else None
+    return Batch(latents.to(stage.device), captions, cond, ids, captions, Part(count))
 
 
 def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:

@@ -7,12 +7,15 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm import files
 from ldm.console import StopRequest, progress, say, warn
@@ -20,6 +23,7 @@ from ldm.device import is_out_of_memory, pick_device
 from ldm.errors import CheckpointError, DataError, Interrupted, LdmError, NumericsError, ResourceError
 from ldm.training import state as states
 from ldm.training.checks import fingerprints
+from ldm.training.distributed import current
 from ldm.training.optimizers import checkpoint_bytes
 from ldm.training.page import write_page
 from ldm.training.records import BEST, Best, Records
@@ -40,15 +44,17 @@ def fit(
     `checkpoint` is what `to_resume` found. Raises Interrupted after a signal (state saved), NumericsError after five
     bad steps in a row (the last good checkpoint stays), CheckpointError where the models that the run reads are not
     those it began with, ResourceError out of memory or, before the first step, where the disk has no room for its
-    checkpoints, DataError (exit code 5, state saved) for a bad picture.
+    checkpoints, DataError (exit code 5, state saved) for a bad picture, ProcessGone where another process is missing.
     """
+    group = current()
     with _memory_named(settings, out):
-        state = prepare(stage, settings, pick_device(settings.device))
+        state = prepare(stage, settings, pick_device(settings.device), group)
         inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
-        losses = _restore(state, checkpoint, settings, inputs, allow_changed) if checkpoint else []
-        _ask_for_space(state, settings, out)
-        files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
-        run = _Run(stage, state, settings, out, Records(out, state.step, losses), inputs)
+        _compare(inputs, out)
+        losses: list[float] = []
+        if checkpoint:
+            losses = group.together(partial(_restore, state, checkpoint, settings, inputs, allow_changed))
+        run = group.together(lambda: _Run(stage, state, settings, out, losses, inputs))
         try:
             with run.stop:
                 run.train()
@@ -71,6 +77,19 @@ def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
             raise
         todo = f"{sparing(settings)}; the last checkpoint is good"
         raise ResourceError("out of memory", where=out, todo=todo) from None
+
+
+def _compare(inputs: dict[str, str], out: Path) -> None:
+    """Raise DataError where the processes of a run do not read the same."""
+    group = current()
+    firsts = group.on_first(lambda: inputs)
+
+    def same() -> None:
+        for name, digest in inputs.items():
+            if firsts.get(name) != digest:
+                raise DataError(f"process {group.rank} of {group.world} reads another {name} than process 0", where=out)
+
+    group.together(same)
 
 
 def sparing(settings: Settings) -> str:
@@ -147,13 +166,31 @@ class _Run:
     """A run in its folder: the steps, and what is written down as they go."""
 
     def __init__(
-        self, stage: Stage, state: TrainState, settings: Settings, out: Path, records: Records, inputs: dict[str, str]
+        self,
+        stage: Stage,
+        state: TrainState,
+        settings: Settings,
+        out: Path,
+        losses: list[float],
+        inputs: dict[str, str],
     ):
         self.stage, self.state, self.settings, self.out = stage, state, settings, out
-        self.records, self.inputs, self.stop = records, inputs, StopRequest()
-        self.trackers = Trackers(settings, out, state.step)
-        self.scores = records.scores(state.step)
+        self.group, self.inputs, self.stop = state.parallel.group, inputs, StopRequest()
+        self.group.listen(self.stop)
+        self.scores: dict[str, float] = {}
+        if self.group.first:
+            _ask_for_space(state, settings, out)
+            files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
+            self.records = Records(out, state.step, losses)
+            self.scores = self.records.scores(state.step)
+        own = settings if self.group.first else replace(settings, report_to=())
+        self.trackers = Trackers(own, out, state.step)
         self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that stops the run; of many processes the one that all have heard of."""
+        return self.group.signal(self.stop)
 
     def train(self) -> None:
         """To the last step, with scores, checkpoints and the page on the way."""
@@ -162,7 +199,7 @@ class _Run:
             self._tidy()  # it may have been killed right after that checkpoint
         if state.step >= settings.steps:
             return
-        if state.step % settings.validate_every == 0 and not self.scores:
+        if self.group.as_first(state.step % settings.validate_every == 0 and not self.scores):
             self._show()
         batches, bad = self.stage.batches(state.step), 0
         bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
@@ -181,11 +218,12 @@ class _Run:
     def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches with the first one made: that may take minutes, which a signal need not wait for."""
         first = []
-        if not self.stop.signal:
+        if not self.signal:
             device = next(self.state.module.parameters()).device
-            with self.stop.at_once(), precision(self.settings, device):  # as all the others are made
-                first.append(next(batches))
-        if self.stop.signal:
+            with self.group.at_once(self.stop), precision(self.settings, device):  # as all the others are made
+                first.append(self.group.agreed(partial(next, batches)))
+        self.group.hear()
+        if self.signal:
             raise self._stopped(f"at step {self.state.step}, before another one")
         return chain(first, batches)
 
@@ -195,8 +233,16 @@ class _Run:
         done = self._guarded(batches)
         self.clock.append(time.monotonic() - began)
         if done.bad:
-            named = f" ({', '.join(done.ids[:8])})" if done.ids else ""
+            ids = self.group.gathered(list(done.ids))
+            named = f" ({', '.join(ids[:8])})" if ids else ""
             warn(f"step {state.step}: loss or gradient is not finite, nothing is applied{named}")
+        if self.group.first:
+            self._note(done, every, bar)
+        return not done.bad
+
+    def _note(self, done: Outcome, every: int, bar) -> None:
+        """A step's line of the log."""
+        state = self.state
         row = self.records.add(state.step, done.loss, learning_rate(self.settings, state.step - 1), every)
         bar.update()
         if row is not None:
@@ -206,7 +252,6 @@ class _Run:
             self.trackers.log({"loss": row["loss"], "learning_rate": row["lr"]}, state.step)
         if len(self.clock) == 2:
             self._announce()
-        return not done.bad
 
     def _guarded(self, batches: Iterator[Any]) -> Outcome:
         """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
@@ -233,13 +278,14 @@ class _Run:
         state, settings = self.state, self.settings
         last = state.step == settings.steps
         self.scores = {}
+        due = last or state.step % settings.save_every == 0
         if last or state.step % settings.validate_every == 0:
             self._show()
-        best = self._best() if self.scores else None
-        due = last or state.step % settings.save_every == 0 or (best is not None and best.step == state.step)
-        if due or self.stop.signal:
+            best = self._best() if self.scores else None
+            due = self.group.as_first(due or (best is not None and best.step == state.step))
+        if due or self.signal:
             self._save()
-        if self.stop.signal:
+        if self.signal:
             raise self._stopped(f"after step {state.step}, all saved")
 
     def _show(self) -> None:
@@ -247,19 +293,23 @@ class _Run:
 
         Out of memory, the training goes on without: its steps may need less.
         """
-        if self.stop.signal:
+        if self.signal:
             return
         try:
-            with self.stop.at_once(), torch.no_grad():
+            with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad():
                 self._score()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self.group.sharded:
                 raise
             warn(f"step {self.state.step}: out of memory in validation, so no scores; {sparing(self.settings)}")
+        self.state.parallel.settle()
+        self.group.hear()
 
     def _score(self) -> None:
         step = self.state.step
         scores, image = self.stage.validate(self.state.ema, step), self.stage.picture(self.state.ema)
+        if not self.group.first:
+            return
         if image is not None:
             path = self.out / "samples" / f"step-{step:08d}.png"
             files.atomic_write(path, lambda path: image.save(path, format="PNG"))
@@ -277,39 +327,54 @@ class _Run:
 
     def _save(self) -> None:
         """A checkpoint, with what the log has not written yet and what the run reads; then the oldest goes."""
-        extra = {"losses": self.records.values, "inputs": self.inputs}
+        extra = {"losses": self.records.values, "inputs": self.inputs} if self.group.first else {}
         states.save(self.state, self.out, as_dict(self.settings), extra)
         self._tidy()
 
     def _tidy(self) -> None:
         """Mark the best checkpoint, and let the oldest go."""
+        if not self.group.first:
+            return
         best = self._best()
         if best is not None:
             self.records.mark(best)
         states.rotate(self.out, self.settings.keep, best.step if best else None)
 
     def _stopped(self, when: str) -> Interrupted:
-        return Interrupted(self.stop.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+        return Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
 
     def tell(self, status: str) -> None:
         """Write the run's page."""
+        if not self.group.first:
+            return
         speed = self._speed() if self.clock else None
         lines = list(getattr(self.stage, "lines", ()))
         write_page(self.records, self.settings, self.state.step, status, self._best(), lines, speed)
 
     def export(self) -> Path:
         """The model of the average, or of that of the best checkpoint; returns where it is."""
-        if not self.scores:
+        if self.group.as_first(not self.scores):
             self._show()
-        best, scores = self._best(), self.scores
-        before = self.records.scores(0)
+        step = self.group.on_first(self._best_step)
+        if step is not None:
+            self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
+        ema = self.state.parallel.gathered(self.state.ema)
+        return Path(self.group.on_first(lambda: str(self._exported(ema, step))))
+
+    def _best_step(self) -> int | None:
+        """The step of the best checkpoint, where the model is to be made of that."""
+        best, before = self._best(), self.records.scores(0)
         if best is not None and before.get(best.name, math.nan) * BEST[best.name] > best.value * BEST[best.name]:
             warn(f"{best.name} was better before training ({before[best.name]:.4g}) than at any checkpoint since")
         if best is not None and getattr(self.settings, "export", "last") == "best" and best.step != self.state.step:
             say(f"the model is that of step {best.step}, the best")
-            self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{best.step:08d}"))
-            scores = self.records.scores(best.step)
-        made = self.stage.export(self.state.ema, self.out / "model", scores)
+            return best.step
+        return None
+
+    def _exported(self, ema: nn.Module, step: int | None) -> Path:
+        """The stage's model, with the scores of `step` where it is not the last."""
+        scores = self.scores if step is None else self.records.scores(step)
+        made = self.stage.export(ema, self.out / "model", scores)
         self.tell("done")
         say(f"{made}: {_told(scores)}" if scores else f"{made}: done")
         return made

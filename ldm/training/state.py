@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ldm import files
 from ldm.console import say, warn
 from ldm.errors import CheckpointError, ModelError
+from ldm.training.distributed import current
+from ldm.training.distributed.parallel import Single, like, whole
 
 FORMAT = 1
 
@@ -34,9 +36,13 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0  # optimizer steps done
     scaler: torch.amp.GradScaler | None = None
+    parallel: Single = field(default_factory=Single)  # how its processes train it together
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state under a flat name: what is trained, buffers, their average, moments."""
+        """Every tensor of the state under a flat name: what is trained, buffers, their average, moments.
+
+        Of a state that is spread over processes all of them have to ask, and the first one is told.
+        """
         found, names = {}, learned(self.module)
         for part, module in (("model", self.module), ("ema", self.ema)):
             own = module.state_dict()
@@ -44,7 +50,12 @@ class TrainState:
         for name, parameter in trainable(self.module).items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{name}.{slot}"] = torch.as_tensor(value)
-        return _apart({k: v.detach().to("cpu").contiguous() for k, v in found.items()})
+        first, kept = self.parallel.group.first, {}
+        for name, value in found.items():
+            value = whole(value.detach())
+            if first:
+                kept[name] = value.to("cpu").contiguous()
+        return _apart(kept)
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Put back what `tensors` gave; the parameters keep their place in memory and on their device.
@@ -87,7 +98,7 @@ def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> 
     if wrong:
         told = f"{len(wrong)} tensors are not those of this network ({wrong[0]}, …)"
         raise CheckpointError(told, todo="resume with the settings that the run began with")
-    module.load_state_dict(given, strict=False)
+    module.load_state_dict({n: like(v, own[n]) if n in own else v for n, v in given.items()}, strict=False)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,6 +117,7 @@ def _slot(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
         return int(value)  # bitsandbytes' count of steps
     if value.shape != parameter.shape:
         return value.to(parameter.device)
+    value = like(value, parameter)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
@@ -119,14 +131,21 @@ def environment(device: torch.device) -> dict[str, Any]:
     where = platform.machine(), torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         where = "cuda", torch.cuda.get_device_name(device)
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": " ".join(where)}
+    threads, world = torch.get_num_threads(), current().world
+    return {"torch": torch.__version__, "threads": threads, "machine": " ".join(where), "processes": world}
 
 
 def save(state: TrainState, run: Path, settings: dict[str, Any], extra: Mapping[str, Any] = {}) -> Path:
-    """Write `checkpoints/step-N` and read it back against its manifest."""
+    """Write `checkpoints/step-N` and read it back against its manifest; of many processes the first one does."""
+    tensors, group = state.tensors(), state.parallel.group
+    return Path(group.on_first(lambda: str(_write(state, tensors, run, settings, extra))))
+
+
+def _write(
+    state: TrainState, tensors: dict[str, Tensor], run: Path, settings: dict[str, Any], extra: Mapping[str, Any]
+) -> Path:
     from safetensors.torch import save_file
 
-    tensors = state.tensors()
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise CheckpointError(f"{len(bad)} tensors are not finite ({bad[0]}, …)", where=run, todo="nothing was saved")

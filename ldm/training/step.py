@@ -7,6 +7,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ldm.config import require
 from ldm.device import fast_bf16, pick_device
 from ldm.nn.unet import UNet
+from ldm.training.distributed import ALONE, Alone
+from ldm.training.distributed.parallel import local, spread, whole
 from ldm.training.optimizers import make_optimizer
 from ldm.training.schedules import learning_rate
 from ldm.training.settings import Settings
@@ -28,6 +31,7 @@ class Stage(Protocol):
 
     What is not trained of `module` does not require a gradient. A stage may have `lines` too, what there is to say of
     its data (the run's page shows them), and `inputs`, digests of what it reads by name. A batch may have `ids`.
+    On many processes `batches` gives each its part (see distributed.Part), and `loss` the part's mean.
     """
 
     module: nn.Module
@@ -60,13 +64,18 @@ def precision(settings: Settings, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, half, enabled=bf16 or settings.precision == "fp16")
 
 
-def prepare(stage: Stage, settings: Settings, device: torch.device) -> TrainState:
-    """What a run starts from: the stage's module on `device`, its average, an optimizer; of fp16 a gradient scaler."""
+def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone = ALONE) -> TrainState:
+    """What a run starts from: the stage's module on `device`, its average, an optimizer; of fp16 a gradient scaler.
+
+    Of a `group` of processes all have to ask.
+    """
     module = stage.module.to(device).train()
     if settings.gradient_checkpointing:
         checkpoint_gradients(module)
     scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
-    return TrainState(module, shadow(module), make_optimizer(settings, module, device), scaler=scaler)
+    ema = shadow(module)
+    parallel = spread(group, stage, ema, device)
+    return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
 
 
 def checkpoint_gradients(module: nn.Module) -> None:
@@ -106,20 +115,22 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     Where fp16's scaled gradients overflow, nothing is applied and the scale is halved: that is not `bad`.
     """
     device = next(state.module.parameters()).device
-    rate, scaler, ids = learning_rate(settings, state.step), state.scaler, []
+    rate, scaler, ids, parallel = learning_rate(settings, state.step), state.scaler, [], state.parallel
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     total = torch.zeros((), device=device)
     for micro in range(settings.accumulation):
-        with precision(settings, device):
-            batch = next(batches)
-            ids += getattr(batch, "ids", ())
-            loss = stage.loss(batch, state.step, micro) / settings.accumulation
-        (scaler.scale(loss) if scaler else loss).backward()
+        with parallel.micro(last=micro == settings.accumulation - 1):
+            with precision(settings, device):
+                batch = parallel.group.agreed(partial(next, batches))
+                ids += getattr(batch, "ids", ())
+                loss = parallel.loss(stage, batch, state.step, micro) / settings.accumulation
+            (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
+    total = parallel.group.total(total)
     if scaler:
         scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(trainable(state.module).values(), settings.clip)
+    norm = whole(nn.utils.clip_grad_norm_(trainable(state.module).values(), settings.clip))
     applied = bool(torch.isfinite(total + norm))
     bad = not applied
     if applied:
@@ -139,6 +150,6 @@ def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
     """ema ← decay · ema + (1 − decay) · module of what is trained, in place; buffers are copied."""
     pairs = [(old, new) for old, new in zip(ema.parameters(), module.parameters()) if new.requires_grad]
     if pairs:
-        torch._foreach_lerp_([old for old, _ in pairs], [new for _, new in pairs], 1 - decay)
+        torch._foreach_lerp_(local(old for old, _ in pairs), local(new for _, new in pairs), 1 - decay)
     for old, new in zip(ema.buffers(), module.buffers()):
         old.copy_(new)

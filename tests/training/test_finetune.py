@@ -190,7 +190,7 @@ def test_prior_pictures_are_a_part_of_each_step(models, data, tmp_path):
     run(data, out, models("1.5"), prior=str(kept), prior_weight=0.5, steps=1)
     stage = stage_of(out)
     stage.module.train()
-    batch = stage.data.batch(0)
+    batch = next(stage.batches(0))
     parts = stage._loss(batch, "", 0, 0), stage._loss(stage.prior.batch(0), "prior ", 0, 0)
     assert torch.allclose(stage.loss(batch, 0, 0), parts[0] + 0.5 * parts[1])
     assert stage.inputs["prior"] != stage.inputs["data"]

@@ -5,7 +5,8 @@ Shapes:  B samples of a batch   C, h, w latent channels, height, width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm.console import say, warn
 from ldm.data.buckets import Batches
 from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
 from ldm.errors import DataError, LdmError, NumericsError
+from ldm.training.distributed import Part, current, part_of
 
 from .pictures import Pictures, read_pictures
 from .settings import OFF, FinetuneData
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from .encoded import Cached
 
+Row = tuple[int, View, "Tensor", str]  # place of a picture, its view, latents drawn from their distribution, caption
 STILL = TransformConfig()  # of pictures that are held out: cropped in the middle, never mirrored
 
 
@@ -42,6 +45,8 @@ class Batch:
     cond: Conditioning | None  # their embeddings in fp32; None where the dataset was made with texts=False
     time_ids: Tensor | None  # (B, 6) fp32, XL's original size, crop and target size; None without xl
     ids: list[str]  # of the samples, for messages
+    part: Part  # which rows of the whole batch these are, where several processes share it
+    prior: Batch | None = None  # what is kept of what the model knows, to be learned in the same step
 
 
 class Dataset:
@@ -104,15 +109,18 @@ class Dataset:
     def batch(self, number: int) -> Batch:
         """The number-th batch since the beginning: the same whenever, and however often, it is asked for.
 
+        Of many processes each gets its rows of it, and reads no other pictures; all have to ask for the same one.
         What is left of a bucket makes a smaller one. With `cache=off` a picture that is gone or changed by now is left
         out with a warning, and a batch of which nothing is left is the next one. Raises DataError where more are lost
         than `max_bad` allows, or the cache was damaged since it was prepared.
         """
         for candidate in range(number, number + len(self)):
-            if rows := self._rows(candidate):
+            rows, part = self._rows(candidate)
+            if part.size:
                 if self._cache is None:
-                    self._latents.expect([(place, view) for _, place, view in self._views(number + 1)])
-                return self._batch(rows)
+                    views = self._views(number + 1)
+                    self._latents.expect([views[row][1:] for row in current().part(len(views)).own])
+                return self._batch(rows, part)
         raise DataError("not one picture can be read any more", where=self.data.folder)
 
     def held_out(self) -> list[Batch]:
@@ -120,11 +128,11 @@ class Dataset:
         items, batches, rows = self.pictures.items, [], []
         for i in self._held_out:
             if rows and (len(rows) == self.batch_size or items[i].bucket != items[rows[-1][0]].bucket):
-                batches.append(self._batch(rows))
+                batches.append(self._batch(rows, Part(len(rows))))
                 rows = []
             (view,) = fixed_views(items[i].size, items[i].bucket, STILL)
             rows.append((i, view, self._latents.latents(i, view)[0], (*items[i].captions, "")[0]))
-        return [*batches, self._batch(rows)] if rows else batches
+        return [*batches, self._batch(rows, Part(len(rows)))] if rows else batches
 
     def _prepared(self, folder: Path) -> Cached:
         """Every entry that training will ask for, made or found sound; bad pictures are left out and counted."""
@@ -138,15 +146,23 @@ class Dataset:
             held = item.digest in pictures.held_out
             views = fixed_views(item.size, item.bucket, STILL if held else self.data.transform)
             wanted.append(Wanted(item.id, item.digest, views, item.captions[:1] if held else item.captions))
-        self._cache = Cache(folder, encoders.vae_id, encoders.text_id, self.data.cache_dtype)
-        with self._cache as cache:
-            embed = encoders.embed if self._texts_kept else None
-            found = cache.prepare(wanted, pictures.read, encoders.encode, embed, self._lose_at)
+        self._cache = cache = Cache(folder, encoders.vae_id, encoders.text_id, self.data.cache_dtype)
+
+        def prepare() -> dict[str, str]:
+            with cache:
+                embed = encoders.embed if self._texts_kept else None
+                found = cache.prepare(wanted, pictures.read, encoders.encode, embed, self._lose_at)
+            say(f"cache: {found.kept} entries found, {found.made} made, {found.bytes / 1e6:.1f} MB in {folder}")
+            return {id: str(error) for id, error in self.lost.items()}
+
+        lost = current().on_first(prepare)
+        self.lost = {id: self.lost.get(id) or DataError(text) for id, text in lost.items()}
+        if not current().first:
+            cache.look()
         if self.lost:
             pictures.leave_out(self.lost)
             self.lines = pictures.lines
             say(f"{len(self.lost)} pictures cannot be encoded: {self.lines[1]}")
-        say(f"cache: {found.kept} entries found, {found.made} made, {found.bytes / 1e6:.1f} MB in {folder}")
         return Cached(pictures, cache, self._memory)
 
     @property
@@ -177,28 +193,54 @@ class Dataset:
             found.append((position, place, view))
         return found
 
-    def _rows(self, number: int) -> list[tuple[int, View, Tensor, str]]:
-        """(place, view, latents drawn from their distribution, caption) of each sample of a batch."""
+    def _rows(self, number: int) -> tuple[list[Row], Part]:
+        """This process's samples of a batch, and which they are: of a batch in which it has none, an empty one."""
         from ldm.training import keyed
 
-        rows, epoch = [], number // len(self)
-        for position, place, view in self._views(number):
+        views, epoch = self._views(number), number // len(self)
+        part, rows, lost = current().part(len(views)), {}, {}
+        for row in part.own:
+            position, place, view = views[row]
             item = self.pictures.items[place]
             try:
                 mean, std = self._latents.latents(place, view)
             except (DataError, NumericsError) as error:
                 if self._cache is not None:
                     raise
-                self._lose(item.id, error)
+                lost[row] = error
                 continue
             latents = mean + std * keyed.normal(tuple(mean.shape), self.seed, "latents", epoch, position)
             caption = choose_caption(item.captions, self.data.caption_dropout, self.seed, epoch, position)
             if self.data.shuffle_tags:
                 caption = shuffle_tags(caption, self.data.keep_tags, self.seed, epoch, position)
-            rows.append((place, view, latents, caption))
-        return rows
+            rows[row] = (place, view, latents, caption)
+        if self._cache is None:
+            part = self._left(part, [self.pictures.items[place].id for _, place, _ in views], lost)
+        if part.size and not rows:
+            rows[0] = self._nothing(*views[0][1:])
+        return list(rows.values()), part
 
-    def _batch(self, rows: Sequence[tuple[int, View, Tensor, str]]) -> Batch:
+    def _left(self, part: Part, ids: Sequence[str], lost: Mapping[int, LdmError]) -> Part:
+        """What is left of a part when all processes have said which pictures (row -> why) they could not read."""
+        group = current()
+        gone = group.any_of([row in lost for row in range(len(ids))])
+        if not any(gone):
+            return part
+        told = group.gathered([json.dumps([row, str(error)]) for row, error in lost.items()])
+        for row, text in sorted(map(json.loads, told)):
+            self._lose(ids[row], lost.get(row) or DataError(text))
+        kept = [row for row, was in enumerate(gone) if not was]
+        return part_of(len(kept), [i for i, row in enumerate(kept) if row in part.own], group.world)
+
+    def _nothing(self, place: int, view: View) -> Row:
+        """A row of the batch's size that is no picture: for a process that has none of them."""
+        import torch
+
+        vae = self._encoders.vae
+        shape = (vae.latent_channels, view.size.height // vae.factor, view.size.width // vae.factor)
+        return place, view, torch.zeros(shape), ""
+
+    def _batch(self, rows: Sequence[Row], part: Part) -> Batch:
         import torch
 
         captions = [caption for _, _, _, caption in rows]
@@ -208,7 +250,8 @@ class Dataset:
             captions,
             self._embedded(captions) if self.texts else None,
             None if time_ids is None else time_ids.to(self.device),
-            [self.pictures.items[place].id for place, _, _, _ in rows],
+            [self.pictures.items[place].id for place, _, _, _ in rows if part.weight],
+            part,
         )
 
     def _embedded(self, captions: list[str]) -> Conditioning:

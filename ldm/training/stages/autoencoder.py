@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,17 @@ from ldm import images
 from ldm.device import pick_device
 from ldm.training import keyed
 from ldm.training.checks import check_same
+from ldm.training.distributed import Part, current
 from ldm.training.samples import open_samples, stream, to_float
 from ldm.training.settings import AutoencoderSettings
 from ldm.training.stages.common import SEED_OFFSET, start_from
+
+
+class Crops(NamedTuple):
+    """Rows of a batch."""
+
+    pixels: Tensor  # (B, 3, H, W) in [-1, 1]
+    part: Part
 
 
 class Autoencoder:
@@ -38,24 +47,27 @@ class Autoencoder:
         _norm_in_nchw(self.module)
         self.device = pick_device(settings.device)
 
-    def batches(self, first_step: int) -> Iterator[Tensor]:
+    def batches(self, first_step: int) -> Iterator[Crops]:
         s = self.settings
         pictures = s.batch_size // s.crops
         start = first_step * s.accumulation * pictures
         for number, (batch, _) in enumerate(stream(self.samples, start, pictures, s.workers)):
             step, micro = divmod(number + first_step * s.accumulation, s.accumulation)
             whole = not s.crop or step >= s.crop_until * s.steps
-            yield to_float(batch if whole else random_crops(batch, s.crop, s.crops, s.seed, step, micro), self.device)
+            batch = batch if whole else random_crops(batch, s.crop, s.crops, s.seed, step, micro)
+            part = current().part(len(batch))
+            yield Crops(to_float(part.of(batch), self.device), part)
 
-    def loss(self, x: Tensor, step: int, micro: int) -> Tensor:
-        s = self.settings
+    def loss(self, batch: Crops, step: int, micro: int) -> Tensor:
+        s, (x, part) = self.settings, batch
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.module.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = keyed.normal(tuple(mean.shape), s.seed, "posterior", step, micro).to(mean.device)
+        noise = part.of(keyed.normal((part.size, *mean.shape[1:]), s.seed, "posterior", step, micro)).to(mean.device)
         y = self.module.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        return s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl
+        loss = s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl
+        return part.mean(loss)
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from ldm.pipeline.settings import own_scale
 from ldm.training import keyed
 from ldm.training.card import finetune_card, finetune_note
 from ldm.training.dataset import Batch, Dataset
+from ldm.training.distributed.parallel import is_sharded
 from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.adapting import encode, load_base, make_module
 from ldm.training.stages.common import (
@@ -101,25 +102,28 @@ class Finetune:
     def batches(self, first_step: int) -> Iterator[Batch]:
         accumulation = self.settings.accumulation
         for number in range(first_step * accumulation, self.settings.steps * accumulation):
-            yield self.data.batch(number)
+            batch = self.data.batch(number)
+            yield batch if self.prior is None else dataclasses.replace(batch, prior=self.prior.batch(number))
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         own = self._loss(batch, "", step, micro)
-        if self.prior is None:
+        if batch.prior is None:
             return own
-        kept = self.prior.batch(step * self.settings.accumulation + micro)
-        return own + self.settings.prior_weight * self._loss(kept, "prior ", step, micro)
+        return own + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
 
     def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
-        s, x0, size = self.settings, batch.latents, len(batch.latents)
-        noise = keyed.normal(tuple(x0.shape), s.seed, f"{kind}noise", step, micro)
+        s, x0, part = self.settings, batch.latents, batch.part
+        size = part.size
+        noise = keyed.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
         if s.noise_offset:
-            shift = keyed.normal((*x0.shape[:2], 1, 1), s.seed, f"{kind}noise offset", step, micro)
+            shift = keyed.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
             noise = noise + s.noise_offset * shift
+        noise = part.of(noise).to(self.device)
         u = (torch.arange(size) + keyed.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
-        timesteps = timesteps_at(self.model.schedule, spread(u, s.timesteps, s.timestep_shift)).to(self.device)
+        u = part.of(spread(u, s.timesteps, s.timestep_shift))
+        timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)
-        return training_loss(predict, self.model.schedule, x0, noise.to(self.device), timesteps, s.snr_gamma).mean()
+        return part.mean(training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma))
 
     def _predict(self, module: nn.Module, batch: Batch) -> Predict:
         """The U-Net of `module` under the batch's captions, which its text encoders read where they are trained."""
@@ -142,8 +146,11 @@ class Finetune:
         return validation_scores(parts, self.model.schedule, self.settings.snr_gamma)
 
     def _plain(self, module: nn.Module) -> nn.Module:
-        """As it will draw: with merged layers, as whoever loads what is exported."""
-        return module if self.settings.train == "full" else folded(module)
+        """As it will draw: with merged layers, as whoever loads what is exported.
+
+        Of what FSDP2 keeps in parts there is no copy: there each layer merges its own weights as it is called.
+        """
+        return module if self.settings.train == "full" or is_sharded(module) else folded(module)
 
     @torch.no_grad()
     def picture(self, ema: nn.Module):

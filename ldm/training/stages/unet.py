@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ldm.training import keyed
 from ldm.training.bank import Bank, encode_images
 from ldm.training.card import unet_card
 from ldm.training.checks import check_same, model_folder
+from ldm.training.distributed import Part, current
 from ldm.training.samples import open_samples
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
@@ -40,6 +42,14 @@ from ldm.training.stages.common import (
 )
 
 GRID = 16  # pictures in the sample grid
+
+
+class FromBank(NamedTuple):
+    """Rows of a batch."""
+
+    latents: Tensor  # (B, C, h, w)
+    states: Tensor  # (B, S, D), as `_states` packs them
+    part: Part
 
 
 class UNetStage:
@@ -107,28 +117,29 @@ class UNetStage:
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
 
-    def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        s = self.settings
+    def batches(self, first_step: int) -> Iterator[FromBank]:
+        s, part = self.settings, current().part(self.settings.batch_size)
         bank = Bank(self.samples, self._latents, self._states, s.bank, s.renew, s.workers, first_step)
         for number in range(first_step * s.accumulation, s.steps * s.accumulation):
             step, micro = divmod(number, s.accumulation)
-            rows = keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
+            rows = part.of(keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro))
             bank.at(step)
-            yield bank.latents[rows], bank.texts[rows]
+            yield FromBank(bank.latents[rows], bank.texts[rows], part)
 
-    def loss(self, batch: tuple[Tensor, Tensor], step: int, micro: int) -> Tensor:
-        s, (x0, states) = self.settings, batch
-        size = len(x0)
-        noise = keyed.normal(tuple(x0.shape), s.seed, "noise", step, micro).to(self.device)
+    def loss(self, batch: FromBank, step: int, micro: int) -> Tensor:
+        s, (x0, states, part) = self.settings, batch
+        size = part.size
+        noise = keyed.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)
         u = keyed.uniform((2, size), s.seed, "timesteps", step, micro)
         even = spread(
             (torch.arange(size) + u[0]) / size, s.timesteps, s.timestep_shift
         )  # one from each of B equal parts
-        timesteps = timesteps_at(self.schedule, even).to(self.device)
-        dropped = (u[1] < s.caption_dropout).to(self.device)[:, None, None]
+        timesteps = timesteps_at(self.schedule, part.of(even)).to(self.device)
+        dropped = part.of(u[1] < s.caption_dropout).to(self.device)[:, None, None]
         states = torch.where(dropped, self.empty, states)
         predict = self._predict(self.network, states)
-        return training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma).mean()
+        noise = part.of(noise).to(self.device)
+        return part.mean(training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma))
 
     def _predict(self, network: Callable, states: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         cond = self._conditioning(states)

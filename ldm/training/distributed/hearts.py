@@ -1,0 +1,87 @@
+"""Signs of life that the processes of a run give each other, so that a failure can name the one that is missing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+BEAT = 1.0  # seconds
+
+
+class Hearts:
+    """A thread that gives this process's sign of life in the store, with the number of what it entered last."""
+
+    def __init__(self, store: Any, rank: int, world: int):
+        self.rank, self.world, self.entered = rank, world, 0
+        self._store, self._own = store.clone(), store.clone()  # a connection serves one caller at a time
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
+        self._store.set(f"ldm/beat/{rank}", "0 0")
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._end.wait(BEAT):
+            count += 1
+            try:
+                self._own.set(f"ldm/beat/{self.rank}", f"{count} {self.entered}")
+            except RuntimeError:  # the store went with its process
+                return
+
+    def missing(self, patience: float) -> tuple[list[int], str]:
+        """The processes without a sign of life for `patience` seconds, or that said why they ended, and that in words.
+
+        Where all live, those that are behind the others: they hang.
+        """
+        try:
+            return self._look(patience)
+        except RuntimeError:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                return [self.world], "the launcher (torchrun) of the first machine is gone"
+            return [0], f"process 0 of {self.world} is gone"
+
+    def _look(self, patience: float) -> tuple[list[int], str]:
+        names = {rank: f"ldm/beat/{rank}" for rank in range(self.world) if rank != self.rank}
+        self._store.wait(list(names.values()))
+        before, still, end = self._beats(names), set(names), time.monotonic() + patience
+        while still and time.monotonic() < end:
+            time.sleep(BEAT / 4)
+            faults = {rank: f"ldm/fault/{rank}" for rank in names if self._store.check([f"ldm/fault/{rank}"])}
+            if faults:
+                told = (f"process {rank} of {self.world}: {self._store.get(n).decode()}" for rank, n in faults.items())
+                return list(faults), "; ".join(told)
+            now = self._beats(names)
+            still = {rank for rank in still if now[rank] == before[rank]}
+        if still:
+            return sorted(still), f"{_named(sorted(still), self.world)} gone"
+        behind = [rank for rank, text in now.items() if int(text.split()[1]) < self.entered]
+        return behind, f"{_named(behind, self.world)} behind, and does not come" if behind else ""
+
+    def _beats(self, names: dict[int, str]) -> dict[int, str]:
+        return {rank: self._store.get(name).decode() for rank, name in names.items()}
+
+    def tell_fault(self, text: str) -> None:
+        """Say why this process ends before the others."""
+        with suppress(RuntimeError):
+            self._store.set(f"ldm/fault/{self.rank}", text)
+
+    def leave(self) -> None:
+        """Stop; the first process, which may hold the store, waits some seconds for the others to have read it."""
+        self._end.set()
+        self._thread.join(2 * BEAT)
+        with suppress(RuntimeError):
+            self._store.set(f"ldm/bye/{self.rank}", "")
+            end = time.monotonic() + 5
+            names = [f"ldm/bye/{rank}" for rank in range(self.world)]
+            while self.rank == 0 and time.monotonic() < end and not self._store.check(names):
+                time.sleep(0.05)
+
+
+def _named(ranks: list[int], world: int) -> str:
+    """`process 1 of 2 is`, `processes 1, 3 of 4 are`."""
+    if len(ranks) == 1:
+        return f"process {ranks[0]} of {world} is"
+    return f"processes {', '.join(map(str, ranks))} of {world} are"
