@@ -208,12 +208,15 @@ class _Run:
             while state.step < settings.steps:
                 bad = 0 if self._step(ready, bar) else bad + 1
                 if bad == MAX_BAD_STEPS:
-                    raise NumericsError(
-                        f"loss or gradient is not finite, {bad} steps in a row",
-                        where=f"{self.out}: step {state.step}",
-                        todo="lower learning_rate or use precision=fp32; the last checkpoint is good",
-                    )
+                    raise self.group.of_all(self._lost(bad))
                 self._after_step()
+
+    def _lost(self, bad: int) -> NumericsError:
+        return NumericsError(
+            f"loss or gradient is not finite, {bad} steps in a row",
+            where=f"{self.out}: step {self.state.step}",
+            todo="lower learning_rate or use precision=fp32; the last checkpoint is good",
+        )
 
     def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches with the first one made: that may take minutes, which a signal need not wait for."""
@@ -340,8 +343,9 @@ class _Run:
             self.records.mark(best)
         states.rotate(self.out, self.settings.keep, best.step if best else None)
 
-    def _stopped(self, when: str) -> Interrupted:
-        return Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+    def _stopped(self, when: str) -> LdmError:
+        error = Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+        return self.group.of_all(error)
 
     def tell(self, status: str) -> None:
         """Write the run's page."""

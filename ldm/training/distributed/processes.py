@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # in which all have to come to what they do together; a step, a sample grid
 PATIENCE = 20.0  # seconds without a sign of life after which a process that is waited for counts as gone
+BROKEN = 5.0  # likewise where a connection is broken already, so that one is gone for certain
 
 LOST = ("gloo", "NCCL", "Timed out", "Broken pipe", "Connection")  # in what PyTorch says of a broken connection
 
@@ -81,6 +82,10 @@ class Alone:
         """A block that a signal may end where it is: not where others wait for what comes of it."""
         return stop.at_once()
 
+    def of_all(self, error: LdmError) -> LdmError:
+        """An error that every process raises: the first one says it."""
+        return error
+
     def failed(self, error: BaseException) -> BaseException:
         """What to raise in the place of an error that ends the run here."""
         return error
@@ -127,7 +132,7 @@ class Many(Alone):
             raise
         except LdmError as error:
             self.store.set(name, _told(error))
-            raise _shared(error) from None
+            raise self.of_all(error) from None
         self.store.set(name, json.dumps({"value": value}))
         return value
 
@@ -142,7 +147,7 @@ class Many(Alone):
         self.store.set(f"{name}/{self.rank}", _told(own) if own else json.dumps({"value": None}))
         answers = [self._wait(f"{name}/{rank}", rank) for rank in range(self.world)]
         if own is not None:
-            raise _shared(own) from None
+            raise self.of_all(own) from None
         for answer in answers:
             self._answer(answer)
         return value
@@ -158,7 +163,7 @@ class Many(Alone):
             self.store.set(f"{name}/{self.rank}", _told(error))
         worst = self._reduce([self.world - self.rank if own else 0], "MAX")[0]
         if own is not None:
-            raise _shared(own) from None
+            raise self.of_all(own) from None
         if worst:
             rank = self.world - int(worst)
             self._answer(self._wait(f"{name}/{rank}", rank))
@@ -192,12 +197,16 @@ class Many(Alone):
     def at_once(self, stop: StopRequest) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def of_all(self, error: LdmError) -> LdmError:
+        error.shared = True
+        return error
+
     def failed(self, error: BaseException) -> BaseException:
         """A broken connection as the process that is missing, said by one of those that are left."""
         if getattr(error, "shared", False):
             return error
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
-        if lost and (gone := self._gone(PATIENCE / 2)):
+        if lost and (gone := self._gone(BROKEN)):
             return gone
         if not isinstance(error, ProcessGone):
             self.hearts.tell_fault(str(error) or type(error).__name__)
@@ -257,18 +266,12 @@ class Many(Alone):
         error = LdmError.__new__(getattr(errors, found["kind"]))
         LdmError.__init__(error, found["error"])
         error.exit_code = found["code"]
-        raise _shared(error)
+        raise self.of_all(error)
 
 
 def _told(error: LdmError) -> str:
     kind = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
     return json.dumps({"error": str(error), "code": error.exit_code, "kind": kind})
-
-
-def _shared(error: LdmError) -> LdmError:
-    """Mark an error that all processes raise: the first one says it."""
-    error.shared = True
-    return error
 
 
 ALONE = Alone()
