@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # in which all have to come to what they do together; a step, a sample grid
-PATIENCE = 20.0  # seconds without a sign of life after which a process that is waited for counts as gone
-BROKEN = 5.0  # likewise where a connection is broken already, so that one is gone for certain
+PATIENCE = 15.0  # seconds without a sign of life after which a process that is waited for counts as gone
+LOOK = 5.0  # seconds between two looks for such
+BROKEN = 5.0  # seconds likewise where a connection is broken, so that one is gone for certain
 
 LOST = ("gloo", "NCCL", "Timed out", "Broken pipe", "Connection")  # in what PyTorch says of a broken connection
 
@@ -98,6 +102,7 @@ class Many(Alone):
     """One of several processes. Raises ConfigError where the environment does not say how they find each other."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each broken connection is a page of its stack
         import torch
         import torch.distributed as dist
 
@@ -106,13 +111,13 @@ class Many(Alone):
         if local < gpus:
             torch.cuda.set_device(local)
         try:
-            self.store, self.rank, self.world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            self.store, self.rank, self.world = _meet()
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             what = f"is {os.environ['WORLD_SIZE']}, but the processes do not find each other ({first_line(error)})"
             raise ConfigError(what, where="WORLD_SIZE", todo="start them by torchrun, or unset it") from None
-        self.first, self.level = self.rank == 0, console.level
+        self.first, self.level = self.rank == 0, max(console.level, SILENT + 1)
         self._dist, self._torch = dist, torch
         self._count, self._stop, self._signal = 0, None, None
         self.hearts = Hearts(self.store, self.rank, self.world)
@@ -205,8 +210,7 @@ class Many(Alone):
         """A broken connection as the process that is missing, said by one of those that are left."""
         if getattr(error, "shared", False):
             return error
-        lost = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
-        if lost and (gone := self._gone(BROKEN)):
+        if _is_lost(error) and (gone := self._gone(BROKEN)):
             return gone
         if not isinstance(error, ProcessGone):
             self.hearts.tell_fault(str(error) or type(error).__name__)
@@ -241,13 +245,26 @@ class Many(Alone):
 
     def _wait(self, name: str, rank: int) -> str:
         """What `rank` sets under a name, however long that takes. Raises ProcessGone where one shows no life."""
-        while True:
-            try:
-                self.store.wait([name], timedelta(seconds=5))
-                return self.store.get(name).decode()
-            except RuntimeError:
-                if gone := self._gone(PATIENCE):
-                    raise gone from None
+        pause, look = 0.01, time.monotonic() + LOOK
+        while not self._there(name):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+            if time.monotonic() > look:
+                self._look()
+                look = time.monotonic() + LOOK
+        return self.store.get(name).decode()
+
+    def _there(self, name: str) -> bool:
+        try:
+            return self.store.check([name])
+        except RuntimeError:  # the store is gone
+            self._look()
+            return False
+
+    def _look(self) -> None:
+        """Raise ProcessGone where one shows no life."""
+        if gone := self._gone(PATIENCE):
+            raise gone from None
 
     def _gone(self, patience: float) -> ProcessGone | None:
         """Who is missing, None where nobody is. The one with the lowest number of those that are left says it."""
@@ -274,6 +291,41 @@ def _told(error: LdmError) -> str:
     return json.dumps({"error": str(error), "code": error.exit_code, "kind": kind})
 
 
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether this came of a broken connection; it may be a signal that came on top of that."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+            return True
+        error = error.__context__
+    return False
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A block that no signal ends: torchrun sends one to all that are left as soon as one is gone."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in console.STOPPING if here}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_met: list[Any] = []  # the store that this process found, its rank, their number, and the runs so far
+
+
+def _meet() -> tuple[Any, int, int]:
+    """A part of the store of all processes for the run that begins, this one's rank, their number."""
+    import torch.distributed as dist
+
+    if not _met:
+        _met[:] = [*next(dist.rendezvous("env://", timeout=TIMEOUT)), 0]
+    store, rank, world, _ = _met
+    _met[3] += 1
+    return dist.PrefixStore(f"run {_met[3]}", store), rank, world
+
+
 ALONE = Alone()
 _current: Alone = ALONE
 
@@ -294,12 +346,14 @@ def processes() -> Iterator[Alone]:
     try:
         yield group
         group.together(lambda: None)  # what was started together ends together
-        console.level = group.level
     except BaseException as error:
-        said = group.failed(error)
+        with _deaf():
+            said = group.failed(error)
+            group.leave()
         if said is error:
             raise
         raise said from None
+    else:
+        group.leave()
     finally:
         _current = ALONE
-        group.leave()
