@@ -63,8 +63,13 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, unwinding like Ctrl-C."""
+
+
 class StopRequest:
-    """While active, SIGINT and SIGTERM set `.signal` instead of raising; a second one raises KeyboardInterrupt.
+    """While active, SIGINT and SIGTERM set `.signal` instead of raising; a second one raises as it does elsewhere:
+    KeyboardInterrupt, of SIGTERM Terminated.
 
     Long loops ask `if stop.signal:` after each unit of work, save and leave with exit code 128 + signal.
     """
@@ -99,7 +104,7 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(RuntimeError, OSError):  # in the middle of another write; a terminal that is gone
             when = "after this step" if self._waits else "here"

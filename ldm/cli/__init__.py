@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import ldm
 from ldm import console
+from ldm.console import Terminated
 from ldm.errors import ConfigError, LdmError, nearest
 
 # Each is a module of this room.
@@ -24,7 +25,12 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as ConfigError; no abbreviations, so that a misspelt option is never taken for another."""
+    """Errors as ConfigError; no abbreviations, so that a misspelt option is never taken for another.
+
+    `switches` are options that stand alone, or have true or false behind them or behind a "=", and take nothing else.
+    """
+
+    switches: frozenset[str] = frozenset()
 
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -33,9 +39,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ConfigError(message, todo=f"see `{self.prog} --help`")
 
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._joined(words), namespace)
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, unwinding like Ctrl-C."""
+    def _joined(self, words: Sequence[str]) -> list[str]:
+        """Each switch with its value behind a "=", so that it takes no other word for it."""
+        found: list[str] = []
+        for word in words:
+            if found and found[-1] in self.switches:
+                found[-1] += f"={word}" if (own := word.lower() in ("true", "false")) else "=true"
+                if own:
+                    continue
+            found.append(word)
+        if found and found[-1] in self.switches:
+            found[-1] += "=true"
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,7 +52,7 @@ def run(
     from contextlib import ExitStack
 
     from ldm import files
-    from ldm.training.checks import check, check_finetune_place, check_lock, check_processes
+    from ldm.training.checks import check, check_finetune_run, check_lock, check_processes, require_place
     from ldm.training.distributed import current
 
     group = current()
@@ -61,14 +61,15 @@ def run(
         def begin() -> str | None:
             check(settings)
             if isinstance(settings, FinetuneSettings):
-                check_finetune_place(settings.data, out)
-            if dry_run:
-                return str(_dry_run(settings, out, pictures))
-            files.require_writable(out)
-            held.enter_context(files.Lock(out))
-            from ldm.training.loop import to_resume
+                check_finetune_run(settings, out, pictures)
+            require_place(out)
+            if not dry_run:
+                held.enter_context(files.Lock(out))
+            from ldm.training.resuming import to_resume
 
-            found = to_resume(settings, out, resume, allow_changed)
+            found = to_resume(settings, out, resume, allow_changed, look=dry_run)
+            if dry_run:
+                return str(_dry_run(settings, out, pictures, found))
             return found and str(found)
 
         group.together(lambda: check_processes(settings))
@@ -83,17 +84,25 @@ def run(
         return fit(stage, settings, out, found and Path(found), allow_changed)
 
 
-def _dry_run(settings: Settings, out: Path, pictures: Pictures | None) -> Path:
-    """Say what would be done."""
+def _dry_run(settings: Settings, out: Path, pictures: Pictures | None, checkpoint: Path | None) -> Path:
+    """Say what would be done, from `checkpoint` on where there is one."""
     from ldm.console import say
     from ldm.training.aliases import flattened
     from ldm.training.settings import as_dict
+    from ldm.training.state import read_about
 
-    if pictures is not None:
-        say("\n".join(pictures.lines))
-    say("\n".join(f"{name}: {value}" for name, value in flattened(as_dict(settings)).items()))
+    done = read_about(checkpoint)["step"] if checkpoint else 0
+    if checkpoint:
+        say(f"would go on from {checkpoint.name}: {max(0, settings.steps - done)} of {settings.steps} steps are left")
     if isinstance(settings, FinetuneSettings):
+        from dataclasses import replace
+
         from ldm.training.forecast import measure
 
-        say("\n".join(measure(settings, out).lines))
+        left = replace(settings, steps=max(1, settings.steps - done))
+        lines = list(measure(left, out, pictures).lines if done < settings.steps else ())
+    else:
+        lines = []
+    told = [f"{name}: {value}" for name, value in flattened(as_dict(settings)).items()]
+    say("\n".join([*told, *lines]))
     return out / "model"

@@ -7,15 +7,18 @@ import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.config import build, require
 from ldm.device import pick_device
-from ldm.errors import ConfigError, ModelError, nearest
+from ldm.errors import ConfigError, ModelError, ResourceError, nearest
 from ldm.files import MANIFEST, require_writable, sha256
 from ldm.training.dataset import OFF, FinetuneData
 from ldm.training.distributed import current
 from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
+
+if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
 
 BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the pictures of a batch
 INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
@@ -156,9 +159,26 @@ def _check_clip(place: Path) -> None:
         raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", todo="leave it out")
 
 
+def require_place(folder: str | Path) -> None:
+    """Raise ResourceError, refused before work began, unless a file can be created in `folder`."""
+    try:
+        require_writable(folder)
+    except ResourceError as error:
+        error.exit_code = ConfigError.exit_code
+        raise
+
+
+def check_finetune_run(settings: FinetuneSettings, out: Path, pictures: Pictures | None) -> None:
+    """As `check_finetune_place`; and ConfigError where the best checkpoint is wanted and no picture would tell it."""
+    check_finetune_place(settings.data, out)
+    if settings.export == "best" and pictures is not None and not pictures.held_out:
+        what = "best is by the validation loss, and no picture is held out"
+        raise ConfigError(what, where="export", todo="raise held_out, or use export=last")
+
+
 def check_finetune_place(data: FinetuneData, out: Path) -> None:
     """Raise ConfigError or ResourceError where the run's folder or the cache's cannot be what they are meant for."""
-    require_writable(out)
+    require_place(out)
     folder = Path(data.folder)
     if folder.is_dir() and (out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents):
         what = f"lies in {data.folder}, whose pictures are trained on: its own would be among them"
@@ -167,8 +187,8 @@ def check_finetune_place(data: FinetuneData, out: Path) -> None:
         other = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".") and path.name != "cache"]
         if other:
             raise ConfigError(f"is no run, and holds {other[0]}", where=out, todo="choose a new folder")
-    if data.cache not in (None, OFF):
-        require_writable(data.cache)
+    if data.cache != OFF:
+        require_place(data.cache or out / "cache")
 
 
 def _autoencoder_names() -> list[str]:

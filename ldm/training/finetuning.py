@@ -126,8 +126,7 @@ def _earlier(out: Path, resume: str | None) -> dict[str, Any]:
     if resume is None:
         return {}
     if resume in ("latest", "best"):
-        found = state.checkpoints(out)
-        return _settings_in(out / "settings.json") if found else {}
+        return _settings_in(out / "settings.json")
     folder = Path(resume)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")

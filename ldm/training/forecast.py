@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.console import say
 from ldm.training.dataset import Batch
 from ldm.training.distributed import Part
 from ldm.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
+    from ldm.training.dataset import Pictures
     from ldm.training.estimate import Estimate
     from ldm.training.stages.finetune import Finetune
 
@@ -18,8 +20,11 @@ CAPTION = "a picture of a thing"
 MOST = 2  # times the side of the model's pictures: a trial must not be what memory runs out in
 
 
-def measure(settings: FinetuneSettings, out: Path) -> Estimate:
-    """Two steps on a batch of the resolution's square. Raises ModelError, ResourceError out of memory."""
+def measure(settings: FinetuneSettings, out: Path, pictures: Pictures | None = None) -> Estimate:
+    """Two steps on a batch of the resolution's square; before, `pictures` are told of, with the captions that are cut.
+
+    Raises ModelError, ResourceError out of memory.
+    """
     import torch
 
     from ldm.errors import ResourceError
@@ -28,6 +33,9 @@ def measure(settings: FinetuneSettings, out: Path) -> Estimate:
 
     try:
         stage = Finetune(settings, out)
+        if pictures is not None:
+            pictures.cut = stage.model.text.truncated
+            say("\n".join(pictures.lines))
         return estimate(stage, settings, trial_batch(stage))
     except (MemoryError, torch.OutOfMemoryError) as error:
         todo = "lower batch_size (and raise accumulation), or set gradient_checkpointing"

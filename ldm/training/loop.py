@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
+import ldm
 from ldm import files
 from ldm.console import StopRequest, progress, say, warn
 from ldm.device import is_out_of_memory, pick_device
-from ldm.errors import CheckpointError, DataError, Interrupted, LdmError, NumericsError, ResourceError
+from ldm.errors import DataError, Interrupted, LdmError, NumericsError, ResourceError
 from ldm.training import state as states
 from ldm.training.checks import fingerprints
 from ldm.training.distributed import current
 from ldm.training.optimizers import checkpoint_bytes
 from ldm.training.page import write_page
 from ldm.training.records import BEST, Best, Records
+from ldm.training.resuming import restore, set_later_aside
 from ldm.training.schedules import learning_rate
-from ldm.training.settings import Settings, as_dict, changed
+from ldm.training.settings import Settings, as_dict
 from ldm.training.state import TrainState
 from ldm.training.step import Outcome, Stage, precision, prepare, take_step
 from ldm.training.trackers import Trackers
@@ -53,7 +55,8 @@ def fit(
         _compare(inputs, out)
         losses: list[float] = []
         if checkpoint:
-            losses = group.together(partial(_restore, state, checkpoint, settings, inputs, allow_changed))
+            losses = group.together(partial(restore, state, checkpoint, settings, inputs, allow_changed))
+            group.on_first(partial(set_later_aside, out, checkpoint))
         run = group.together(lambda: _Run(stage, state, settings, out, losses, inputs))
         try:
             with run.stop:
@@ -75,7 +78,7 @@ def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        todo = f"{sparing(settings)}; the last checkpoint is good"
+        todo = f"{sparing(settings)}; {states.last_good(out)}"
         raise ResourceError("out of memory", where=out, todo=todo) from None
 
 
@@ -100,60 +103,7 @@ def sparing(settings: Settings) -> str:
     return ", or ".join([*found, f"lower data.resolution={settings.data.resolution}"])
 
 
-def to_resume(settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str]) -> Path | None:
-    """The checkpoint to go on from, its settings compared; `resume`: None, "latest", "best" or a checkpoint's folder.
-
-    Checkpoints of the run that are newer than the one named are set aside as `later-step-…`. Raises CheckpointError
-    where the folder holds another run, the checkpoint is damaged or belongs to other settings.
-    """
-    for folder in (out, out / "checkpoints", out / "samples"):
-        files.sweep(folder)
-    if resume is None:
-        if states.checkpoints(out):
-            raise CheckpointError(
-                "already holds a run", where=out, todo="go on with --resume, or choose another folder"
-            )
-        return None
-    folder = states.newest(out) if resume == "latest" else states.best(out) if resume == "best" else Path(resume)
-    if folder is None:
-        say(f"{out}: nothing to resume, starting from the beginning")
-        return None
-    if not folder.is_dir():
-        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
-    about = states.read_about(folder)
-    differing = {k: v for k, v in changed(about["settings"], settings).items() if k not in allow_changed}
-    if differing:
-        told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
-        raise CheckpointError(f"settings changed ({told})", where=folder, todo="allow each by --allow-changed NAME")
-    for later in states.checkpoints(out):
-        if later.parent.resolve() == folder.parent.resolve() and later.name > folder.name:
-            later.rename(later.with_name(f"later-{later.name}"))
-            say(f"{later.name} is newer than what is resumed: set aside as later-{later.name}")
-    return folder
-
-
-def _restore(
-    state: TrainState, folder: Path, settings: Settings, inputs: dict[str, str], allow_changed: Sequence[str]
-) -> list[float]:
-    """Bring `state` to where the run was; returns the losses of the steps that no line of the log covers yet."""
-    about = states.read_about(folder)
-    for name, digest in about.get("inputs", {}).items():
-        if inputs.get(name) != digest and name not in allow_changed:
-            told = f"the {name} is not the one that this run began with"
-            raise CheckpointError(told, where=folder, todo=f"put that one back, or --allow-changed {name}")
-    tensors = states.read_tensors(folder)
-    if about["settings"].get("optimizer", "adamw") != settings.optimizer:
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
-        say(f"{settings.optimizer} begins without moments")
-    state.restore(tensors, about["step"])
-    if state.scaler is not None and "scaler" in about:
-        state.scaler.load_state_dict(about["scaler"])
-    states.tell_differences(about["environment"], next(state.module.parameters()).device)
-    say(f"resuming {folder.name}")
-    return about["losses"]
-
-
-def _ask_for_space(state: TrainState, settings: Settings, out: Path) -> None:
+def ask_for_space(state: TrainState, settings: Settings, out: Path) -> None:
     """Raise ResourceError unless the disk has room for the checkpoints that are to come.
 
     Those that are kept, the best one, and a new one before the oldest goes; less what is there already.
@@ -179,13 +129,19 @@ class _Run:
         self.group.listen(self.stop)
         self.scores: dict[str, float] = {}
         if self.group.first:
-            _ask_for_space(state, settings, out)
+            ask_for_space(state, settings, out)
             files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
+            versions = {"ldm": ldm.__version__, **states.environment(next(state.module.parameters()).device)}
+            files.atomic_write(out / "versions.json", json.dumps({**versions, "inputs": inputs}, indent=1) + "\n")
             self.records = Records(out, state.step, losses)
             self.scores = self.records.scores(state.step)
         own = settings if self.group.first else replace(settings, report_to=())
         self.trackers = Trackers(own, out, state.step)
         self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
+        self.rows: deque[int] = deque(maxlen=100)  # their samples
+        self.bad, self.samples = 0, []  # steps in a row that were not finite, up to the last one; its samples
+        self.sound = True  # the last scores are numbers
+        self.stuck: set[Path] = set()  # checkpoints that could not be removed
 
     @property
     def signal(self) -> int | None:
@@ -201,22 +157,23 @@ class _Run:
             return
         if self.group.as_first(state.step % settings.validate_every == 0 and not self.scores):
             self._show()
-        batches, bad = self.stage.batches(state.step), 0
+        batches = self.stage.batches(state.step)
         bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
         with bar, closing(batches):  # else its workers, which hear no signal, outlive an error that nobody catches
             ready = self._begun(batches)
             while state.step < settings.steps:
-                bad = 0 if self._step(ready, bar) else bad + 1
-                if bad == MAX_BAD_STEPS:
-                    raise self.group.of_all(self._lost(bad))
+                self._step(ready, bar)
+                if self.bad == MAX_BAD_STEPS:
+                    raise self._lost(f"loss or gradient is not finite, {self.bad} steps in a row{self._named()}")
                 self._after_step()
 
-    def _lost(self, bad: int) -> NumericsError:
-        return NumericsError(
-            f"loss or gradient is not finite, {bad} steps in a row",
-            where=f"{self.out}: step {self.state.step}",
-            todo="lower learning_rate or use precision=fp32; the last checkpoint is good",
-        )
+    def _lost(self, what: str) -> LdmError:
+        todo = f"lower learning_rate or use precision=fp32; {states.last_good(self.out)}"
+        return self.group.of_all(NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo))
+
+    def _named(self) -> str:
+        """The samples of the last bad step, where the batches know them."""
+        return f" ({', '.join(self.samples[:8])})" if self.samples else ""
 
     def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches with the first one made: that may take minutes, which a signal need not wait for."""
@@ -230,18 +187,18 @@ class _Run:
             raise self._stopped(f"at step {self.state.step}, before another one")
         return chain(first, batches)
 
-    def _step(self, batches: Iterator[Any], bar) -> bool:
-        """One step and its line of the log; whether it was good."""
+    def _step(self, batches: Iterator[Any], bar) -> None:
+        """One step and its line of the log."""
         state, every, began = self.state, self.settings.log_every, time.monotonic()
         done = self._guarded(batches)
         self.clock.append(time.monotonic() - began)
+        self.rows.append(done.rows)
+        self.bad = self.bad + 1 if done.bad else 0
         if done.bad:
-            ids = self.group.gathered(list(done.ids))
-            named = f" ({', '.join(ids[:8])})" if ids else ""
-            warn(f"step {state.step}: loss or gradient is not finite, nothing is applied{named}")
+            self.samples = self.group.gathered(list(done.ids))
+            warn(f"step {state.step}: loss or gradient is not finite, nothing is applied{self._named()}")
         if self.group.first:
             self._note(done, every, bar)
-        return not done.bad
 
     def _note(self, done: Outcome, every: int, bar) -> None:
         """A step's line of the log."""
@@ -261,14 +218,14 @@ class _Run:
         try:
             return take_step(self.stage, self.state, self.settings, batches)
         except DataError as error:
-            if self.state.step:
+            if self.state.step and not self.bad:
                 self._save()
             error.exit_code = 5
             raise
 
     def _speed(self) -> float:
         """Samples a second, scores and checkpoints aside."""
-        return self.settings.batch_size * self.settings.accumulation * len(self.clock) / sum(self.clock)
+        return sum(self.rows) / sum(self.clock)
 
     def _announce(self) -> None:
         """How long a signal takes to be answered: the step in which it comes, and a checkpoint."""
@@ -277,7 +234,10 @@ class _Run:
         say(f"Ctrl-C or SIGTERM ends the run, saved, within about {math.ceil(step + saving)} s ({parts})")
 
     def _after_step(self) -> None:
-        """Scores, a checkpoint and the answer to a signal, where they are due."""
+        """Scores, a checkpoint and the answer to a signal, where they are due.
+
+        After a bad step, or scores that are no numbers, none but a signal's is saved: good ones would go for it.
+        """
         state, settings = self.state, self.settings
         last = state.step == settings.steps
         self.scores = {}
@@ -286,7 +246,8 @@ class _Run:
             self._show()
             best = self._best() if self.scores else None
             due = self.group.as_first(due or (best is not None and best.step == state.step))
-        if due or self.signal:
+            self.sound = self.group.as_first(_sound(self.scores))
+        if (due and self.sound and not self.bad) or self.signal:
             self._save()
         if self.signal:
             raise self._stopped(f"after step {state.step}, all saved")
@@ -341,7 +302,10 @@ class _Run:
         best = self._best()
         if best is not None:
             self.records.mark(best)
-        states.rotate(self.out, self.settings.keep, best.step if best else None)
+        for folder in states.rotate(self.out, self.settings.keep, best.step if best else None):
+            if folder not in self.stuck:
+                self.stuck.add(folder)
+                warn(f"{folder}: cannot be removed, so it stays and takes its place on the disk")
 
     def _stopped(self, when: str) -> LdmError:
         error = Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
@@ -351,15 +315,22 @@ class _Run:
         """Write the run's page."""
         if not self.group.first:
             return
-        speed = self._speed() if self.clock else None
+        pace = (self._speed(), sum(self.clock) / len(self.clock)) if self.clock else None
         lines = list(getattr(self.stage, "lines", ()))
-        write_page(self.records, self.settings, self.state.step, status, self._best(), lines, speed)
+        write_page(self.records, self.settings, self.state.step, status, self._best(), lines, pace)
 
     def export(self) -> Path:
-        """The model of the average, or of that of the best checkpoint; returns where it is."""
+        """The model of the average, or of that of the best checkpoint; returns where it is.
+
+        Raises NumericsError where the last step or its scores were not finite.
+        """
         if self.group.as_first(not self.scores):
             self._show()
         step = self.group.on_first(self._best_step)
+        if step is None and self.bad:
+            raise self._lost(f"loss or gradient of the last step is not finite{self._named()}, so no model is made")
+        if step is None and not self.group.as_first(_sound(self.scores)):
+            raise self._lost("the validation loss is not finite, so no model is made")
         if step is not None:
             self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
         ema = self.state.parallel.gathered(self.state.ema)
@@ -370,7 +341,10 @@ class _Run:
         best, before = self._best(), self.records.scores(0)
         if best is not None and before.get(best.name, math.nan) * BEST[best.name] > best.value * BEST[best.name]:
             warn(f"{best.name} was better before training ({before[best.name]:.4g}) than at any checkpoint since")
-        if best is not None and getattr(self.settings, "export", "last") == "best" and best.step != self.state.step:
+        wanted = getattr(self.settings, "export", "last") == "best"
+        if best is None and wanted:
+            warn("no checkpoint has a score to be the best by: the model is that of the last step")
+        if best is not None and wanted and best.step != self.state.step:
             say(f"the model is that of step {best.step}, the best")
             return best.step
         return None
@@ -382,6 +356,11 @@ class _Run:
         self.tell("done")
         say(f"{made}: {_told(scores)}" if scores else f"{made}: done")
         return made
+
+
+def _sound(scores: dict[str, float]) -> bool:
+    """Whether what the best checkpoint is found by are numbers, and not infinitely bad."""
+    return all(scores.get(name, 0) * sign > -math.inf for name, sign in BEST.items())  # NaN is not
 
 
 def _told(scores: dict[str, float]) -> str:

@@ -47,12 +47,12 @@ def write_page(
     status: str,  # "running", "done", "stopped: …"
     best: Best | None,
     lines: Sequence[str],  # what the stage has to say of its data
-    speed: float | None,  # samples a second
+    pace: tuple[float, float] | None,  # samples a second, seconds a step
 ) -> Path:
     """Write the page over that of before. Raises ResourceError where it cannot be written."""
     out, losses, scores = records.out, records.rows("loss.jsonl"), records.rows("scores.jsonl")
     body = [f"<h1>{escape(out.resolve().name)}: {escape(settings.stage)}, {escape(status)}</h1>"]
-    body.append(_facts(settings, step, scores, best, speed))
+    body.append(_facts(settings, step, scores, best, pace))
     body.append(f'<div class="bar"><i style="width:{100 * step / settings.steps:.1f}%"></i></div>')
     if losses or scores:
         body.append(f'<h2>Curves</h2><div class="row plots">{"".join(_curves(losses, scores))}</div>')
@@ -70,12 +70,16 @@ def write_page(
 
 
 def _facts(
-    settings: Settings, step: int, scores: Sequence[Mapping[str, Any]], best: Best | None, speed: float | None
+    settings: Settings,
+    step: int,
+    scores: Sequence[Mapping[str, Any]],
+    best: Best | None,
+    pace: tuple[float, float] | None,
 ) -> str:
     facts = {"step": f"{step} of {settings.steps}", "written": time.strftime("%Y-%m-%d %H:%M:%S")}
-    if speed:
-        left = (settings.steps - step) * settings.batch_size * settings.accumulation / speed
-        facts["samples a second"] = f"{speed:.3g}"
+    if pace:
+        left = (settings.steps - step) * pace[1]
+        facts["samples a second"] = f"{pace[0]:.3g}"
         if step < settings.steps:
             facts["left, scores aside"] = str(timedelta(seconds=round(left)))
     if scores:

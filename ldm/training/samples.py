@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.config import build, require
-from ldm.errors import DataError
+from ldm.device import is_out_of_memory
+from ldm.errors import DataError, first_line
 from ldm.training.keyed import generator
 from ldm.training.settings import DataSettings
 
@@ -103,7 +104,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers.
 
-    Raises DataError for a picture that cannot be read, at its place in the order.
+    Raises DataError for a picture that cannot be read, at its place in the order, and where a worker is gone.
     """
     loader = torch.utils.data.DataLoader(
         _Indexed(samples),
@@ -116,10 +117,27 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
         prefetch_factor=2 if workers else None,
         timeout=300 if workers else 0,
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    batches, place = iter(loader), start
+    while True:
+        try:
+            found = next(batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not workers or is_out_of_memory(error) or str(error).startswith("Caught "):  # it came from a sample
+                raise
+            raise _gone(error, place, batch) from None
+        if isinstance(found, DataError):
+            raise found
+        yield found
+        place += batch
+
+
+def _gone(error: Exception, place: int, count: int) -> DataError:
+    """A worker that was killed or hangs, with exit code 5: what was saved before is good."""
+    what = f"a process that makes them was killed, or hangs ({first_line(error)})"
+    todo = "go on with --resume latest (workers=0 needs none)"
+    gone = DataError(what, where=f"samples {place} to {place + count - 1}", todo=todo)
+    gone.exit_code = 5
+    return gone
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 
 from ldm import files
 from ldm.console import say, warn
-from ldm.errors import CheckpointError, ModelError
+from ldm.errors import CheckpointError, ModelError, NumericsError, ResourceError, first_line
 from ldm.training.distributed import current
 from ldm.training.distributed.parallel import Single, like, whole
 
 FORMAT = 1
+WEIGHTS, ABOUT = "state.safetensors", "state.json"
 
 
 @dataclass
@@ -144,23 +147,54 @@ def save(state: TrainState, run: Path, settings: dict[str, Any], extra: Mapping[
 def _write(
     state: TrainState, tensors: dict[str, Tensor], run: Path, settings: dict[str, Any], extra: Mapping[str, Any]
 ) -> Path:
-    from safetensors.torch import save_file
-
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise CheckpointError(f"{len(bad)} tensors are not finite ({bad[0]}, …)", where=run, todo="nothing was saved")
-    folder = run / "checkpoints" / f"step-{state.step:08d}"
-    files.require_space(run, int(1.2 * sum(v.numel() * v.element_size() for v in tensors.values())))
+        todo = f"lower learning_rate; {last_good(run)}"
+        raise NumericsError(f"{len(bad)} tensors are not finite ({bad[0]}, …): not saved", where=run, todo=todo)
+    folder, size = run / "checkpoints" / f"step-{state.step:08d}", sum(v.nbytes for v in tensors.values())
+    files.require_space(run, int(1.2 * size))
     about = {"format": FORMAT, "step": state.step, "settings": settings, **extra}
     if state.scaler is not None:
         about["scaler"] = state.scaler.state_dict()
     about["environment"] = environment(next(state.module.parameters()).device)
-    with files.atomic_folder(folder) as tmp:
-        save_file(tensors, tmp / "state.safetensors")
-        (tmp / "state.json").write_text(json.dumps(about, indent=1) + "\n")
+    with _room_told(folder, size), files.atomic_folder(folder) as tmp:
+        _write_tensors(tensors, tmp / WEIGHTS)
+        (tmp / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         files.write_manifest(tmp)
     files.verify_manifest(folder)
     return folder
+
+
+@contextmanager
+def _room_told(folder: Path, size: int) -> Iterator[None]:
+    """To what the disk refuses, how much is needed and free there, and what is saved."""
+    try:
+        yield
+    except ResourceError as error:
+        free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else folder.parents[1]).free
+        what = f"{error.what}: {size} bytes are needed, {free} are free on the disk"
+        todo = "; ".join(filter(None, (error.todo, last_good(folder.parents[1]))))
+        raise ResourceError(what, where=folder, todo=todo) from None
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """`save_file`, with the operating system's error in the place of the library's own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(first_line(error)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
+def last_good(run: Path) -> str:
+    """Which checkpoint there is to go on from, in words."""
+    found = checkpoints(run)
+    return f"the last checkpoint is good ({found[-1].name})" if found else "there is no checkpoint yet"
 
 
 def saving_seconds(run: Path, size: int) -> float:
@@ -174,11 +208,19 @@ def saving_seconds(run: Path, size: int) -> float:
     return (time.monotonic() - began) * size / max(1, len(data))
 
 
-def rotate(run: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and the one of step `best`; one that cannot be removed stays."""
-    for old in checkpoints(run)[:-keep]:
-        if step_of(old) != best:
-            shutil.rmtree(old, ignore_errors=True)
+def rotate(run: Path, keep: int, best: int | None) -> list[Path]:
+    """Remove all checkpoints but the newest `keep` and the one of step `best`; returns those that cannot be removed."""
+    old = [folder for folder in checkpoints(run)[:-keep] if step_of(folder) != best]
+    for folder in old:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for folder in old if folder.exists()]
+
+
+def set_aside(folder: Path, kind: str) -> str:
+    """Rename a checkpoint to KIND-…, or where that is taken KIND-…-2; returns its new name."""
+    new = files.unused_path(folder.parent, f"{kind}-{folder.name}", "")
+    folder.rename(new)
+    return new.name
 
 
 def step_of(checkpoint: Path) -> int:
@@ -200,44 +242,73 @@ def best(run: Path) -> Path:
         raise CheckpointError("names no best checkpoint", where=run / "best.json", todo=todo) from None
 
 
-def newest(run: Path) -> Path | None:
+def corrupt(run: Path) -> list[Path]:
+    """The checkpoints of a run that were found to be damaged."""
+    return sorted((run / "checkpoints").glob("corrupt-step-*"))
+
+
+def newest(run: Path, look: bool = False) -> Path | None:
     """The newest checkpoint that its manifest vouches for; damaged ones are renamed `corrupt-…` and named.
 
-    Raises CheckpointError when there were checkpoints and none is whole.
+    With `look` nothing is renamed. Raises CheckpointError when there were checkpoints and none is whole.
     """
-    found = checkpoints(run)
+    found, lost = checkpoints(run), corrupt(run)
     for folder in reversed(found):
         try:
-            if not files.verify_manifest(folder):
-                raise ModelError("has no manifest", where=folder)
+            verify(folder)
             return folder
-        except ModelError as error:
-            folder.rename(folder.with_name(f"corrupt-{folder.name}"))
-            warn(f"{error}; set aside as corrupt-{folder.name}, trying the one before it")
-    if found:
+        except (CheckpointError, ModelError) as error:
+            done = "damaged" if look else f"set aside as {set_aside(folder, 'corrupt')}"
+            warn(f"{error}; {done}, trying the one before it")
+    if found or lost:
         raise CheckpointError("no checkpoint is whole", where=run, todo="start anew in another folder")
     return None
 
 
+def verify(folder: Path) -> None:
+    """Raise CheckpointError or ModelError unless a manifest vouches for the files of a checkpoint."""
+    listed = files.verify_manifest(folder)
+    if missing := [name for name in (WEIGHTS, ABOUT) if name not in listed]:
+        what = f"the manifest does not list {missing[0]}" if listed else "has no manifest"
+        raise CheckpointError(f"{what}, so nothing vouches for it", where=folder, todo="go on from another checkpoint")
+
+
+KINDS = {"step": int, "settings": dict, "losses": list, "environment": dict}  # of what state.json has to hold
+MORE = {"inputs": dict, "scaler": dict}  # and may hold
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError; for another format it names both versions."""
+    todo = "give a folder checkpoints/step-…"
     try:
-        about = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(
-            "is no checkpoint of ldm", where=folder, todo="give a folder checkpoints/step-…"
-        ) from None
+        about = json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError("is no checkpoint of ldm", where=folder, todo=todo) from None
+    if not isinstance(about, dict):
+        raise CheckpointError("is no checkpoint of ldm", where=folder, todo=todo)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"has format {about.get('format')}, this version reads {FORMAT}", where=folder)
+    wrong = [name for name, kind in KINDS.items() if not isinstance(about.get(name), kind)]
+    wrong += [name for name, kind in MORE.items() if not isinstance(about.get(name, {}), kind)]
+    if wrong:
+        raise CheckpointError(f"its {ABOUT} is damaged: {wrong[0]}", where=folder, todo="take another checkpoint")
     return about
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, after its manifest has vouched for them. Raises ModelError where it does not."""
+    """The tensors of a checkpoint, after its manifest has vouched for them.
+
+    Raises CheckpointError or ModelError where it does not.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files.verify_manifest(folder)
-    return load_file(folder / "state.safetensors")
+    verify(folder)
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        todo = "go on from another checkpoint"
+        raise CheckpointError(f"cannot be read ({first_line(error)})", where=folder / WEIGHTS, todo=todo) from None
 
 
 def tell_differences(before: Mapping[str, Any], device: torch.device) -> None:

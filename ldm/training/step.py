@@ -107,6 +107,7 @@ class Outcome(NamedTuple):
     loss: float  # NaN where it is `bad`
     bad: bool  # loss or gradient was not finite; nothing was applied
     ids: tuple[str, ...]  # of its samples, where the batches know
+    rows: int  # samples, of all processes together
 
 
 def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> Outcome:
@@ -118,12 +119,13 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     rate, scaler, ids, parallel = learning_rate(settings, state.step), state.scaler, [], state.parallel
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    total = torch.zeros((), device=device)
+    total, rows = torch.zeros((), device=device), 0
     for micro in range(settings.accumulation):
         with parallel.micro(last=micro == settings.accumulation - 1):
             with precision(settings, device):
                 batch = parallel.group.agreed(partial(next, batches))
                 ids += getattr(batch, "ids", ())
+                rows += batch.part.size if hasattr(batch, "part") else settings.batch_size
                 loss = parallel.loss(stage, batch, state.step, micro) / settings.accumulation
             (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
@@ -142,7 +144,7 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
         scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return Outcome(math.nan if bad else float(total), bad, tuple(ids))
+    return Outcome(math.nan if bad else float(total), bad, tuple(ids), rows)
 
 
 @torch.no_grad()

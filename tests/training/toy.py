@@ -8,7 +8,8 @@ from torch import nn
 
 from ldm.nn.lora import attach, new_updates
 from ldm.training import keyed
-from ldm.training.loop import fit, to_resume
+from ldm.training.loop import fit
+from ldm.training.resuming import to_resume
 from ldm.training.settings import Settings
 from tests.training.conftest import threads
 

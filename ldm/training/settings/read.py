@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_
 FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
 FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
 FREE |= {"export", "save_dtype", "name"}
+PATHS = {"model", "vae", "text", "init", "prior"}  # the same where they lead to the same place
 FREE_DATA = {"cache", "max_bad", "workers"}  # likewise, of data
 
 
@@ -57,11 +59,17 @@ def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
     """The settings, by name, that a continuation would change and that change what is trained: name → (old, new)."""
     now, before = as_dict(new), {**_defaults(type(new)), **old}
     found = {k: (before.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+    found = {k: pair for k, pair in found.items() if k not in PATHS or not _same_place(*pair)}
     if isinstance(new, FinetuneSettings) and "data" in found:
         one, other = ({k: v for k, v in data.items() if k not in FREE_DATA} for data in found.pop("data"))
         differing = [k for k, v in other.items() if one.get(k, v) != v]
+        differing = [k for k in differing if k != "folder" or not _same_place(one[k], other[k])]
         found |= {"data": tuple({k: data.get(k) for k in differing} for data in (one, other))} if differing else {}
     return found
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _defaults(kind: type[Settings]) -> dict[str, Any]:

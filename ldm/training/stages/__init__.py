@@ -32,9 +32,17 @@ def _unet(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
 
 
 def _finetune(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+    from ldm.training.distributed import current
+    from ldm.training.loop import ask_for_space
+    from ldm.training.optimizers import make_optimizer
     from ldm.training.stages.finetune import Finetune
+    from ldm.training.state import TrainState
 
-    return Finetune(settings, out).open(pictures)
+    stage = Finetune(settings, out)
+    if current().first:  # before the data is encoded, which may take hours
+        optimizer = make_optimizer(settings, stage.module, stage.device)
+        ask_for_space(TrainState(stage.module, stage.module, optimizer), settings, out)
+    return stage.open(pictures)
 
 
 Factory = Callable[[Settings, Path, "Pictures | None"], Stage]  # the run's folder; what was read of its data before
