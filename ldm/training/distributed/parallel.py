@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ class _Sharded(Single):
         from torch.distributed.fsdp import fully_shard
 
         super().__init__(group)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes into
         self.mesh = init_device_mesh(device.type, (group.world,))
         self.roots, self._bare = [], {}
         for module in modules:
