@@ -77,9 +77,11 @@ def run(
         if dry_run:
             return Path(found)
         from ldm.training.loop import fit
+        from ldm.training.samples import lost_workers
         from ldm.training.stages import STAGES
 
         group.together(lambda: check_lock(out))
+        held.enter_context(lost_workers(out))
         stage = group.together(lambda: STAGES[settings.stage](settings, out, pictures))
         return fit(stage, settings, out, found and Path(found), allow_changed)
 

@@ -11,10 +11,10 @@ from ldm.checkpoint.lora.read import FILE
 from ldm.console import say
 from ldm.errors import CheckpointError, ConfigError, nearest
 from ldm.training import state as states
-from ldm.training.settings import Settings, changed
+from ldm.training.settings import FinetuneSettings, Settings, changed
 from ldm.training.state import TrainState
 
-READ = ("model", "data", "prior", "init")  # what a run reads that has a digest, beside what settings name
+READ = ("model", "data", "prior", "init", "tokenizer")  # what has a digest, of which some is no setting
 
 
 def to_resume(
@@ -54,10 +54,12 @@ def to_resume(
 
 def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
     """Raise ConfigError for a name that is no setting's and nothing's that the run reads."""
-    known = [field.name for field in dataclasses.fields(settings)]
+    known = [*(field.name for field in dataclasses.fields(settings)), *READ]
     for name in allow_changed:
-        if name not in known and name not in (*READ, "tokenizer"):
-            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", todo=nearest(name, [*known, *READ]))
+        if name not in known:
+            if isinstance(settings, FinetuneSettings):  # where each of data's is a word for `data`
+                known += [field.name for field in dataclasses.fields(settings.data)]
+            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", todo=nearest(name, known))
 
 
 def _check_unfinished(out: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +18,7 @@ from ldm.device import is_out_of_memory
 from ldm.errors import DataError, first_line
 from ldm.training.keyed import generator
 from ldm.training.settings import DataSettings
+from ldm.training.state import last_good
 
 
 class Samples(Protocol):
@@ -124,18 +128,34 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
         except (RuntimeError, OSError, EOFError) as error:
             if not workers or is_out_of_memory(error) or str(error).startswith("Caught "):  # it came from a sample
                 raise
-            raise _gone(error, place, batch) from None
+            if not _is_lost(error):
+                with suppress(RuntimeError):  # PyTorch's handler of SIGCHLD raises one wherever it comes
+                    time.sleep(1)
+            todo = "go on with --resume latest (workers=0 needs none)"
+            raise _gone(error, f"from sample {place} on", todo) from None
         if isinstance(found, DataError):
             raise found
         yield found
         place += batch
 
 
-def _gone(error: Exception, place: int, count: int) -> DataError:
-    """A worker that was killed or hangs, with exit code 5: what was saved before is good."""
-    what = f"a process that makes them was killed, or hangs ({first_line(error)})"
-    todo = "go on with --resume latest (workers=0 needs none)"
-    gone = DataError(what, where=f"samples {place} to {place + count - 1}", todo=todo)
+@contextmanager
+def lost_workers(out: Path) -> Iterator[None]:
+    """What PyTorch raises in the middle of anything when a worker is killed, as DataError with exit code 5."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise _gone(error, out, f"{last_good(out)}, go on with --resume latest (workers=0 needs none)") from None
+
+
+def _is_lost(error: Exception) -> bool:
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def _gone(error: Exception, where: object, todo: str) -> DataError:
+    gone = DataError(f"a process that makes samples was killed, or hangs ({first_line(error)})", where=where, todo=todo)
     gone.exit_code = 5
     return gone
 

@@ -1,15 +1,19 @@
 """A run that is stopped, short of memory or disk, or better before its end: what is saved, marked, said and resumed."""
 
+import itertools
 import json
 import os
+import resource
+import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm import files
-from ldm.errors import CheckpointError, Interrupted, ResourceError
+from ldm.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from ldm.training import state
 from tests.children import in_child, status_of
 from tests.training.toy import Toy, train_toy
@@ -212,3 +216,136 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     train_toy(tmp_path / "run", steps=3)
     with pytest.raises(CheckpointError, match=r"tensors are not those of this network \(0.down, …\)"):
         train_toy(tmp_path / "run", "latest", lora=True, steps=4)
+
+
+def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_rest(tmp_path, capfd):
+    def fill(step, micro):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    def child():
+        try:
+            return train_toy(tmp_path / "run", inside=fill, validate_every=100) and 0
+        except ResourceError as error:
+            print(error, file=sys.stderr)
+            raise
+
+    assert status_of(in_child(child)) == 4
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "step-00000006: cannot be written (File too large)" in said and "bytes are needed" in said
+    assert "are free" in said and said.endswith("the last checkpoint is good (step-00000003)")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert state.newest(tmp_path / "run").name == "step-00000003"
+
+
+def broken_from(first, last=99):
+    """A toy whose loss is not finite from one step to another."""
+
+    class Broken(Toy):
+        def loss(self, batch, step, micro):
+            return super().loss(batch, step, micro) * (float("nan") if first <= step <= last else 1)
+
+    return Broken
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_bad_steps_do_not_drive_good_checkpoints_away(every, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with pytest.raises(NumericsError, match=r"5 steps in a row \(10-0, 10-1, 10-2, 10-3\)") as error:
+        train_toy(run, kind=broken_from(6), save_every=every, validate_every=100, decay_from=1)
+    assert error.value.exit_code == 5 and "the last checkpoint is good (step-00000006)" in str(error.value)
+    train_toy(whole, steps=6, save_every=every, validate_every=100, decay_from=1)
+    assert steps_of(run) == steps_of(whole) == [6 - every, 6]
+    for step in steps_of(run):
+        name = f"checkpoints/step-{step:08d}/state.safetensors"
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_before_the_first_checkpoint_none_is_called_good(tmp_path):
+    with pytest.raises(NumericsError, match="there is no checkpoint yet"):
+        train_toy(tmp_path / "run", kind=broken_from(0), validate_every=100)
+
+
+def test_no_model_is_made_of_a_last_step_that_was_bad(tmp_path):
+    with pytest.raises(NumericsError, match=r"of the last step is not finite \(11-0, .*step-00000009") as error:
+        train_toy(tmp_path / "run", kind=broken_from(11))
+    assert error.value.exit_code == 5 and not (tmp_path / "run" / "model").exists()
+    train_toy(tmp_path / "other", kind=broken_from(5, 8))
+    assert steps_of(tmp_path / "other")[-1] == 12
+
+
+def test_scores_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
+    kind = type("Lost", (Scored,), {"values": (9.0, 5.0, float("nan"), float("inf"))})
+    with pytest.raises(NumericsError, match="the validation loss is not finite, so no model is made") as error:
+        train_toy(tmp_path / "run", kind=kind, save_every=2)
+    assert error.value.exit_code == 5 and not (tmp_path / "run" / "model").exists()
+    assert steps_of(tmp_path / "run") == [4, 6]
+
+
+def test_weights_that_are_not_finite_stop_the_run_part_way(tmp_path):
+    def spoil(step, micro):
+        if step == 5:
+            with torch.no_grad():
+                toys[0].module[3].bias += float("inf")
+
+    class Kept(Toy):
+        def __init__(self, *given):
+            super().__init__(*given)
+            toys.append(self)
+
+        def loss(self, batch, step, micro):
+            super().loss(batch, step, micro)
+            return sum(p.square().sum() for p in self.module[0].parameters())
+
+    toys = []
+    with pytest.raises(NumericsError, match=r"tensors are not finite .* \(step-00000003\)") as error:
+        train_toy(tmp_path / "run", kind=Kept, inside=spoil, validate_every=100)
+    assert error.value.exit_code == 5 and steps_of(tmp_path / "run") == [3]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_as_what_it_is(number, code, tmp_path, capfd, monkeypatch):
+    import ldm.cli.train as command
+    from ldm.cli import main
+
+    def twice(step, micro):
+        if step == 5:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command, "run", lambda args: train_toy(tmp_path / "run", inside=twice) and 0)
+    assert status_of(in_child(lambda: main(["train", "emoji/unet", "-o", "x"]))) == code
+    assert capfd.readouterr().err.splitlines()[-1] == f"stopped ({'SIGTERM' if code == 143 else 'Ctrl-C'})"
+    assert steps_of(tmp_path / "run") == [3, 4]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_said_once(tmp_path, capsys, monkeypatch):
+    remove = shutil.rmtree
+    monkeypatch.setattr(state.shutil, "rmtree", lambda p, **kw: None if p.name == "step-00000003" else remove(p, **kw))
+    train_toy(tmp_path / "run", validate_every=100)
+    said = [line for line in capsys.readouterr().err.splitlines() if "cannot be removed" in line]
+    assert len(said) == 1 and "step-00000003: cannot be removed" in said[0]
+    assert steps_of(tmp_path / "run") == [3, 9, 12]
+
+
+def test_speed_counts_the_samples_there_are(tmp_path):
+    """Of data in buckets the last batches are small."""
+    from ldm.training.distributed import Part
+    from ldm.training.step import prepare, take_step
+    from tests.training.toy import toy_settings
+
+    settings = toy_settings(accumulation=2)
+    stage = Toy(settings)
+    now = prepare(stage, settings, torch.device("cpu"))
+    batches = list(itertools.islice(stage.batches(0), 2))
+    assert take_step(stage, now, settings, iter(batches)).rows == 8
+    batches[1].part = Part(1)
+    assert take_step(stage, now, settings, iter(batches)).rows == 5
+
+
+def test_versions_and_hashes_are_beside_the_settings(tmp_path):
+    import ldm
+
+    train_toy(tmp_path / "run", steps=1)
+    found = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert found["ldm"] == ldm.__version__ and found["torch"] == torch.__version__ and found["inputs"] == {}

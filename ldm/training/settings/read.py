@@ -73,8 +73,9 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def _defaults(kind: type[Settings]) -> dict[str, Any]:
-    """What a setting was before it existed: its default."""
-    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    """What a setting was before it existed: its default, as JSON has it."""
+    found = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
