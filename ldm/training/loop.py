@@ -255,13 +255,17 @@ class _Run:
     def _show(self) -> None:
         """Score and draw with the EMA weights, and write the page; a signal cuts it short.
 
-        Out of memory, the training goes on without: its steps may need less.
+        Out of memory, the training goes on without: its steps may need less. Raises NumericsError where a picture is
+        not finite.
         """
         if self.signal:
             return
         try:
             with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad():
                 self._score()
+        except NumericsError as error:
+            what, todo = f"in validation: {error.what}", f"lower learning_rate; {states.last_good(self.out)}"
+            raise NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.group.sharded:
                 raise

@@ -282,6 +282,25 @@ def test_scores_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
     assert steps_of(tmp_path / "run") == [4, 6]
 
 
+def test_pictures_that_are_not_finite_name_the_last_checkpoint(tmp_path):
+    class Dark(Toy):
+        def picture(self, ema):
+            if self.seen > 4:
+                raise NumericsError("the VAE gave NaN or infinity in decoding", todo="try --dtype fp32")
+            return super().picture(ema)
+
+        def validate(self, ema, step):
+            self.seen = step
+            return super().validate(ema, step)
+
+    said = (
+        r"run: step 8: in validation: the VAE gave .*; lower learning_rate; the last checkpoint is good \(step-00000006"
+    )
+    with pytest.raises(NumericsError, match=said) as error:
+        train_toy(tmp_path / "run", kind=Dark)
+    assert error.value.exit_code == 5
+
+
 def test_weights_that_are_not_finite_stop_the_run_part_way(tmp_path):
     def spoil(step, micro):
         if step == 5:
