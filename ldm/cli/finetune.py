@@ -23,7 +23,8 @@ import os
 from typing import Any
 
 from ldm import console
-from ldm.training.aliases import ALIASES, OPTIONS, REFUSED, read_value, table
+from ldm.errors import ConfigError
+from ldm.training.aliases import ALIASES, ALONE, IDLE, KEYS, MANY, OPTIONS, REFUSED, SWITCHES, read_value, table
 
 __doc__ += "\n" + table()
 
@@ -33,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", nargs="?", help="a folder of pictures, a .tar, a .parquet, owner/name on the hub")
     add("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="any setting")
-    add("-o", "--output", metavar="RUN", help="the run's folder")
-    add("--output_dir", "--output-dir", dest="output", help=argparse.SUPPRESS)
+    add("-o", "--output", metavar="RUN", action=Once, help="the run's folder")
+    add("--output_dir", "--output-dir", dest="output", action=Once, help=argparse.SUPPRESS)
     add("--config", metavar="FILE", help="settings (.yaml .toml .json); what is said besides goes before them")
-    add("--resume", metavar="CHECKPOINT", nargs="?", const="latest", help="go on from the newest, or this, checkpoint")
-    add("--resume_from_checkpoint", "--resume-from-checkpoint", dest="resume", help=argparse.SUPPRESS)
+    resume = {"nargs": "?", "const": "latest", "action": Once}
+    add("--resume", metavar="CHECKPOINT", **resume, help="go on from the latest, best or this one")
+    add("--resume_from_checkpoint", "--resume-from-checkpoint", dest="resume", **resume, help=argparse.SUPPRESS)
     add("--allow-changed", metavar="NAME", action="append", default=[], help="a setting that may differ on --resume")
     add("--dry-run", action="store_true", help="check everything, print counts, settings and estimate, train nothing")
     taken: set[str] = set()
@@ -46,21 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for word, (value, text) in options.items():
             _add(group, word, value, text)
             taken.add(word)
-    for word, alias in ALIASES.items():
+    for word in dict.fromkeys([*KEYS, *ALIASES, *REFUSED, *IDLE]):
         if word not in taken:
-            _add(parser, word, None if alias.switch is not None or _is_switch(alias.word) else "X", argparse.SUPPRESS)
-    for word in REFUSED:
-        _add(parser, word, "X", argparse.SUPPRESS, nargs="?", const=True)
+            alone = word in ALONE or (word in ALIASES and ALIASES[word].word in SWITCHES)
+            _add(parser, word, None if alone else "X", argparse.SUPPRESS, **({"nargs": "*"} if word in MANY else {}))
+    switches = [action for action in parser._actions if action.nargs == "?" and action.const is True]
+    parser.switches = frozenset(option for action in switches for option in action.option_strings)
 
 
-def _is_switch(word: str) -> bool:
-    return any(word in options and options[word][0] is None for options in OPTIONS.values())
+class Once(argparse.Action):
+    """Refuses another value than the one that was given before."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        before = getattr(namespace, self.dest)
+        if before is not None and before != value:
+            raise ConfigError(f"{option} {value}: {before} was given before", todo="say one of them")
+        setattr(namespace, self.dest, value)
 
 
 def _add(parser: Any, word: str, value: str | None, text: str, **more: Any) -> None:
     """An option under our spelling; --with_underscores is taken too, and shown nowhere."""
     several = word in ("validation_prompts", "validation_prompt")
-    kind = {"action": "store_true"} if value is None else {"metavar": value, **more}
+    kind = {"nargs": "?", "const": True, "metavar": "false"} if value is None else {"metavar": value, **more}
     shared = {"dest": f"word_{word}", "default": argparse.SUPPRESS, **kind}
     parser.add_argument(f"--{word.replace('_', '-')}", help=text, **shared, **({"action": "append"} if several else {}))
     if "_" in word:  # diffusers' --validation_prompts takes several at once

@@ -101,7 +101,7 @@ def _check_unet(settings: UNetSettings) -> None:
 
 def _check_finetune(s: FinetuneSettings) -> None:
     """All that is known without a weight or a picture: of the model, the LoRA to go on from, the machine."""
-    from ldm.checkpoint.lora import fit, read_lora_header, target_at
+    from ldm.checkpoint.lora import read_lora_header, target_at
     from ldm.checkpoint.model import check_model
     from ldm.diffusion import names
     from ldm.nn.attention import check_backend
@@ -124,8 +124,9 @@ def _check_finetune(s: FinetuneSettings) -> None:
         kind = "dora" if header.dora else "lora"
         require(s.train == kind, f"the LoRA to go on from is a {kind}, and train is {s.train}", "train")
         if target is not None:
-            places = fit(header, target).places.values()
-            text = any(part != "unet" for part, _ in places)
+            from ldm.training.stages.adapting import places_of
+
+            text = any(part != "unet" for part, _ in places_of(header, target).values())
             what = (
                 "the LoRA to go on from has layers of the text encoder" if text else "it has none of the text encoder"
             )
@@ -133,7 +134,8 @@ def _check_finetune(s: FinetuneSettings) -> None:
     elif s.train != "full" and target is not None:
         from ldm.training.stages.adapting import chosen_layers
 
-        chosen_layers({part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}, s.targets)
+        shapes = {part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}
+        chosen_layers(shapes, s.targets, s.lora_rank)
     if s.prior is not None:
         from ldm.data.sources import open_source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from ldm import config as configs
 from ldm.console import say
 from ldm.errors import CheckpointError, ConfigError, DataError
 from ldm.training.aliases import assigned, canonical, flattened, nested, setting_of
-from ldm.training.settings import FinetuneSettings
+from ldm.training.settings import FinetuneSettings, check_file_name
 
 if TYPE_CHECKING:
     from ldm.training.dataset import Pictures
 
+# Arguments by the words that diffusers' and kohya's scripts have for them, also in settings files.
+PLACES = {"output_dir": "out", "resume_from_checkpoint": "resume"}
 # What a settings file says of LoRA in a full run without meaning it: every run's settings.json has all of them.
 USUAL = {"lora_rank": (None, 16), "lora_alpha": (None,), "targets": (None, ["attention"]), "init": (None,)}
 
@@ -27,7 +30,7 @@ def finetune(
     *,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
-    resume: str | None = None,
+    resume: str | Path | bool | None = None,
     allow_changed: Sequence[str] = (),
     dry_run: bool = False,
     **words: Any,
@@ -37,8 +40,9 @@ def finetune(
     `data`: a folder of any layout, a .tar, a .parquet, a set on the hub. `words` are the settings, by our names or by
     those of diffusers' and kohya's scripts (`ldm finetune --help` has the table); what nobody says is chosen from the
     model, the number of pictures and the hardware, and printed as the command that repeats it. `config` is a settings
-    file, `overrides` are KEY=VALUE strings. `resume`: "latest", "best" or a checkpoint's folder; settings that are not
-    said are then those of that run, and `allow_changed` names those that may differ from it.
+    file, `overrides` are KEY=VALUE strings. `resume`: "latest" (or True), "best" or a checkpoint's folder; settings
+    that are not said are then those of that run, and `allow_changed` names those that may differ from it. `out` and
+    `resume` may be said as `output_dir` and `resume_from_checkpoint`.
 
     Raises LdmError for all that can be said against the run before work begins (with `dry_run` it ends there),
     Interrupted after a signal (state saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun
@@ -48,10 +52,10 @@ def finetune(
     from ldm.training.distributed import processes
     from ldm.training.settings import as_dict
 
+    overrides, allow_changed = _texts(overrides, "overrides"), _texts(allow_changed, "allow_changed")
+    out, resume, words = _places(out, resume, config, words)
     if out is None:
         raise ConfigError("is needed: the run's folder (-o RUN)", where="out")
-    if isinstance(allow_changed, str):
-        allow_changed = [allow_changed]
     with processes() as group:
         read: list[Pictures] = []  # by the first process; the others read them when they have its settings
 
@@ -63,6 +67,32 @@ def finetune(
         settings = configs.build(FinetuneSettings, group.on_first(settled))
         changed = [setting_of(word) for word in allow_changed]
         return run(settings, Path(out), resume, changed, dry_run, *read)
+
+
+def _texts(value: Any, name: str) -> list[str]:
+    """One text, or several."""
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple, set, frozenset)) or not all(isinstance(text, str) for text in found):
+        raise ConfigError(f"expected texts, got {value!r:.80}", where=name)
+    return list(found)
+
+
+def _places(
+    out: Any, resume: Any, config: Any, words: Mapping[str, Any]
+) -> tuple[str | None, str | None, dict[str, Any]]:
+    """The run's folder and what is gone on from, as text, by whichever word they were given; and the other words."""
+    if not isinstance(config, str | os.PathLike | None):
+        raise ConfigError(f"expected a settings file, got {config!r:.80}", where="config")
+    found, file = {"out": out, "resume": resume}, {} if config is None else configs.load(config)
+    for word, name in PLACES.items():
+        said = [value for value in (found[name], words.get(word)) if value is not None] or [file.get(word)]
+        if len({str(value) for value in said}) > 1:
+            raise ConfigError(f"{name} and {word} are the same, and differ")
+        value = {True: "latest", False: None}[said[0]] if name == "resume" and type(said[0]) is bool else said[0]
+        if not isinstance(value, str | os.PathLike | None):
+            raise ConfigError(f"expected a path, got {value!r:.80}", where=name)
+        found[name] = None if value is None else str(value)
+    return found["out"], found["resume"], {word: value for word, value in words.items() if word not in PLACES}
 
 
 def prepared(
@@ -114,7 +144,7 @@ def _given(
 
 def _from_file(path: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """A settings file's, less the steps or epochs that the other is said instead of."""
-    found = canonical(configs.load(path), where=str(path))
+    found = canonical({k: v for k, v in configs.load(path).items() if k not in PLACES}, where=str(path))
     other = {"steps": "epochs", "epochs": "steps"}
     return {key: value for key, value in found.items() if other.get(key) not in given}
 
@@ -143,7 +173,7 @@ def _settings_in(path: Path) -> dict[str, Any]:
 
 
 def settle(given: Mapping[str, Any], earlier: Mapping[str, Any], out: Path) -> tuple[dict[str, Any], Pictures]:
-    """Every setting that the run needs, by its key, and the pictures that were read on the way.
+    """Every setting that the run needs, by its key, and the pictures that were read on the way, its prior's too.
 
     `earlier` are the settings of the run that goes on, which stand where nothing else is said; a new run has presets.
     Raises ConfigError, ModelError, DataError.
@@ -162,11 +192,16 @@ def settle(given: Mapping[str, Any], earlier: Mapping[str, Any], out: Path) -> t
         said = before_data(given, facts)
     data = configs.build(FinetuneData, nested(said).get("data", {}), "data")
     check_finetune_place(data, out)
+    if said.get("train") != "full" and not said.get("name"):
+        check_file_name(out.resolve().name, "out")
     pictures = read_pictures(data)
-    count = len(pictures.trained)
-    if not count:
+    if prior := _text(said, "prior"):
+        pictures.prior = read_pictures(data.of_prior(prior))
+    places = pictures.trained
+    if not places:
         raise DataError("no picture is left to train on", where=data.folder)
-    found = complete(given, facts, count) if facts is not None else in_steps(said, given, count)
+    groups = list(Counter(pictures.items[place].bucket for place in places).values())
+    found = complete(given, facts, groups) if facts is not None else in_steps(said, given, groups)
     return found, pictures
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +35,10 @@ def measure(settings: FinetuneSettings, out: Path, pictures: Pictures | None = N
     try:
         stage = Finetune(settings, out)
         if pictures is not None:
-            pictures.cut = stage.model.text.truncated
-            say("\n".join(pictures.lines))
+            for read, kind in ((pictures, ""), (pictures.prior, "prior: ")):
+                if read is not None:
+                    read.cut = stage.model.text.truncated
+                    say("\n".join(f"{kind}{line}" for line in read.lines))
         return estimate(stage, settings, trial_batch(stage))
     except (MemoryError, torch.OutOfMemoryError) as error:
         todo = "lower batch_size (and raise accumulation), or set gradient_checkpointing"
@@ -43,7 +46,7 @@ def measure(settings: FinetuneSettings, out: Path, pictures: Pictures | None = N
 
 
 def trial_batch(stage: Finetune) -> Batch:
-    """Latents of noise under one caption, as many and as large as the settings have them."""
+    """Latents of noise under one caption, as many and as large as the settings have them, and as many of the prior."""
     import torch
 
     s, model, count = stage.settings, stage.model, stage.settings.batch_size
@@ -53,7 +56,8 @@ def trial_batch(stage: Finetune) -> Batch:
     cond = None if s.text_encoder else model.text.encode(captions).to(stage.device, torch.float32)
     sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
     ids = sizes.to(stage.device) if stage.xl else None
-    return Batch(latents.to(stage.device), captions, cond, ids, captions, Part(count))
+    made = Batch(latents.to(stage.device), captions, cond, ids, captions, Part(count))
+    return dataclasses.replace(made, prior=made) if s.prior else made
 
 
 def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:
@@ -70,7 +74,7 @@ def forecast(samples: int, model: str = "default", resolution: int | None = None
         fits = resolution <= MOST * facts.side
         config.require(fits, f"a step at {resolution} px is not tried: {model} draws at {facts.side}", "resolution")
         given["data.resolution"] = resolution
-    settings = config.build(FinetuneSettings, nested(complete(given, facts, samples)))
+    settings = config.build(FinetuneSettings, nested(complete(given, facts, [samples])))
     with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
         found = measure(settings, Path(out))
     s = settings

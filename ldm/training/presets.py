@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config import require
+from ldm.console import say
 from ldm.training.aliases import KEYS, OPTIONS, SWITCHES
 
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
@@ -42,6 +43,7 @@ BATCHES = {
     ("xl", "gpu"): (1, 4, True),
 }
 ROOMY = {"sd": 16e9, "xl": 40e9}  # bytes of a GPU from which on the batch above fits without checkpointing
+OF_LORA = ("lora_rank", "lora_alpha", "targets", "init")  # words of no meaning in a full run
 SHARED = {"snr_gamma": 5.0, "lr_schedule": "cosine"}
 
 
@@ -62,8 +64,10 @@ class Facts:
         return "small" if self.width < SMALL_WIDTH else "xl" if self.xl else "sd"
 
 
-def complete(given: Mapping[str, Any], facts: Facts, samples: int) -> dict[str, Any]:
-    """`given` (by the settings' keys) with all that a run needs and nobody said; `samples` are those of an epoch.
+def complete(given: Mapping[str, Any], facts: Facts, groups: Sequence[int]) -> dict[str, Any]:
+    """`given` (by the settings' keys) with all that a run needs and nobody said.
+
+    `groups` are the samples of an epoch in each bucket: a batch holds pictures of one bucket alone.
 
     Epochs become steps. The order of keys is that of the table's, so that the printed command is stable.
     """
@@ -75,12 +79,12 @@ def complete(given: Mapping[str, Any], facts: Facts, samples: int) -> dict[str, 
     micro, accumulation, checkpointing = BATCHES[size, "cpu" if facts.device == "cpu" else "gpu"]
     if facts.memory is not None and facts.memory < ROOMY.get(size, 0):
         micro, accumulation, checkpointing = 1, micro * accumulation, True
-    found |= {"batch_size": max(1, min(micro, samples)), "accumulation": accumulation}
+    found |= {"batch_size": max(1, min(micro, sum(groups))), "accumulation": accumulation}
     found |= {"gradient_checkpointing": True} if checkpointing else {}
     found |= given
-    found = in_steps(found, given, samples)
+    found = in_steps(found, given, groups)
     passes, least, most = LENGTHS[size, full]
-    found.setdefault("steps", min(max(round(passes * samples / _batch(found)), least), most))
+    found.setdefault("steps", min(max(round(passes * _epoch(found, groups)), least), most))
     steps = _positive(found["steps"])
     for name, value in {
         "warmup": min(100, steps // 20),
@@ -93,20 +97,21 @@ def complete(given: Mapping[str, Any], facts: Facts, samples: int) -> dict[str, 
     return found
 
 
-def in_steps(found: Mapping[str, Any], given: Mapping[str, Any], samples: int) -> dict[str, Any]:
-    """`found` with the epochs of `given`, of so many samples each, as steps."""
+def in_steps(found: Mapping[str, Any], given: Mapping[str, Any], groups: Sequence[int]) -> dict[str, Any]:
+    """`found` with the epochs of `given`, of so many samples in each bucket, as steps."""
     found = {key: value for key, value in found.items() if key != "epochs"}
     if given.get("epochs") is not None:
         epochs = given["epochs"]
         good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < math.inf
         require(good, f"must be a positive number, got {epochs!r:.80}", "epochs")
-        found["steps"] = max(1, math.ceil(epochs * samples / _batch(found)))
+        found["steps"] = max(1, math.ceil(epochs * _epoch(found, groups)))
     return found
 
 
-def _batch(found: Mapping[str, Any]) -> float:
-    """Pictures of a step."""
-    return _positive(found["batch_size"]) * _positive(found["accumulation"])
+def _epoch(found: Mapping[str, Any], groups: Sequence[int]) -> float:
+    """Steps of an epoch: its batches, of which `accumulation` make one."""
+    size = _positive(found["batch_size"])
+    return sum(math.ceil(count / size) for count in groups) / _positive(found["accumulation"])
 
 
 def before_data(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -124,7 +129,6 @@ def read_facts(model: str, init: str | None, device: str) -> Facts:
     """Of a model's settings, its weights unread, and of a LoRA's header. Raises ModelError, ConfigError."""
     import torch
 
-    from ldm.checkpoint.lora import read_lora_header
     from ldm.checkpoint.model import check_model
     from ldm.device import pick_device
 
@@ -141,8 +145,18 @@ def read_facts(model: str, init: str | None, device: str) -> Facts:
         flow="flow" in str(configs["scheduler"].get("prediction_type", "")),
         device=found.type,
         memory=memory,
-        init=None if init is None else settings_of_lora(read_lora_header(init)),
+        init=None if init is None else settings_of_lora(_read_header(init)),
     )
+
+
+def _read_header(init: str) -> Any:
+    """Of the LoRA to go on from; says what had to be assumed."""
+    from ldm.checkpoint.lora import read_lora_header
+
+    header = read_lora_header(init)
+    if header.assumed:
+        say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
+    return header
 
 
 def _configs(place: Path) -> dict[str, Mapping[str, Any]]:
@@ -176,6 +190,8 @@ def command(found: Mapping[str, Any], out: str | Path) -> str:
         option = f"--{words[key].replace('_', '-')}" if key in words else ""
         if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
             continue
+        if (value is None and key not in SHARED) or (key in OF_LORA and found.get("train") == "full"):
+            continue  # as where it is not said
         if key == "validation_prompts":
             for prompt in value:
                 parts += _with_value(option, str(prompt))
@@ -194,4 +210,6 @@ def _with_value(option: str, text: str) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}" if type(value) is float else json.dumps(value)
+    if type(value) is not float:
+        return value if isinstance(value, str) else json.dumps(value)
+    return short if float(short := f"{value:g}") == value else repr(value)

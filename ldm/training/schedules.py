@@ -13,8 +13,8 @@ def _constant(settings: Settings, step: int) -> float:
 
 
 def _linear(settings: Settings, step: int) -> float:
-    """1 until `decay_from` of the steps, then linear to `final_lr` at the last one."""
-    start = settings.decay_from * settings.steps
+    """1 until `decay_from` of the steps and the end of the warm-up, then linear to `final_lr` at the last step."""
+    start = max(settings.warmup, settings.decay_from * settings.steps)
     return 1.0 if step < start else 1 - (1 - settings.final_lr) * (step - start) / max(1.0, settings.steps - start)
 
 

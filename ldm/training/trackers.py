@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError
+from ldm.files import atomic_write
 from ldm.training.settings import Settings, as_dict
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # Of each tracker the packages that will do.
+WANDB = ".wandb-id"  # of the run there, in the run's folder
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 
 
@@ -37,7 +40,8 @@ class Trackers:
         if "wandb" in settings.report_to:
             from accelerate.tracking import WandBTracker
 
-            self.trackers.append(WandBTracker("ldm", name=out.name, id=out.name, resume="allow", dir=str(out)))
+            own = {"name": out.resolve().name, "id": _wandb_id(out, step), "resume": "allow", "dir": str(out)}
+            self.trackers.append(WandBTracker("ldm", **own))
         for tracker in self.trackers:
             tracker.start()
         if not step:
@@ -63,6 +67,14 @@ class Trackers:
         """Write what is pending."""
         for tracker in self.trackers:
             tracker.finish()
+
+
+def _wandb_id(out: Path, step: int) -> str:
+    """Of the run that goes on; of one that begins a new one, so that folders of equal names are not one run there."""
+    place = out / WANDB
+    if step and place.is_file():
+        return place.read_text().strip()
+    return atomic_write(place, secrets.token_hex(8)).read_text()
 
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
+import torch
 
 import ldm
 from ldm import config
-from ldm.cli import main, parse
-from ldm.training.aliases import ALIASES, KEYS, OPTIONS, REFUSED, canonical, nested
-from ldm.training.finetuning import prepared
-from ldm.training.settings import FinetuneSettings, as_dict
+from ldm.cli import build_parser, main, parse
+from ldm.errors import ConfigError
+from ldm.training.aliases import ALIASES, ALONE, IDLE, KEYS, OPTIONS, REFUSED, canonical, nested
+from ldm.training.finetuning import PLACES, prepared
+from ldm.training.schedules import learning_rate
+from ldm.training.settings import FinetuneSettings, Settings, as_dict
 from tests.training.conftest import threads
 from tests.training.finetune_cases import pictures, settings_of
 
@@ -54,17 +58,118 @@ def test_ours_and_theirs_mean_the_same():
     assert asked(ours) == asked(diffusers) == asked(kohya)
 
 
-@pytest.mark.parametrize("word", [*ALIASES, *REFUSED])
-def test_every_word_of_the_tables_is_an_option(word):
+def test_every_word_of_the_tables_is_an_option():
     """With a value or as a switch, under both spellings; a refused one says what to do instead."""
-    switch = word in ALIASES and (ALIASES[word].switch is not None or ALIASES[word].word == "text_encoder")
-    for option in (f"--{word}", f"--{word.replace('_', '-')}"):
-        args = vars(parse(["finetune", "x", "-o", "y", option, *([] if switch else ["1"])]))
-        assert args[f"word_{word}"] in (True, "1", ["1"])
-    if word in ALIASES:
-        assert ALIASES[word].word in {**KEYS, **ALIASES}
-    else:
-        assert REFUSED[word][1]
+    parser, _ = build_parser()
+    for word in {*ALIASES, *REFUSED, *IDLE}:
+        alone = word in ALONE or (word in ALIASES and ALIASES[word].word == "text_encoder")
+        for option in (f"--{word}", f"--{word.replace('_', '-')}"):
+            args = vars(parser.parse_args(["finetune", "-o", "y", option, *([] if alone else ["1"]), "-q"]))
+            assert args[f"word_{word}"] in ("true", "1", ["1"]), word
+        if word in ALIASES:
+            assert ALIASES[word].word in {**KEYS, **ALIASES}
+        elif word in REFUSED:
+            assert REFUSED[word][1]
+
+
+THEIRS = Path(__file__).parent / "theirs.txt"  # the options of diffusers' and kohya's scripts, with kinds and defaults
+
+
+def test_every_option_of_their_scripts_is_known():
+    """In the list a line is an option, the scripts' default ("switch": none is said) and its script."""
+    rows = [line.split("\t") for line in THEIRS.read_text().splitlines() if not line.startswith("#")]
+    assert len(rows) > 250
+    known = {*KEYS, *ALIASES, *REFUSED, *IDLE, *PLACES, "resume"}
+    assert not [name for name, _, _ in rows if name not in known]
+    for name, default, _ in rows:
+        if name in REFUSED:
+            assert (default == "switch") == (name in ALONE), name
+        if name in REFUSED and default not in ("switch", "None") and len(REFUSED[name][0]) > 1:
+            assert canonical({name: json.loads(default)}) == {}, name
+
+
+@pytest.mark.parametrize("word", ["cache_latents", "use_ema", "random_flip", "text_encoder", "enable_bucket", "v2"])
+def test_a_switch_takes_no_data_for_its_value(word, monkeypatch):
+    for said, value in (([], "true"), (["false"], "false"), (["True"], "True")):
+        args = parse(["finetune", f"--{word}", *said, "pics", "-o", "r"])
+        assert args.data == "pics" and getattr(args, f"word_{word}") == value
+    args = parse(["finetune", f"--{word}=false", "pics", "-o", "r", "--dry-run", "steps=3"])
+    assert (args.data, getattr(args, f"word_{word}"), args.overrides) == ("pics", "false", ["steps=3"])
+    assert parse(["finetune", "pics", "-o", "r", f"--{word}"]).data == "pics"
+
+
+def test_one_place_is_not_said_twice_in_two_ways(capsys):
+    assert main(["finetune", "x", "-o", "a", "--output_dir", "b"]) == 2
+    assert "--output_dir b: a was given before" in capsys.readouterr().err
+    assert main(["finetune", "x", "-o", "a", "--resume", "best", "--resume_from_checkpoint", "latest"]) == 2
+    assert "best was given before" in capsys.readouterr().err
+    assert parse(["finetune", "x", "-o", "a", "--output_dir", "a"]).output == "a"
+
+
+def test_their_schedules_are_theirs(capsys):
+    def rates(steps=100, **words):
+        settings = Settings("toy", steps, 1, 1.0, **canonical(words))
+        return [learning_rate(settings, step) for step in range(steps)]
+
+    from diffusers.optimization import get_scheduler
+
+    for name in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"):
+        moved = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        peer = get_scheduler(name, moved, num_warmup_steps=10, num_training_steps=100)
+        expected = []
+        for _ in range(100):
+            expected.append(peer.get_last_lr()[0])
+            moved.step()
+            peer.step()
+        ours = rates(lr_scheduler=name, lr_warmup_steps=10)
+        # of the warm-up they count from 0, so that their first step moves nothing
+        assert ours[10:] == pytest.approx(expected[10:], abs=1e-6)
+    assert "constant has no warm-up" in capsys.readouterr().err
+    assert rates(lr_scheduler="constant", lr_warmup_steps=10)[0] == 1.0
+    assert rates(lr_schedule="constant", lr_warmup_steps=10)[0] == 0.1
+    assert canonical({"lr_scheduler": "linear", "decay_from": 0.5})["decay_from"] == 0.5
+    for words in ({"lr_num_cycles": 3}, {"lr_scheduler_power": 2.0}):
+        with pytest.raises(ConfigError, match="not supported"):
+            canonical(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"resolution": "512,512"}, {"data.resolution": 512}),
+        ({"resolution": [64, 64]}, {"data.resolution": 64}),
+        ({"data": {"cache": False}}, {"data.cache": "off"}),
+        ({"cache": Path("a/b")}, {"data.cache": "a/b"}),
+        ({"init": Path("a"), "prior": Path("b"), "vae": Path("c")}, {"init": "a", "prior": "b", "vae": "c"}),
+        ({"betas": "0.9,0.95"}, {"betas": [0.9, 0.95]}),
+        ({"lora_dropout": "0.0", "adam_epsilon": "1e-08", "use_ema": "true", "push_to_hub": "False"}, {}),
+        ({"foreach_ema": True, "local_rank": -1}, {}),
+        ({"stage": "finetune", "workers": 1, "data": {"workers": 2}}, {"data.workers": 2}),
+        (
+            {"validation_prompt": "a cat", "num_validation_images": 3},
+            {"validation_prompts": ["a cat"] * 3, "samples": 3},
+        ),
+        ({"validation_prompt": "a cat", "samples": 3}, {"validation_prompts": ["a cat"], "samples": 3}),
+    ],
+)
+def test_what_is_said_in_other_forms(given, found):
+    assert canonical(given) == found
+
+
+def test_texts_of_the_command_line_are_no_switches():
+    assert asked(["data.cache=off"]) == {} and _pairs(["data.cache=off"])
+    assert canonical(dict(_pairs(["data.cache=off", "data.captions=names"]))) == {
+        "data.cache": "off",
+        "data.captions": "names",
+    }
+    with pytest.raises(ConfigError, match=r"resolution: is one number of pixels, got '512,768'; say one: each picture"):
+        asked(["--resolution", "512,768"])
+    assert asked(["--sampler", "euler", "--log-every", "3", "--guidance-scale", "2", "--betas", "0.9,0.95"]) == {
+        "sampler": "euler",
+        "log_every": 3,
+        "guidance_scale": 2,
+        "betas": [0.9, 0.95],
+    }
 
 
 def test_the_options_are_settings_and_the_help_has_both_tables(capsys):
@@ -73,22 +178,43 @@ def test_the_options_are_settings_and_the_help_has_both_tables(capsys):
     assert main(["finetune", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--lora-rank N" in shown and "gradient_accumulation_steps" in shown and "--rank" not in shown
-    assert "--lora_rank" not in shown
+    assert "--lora_rank" not in shown and "go on from the latest, best or this one" in shown
+
+
+def repeated(err, data):
+    """The settings that the printed command asks for."""
+    from ldm.cli.finetune import given_words
+
+    printed = err.split("with all settings said:\n")[1].splitlines()[0]
+    command = shlex.split(printed)
+    assert command[:2] == ["ldm", "finetune"] and "null" not in printed.replace("--snr-gamma null", "")
+    args = parse(command[1:])
+    found = {**canonical(given_words(args)), **canonical(dict(_pairs(args.overrides)))}
+    return command, as_dict(config.build(FinetuneSettings, nested({**found, "data.folder": str(data)})))
 
 
 def test_the_printed_command_asks_for_the_same(data, tiny_folder, tmp_path, capsys):
     words = {"lora_rank": 2, "targets": ["to_q", "to_k"], "text_encoder": True, "flip": 0.25, "betas": (0.9, 0.95)}
     words |= {"validation_prompts": ["it's a cat", "--steps"], "snr_gamma": None, "square": True, "epochs": 3}
+    words |= {"learning_rate": 1.23456789e-4, "workers": 2}
     settings, _ = prepared(data, tmp_path / "a run", tiny_folder, device="cpu", **words)
-    printed = capsys.readouterr().err.split("with all settings said:\n")[1].splitlines()[0]
-    command = shlex.split(printed)
-    assert command[:2] == ["ldm", "finetune"] and str(tmp_path / "a run") in command
-    from ldm.cli.finetune import given_words
+    command, again = repeated(capsys.readouterr().err, data)
+    assert str(tmp_path / "a run") in command and again == as_dict(settings) and "1e-05" not in command
 
-    args = parse(command[1:])
-    found = {**canonical(given_words(args)), **canonical(dict(_pairs(args.overrides)))}
-    again = config.build(FinetuneSettings, nested({**found, "data.folder": str(data)}))
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_printed_command_of_a_settings_file_asks_for_the_same(kind, data, tiny_folder, tmp_path, capsys):
+    first, out = tmp_path / "first", tmp_path / "run"
+    settings, _ = prepared(data, first, tiny_folder, device="cpu", train=kind, workers=2)
+    capsys.readouterr()
+    (tmp_path / "settings.json").write_text(json.dumps(as_dict(settings)))
+    again, _ = prepared(None, out, config=tmp_path / "settings.json")
     assert as_dict(again) == as_dict(settings)
+    command, asked_for = repeated(capsys.readouterr().err, data)
+    assert asked_for == as_dict(settings)
+    prepared(None, out, config=tmp_path / "settings.json", workers=3)
+    words = command[3 + 2 :]
+    assert main(["finetune", str(data), "-o", str(out), *words, "--dry-run"]) == 0
 
 
 def _pairs(words):
@@ -152,3 +278,34 @@ def test_public_name():
     from ldm.training import finetune
 
     assert ldm.finetune is finetune and "finetune" in dir(ldm)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"out": 5}, "out: expected a path, got 5"),
+        ({"out": True}, "out: expected a path, got True"),
+        ({"out": None}, "out: is needed"),
+        ({"config": {}}, "config: expected a settings file, got {}"),
+        ({"resume": 5}, "resume: expected a path, got 5"),
+        ({"allow_changed": 5}, "allow_changed: expected texts, got 5"),
+        ({"overrides": {"seed": 4}}, "overrides: expected texts"),
+        ({"output_dir": "b"}, "out and output_dir are the same, and differ"),
+        ({"resume": "best", "resume_from_checkpoint": "latest"}, "resume and resume_from_checkpoint are the same"),
+    ],
+)
+def test_what_python_gives_of_another_kind_is_refused(words, said, data, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        ldm.finetune(data, **{"out": "a", **words})
+
+
+def test_places_have_their_names_too(data, tiny_folder, tmp_path, capsys):
+    common = {"model": tiny_folder, "dry_run": True, "overrides": "seed=4"}
+    asked_for = dict(word.split("=") for word in QUICK)
+    asked_for = {name: int(value) if value.isdecimal() else value for name, value in asked_for.items()}
+    ldm.finetune(data, output_dir=tmp_path / "a", resume_from_checkpoint=True, **common, **asked_for)
+    assert str(tmp_path / "a") in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({"output_dir": str(tmp_path / "b"), "lora_rank": 3}))
+    ldm.finetune(data, config=tmp_path / "run.json", resume=False, **common, **asked_for)
+    told = capsys.readouterr().err
+    assert str(tmp_path / "b") in told and "lora_rank: 3" in told and "seed: 4" in told

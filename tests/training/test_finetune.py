@@ -11,14 +11,17 @@ from safetensors import safe_open
 from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import CheckpointError, ConfigError, DataError
+from ldm.training.finetuning import prepared
+from ldm.training.forecast import trial_batch
 from ldm.training.presets import Facts, complete
 from ldm.training.settings import as_dict
 from tests.checkpoint.lora_cases import apart as pictures_apart
 from tests.checkpoint.lora_cases import fresh, ours, theirs
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
-from tests.training.finetune_cases import SIZE, last_tensors, pictures, run, settings_of, stage_of
+from ldm.training.stages.finetune import Finetune
+from tests.training.finetune_cases import QUICK, SIZE, last_tensors, pictures, run, settings_of, stage_of
 
 WATCHED = {"held_out": 0.3, "samples": 3, "sample_steps": 2, "sampler": "ddim", "validate_every": 3}
 # kind -> (family of models, settings)
@@ -184,6 +187,34 @@ def test_going_on_from_a_lora(runs, models, data, tmp_path):
     assert settings_of(tmp_path / "dora").train == "dora" and read_lora(tmp_path / "dora").header.dora
 
 
+def test_the_prior_is_read_before_anything_is_encoded_and_counted_on_the_page(models, data, tmp_path, capsys):
+    bare, out = tmp_path / "bare", tmp_path / "run"
+    kept = pictures(tmp_path / "kept", 3)
+    pictures(bare, 3)
+    for text in bare.glob("*.txt"):
+        text.unlink()
+    with pytest.raises(DataError, match="caption"):
+        run(data, out, models("1.5"), prior=bare, dry_run=True)
+    with pytest.raises(DataError, match="caption"):
+        run(data, out, models("1.5"), prior=bare)
+    assert not out.exists() and "cache:" not in capsys.readouterr().err
+    run(data, out, models("1.5"), prior=kept, dry_run=True)
+    assert "prior: 3 found: 3 used" in capsys.readouterr().err
+    run(data, out, models("1.5"), prior=kept, steps=1)
+    assert "prior: 3 found: 3 used" in (out / "index.html").read_text()
+
+
+def test_a_trial_of_a_step_has_the_prior_in_it(models, data, tmp_path):
+    kept = pictures(tmp_path / "kept", 3)
+    for words, count in (({}, 4), ({"prior": str(kept), "prior_weight": 0.5}, 8)):
+        settings, _ = prepared(data, tmp_path / "run", models("1.5"), **{**QUICK, **words})
+        stage, seen = Finetune(settings, tmp_path / "run"), []
+        stage.model.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        stage.module.train()
+        stage.loss(trial_batch(stage), 0, 0)
+        assert sum(seen) == count
+
+
 def test_prior_pictures_are_a_part_of_each_step(models, data, tmp_path):
     kept = pictures(tmp_path / "kept", 3)
     out = tmp_path / "run"
@@ -231,18 +262,30 @@ SMALL = Facts(width=96, xl=False, side=128, flow=False, device="cpu")
 
 
 def test_presets_follow_pictures_and_hardware():
-    few, many = complete({}, SMALL, 3), complete({}, SMALL, 100_000)
+    few, many = complete({}, SMALL, [3]), complete({}, SMALL, [100_000])
     assert few["steps"] < many["steps"] and few["batch_size"] == 3
-    assert complete({"steps": 7}, SMALL, 24)["steps"] == 7
+    assert complete({"steps": 7}, SMALL, [24])["steps"] == 7
     xl = Facts(width=320, xl=True, side=1024, flow=False, device="cuda", memory=24 << 30)
-    assert complete({}, xl, 50)["gradient_checkpointing"] and complete({}, xl, 50)["data.resolution"] == 1024
-    roomy = complete({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), 50)
+    assert complete({}, xl, [50])["gradient_checkpointing"] and complete({}, xl, [50])["data.resolution"] == 1024
+    roomy = complete({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), [50])
     assert roomy["batch_size"] == 4 and "gradient_checkpointing" not in roomy
-    assert "snr_gamma" not in complete({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), 50)
+    assert "snr_gamma" not in complete({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])
 
 
 def test_epochs_become_steps():
-    found = complete({"epochs": 2.5, "batch_size": 4, "accumulation": 2}, SMALL, 100)
+    found = complete({"epochs": 2.5, "batch_size": 4, "accumulation": 2}, SMALL, [100])
     assert found["steps"] == 32 and "epochs" not in found  # 250 samples of 8
+    found = complete({"epochs": 2, "batch_size": 4, "accumulation": 2}, SMALL, [5, 9, 1])
+    assert found["steps"] == 6  # 2 + 3 + 1 batches, twice, two a step
+    assert (
+        complete({"batch_size": 8}, SMALL, [8, 8, 8])["steps"] == complete({"batch_size": 8}, SMALL, [8, 7, 1])["steps"]
+    )
     with pytest.raises(ConfigError, match="epochs: must be a positive number"):
-        complete({"epochs": -1}, SMALL, 100)
+        complete({"epochs": -1}, SMALL, [100])
+
+
+def test_an_epoch_trains_on_every_picture_of_every_bucket_once(models, data, tmp_path):
+    settings, _ = prepared(data, tmp_path / "run", models("1.5"), **{**QUICK, "steps": None, "epochs": 1})
+    stage = Finetune(settings, tmp_path / "run").open()
+    seen = [name for number in range(settings.steps * settings.accumulation) for name in stage.data.batch(number).ids]
+    assert sorted(seen) == sorted(item.id for item in stage.data.pictures.items) and len(stage.data) == 4

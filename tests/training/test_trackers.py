@@ -68,13 +68,13 @@ def test_wandb_is_told_where_to_write_and_to_go_on(tmp_path, monkeypatch):
     trackers.picture(Image.new("RGB", (6, 4)), 4)
     trackers.finish()
     first, settings, *rest = heard
-    assert (first["name"], first["id"], first["resume"], first["dir"]) == (
-        "mine",
-        "mine",
-        "allow",
-        str(tmp_path / "mine"),
-    )
+    assert (first["name"], first["resume"], first["dir"]) == ("mine", "allow", str(tmp_path / "mine"))
     assert settings["batch_size"] == 4 and settings["data.resolution"] == 128
+    assert first["id"] != "mine"  # folders of equal names are not one run
+    for step, out, same in ((9, "mine", True), (0, "other/mine", False), (0, "mine", False)):
+        heard.clear()
+        Trackers(toy_settings(report_to=("wandb",)), tmp_path / out, step)
+        assert (heard[0]["id"] == first["id"]) == same
     assert rest == [(3, {"loss": 0.5}), (4, {"samples": [(4, 6, 3)]}), "finish"]
 
 

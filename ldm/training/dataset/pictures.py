@@ -46,6 +46,7 @@ class Pictures:
         self.source, self.items, self.data, self.cut = source, items, data, cut
         self._reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
+        self.prior: Pictures | None = None  # of what the model is to keep, where they were read with these
 
     @property
     def trained(self) -> list[int]:

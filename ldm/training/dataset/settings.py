@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ldm.config import require
@@ -45,14 +45,19 @@ class FinetuneData:
             value = getattr(self, name)
             require(0 <= value <= most, f"must be 0 to {most}, got {value}", name)
         for name in ("resolution", "min_side", "max_side", "bucket_step"):
-            require((getattr(self, name) or 0) <= MAX_SIDE, f"must be at most {MAX_SIDE} pixels", name)
-        require(self.bucket_step is None or self.bucket_step >= 1, "must be at least 1", "bucket_step")
+            value = getattr(self, name)
+            fits = value is None or 1 <= value <= MAX_SIDE
+            require(fits, f"must be 1 to {MAX_SIDE} pixels, got {value}", name)
         alone = self.min_side is None and self.max_side is None
         require(alone or not self.square, "contradicts min_side and max_side", "square")
         kept = self.transform.crop == "center" or self.cache == OFF
         require(kept, "random crops cannot be kept in a cache: use crop=center, or cache=off", "crop")
         require(self.shuffle_tags or not self.keep_tags, "is for shuffle_tags alone", "keep_tags")
         assert self.buckets.sides  # raises ConfigError too
+
+    def of_prior(self, folder: str) -> FinetuneData:
+        """The same of the pictures of what must be kept, all of which are trained on."""
+        return replace(self, folder=folder, held_out=0.0)
 
     @property
     def buckets(self) -> BucketConfig:

@@ -11,6 +11,15 @@ from ldm.training.settings.base import Settings
 
 KINDS = ("lora", "dora", "full")
 MAX_SAMPLES = 64
+TAKEN = "pytorch_lora_weights"  # the name of diffusers' file
+LONGEST = 255 - len(".safetensors")  # bytes
+
+
+def check_file_name(name: str, where: str) -> None:
+    """Raise ConfigError where `name` cannot be that of kohya's file, which lies beside diffusers'."""
+    require(name.lower() != TAKEN, f"{name} is the name of diffusers' file: choose another", where)
+    short = len(name.encode("utf-8", "surrogatepass")) <= LONGEST
+    require(short, f"{name[:40]}… is too long for the name of a file: take at most {LONGEST} bytes", where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +68,8 @@ class FinetuneSettings(Settings):
         flow = self.prediction_type == "flow" and self.zero_terminal_snr
         require(not flow, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
         require(not self.name or ("/" not in self.name and self.name[0] not in ".-"), "is no name of a file", "name")
+        if self.name:
+            check_file_name(self.name, "name")
         full = self.train == "full"
         require(not (full and self.init), "is a LoRA to go on from: not in a run with train=full", "init")
         for name in ("zero_terminal_snr", "prediction_type"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.lora import fit, networks, read_lora, target_of
+from ldm.checkpoint.lora import LoraHeader, Target, fit, networks, read_lora, target_of
 from ldm.config import require
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
@@ -85,16 +86,19 @@ def _new(settings: FinetuneSettings, networks: Mapping[str, nn.Module]) -> dict[
     s = settings
     shapes = {part: {n: tuple(layer.weight.shape) for n, layer in layers_of(m).items()} for part, m in networks.items()}
     updates = {}
-    for part, names in chosen_layers(shapes, s.targets).items():
+    for part, names in chosen_layers(shapes, s.targets, s.lora_rank).items():
         draws = keyed.generator(s.seed, "lora", part)
         updates[part] = new_updates(networks[part], names, s.lora_rank, s.alpha, s.train == "dora", draws)
     return updates
 
 
-def chosen_layers(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], targets: Sequence[str]) -> dict[str, list[str]]:
+def chosen_layers(
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]], targets: Sequence[str], rank: int
+) -> dict[str, list[str]]:
     """The layers that `targets` mean in each part (part -> layer -> shape), in a text encoder those of its blocks.
 
-    A name may be of one part alone; where a text encoder has none of them, its attention is taken. Raises ConfigError.
+    A name may be of one part alone; where a text encoder has none of them, its attention is taken. Raises ConfigError,
+    also for a rank that is higher than that of any of their weights.
     """
     inner = {p: {n: s for n, s in own.items() if p == "unet" or ".layers." in n} for p, own in shapes.items()}
     found: dict[str, list[str]] = {}
@@ -104,6 +108,9 @@ def chosen_layers(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], targets: 
     for target in targets:
         if not any(_means(own, target) for own in inner.values()):
             meant(inner["unet"], [target])  # says that there is none, and the nearest
+    fullest = max((min(o, math.prod(i)), n) for p, names in found.items() for n in names for o, *i in [inner[p][n]])
+    told = f"{rank} is more than any of these layers has: at most {fullest[0]}, that of {fullest[1]}"
+    require(rank <= fullest[0], told, "lora_rank")
     return found
 
 
@@ -118,9 +125,24 @@ def _given(settings: FinetuneSettings, model: Model) -> tuple[dict[str, dict[str
     """The updates of the LoRA to go on from, and its sha256."""
     lora = read_lora(settings.init)
     updates: dict[str, dict[str, LowRank]] = {}
-    for layer, (part, name) in fit(lora.header, target_of(model)).places.items():
+    places = places_of(lora.header, target_of(model))
+    for layer, (part, name) in places.items():
         updates.setdefault(part, {})[name] = lora.layers[layer]
     return updates, {"init": lora.hash}
+
+
+def places_of(header: LoraHeader, target: Target) -> Mapping[str, tuple[str, str]]:
+    """Where the layers of the LoRA to go on from belong (see `fit`).
+
+    Raises ModelError where they do not fit, or could not be written for diffusers.
+    """
+    places = fit(header, target).places
+    kinds = {(part, "magnitude" in header.entries[layer].keys) for layer, (part, _) in places.items()}
+    for part in dict.fromkeys(part for part, _ in kinds):
+        if {(part, True), (part, False)} <= kinds:
+            what = f"has LoRA and DoRA layers in its {part}, which diffusers' files cannot hold"
+            raise ModelError(what, where=header.path, todo="go on from a file of one kind")
+    return places
 
 
 def encode(text: TextEncoder, captions: Sequence[str]) -> Conditioning:

@@ -24,9 +24,9 @@ from ldm.pipeline.settings import Settings as Drawing
 from ldm.pipeline.settings import own_scale
 from ldm.training import keyed
 from ldm.training.card import finetune_card, finetune_note
-from ldm.training.dataset import Batch, Dataset
+from ldm.training.dataset import Batch, Dataset, read_pictures
 from ldm.training.distributed.parallel import is_sharded
-from ldm.training.settings import FinetuneSettings
+from ldm.training.settings import FinetuneSettings, check_file_name
 from ldm.training.stages.adapting import encode, load_base, make_module
 from ldm.training.stages.common import (
     conditioned,
@@ -53,6 +53,8 @@ class Finetune:
     def __init__(self, settings: FinetuneSettings, out: Path):
         s = self.settings = settings
         self.out, self.device = Path(out), pick_device(s.device)
+        if s.train != "full":
+            check_file_name(self._name, "name" if s.name else "out")
         self.model = load_base(s, self.device)
         self.module, self.inputs = make_module(s, self.model)
         self.inputs["model"] = self.model.hash
@@ -65,14 +67,24 @@ class Finetune:
 
     def open(self, pictures: Pictures | None = None) -> Finetune:
         """Read, judge and encode the data; `pictures`: what was read of it before. Raises DataError."""
-        s = self.settings
+        s, cut = self.settings, self.model.text.truncated
+        for prompt in dict.fromkeys(s.validation_prompts):
+            if lost := cut(prompt):
+                say(f"validation prompt {prompt[:40]!r}…: its end is not seen by the text encoder: {lost!r}")
+        kept = s.data.of_prior(s.prior) if s.prior else None
         if pictures is not None:
-            pictures.cut = self.model.text.truncated
+            pictures.cut = cut
+        before = pictures and pictures.prior
+        if kept and before is None:
+            before = read_pictures(kept)
+        if before is not None:
+            before.cut = cut
         self.data = self._dataset(s.data, pictures)
         self.lines, self.inputs["data"] = self.data.lines, self.data.hash
-        if s.prior:
-            kept = dataclasses.replace(s.data, folder=s.prior, held_out=0.0)
-            self.prior = self._dataset(kept, None)
+        if kept:
+            say(f"of the prior {s.prior}:")
+            self.prior = self._dataset(kept, before)
+            self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
             self.inputs["prior"] = self.prior.hash
         self._hold_out()
         return self
@@ -181,8 +193,13 @@ class Finetune:
         layers = {part: updates_of(network) for part, network in _parts(ema).items()}
         dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
         note = finetune_note(s, self.data.lines, scores)
-        write_lora_into(self.out, s.name or self.out.resolve().name, model, layers, dtype, note, self._words())
+        write_lora_into(self.out, self._name, model, layers, dtype, note, self._words())
         return self.out
+
+    @property
+    def _name(self) -> str:
+        """Of the file for A1111 and ComfyUI."""
+        return self.settings.name or self.out.resolve().name
 
     def _words(self) -> frozenset[str]:
         """Those of the captions, where the text encoder tells which words it was trained on."""

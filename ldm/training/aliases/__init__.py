@@ -1,0 +1,27 @@
+"""The words that a fine-tuning takes: ours, those of diffusers' and kohya's training scripts, and the refused ones.
+
+Imports nothing heavy, so that the command line can print the tables in its help.
+"""
+
+from .options import KEYS, OPTIONS, SWITCHES
+from .reading import assigned, canonical, flattened, nested, read_value, setting_of, table
+from .theirs import ALIASES, ALONE, IDLE, MANY, REFUSED, Alias
+
+__all__ = [
+    "ALIASES",
+    "ALONE",
+    "IDLE",
+    "KEYS",
+    "MANY",
+    "OPTIONS",
+    "REFUSED",
+    "SWITCHES",
+    "Alias",
+    "assigned",
+    "canonical",
+    "flattened",
+    "nested",
+    "read_value",
+    "setting_of",
+    "table",
+]
