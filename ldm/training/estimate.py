@@ -28,7 +28,6 @@ from ldm.training.step import Stage, precision, prepare, take_step
 class Estimate:
     """Measured on one batch here and now; what else the machine does at the time is in it."""
 
-    seconds: float  # of all steps, without scores, sample grids and checkpoints
     step_seconds: float
     memory_bytes: int  # the peak of a step: of this process on a CPU, of PyTorch's tensors on a GPU
     checkpoint_bytes: int
@@ -56,7 +55,7 @@ def estimate(stage: Stage, settings: Settings, batch: Any = None) -> Estimate:
         more = _backward_seconds(stage, state, settings, batch, device) if settings.accumulation > 1 else 0.0
         size = checkpoint_bytes(state)
     each = whole + (settings.accumulation - 1) * more
-    return Estimate(each * settings.steps, each, memory, size, _lines(settings, device, each, memory, size))
+    return Estimate(each, memory, size, _lines(settings, device, each, memory, size))
 
 
 def _lines(settings: Settings, device: torch.device, each: float, memory: int, size: int) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ class Records:
     """The logs of a run in `out`, cut back to `step`, where it begins or goes on."""
 
     def __init__(self, out: Path, step: int, losses: list[float]):
-        self.out, self.mean, self.values = out, math.nan, losses  # of the steps since the last line
+        self.out, self.values = out, losses  # of the steps since the last line
         for name in ("loss.jsonl", "scores.jsonl"):
             if (out / name).exists():
                 files.atomic_write(out / name, "".join(f"{line}\n" for line in self._until(name, step)))
@@ -52,9 +52,8 @@ class Records:
             self.values.append(loss)
         if step % every or not self.values:
             return None
-        self.mean = sum(self.values) / len(self.values)
+        row = {"step": step, "loss": sum(self.values) / len(self.values), "lr": rate}
         self.values.clear()
-        row = {"step": step, "loss": self.mean, "lr": rate}
         with files.disk_errors(self.out / "loss.jsonl"), (self.out / "loss.jsonl").open("a") as handle:
             handle.write(json.dumps(row) + "\n")
         return row

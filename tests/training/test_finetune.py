@@ -16,11 +16,11 @@ from ldm.training.finetuning import prepared
 from ldm.training.forecast import trial_batch
 from ldm.training.presets import Facts, complete
 from ldm.training.settings import as_dict
+from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.lora_cases import apart as pictures_apart
 from tests.checkpoint.lora_cases import fresh, ours, theirs
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
-from ldm.training.stages.finetune import Finetune
 from tests.training.finetune_cases import QUICK, SIZE, last_tensors, pictures, run, settings_of, stage_of
 
 WATCHED = {"held_out": 0.3, "samples": 3, "sample_steps": 2, "sampler": "ddim", "validate_every": 3}
