@@ -124,7 +124,7 @@ def test_torchrun_runs_the_command(sharded, data, model, tmp_path):
     words = [f"{name}={value}" for name, value in QUICK.items() if name not in ("resolution", "held_out", "targets")]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={free_port()}", "-m", "ldm"]
     command = [sys.executable, *launch, "finetune", str(data), "-o", str(out), "--model", str(model), "--offline"]
-    command += ["--resolution", "32", "--held-out", "0", *words]
+    command += ["--resolution", "32", "--held-out", "0", "--targets", "attention", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"ACCELERATE_USE_FSDP": "true"} if sharded else {})}
     where = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=300)

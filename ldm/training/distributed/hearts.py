@@ -31,34 +31,34 @@ class Hearts:
             except RuntimeError:  # the store went with its process
                 return
 
-    def missing(self, patience: float) -> tuple[list[int], str]:
+    def missing(self, patience: float, hung: bool = False) -> tuple[list[int], str]:
         """The processes without a sign of life for `patience` seconds, or that said why they ended, and that in words.
 
-        Where all live, those that are behind the others: they hang.
+        With `hung`, where all live, those that do not come to where this one is.
         """
         try:
-            return self._look(patience)
+            return self._look(patience, hung)
         except RuntimeError:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 return [self.world], "the launcher (torchrun) of the first machine is gone"
             return [0], f"process 0 of {self.world} is gone"
 
-    def _look(self, patience: float) -> tuple[list[int], str]:
+    def _look(self, patience: float, hung: bool) -> tuple[list[int], str]:
         names = {rank: f"ldm/beat/{rank}" for rank in range(self.world) if rank != self.rank}
         self._store.wait(list(names.values()))
-        before, still, end = self._beats(names), set(names), time.monotonic() + patience
-        while still and time.monotonic() < end:
+        before, end = self._beats(names), time.monotonic() + patience
+        still = behind = list(names)
+        while (still or behind) and time.monotonic() < end:
             time.sleep(BEAT / 4)
             faults = {rank: f"ldm/fault/{rank}" for rank in names if self._store.check([f"ldm/fault/{rank}"])}
             if faults:
                 told = (f"process {rank} of {self.world}: {self._store.get(n).decode()}" for rank, n in faults.items())
                 return list(faults), "; ".join(told)
             now = self._beats(names)
-            still = {rank for rank in still if now[rank] == before[rank]}
-        if still:
-            return sorted(still), f"{_named(sorted(still), self.world)} gone"
-        behind = [rank for rank, text in now.items() if int(text.split()[1]) < self.entered]
-        return behind, f"{_named(behind, self.world)} behind, and does not come" if behind else ""
+            still = [rank for rank in still if now[rank] == before[rank]]
+            behind = [rank for rank, text in now.items() if hung and int(text.split()[1]) < self.entered]
+        what = "gone" if still else "stuck"
+        return still or behind, f"{_named(still or behind, self.world)} {what}" if still or behind else ""
 
     def _beats(self, names: dict[int, str]) -> dict[int, str]:
         return {rank: self._store.get(name).decode() for rank, name in names.items()}

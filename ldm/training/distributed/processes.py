@@ -210,8 +210,10 @@ class Many(Alone):
         """A broken connection as the process that is missing, said by one of those that are left."""
         if getattr(error, "shared", False):
             return error
-        if _is_lost(error) and (gone := self._gone(BROKEN)):
-            return gone
+        if why := _lost(error):
+            self._name("failed")  # whoever is stuck does not come to this
+            if gone := self._gone(PATIENCE if "Timed out" in why else BROKEN, hung=True):
+                return gone
         if not isinstance(error, ProcessGone):
             self.hearts.tell_fault(str(error) or type(error).__name__)
             console.level = self.level
@@ -266,9 +268,9 @@ class Many(Alone):
         if gone := self._gone(PATIENCE):
             raise gone from None
 
-    def _gone(self, patience: float) -> ProcessGone | None:
+    def _gone(self, patience: float, hung: bool = False) -> ProcessGone | None:
         """Who is missing, None where nobody is. The one with the lowest number of those that are left says it."""
-        missing, told = self.hearts.missing(patience)
+        missing, told = self.hearts.missing(patience, hung)
         if not missing:
             return None
         left = [rank for rank in range(self.world) if rank not in missing]
@@ -291,13 +293,13 @@ def _told(error: LdmError) -> str:
     return json.dumps({"error": str(error), "code": error.exit_code, "kind": kind})
 
 
-def _is_lost(error: BaseException | None) -> bool:
-    """Whether this came of a broken connection; it may be a signal that came on top of that."""
+def _lost(error: BaseException | None) -> str:
+    """What PyTorch says of the broken connection that this came of, if so: it may be a signal on top of that."""
     while error is not None:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
-            return True
+            return str(error)
         error = error.__context__
-    return False
+    return ""
 
 
 @contextmanager
