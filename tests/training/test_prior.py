@@ -1,0 +1,71 @@
+"""Pictures that the model draws of what it knows before it is fine-tuned."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.errors import ConfigError
+from ldm.pipeline import Pipeline
+from ldm.training import prior
+from ldm.training.settings import FinetuneSettings
+from tests.training.finetune_cases import SIZE, pictures, run, settings_of
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("data") / "pictures", 4)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_model_draws_its_own_prior_and_learns_it_beside_the_data(data, tiny_folder, tmp_path, capsys):
+    words = {"steps": 2, "prior_images": 3, "class_prompt": "a red cat", "captions": "names"}
+    named = tmp_path / "named"  # the prior's captions are in its files all the same
+    for path in data.glob("*.png"):
+        named.mkdir(exist_ok=True)
+        shutil.copy(path, named / f"blue_dog_{path.name}")
+    run(named, tmp_path / "run", str(tiny_folder), **words)
+    assert "prior: 3 found: 3 used" in (tmp_path / "run" / "index.html").read_text()
+    drawn = contents(tmp_path / "run" / "prior")
+    assert {name for name in drawn if name.endswith(".txt")} == {"00000.txt", "00001.txt", "00002.txt"}
+    assert drawn["00002.txt"] == b"a red cat\n"
+    picture = np.asarray(Image.open(tmp_path / "run" / "prior" / "00002.png"))
+    (expected,) = Pipeline("a red cat", str(tiny_folder)).generate(seed=3 + 2, height=SIZE, width=SIZE)
+    assert np.array_equal(picture, np.asarray(expected))
+    run(named, tmp_path / "run", str(tiny_folder), **{**words, "steps": 3}, resume="latest", allow_changed=["steps"])
+    assert contents(tmp_path / "run" / "prior") == drawn
+    assert "pictures of what the model knows are drawn" in capsys.readouterr().err
+
+
+def test_a_prior_that_is_not_whole_is_drawn_again(data, tiny_folder, tmp_path):
+    run(data, tmp_path / "run", str(tiny_folder), steps=1, prior_images=2, prior_prompt="a cat")
+    settings, folder = settings_of(tmp_path / "run"), tmp_path / "run" / "prior"
+    before = contents(folder)
+    (folder / "00001.png").unlink()
+    assert contents(prior.drawn_prior(settings, folder)) == before
+
+
+def test_the_default_model_is_asked_for_what_it_was_trained_on():
+    found = prior._prompts(FinetuneSettings(1, 1, 0.1, prior_images=50))
+    assert len(set(found)) > 45 and sum(" background" in prompt for prompt in found) > 10
+    assert found[:20] == prior._prompts(FinetuneSettings(1, 1, 0.1, prior_images=20))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"prior_images": 4}, "say what the pictures are to show"),
+        ({"prior_images": 4, "prior": "DATA", "prior_prompt": "a"}, "contradicts prior"),
+        ({"prior_prompt": "a cat"}, "say prior_images=N too"),
+        ({"prior_images": -1}, "must be 0 to 100,000"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, told, data, tiny_folder, tmp_path):
+    words = {name: str(data) if value == "DATA" else value for name, value in words.items()}
+    with pytest.raises(ConfigError, match=told):
+        run(data, tmp_path / "run", str(tiny_folder), **words)
+    assert not (tmp_path / "run").exists()
