@@ -15,6 +15,7 @@ from ldm.errors import ConfigError, ModelError, ResourceError, nearest
 from ldm.files import MANIFEST, require_writable, sha256
 from ldm.training.dataset import OFF, FinetuneData
 from ldm.training.distributed import current
+from ldm.training.prior import check_drawn_prior
 from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _check_finetune(s: FinetuneSettings) -> None:
 
         shapes = {part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
+    check_drawn_prior(s)
     if s.prior is not None:
         from ldm.data.sources import open_source
 

@@ -57,7 +57,7 @@ def trial_batch(stage: Finetune) -> Batch:
     sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
     ids = sizes.to(stage.device) if stage.xl else None
     made = Batch(latents.to(stage.device), captions, cond, ids, captions, Part(count))
-    return dataclasses.replace(made, prior=made) if s.prior else made
+    return dataclasses.replace(made, prior=made) if s.prior or s.prior_images else made
 
 
 def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:

@@ -229,7 +229,7 @@ def test_a_dry_run_tells_counts_settings_time_and_memory(data, tiny_folder, tmp_
     shown = capsys.readouterr()
     for told in (
         "4 found: 4 used",
-        "lora_rank: 16",
+        "lora_rank: 32",
         "a red cat",
         "time: about",
         "memory: ",

@@ -269,7 +269,10 @@ def test_presets_follow_pictures_and_hardware():
     assert complete({}, xl, [50])["gradient_checkpointing"] and complete({}, xl, [50])["data.resolution"] == 1024
     roomy = complete({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), [50])
     assert roomy["batch_size"] == 4 and "gradient_checkpointing" not in roomy
-    assert "snr_gamma" not in complete({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])
+    assert complete({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])["snr_gamma"] is None
+    shipped = Facts(width=96, xl=False, side=128, flow=False, device="cpu", default=True)
+    assert complete({}, shipped, [24])["prior_images"] > 0 and "prior_images" not in complete({}, SMALL, [24])
+    assert "prior_images" not in complete({"prior": "kept/"}, shipped, [24])
 
 
 def test_epochs_become_steps():

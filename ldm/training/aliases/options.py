@@ -47,6 +47,8 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
         "timestep_shift": ("X", "above 1: more often at high noise (1)"),
         "zero_terminal_snr": (None, "rescale the schedule, in a run with --train full"),
         "prior": ("FOLDER", "captioned pictures of what must be kept, mixed into each step"),
+        "prior_images": ("N", "instead: N pictures of what the model knows, drawn by itself before training"),
+        "prior_prompt": ("TEXT", "what those show; the default model knows what it knows"),
         "prior_weight": ("X", "(1)"),
     },
     "the pictures": {
@@ -93,6 +95,18 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
     },
 }
 SWITCHES = frozenset(word for group in OPTIONS.values() for word, (value, _) in group.items() if value is None)
-TEXTS = ("model", "vae", "init", "prior", "captions", "split", "cache", "validation_prompts", "prompts_file", "name")
-TEXTS += ("data",)  # values that are never read as numbers
+TEXTS = (
+    "model",
+    "vae",
+    "init",
+    "prior",
+    "prior_prompt",
+    "captions",
+    "split",
+    "cache",
+    "validation_prompts",
+    "prompts_file",
+    "name",
+)
+TEXTS += ("data", "prior_prompt")  # values that are never read as numbers
 PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder")

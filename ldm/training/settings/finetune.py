@@ -43,6 +43,8 @@ class FinetuneSettings(Settings):
     snr_gamma: float | None = None  # min-SNR weighting of the loss; 5 is usual
     noise_offset: float = 0.0  # of a number that each channel's noise is shifted by; 0.05 is usual
     prior: str | None = None  # captioned pictures of what the model knows, mixed into each step so that it is kept
+    prior_images: int = 0  # instead: as many pictures, drawn by the model itself before training
+    prior_prompt: str | None = None  # what those show; None: what the default model knows
     prior_weight: float = 1.0
     attention: str = "auto"  # of the U-Net: a name of ldm.nn.attention.BACKENDS
     validation_prompts: tuple[str, ...] = ()  # of the sample grid; none: captions of held-out pictures
@@ -62,6 +64,10 @@ class FinetuneSettings(Settings):
             value = getattr(self, name)
             require(value is None or value > 0, f"must be positive, got {value}", name)
         require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")
+        require(0 <= self.prior_images <= 100_000, f"must be 0 to 100,000, got {self.prior_images}", "prior_images")
+        require(not (self.prior and self.prior_images), "contradicts prior: say one of them", "prior_images")
+        asked = self.prior_images or self.prior_prompt is None
+        require(asked, "is for pictures that the model draws: say prior_images=N too", "prior_prompt")
         require(0 <= self.samples <= MAX_SAMPLES, f"must be 0 to {MAX_SAMPLES}, got {self.samples}", "samples")
         require(all(self.targets), "one of them is empty", "targets")
         require(bool(self.targets or self.init), "names no layer", "targets")

@@ -25,7 +25,9 @@ from ldm.pipeline.settings import own_scale
 from ldm.training import keyed
 from ldm.training.card import finetune_card, finetune_note
 from ldm.training.dataset import Batch, Dataset, read_pictures
+from ldm.training.distributed import current
 from ldm.training.distributed.parallel import is_sharded
+from ldm.training.prior import drawn_prior
 from ldm.training.settings import FinetuneSettings, check_file_name
 from ldm.training.stages.adapting import encode, load_base, make_module
 from ldm.training.stages.common import (
@@ -72,6 +74,9 @@ class Finetune:
             if lost := cut(prompt):
                 say(f"validation prompt {prompt[:40]!r}…: its end is not seen by the text encoder: {lost!r}")
         kept = s.data.of_prior(s.prior) if s.prior else None
+        if s.prior_images:
+            prior = current().on_first(lambda: str(drawn_prior(s, self.out / "prior")))
+            kept = dataclasses.replace(s.data.of_prior(prior), captions="auto", split="train")
         if pictures is not None:
             pictures.cut = cut
         before = pictures and pictures.prior
@@ -82,7 +87,7 @@ class Finetune:
         self.data = self._dataset(s.data, pictures)
         self.lines, self.inputs["data"] = self.data.lines, self.data.hash
         if kept:
-            say(f"of the prior {s.prior}:")
+            say(f"of the prior {kept.folder}:")
             self.prior = self._dataset(kept, before)
             self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
             self.inputs["prior"] = self.prior.hash
