@@ -15,6 +15,7 @@ from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pict
 
 STEPS, GAMMA, OFFSET = 5, 5.0, 0.1
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 1e9, "steps": STEPS, "snr_gamma": GAMMA}
+SGD |= {"timesteps": "uniform", "timestep_shift": 1.0}
 FAMILIES = {"1.5": "epsilon", "2.1-v": "v_prediction", "xl": "epsilon"}
 
 
