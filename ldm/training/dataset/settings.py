@@ -56,8 +56,8 @@ class FinetuneData:
         assert self.buckets.sides  # raises ConfigError too
 
     def of_prior(self, folder: str) -> FinetuneData:
-        """The same of the pictures of what must be kept, all of which are trained on."""
-        return replace(self, folder=folder, held_out=0.0)
+        """The same of the pictures of what must be kept, all of which are trained on, some without their caption."""
+        return replace(self, folder=folder, held_out=0.0, caption_dropout=max(self.caption_dropout, 0.1))
 
     @property
     def buckets(self) -> BucketConfig:
