@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,6 +107,19 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+_open: weakref.WeakSet = weakref.WeakSet()  # iterators over DataLoaders with workers
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """At the end of the process: those of an iterator that somebody still holds would be waited for, for ever."""
+    if _open:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
+    for batches in list(_open):
+        for worker in batches._workers:
+            worker.kill()
+
+
 def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers.
 
@@ -122,6 +137,8 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
         timeout=300 if workers else 0,
     )
     batches, place = iter(loader), start
+    if workers:
+        _open.add(batches)
     while True:
         try:
             found = next(batches)

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -55,6 +57,24 @@ def test_one_that_is_killed_in_the_middle_of_anything_is_one_line_too(tmp_path, 
     assert error.value.exit_code == 5
     with pytest.raises(RuntimeError, match="a bug"), lost_workers(tmp_path):
         raise RuntimeError("a bug")
+
+
+HOLDING = """
+import sys
+import numpy as np
+from ldm.training.samples import stream
+class Same:
+    def __getitem__(self, index):
+        return np.zeros((2, 2, 3), np.uint8), "the same"
+held = stream(Same(), 0, 2, 1)
+next(held)
+sys.held = held
+"""
+
+
+def test_a_stream_that_is_still_held_does_not_keep_the_process_from_its_end(one_thread):
+    done = subprocess.run([sys.executable, "-c", HOLDING], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_run_whose_worker_is_killed_goes_on(tmp_path, unet_settings, one_thread, monkeypatch):
