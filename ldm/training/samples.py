@@ -107,17 +107,16 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-_open: weakref.WeakSet = weakref.WeakSet()  # iterators over DataLoaders with workers
+_workers: weakref.WeakSet = weakref.WeakSet()  # of all streams, as long as multiprocessing knows of them
 
 
 @atexit.register
 def _kill_workers() -> None:
-    """At the end of the process: those of an iterator that somebody still holds would be waited for, for ever."""
-    if _open:
+    """At the end of the process: those of a stream that was not closed well would be waited for, for ever."""
+    if _workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-    for batches in list(_open):
-        for worker in batches._workers:
-            worker.kill()
+    for worker in list(_workers):
+        worker.kill()
 
 
 def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
@@ -138,7 +137,7 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
     )
     batches, place = iter(loader), start
     if workers:
-        _open.add(batches)
+        _workers.update(batches._workers)
     while True:
         try:
             found = next(batches)
