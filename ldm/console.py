@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -19,11 +21,9 @@ def progress(
     iterable=None, total: int | None = None, desc: str = "", unit: str = "it", disable: bool = False, initial: int = 0
 ):
     """A tqdm bar on stderr; silent when quiet, and when stderr is no terminal unless LDM_PROGRESS=1."""
-    from tqdm import tqdm
-
     hidden = disable or level < 0 or not (sys.stderr.isatty() or os.environ.get("LDM_PROGRESS") == "1")
     scale = unit == "B"
-    return tqdm(
+    return _bar()(
         iterable,
         total=total,
         desc=desc,
@@ -33,6 +33,17 @@ def progress(
         dynamic_ncols=True,
         initial=initial,
     )
+
+
+@functools.cache
+def _bar() -> type:
+    """tqdm with a lock of this process alone: its own is shared with forked children, and one that is killed with it
+    in its hand would stop all others for ever."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+    os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
+    return tqdm
 
 
 @contextlib.contextmanager
@@ -91,8 +102,6 @@ class StopRequest:
             self._waits = True
 
     def __enter__(self) -> StopRequest:
-        import threading
-
         self._old = {}
         if threading.current_thread() is threading.main_thread():
             self._old = {s: signal.signal(s, self._handle) for s in STOPPING}

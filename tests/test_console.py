@@ -41,6 +41,21 @@ def test_inside_of_hushed_no_words_but_each_warning_once(level, capsys):
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_a_child_that_is_killed_while_it_draws_a_bar_stops_nobody():
+    bars = type(console.progress(disable=True))
+
+    def die():
+        bars.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def draw():
+        signal.alarm(20)  # ends a child that waits for ever
+        return len(list(console.progress(range(3))))
+
+    assert status_of(in_child(die)) == -signal.SIGKILL
+    assert status_of(in_child(draw)) == 3
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
