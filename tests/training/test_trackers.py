@@ -12,6 +12,7 @@ from ldm.errors import ConfigError
 from ldm.training import train
 from ldm.training.step import check_means
 from ldm.training.trackers import Trackers
+from tests.training.processes import together, train_shared
 from tests.training.toy import toy_settings, train_toy
 
 
@@ -25,6 +26,21 @@ def events(folder):
     return scalars, {tag: [(e.step, e.width, e.height) for e in found.Images(tag)] for tag in tags["images"]}
 
 
+def check_events(run):
+    """TensorBoard reads what the run's own logs hold, each number once; returns its pictures."""
+    scalars, images = events(run / "tensorboard")
+    for log, names in (
+        ("loss.jsonl", {"loss": "loss", "learning_rate": "lr"}),
+        ("scores.jsonl", {"validation_loss": 0}),
+    ):
+        rows = [json.loads(line) for line in (run / log).read_text().splitlines()]
+        for tag, name in names.items():
+            expected = [(row["step"], row[name or tag]) for row in rows]
+            assert [step for step, _ in scalars[tag]] == [step for step, _ in expected]
+            assert np.allclose([v for _, v in scalars[tag]], [v for _, v in expected], rtol=1e-6)
+    return images
+
+
 def test_tensorboard_has_losses_scores_and_pictures_once_each(tmp_path):
     pytest.importorskip("tensorboard")
 
@@ -36,17 +52,17 @@ def test_tensorboard_has_losses_scores_and_pictures_once_each(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_toy(run, report_to=("tensorboard",), inside=stop)
     train_toy(run, "latest", report_to=("tensorboard",))
-    scalars, images = events(run / "tensorboard")
-    for log, names in (
-        ("loss.jsonl", {"loss": "loss", "learning_rate": "lr"}),
-        ("scores.jsonl", {"validation_loss": 0}),
-    ):
-        rows = [json.loads(line) for line in (run / log).read_text().splitlines()]
-        for tag, name in names.items():
-            expected = [(row["step"], row[name or tag]) for row in rows]
-            assert [step for step, _ in scalars[tag]] == [step for step, _ in expected]
-            assert np.allclose([v for _, v in scalars[tag]], [v for _, v in expected], rtol=1e-6)
+    images = check_events(run)
     assert images == {"samples": [(step, 24, 8) for step in (0, 4, 8, 12)]}
+
+
+def test_of_two_processes_one_writes_and_everything_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    words = {"report_to": ("tensorboard",), "steps": 6, "decay_from": 1}
+    work = lambda rank: train_shared(tmp_path / "run", **words) and 0  # noqa: E731
+    assert together(2, work) == [0, 0]
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events.*"))) == 1
+    assert check_events(tmp_path / "run") == {"samples": [(step, 24, 8) for step in (0, 4, 6)]}
 
 
 def test_wandb_is_told_where_to_write_and_to_go_on(tmp_path, monkeypatch):
