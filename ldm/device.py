@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -49,6 +50,23 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_memory() -> None:
+    """Tell glibc's malloc to keep what this process frees; elsewhere nothing.
+
+    By itself it gives large blocks and the free end of the heap back to the system, which hands them out again page by
+    page and zeroed. Measured (two cores; a step of fine-tuning with 8 pictures of 128x128, encoded in each step):
+    0.278 s with this, 0.387 s without, of which 0.04 s in the autoencoder and the rest wherever memory is taken next.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes of a block; more is not taken
+    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)  # free bytes at the end of the heap
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,5 +1,9 @@
 """Where and how precisely to compute, on machines that this one is not."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -109,3 +113,26 @@ def test_fast_bf16(bf16, machine, monkeypatch):
     assert fast_bf16(torch.device("cuda")) is bf16
     assert fast_bf16(torch.device("cpu")) is bf16
     assert fast_bf16(torch.device("mps")) is False
+
+
+FAULTS = """
+import resource, sys
+from ldm.device import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+def some():
+    return [b"x" * (20 << 20) for _ in range(3)]
+some()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    some()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    def faults(how):
+        return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
+
+    assert faults("keep") < 0.1 * faults("leave")

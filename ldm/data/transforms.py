@@ -103,7 +103,8 @@ def pixels(picture: Image.Image, view: View) -> torch.Tensor:
     part = images.flatten(picture).resize(size, Image.Resampling.LANCZOS, box=box)
     if view.flipped:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(numpy.array(part)).permute(2, 0, 1).contiguous()
+    # not by torch, which would start threads of its own beside each thread that reads pictures
+    return torch.from_numpy(numpy.ascontiguousarray(numpy.asarray(part).transpose(2, 0, 1)))
 
 
 def to_float(batch: torch.Tensor) -> torch.Tensor:

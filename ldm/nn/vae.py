@@ -42,11 +42,15 @@ class VAE:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.module.device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.module.parameters())  # diffusers' own properties look at every module: a millisecond each
 
     def to(self, *args, **kwargs) -> VAE:
         """Moves the weights, as Module.to does; returns itself."""

@@ -20,7 +20,7 @@ from torch import nn
 import ldm
 from ldm import files
 from ldm.console import StopRequest, progress, say, warn
-from ldm.device import is_out_of_memory, pick_device
+from ldm.device import is_out_of_memory, keep_memory, pick_device
 from ldm.errors import DataError, Interrupted, LdmError, NumericsError, ResourceError
 from ldm.training import state as states
 from ldm.training.checks import fingerprints
@@ -49,6 +49,7 @@ def fit(
     checkpoints, DataError (exit code 5, state saved) for a bad picture, ProcessGone where another process is missing.
     """
     group = current()
+    keep_memory()
     with _memory_named(settings, out):
         state = prepare(stage, settings, pick_device(settings.device), group)
         inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}

@@ -408,7 +408,10 @@ def test_a_picture_that_vanishes_or_changes_is_left_out_and_too_many_stop_the_ru
         if not kept:  # the next batch, as told below
             continue
         assert batch.ids == [before.ids[i] for i in kept]
-        assert torch.equal(batch.latents, before.latents[kept]) and batch.captions == [before.captions[i] for i in kept]
+        torch.testing.assert_close(
+            batch.latents, before.latents[kept], rtol=1e-5, atol=1e-5
+        )  # encoded in other company
+        assert batch.captions == [before.captions[i] for i in kept]
     said = capsys.readouterr().err
     assert said.count("left out") == 2 and "04.png: cannot be opened" in said
     assert "05.png: was changed since the training began; left out" in said and set(dataset.lost) == {

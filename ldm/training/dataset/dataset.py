@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .encoded import Cached
 
 Row = tuple[int, View, "Tensor", str]  # place of a picture, its view, latents drawn from their distribution, caption
+EMBEDDED = ("states", "pooled", "mask")
 STILL = TransformConfig()  # of pictures that are held out: cropped in the middle, never mirrored
 
 
@@ -199,6 +200,8 @@ class Dataset:
 
         views, epoch = self._views(number), number // len(self)
         part, rows, lost = current().part(len(views)), {}, {}
+        if self._cache is None:
+            self._latents.encode_together([views[row][1:] for row in part.own])
         for row in part.own:
             position, place, view = views[row]
             item = self.pictures.items[place]
@@ -259,12 +262,19 @@ class Dataset:
 
         from ldm.nn.text import Conditioning
 
-        parts = []
-        for caption in captions:
-            make = partial(self._embedding, caption)
-            kept = make() if self.data.shuffle_tags and caption else self._memory.get(caption, make)
-            parts.append(Conditioning(*kept))
+        fresh = self._shuffled(captions) if self.data.shuffle_tags else {}
+        kept = [fresh.get(c) or self._memory.get(c, partial(self._embedding, c)) for c in captions]
+        parts = [Conditioning(*own) for own in kept]
         return Conditioning.cat(parts).to(self.device, torch.float32)
+
+    def _shuffled(self, captions: Sequence[str]) -> dict[str, tuple[Tensor | None, ...]]:
+        """The embeddings of captions that will not come again in this order, but for the empty one."""
+        texts = list(dict.fromkeys(filter(None, captions)))
+        if not texts:
+            return {}
+        found = self._encoders.embed(texts, together=True)
+        parts = [found.get(name) for name in EMBEDDED]
+        return {text: tuple(None if p is None else p[i : i + 1] for p in parts) for i, text in enumerate(texts)}
 
     def _embedding(self, caption: str) -> tuple[Tensor | None, ...]:
         """States (1, S, D), pooled (1, P) and mask (1, S) of a caption."""
@@ -272,4 +282,4 @@ class Dataset:
             found = {name: tensor[None] for name, tensor in self._cache.text(caption).items()}
         else:
             found = self._encoders.embed([caption])
-        return tuple(found.get(name) for name in ("states", "pooled", "mask"))
+        return tuple(found.get(name) for name in EMBEDDED)

@@ -275,7 +275,7 @@ class Many(Alone):
             return None
         left = [rank for rank in range(self.world) if rank not in missing]
         console.level = self.level if self.rank == left[0] else SILENT
-        return ProcessGone(told, todo="the last checkpoint is good: go on with --resume latest")
+        return ProcessGone(told, todo="go on with --resume latest")
 
     def _answer(self, told: str) -> Any:
         """The value that was told; raises the error that was."""
