@@ -100,17 +100,23 @@ def training_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     snr_gamma: float | None = None,
+    teacher: Predict | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the network's answer, one number per picture: (B,) fp32.
 
     x0, noise (B, C, H, W); timesteps (B,): integers in [0, T) for betas, floats in (0, 1) for flow.
     snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
+    teacher: whose answer to the same is the right one, in the place of what x0 and noise say; without gradients.
     """
     x0, noise = x0.float(), noise.float()
     alpha, sigma = schedule.alpha_sigma(timesteps.to(x0.device))  # (B,)
     a, s = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))
-    raw = predict(a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
-    loss = (raw.float() - target(schedule, x0, noise, a, s)).square().flatten(1).mean(1)
+    asked = (a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
+    wanted = target(schedule, x0, noise, a, s)
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = teacher(*asked).float()
+    loss = (predict(*asked).float() - wanted).square().flatten(1).mean(1)
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +117,10 @@ class LoraLayer(nn.Module):
     """A frozen linear layer or convolution with an update that is trained, in fp32.
 
     In eval mode it computes with the merged weight, as rendering will, so that an image keeps its bits.
+    With `bypass` it is the layer that it stands for (see `without_updates`).
     """
+
+    bypass = False
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, update: LowRank):
         super().__init__()
@@ -134,6 +138,8 @@ class LoraLayer(nn.Module):
         return LowRank(self.down, self.up, self.alpha, self.magnitude)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, …, in) -> (B, …, out), or (B, in, H, W) -> (B, out, H', W')
+        if self.bypass:
+            return self.layer(x)
         if not self.training:
             weight = merged(self.layer.weight, [(self.update(), 1.0)])
             return torch.func.functional_call(self.layer, {"weight": weight}, (x,))
@@ -150,10 +156,11 @@ class LoraLayer(nn.Module):
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """s B A x."""
-        down, up, scale = self.down.to(x.dtype), self.up.to(x.dtype), self.alpha / len(self.down)
+        scale = self.alpha / len(self.down)
+        down, up = self.down.to(x.dtype), (self.up if scale == 1 else self.up * scale).to(x.dtype)
         if isinstance(self.layer, nn.Linear):
-            return F.linear(F.linear(x, down), up) * scale
-        return F.conv2d(F.conv2d(x, down, stride=self.layer.stride, padding=self.layer.padding), up) * scale
+            return F.linear(F.linear(x, down), up)
+        return F.conv2d(F.conv2d(x, down, stride=self.layer.stride, padding=self.layer.padding), up)
 
 
 def meant(shapes: Mapping[str, Sequence[int]], targets: Sequence[str]) -> list[str]:
@@ -210,6 +217,19 @@ def attach(module: nn.Module, updates: Mapping[str, LowRank]) -> None:
     module.requires_grad_(False)
     for name, update in updates.items():
         module.set_submodule(name, LoraLayer(found[name], update).train(module.training))
+
+
+@contextmanager
+def without_updates(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` computes as it did before `attach`."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    try:
+        for layer in layers:
+            layer.bypass = True
+        yield
+    finally:
+        for layer in layers:
+            layer.bypass = False
 
 
 def folded(module: nn.Module) -> nn.Module:

@@ -48,7 +48,9 @@ BATCHES = {
 ROOMY = {"sd": 16e9, "xl": 40e9}  # bytes of a GPU from which on the batch above fits without checkpointing
 OF_LORA = ("lora_rank", "lora_alpha", "targets", "init")  # words of no meaning in a full run
 SHARED = {"snr_gamma": 5.0, "lr_schedule": "cosine"}
-# Of the default model, which else forgets what it knew: the new pictures must not become what it draws unasked.
+# Of the default model, which else forgets what it knew: the new pictures must not become what it draws unasked. Of 50
+# old prompts that were right, none were still right after a new thing without a prior, 45 with drawn pictures as the
+# target, and 49 with what the model answered on them.
 PRIOR = {"prior_images": 320, "prior_weight": 3.0, "data.caption_dropout": 0.0}
 
 
@@ -82,7 +84,8 @@ def complete(given: Mapping[str, Any], facts: Facts, groups: Sequence[int]) -> d
     found = before_data(given, facts)
     found |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
     found |= PRESETS[size, full] | (facts.init or {})
-    found |= PRIOR if facts.default and given.get("prior") is None else {}
+    own = facts.default and given.get("prior") is None and given.get("prior_images") != 0
+    found |= _prior(full) if own else {}
     micro, accumulation, checkpointing = BATCHES[size, "cpu" if facts.device == "cpu" else "gpu"]
     if facts.memory is not None and facts.memory < ROOMY.get(size, 0):
         micro, accumulation, checkpointing = 1, micro * accumulation, True
@@ -102,6 +105,10 @@ def complete(given: Mapping[str, Any], facts: Facts, groups: Sequence[int]) -> d
     }.items():
         found.setdefault(name, value)
     return found
+
+
+def _prior(full: bool) -> dict[str, Any]:
+    return PRIOR if full else PRIOR | {"prior_target": "model"}
 
 
 def in_steps(found: Mapping[str, Any], given: Mapping[str, Any], groups: Sequence[int]) -> dict[str, Any]:

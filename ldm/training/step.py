@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ldm.config import require
 from ldm.device import fast_bf16, pick_device
+from ldm.errors import ConfigError
 from ldm.nn.unet import UNet
 from ldm.training.distributed import ALONE, Alone
 from ldm.training.distributed.parallel import local, spread, whole
@@ -48,12 +50,15 @@ class Stage(Protocol):
 
 
 def check_means(settings: Settings) -> None:
-    """Raise ConfigError for what this machine has not: fp16, the package of an optimizer or of a tracker."""
+    """Raise ConfigError for what this machine has not: fp16, a compiler, the package of an optimizer or a tracker."""
     device = pick_device(settings.device)
     fits = settings.precision != "fp16" or device.type == "cuda"
     require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
     there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
     require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
+    compiles = getattr(settings, "compile", False) and device.type == "cpu"
+    if compiles and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ConfigError("needs a C++ compiler", where="compile", todo="install g++, or leave compile=false")
     check_trackers(settings)
 
 

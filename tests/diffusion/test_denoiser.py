@@ -83,6 +83,18 @@ def test_flow_loss_equals_the_written_out_one():
     assert torch.allclose(training_loss(network, Schedule("flow"), x0, noise, t), expected, rtol=1e-6, atol=0)
 
 
+def test_a_teachers_answer_is_the_right_one():
+    x0, noise, t = draw(3, 4, 3, 3), draw(3, 4, 3, 3, seed=1), torch.tensor([10, 500, 990])
+    schedule, scale = Schedule("v_prediction", **SD), torch.ones((), requires_grad=True)
+    student, teacher = (lambda x, t: network(x, t) + 0.5), (lambda x, t: scale * network(x, t))
+    loss = training_loss(student, schedule, x0, noise, t, teacher=teacher)
+    torch.testing.assert_close(loss, torch.full((3,), 0.25))
+    assert not loss.requires_grad
+    weighted = training_loss(student, schedule, x0, noise, t, snr_gamma=5.0, teacher=teacher)
+    own = [training_loss(network, schedule, x0, noise, t, snr_gamma=gamma) for gamma in (None, 5.0)]
+    torch.testing.assert_close(weighted / loss, own[1] / own[0])
+
+
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_perfect_network_has_no_loss(prediction_type):
     schedule = Schedule(prediction_type)

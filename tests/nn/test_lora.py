@@ -18,6 +18,7 @@ from ldm.nn.lora import (
     sharing_copy,
     unmerge,
     updates_of,
+    without_updates,
 )
 from ldm.nn.unet import UNet, UNetConfig
 
@@ -202,6 +203,18 @@ def test_training_starts_at_the_model_and_reaches_only_the_targets(unet):
     assert losses[-1] < 0.98 * losses[0]
     merge(again := sharing_copy(unet), {name: [(update, 1.0)] for name, update in updates_of(copied).items()})
     assert torch.equal(again(x, timesteps, states), copied.eval()(x, timesteps, states))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_without_its_updates_it_is_the_model(unet, dora):
+    attach(adapted := sharing_copy(unet).train(), strong(unet, dora))
+    adapted.train()
+    with torch.no_grad():
+        expected, changed = unet.train()(*inputs(2)), adapted(*inputs(2))
+        with without_updates(adapted):
+            assert torch.equal(adapted(*inputs(2)), expected)
+        assert torch.equal(adapted(*inputs(2)), changed) and not torch.allclose(changed, expected, rtol=0.01)
+    unet.eval()
 
 
 def test_names_that_are_no_layer_are_refused(unet):

@@ -273,6 +273,10 @@ def test_presets_follow_pictures_and_hardware():
     shipped = Facts(width=96, xl=False, side=128, flow=False, device="cpu", default=True)
     assert complete({}, shipped, [24])["prior_images"] > 0 and "prior_images" not in complete({}, SMALL, [24])
     assert "prior_images" not in complete({"prior": "kept/"}, shipped, [24])
+    assert not {"prior_target", "prior_weight"} & complete({"prior_images": 0}, shipped, [24]).keys()
+    assert complete({}, shipped, [24])["prior_target"] == "model" and "prior_target" not in complete(
+        {"train": "full"}, shipped, [24]
+    )
 
 
 def test_epochs_become_steps():

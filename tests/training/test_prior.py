@@ -10,7 +10,7 @@ from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
 from ldm.training import prior
 from ldm.training.settings import FinetuneSettings
-from tests.training.finetune_cases import SIZE, pictures, run, settings_of
+from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run, settings_of, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,21 @@ def test_the_model_draws_its_own_prior_and_learns_it_beside_the_data(data, tiny_
     assert "pictures of what the model knows are drawn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_what_the_model_answered_is_right_until_it_is_changed(text_encoder, data, tiny_folder, tmp_path):
+    prior = {"prior_images": 2, "prior_prompt": "a cat", "prior_target": "model"}
+    run(data, tmp_path / "run", str(tiny_folder), steps=1, text_encoder=text_encoder, **prior)
+    stage = stage_of(tmp_path / "run")
+    batch = next(stage.batches(0))
+    assert stage._loss(batch.prior, "prior ", 0, 0) == 0 < stage._loss(batch, "", 0, 0)
+    for name, parameter in stage.module.named_parameters():
+        if name.endswith(".up"):
+            parameter.data += 0.1
+    stage._loss(batch.prior, "prior ", 0, 0).backward()
+    changed = [p.grad.norm() for p in stage.module.parameters() if p.requires_grad]
+    assert all(norm > 0 for norm in changed) or text_encoder
+
+
 def test_a_prior_that_is_not_whole_is_drawn_again(data, tiny_folder, tmp_path):
     run(data, tmp_path / "run", str(tiny_folder), steps=1, prior_images=2, prior_prompt="a cat")
     settings, folder = settings_of(tmp_path / "run"), tmp_path / "run" / "prior"
@@ -62,6 +77,8 @@ def test_the_default_model_is_asked_for_what_it_was_trained_on():
         ({"prior_images": 4, "prior": "DATA", "prior_prompt": "a"}, "contradicts prior"),
         ({"prior_prompt": "a cat"}, "say prior_images=N too"),
         ({"prior_images": -1}, "must be 0 to 100,000"),
+        ({"prior_target": "model"}, "without a prior"),
+        ({"prior_target": "model", "prior_images": 2, "prior_prompt": "a", "train": "full"}, "is for LoRA and DoRA"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, told, data, tiny_folder, tmp_path):
@@ -69,3 +86,15 @@ def test_what_does_not_go_together_is_refused(words, told, data, tiny_folder, tm
     with pytest.raises(ConfigError, match=told):
         run(data, tmp_path / "run", str(tiny_folder), **words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_goes_on(data, tiny_folder, tmp_path):
+    """Two graphs: the U-Net with its updates, and without them, as the teacher. Takes a minute."""
+    words = {"prior_images": 2, "prior_prompt": "a cat", "prior_target": "model", "learning_rate": 0.01}
+    run(data, tmp_path / "eager", str(tiny_folder), **words)
+    for steps, resume in ((1, None), (3, "latest")):
+        more = {"resume": resume, "allow_changed": ["steps"]} if resume else {}
+        run(data, tmp_path / "compiled", str(tiny_folder), **{**words, "steps": steps}, compile=True, **more)
+    found, expected = (last_tensors(tmp_path / name) for name in ("compiled", "eager"))
+    assert apart(found, expected) < 1e-3

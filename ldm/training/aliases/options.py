@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
         "prior_images": ("N", "instead: N pictures of what the model knows, drawn by itself before training"),
         "prior_prompt": ("TEXT", "what those show; the default model knows what it knows"),
         "prior_weight": ("X", "(1)"),
+        "prior_target": ("WHAT", "pictures, or model: what it answered before, for LoRA and DoRA (pictures)"),
     },
     "the pictures": {
         "resolution": ("PIXELS", "(the model's)"),
@@ -89,24 +90,13 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
     "the machine": {
         "device": ("NAME", "auto, cpu, cuda, mps"),
         "precision": ("NAME", "auto, bf16, fp16, fp32 (auto)"),
+        "compile": (None, "torch.compile of the U-Net: a minute or more at the start"),
         "gradient_checkpointing": (None, "compute activations again instead of keeping them"),
         "attention": ("NAME", "of the U-Net: auto, sdpa, chunked, xformers"),
         "workers": ("N", "threads that read pictures where nothing is cached (1)"),
     },
 }
 SWITCHES = frozenset(word for group in OPTIONS.values() for word, (value, _) in group.items() if value is None)
-TEXTS = (
-    "model",
-    "vae",
-    "init",
-    "prior",
-    "prior_prompt",
-    "captions",
-    "split",
-    "cache",
-    "validation_prompts",
-    "prompts_file",
-    "name",
-)
+TEXTS = ("model", "vae", "init", "prior", "captions", "split", "cache", "validation_prompts", "prompts_file", "name")
 TEXTS += ("data", "prior_prompt")  # values that are never read as numbers
 PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder")

@@ -45,6 +45,7 @@ ALIASES: dict[str, Alias] = {
     "lora_layers": Alias("targets"),
     "use_dora": Alias("train", switch="dora"),
     "train_text_encoder": Alias("text_encoder", switch=True),
+    "torch_compile": Alias("compile", switch=True),
     "max_train_steps": Alias("steps"),
     "num_train_epochs": Alias("epochs"),
     "train_batch_size": Alias("batch_size"),
@@ -273,7 +274,6 @@ _IDLE = (
     "foreach_ema offload_ema set_grads_to_none skip_save_text_encoder text_encoder_use_attention_mask debug_loss v2 "
     "persistent_data_loader_workers lowram highvram skip_cache_check disable_mmap_load_safetensors log_config "
     "cpu_offload_checkpointing ddp_gradient_as_bucket_view ddp_static_graph use_safetensors console_log_simple "
-    "torch_compile"
 )
 _IDLE_VALUES = "local_rank vae_batch_size text_encoder_batch_size ddp_timeout console_log_level console_log_file "
 _IDLE_VALUES += "dynamo_backend"

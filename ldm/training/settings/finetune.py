@@ -46,6 +46,8 @@ class FinetuneSettings(Settings):
     prior_images: int = 0  # instead: as many pictures, drawn by the model itself before training
     prior_prompt: str | None = None  # what those show; None: what the default model knows
     prior_weight: float = 1.0
+    prior_target: Literal["pictures", "model"] = "pictures"  # model: learn what it answered before, not the pictures
+    compile: bool = False  # torch.compile of the U-Net: needs a C++ compiler on a CPU, a minute or more at the start
     attention: str = "auto"  # of the U-Net: a name of ldm.nn.attention.BACKENDS
     validation_prompts: tuple[str, ...] = ()  # of the sample grid; none: captions of held-out pictures
     samples: int = 8  # pictures in the grid, where the captions are drawn
@@ -68,6 +70,8 @@ class FinetuneSettings(Settings):
         require(not (self.prior and self.prior_images), "contradicts prior: say one of them", "prior_images")
         asked = self.prior_images or self.prior_prompt is None
         require(asked, "is for pictures that the model draws: say prior_images=N too", "prior_prompt")
+        there = self.prior or self.prior_images or self.prior_target == "pictures"
+        require(there, "is of no use without a prior: say prior_images=N too, or prior=FOLDER", "prior_target")
         require(0 <= self.samples <= MAX_SAMPLES, f"must be 0 to {MAX_SAMPLES}, got {self.samples}", "samples")
         require(all(self.targets), "one of them is empty", "targets")
         require(bool(self.targets or self.init), "names no layer", "targets")
@@ -78,6 +82,8 @@ class FinetuneSettings(Settings):
             check_file_name(self.name, "name")
         full = self.train == "full"
         require(not (full and self.init), "is a LoRA to go on from: not in a run with train=full", "init")
+        kept = not full or self.prior_target == "pictures"
+        require(kept, "model is for LoRA and DoRA, beside which the model is still there: use pictures", "prior_target")
         for name in ("zero_terminal_snr", "prediction_type"):
             changes = getattr(self, name) == "flow" if name == "prediction_type" else getattr(self, name)
             what = "a LoRA cannot change what the model was trained for: use train=full"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ldm.console import say
 from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
 from ldm.diffusion.guidance import Guidance, cfg
-from ldm.nn.lora import folded, updates_of
+from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.settings import Settings as Drawing
 from ldm.pipeline.settings import own_scale
@@ -60,6 +61,8 @@ class Finetune:
         self.model = load_base(s, self.device)
         self.module, self.inputs = make_module(s, self.model)
         self.inputs["model"] = self.model.hash
+        unet = _parts(self.module)["unet"]
+        self.network: Callable[..., Tensor] = torch.compile(unet) if s.compile else unet
         self.xl = self.model.unet.config.addition_embed_type == "text_time"
         side = s.data.resolution
         asked = {"num_inference_steps": s.sample_steps, "height": side, "width": side, "sampler": s.sampler}
@@ -140,12 +143,19 @@ class Finetune:
         u = part.of(spread(u, s.timesteps, s.timestep_shift))
         timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)
-        return part.mean(training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma))
+        teacher = partial(self._before, batch) if kind and s.prior_target == "model" else None
+        return part.mean(training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma, teacher))
+
+    def _before(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The answer of the model without any update."""
+        with without_updates(self.module):
+            return self._predict(self.module, batch)(x, timesteps)
 
     def _predict(self, module: nn.Module, batch: Batch) -> Predict:
         """The U-Net of `module` under the batch's captions, which its text encoders read where they are trained."""
         cond = batch.cond if batch.cond is not None else encode(self._text(module), batch.captions)
-        network = conditioned(_parts(module)["unet"], batch.time_ids)
+        unet = self.network if module is self.module else _parts(module)["unet"]
+        network = conditioned(unet, batch.time_ids)
         return lambda x, timesteps: network(x, timesteps, cond)
 
     def _text(self, module: nn.Module) -> TextEncoder:

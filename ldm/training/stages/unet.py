@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from ldm.device import pick_device
 from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.schedule import Schedule
-from ldm.errors import ConfigError, ModelError
+from ldm.errors import ModelError
 from ldm.nn.text import Conditioning
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training import keyed
@@ -58,8 +57,6 @@ class UNetStage:
     def __init__(self, settings: UNetSettings):
         s = self.settings = settings
         self.device = pick_device(s.device)
-        if s.compile and self.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            raise ConfigError("needs a C++ compiler", where="compile", todo="install g++, or leave compile=false")
         self.schedule = build(Schedule, s.schedule, "schedule")
         self.vae, self.text = load_vae_from(model_folder(s.vae)), load_text_from(model_folder(s.text))
         self.vae.module.to(self.device)
