@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,10 @@ def rendering(
 ) -> Timing:
     """Time a file of `pictures` lines by turns: same folder, noise, sampler, steps, dtype, threads; all write PNGs.
 
-    Every line has a seed, every other one a negative prompt of its own. Raises ConfigError for a sampler that diffusers
-    has no equal of, ModelError where `model` is no folder, and NumericsError where a picture in fp32 is more than 2
-    levels of 255 apart: then there is nothing to time.
+    We and diffusers have a process each, with the model in memory: `ldm.render` tells its process how to keep memory,
+    from which diffusers shall not gain. Every line has a seed, every other one a negative prompt of its own. Raises
+    ConfigError for a sampler that diffusers has no equal of, ModelError where `model` is no folder, and NumericsError
+    where a picture in fp32 is more than 2 levels of 255 apart: then there is nothing to time.
     """
     import torch
 
@@ -40,14 +45,14 @@ def rendering(
     device, dtype = settled(device, dtype)
     lines = _lines(pictures)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    pipe = peer(model, dtype, device, sampler)
-    with tempfile.TemporaryDirectory() as place, hushed():
+    theirs = (model, dtype, device, sampler, call)
+    with tempfile.TemporaryDirectory() as place, hushed(), _process() as ours, _process() as peers:
         folders = _Folders(Path(place))
         words = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
         sides: dict[str, Callable[[], Path]] = {
-            "ldm.render": lambda: _ours(lines, folders.new(), words),
-            f"diffusers in batches of {batch_size}": lambda: _theirs(pipe, lines, folders.new(), batch_size, call),
-            "diffusers one by one": lambda: _theirs(pipe, lines, folders.new(), 1, call),
+            "ldm.render": lambda: ours(_ours, lines, folders.new(), words),
+            f"diffusers in batches of {batch_size}": lambda: peers(_theirs, theirs, lines, folders.new(), batch_size),
+            "diffusers one by one": lambda: peers(_theirs, theirs, lines, folders.new(), 1),
         }
         apart = _largest_difference([draw() for draw in sides.values()], APART[dtype])
         seconds = alternate(sides, repeats, warmup=0)  # each has run once
@@ -78,17 +83,33 @@ class _Folders:
         return folder
 
 
+@contextmanager
+def _process() -> Iterator[Callable[..., Path]]:
+    """What calls a function in a process that lives as long as this context, with as many threads as here."""
+    import torch
+
+    kind = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, kind, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
 def _ours(lines: Sequence[dict[str, Any]], folder: Path, words: dict[str, Any]) -> Path:
     from ldm.render.runner import render
 
-    render(lines, folder, **words)
+    with hushed():
+        render(lines, folder, **words)
     return folder
 
 
-def _theirs(pipe: Any, lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]) -> Path:
-    """A loop as one writes it: a call for every `size` lines, then their pictures saved."""
+def _theirs(own: tuple[Any, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int) -> Path:
+    """A loop as one writes it: a call for every `size` lines, then their pictures saved.
+
+    own  model, dtype, device, sampler and the settings of every call
+    """
     import torch
 
+    *whose, call = own
+    pipe = _pipe(*whose)
     for start in range(0, len(lines), size):
         some = lines[start : start + size]
         drawn = pipe(
@@ -100,6 +121,12 @@ def _theirs(pipe: Any, lines: Sequence[dict[str, Any]], folder: Path, size: int,
         for line, image in zip(some, drawn.images):
             image.save(folder / f"{line['name']}.png")
     return folder
+
+
+@functools.cache
+def _pipe(*whose: str) -> Any:
+    with hushed():
+        return peer(*whose)
 
 
 def _largest_difference(folders: Sequence[Path], limit: float) -> float:

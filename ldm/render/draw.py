@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import console
 from ldm.console import StopRequest
+from ldm.device import keep_memory
 from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
 from ldm.pipeline.record import make_records, warnings_of
 from ldm.render.batches import Group, batch_size, groups, windows
@@ -46,6 +47,7 @@ class Draughtsman:
         self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
         self._last: Group | None = None
         self._warned: set[str] = set()
+        keep_memory()
 
     def draw(self, jobs: Iterable[Job]) -> None:
         """All of them, ordered window by window so that models change seldom.

@@ -58,16 +58,20 @@ def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
     assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
     apart = found["agreement"]
     assert apart["largest difference of 255"] <= 1 and apart["times as fast as one by one"] > 0
-    monkeypatch.setattr(rendering, "_theirs", lambda pipe, some, folder, size, call: _other_pictures(folder))
-    assert main(["bench", "render", *words]) == 5 and "the pictures differ by" in capsys.readouterr().err
 
 
-def _other_pictures(folder):
+def test_the_largest_difference_of_folders(tmp_path):
     from PIL import Image
 
-    for i in range(3):
-        Image.new("RGB", (32, 32), (255, 0, 255)).save(folder / f"{i}.png")
-    return folder
+    from ldm.bench.rendering import _largest_difference
+
+    folders = [tmp_path / str(level) for level in (100, 101, 103)]
+    for folder in folders:
+        folder.mkdir()
+        Image.new("RGB", (32, 32), (7, int(folder.name), 7)).save(folder / "a.png")
+    assert _largest_difference(folders, 3.0) == 3
+    with pytest.raises(NumericsError, match="the pictures differ by 3 of 255"):
+        _largest_difference(folders, 2.0)
 
 
 def test_pictures_that_differ_are_not_timed(tiny_folder, monkeypatch):
