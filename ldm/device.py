@@ -67,7 +67,7 @@ def keep_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes of a block; more is not taken
-    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)  # free bytes at the end of the heap
+    mallopt(M_TRIM_THRESHOLD, 1 << 29)  # free bytes at the end of the heap: what is kept counts as taken
 
 
 def is_out_of_memory(error: BaseException) -> bool:

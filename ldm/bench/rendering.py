@@ -47,6 +47,7 @@ def rendering(
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     theirs = (model, dtype, device, sampler, call)
     with tempfile.TemporaryDirectory() as place, hushed(), _process() as ours, _process() as peers:
+        peers(_ready, theirs[:-1])
         folders = _Folders(Path(place))
         words = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
         sides: dict[str, Callable[[], Path]] = {
@@ -84,7 +85,7 @@ class _Folders:
 
 
 @contextmanager
-def _process() -> Iterator[Callable[..., Path]]:
+def _process() -> Iterator[Callable[..., Any]]:
     """What calls a function in a process that lives as long as this context, with as many threads as here."""
     import torch
 
@@ -127,6 +128,11 @@ def _theirs(own: tuple[Any, ...], lines: Sequence[dict[str, Any]], folder: Path,
 def _pipe(*whose: str) -> Any:
     with hushed():
         return peer(*whose)
+
+
+def _ready(whose: tuple[str, ...]) -> None:
+    """Raises what `peer` raises, before anything is drawn."""
+    _pipe(*whose)
 
 
 def _largest_difference(folders: Sequence[Path], limit: float) -> float:

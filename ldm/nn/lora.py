@@ -120,11 +120,9 @@ class LoraLayer(nn.Module):
     With `bypass` it is the layer that it stands for (see `without_updates`).
     """
 
-    bypass = False
-
     def __init__(self, layer: nn.Linear | nn.Conv2d, update: LowRank):
         super().__init__()
-        self.layer = layer.requires_grad_(False)
+        self.layer, self.bypass = layer.requires_grad_(False), False
         device = layer.weight.device
         self.down = nn.Parameter(update.down.detach().to(device, torch.float32, copy=True))
         self.up = nn.Parameter(update.up.detach().to(device, torch.float32, copy=True))

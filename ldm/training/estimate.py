@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.device import pick_device
+from ldm.device import keep_memory, pick_device
 from ldm.training.optimizers import checkpoint_bytes
 from ldm.training.settings import Settings
 from ldm.training.state import TrainState, learned
@@ -39,6 +39,7 @@ def estimate(stage: Stage, settings: Settings, batch: Any = None) -> Estimate:
 
     The second one counts: the first makes what the optimizer keeps. Raises RuntimeError where memory runs out.
     """
+    keep_memory()  # as the run will
     device = pick_device(settings.device)
     one = dataclasses.replace(settings, accumulation=1)
     with _put_back(stage.module.to(device)) as extra:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -56,9 +58,9 @@ def check_means(settings: Settings) -> None:
     require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
     there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
     require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
-    compiles = getattr(settings, "compile", False) and device.type == "cpu"
-    if compiles and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise ConfigError("needs a C++ compiler", where="compile", todo="install g++, or leave compile=false")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
+    if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
+        raise ConfigError(f"needs {compiler}", where="compile", todo="install it, or leave compile=false")
     check_trackers(settings)
 
 

@@ -17,7 +17,7 @@ from ldm.data.transforms import TransformConfig, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, NumericsError
 from ldm.nn.text import ClipText, XLText
 from ldm.training.dataset import OFF, Dataset, FinetuneData, read_pictures
-from ldm.training.dataset.encoded import Memory
+from ldm.training.dataset.encoded import Encoders, Memory
 from ldm.training.dataset.pictures import held_out
 from tests.conftest import tiny_text, tiny_vae
 
@@ -395,6 +395,16 @@ def test_random_crops_are_live_and_a_function_of_the_number(opened, networks):
         assert bits(batch) == bits(again.batch(number))
         corners |= {(id, *ids[2:4].tolist()) for id, ids in zip(batch.ids, batch.time_ids)}
     assert len(corners) > 25 and bits(first.held_out()[0]) == bits(opened(square=True, xl=True).held_out()[0])
+
+
+def test_live_pictures_are_encoded_together_up_to_so_many_numbers(opened, monkeypatch):
+    dataset, calls, encode = opened(crop="random", cache=OFF, square=True, workers=0), [], Encoders.encode
+    monkeypatch.setattr(Encoders, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
+    whole = dataset.batch(0)
+    monkeypatch.setattr("ldm.training.dataset.encoded.TOGETHER", 1)
+    apart = dataset.batch(0)
+    assert calls == [len(whole.ids)] + [1] * len(whole.ids) and len(whole.ids) > 1
+    torch.testing.assert_close(apart.latents, whole.latents, rtol=1e-5, atol=1e-5)
 
 
 def test_a_picture_that_vanishes_or_changes_is_left_out_and_too_many_stop_the_run(opened, folder, capsys):

@@ -4,12 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
 from ldm.training import prior
 from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.finetune import _parts
 from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run, settings_of, stage_of
 
 
@@ -48,12 +50,18 @@ def test_what_the_model_answered_is_right_until_it_is_changed(text_encoder, data
     stage = stage_of(tmp_path / "run")
     batch = next(stage.batches(0))
     assert stage._loss(batch.prior, "prior ", 0, 0) == 0 < stage._loss(batch, "", 0, 0)
-    for name, parameter in stage.module.named_parameters():
-        if name.endswith(".up"):
-            parameter.data += 0.1
-    stage._loss(batch.prior, "prior ", 0, 0).backward()
-    changed = [p.grad.norm() for p in stage.module.parameters() if p.requires_grad]
-    assert all(norm > 0 for norm in changed) or text_encoder
+    x, t = torch.randn(len(batch.prior.latents), *batch.prior.latents.shape[1:]), torch.tensor([500.0])
+    with torch.no_grad():
+        before = stage._before(batch.prior, x, t.expand(len(x)))
+        for name, parameter in stage.module.named_parameters():
+            if name.endswith(".up"):
+                parameter += 0.1
+        assert torch.equal(stage._before(batch.prior, x, t.expand(len(x))), before)
+    loss = stage._loss(batch.prior, "prior ", 0, 0)
+    assert loss > 0
+    loss.backward()
+    for part in _parts(stage.module).values():
+        assert any(p.grad.norm() > 0 for p in part.parameters() if p.requires_grad)
 
 
 def test_a_prior_that_is_not_whole_is_drawn_again(data, tiny_folder, tmp_path):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ldm.nn.text import TextEncoder
     from ldm.nn.vae import VAE
 
+TOGETHER = 8 * 3 * 256 * 256  # numbers of pictures that the autoencoder reads in one call
 MEMORY = 2 << 30  # bytes of entries that are kept in memory at most, and at most a quarter of what is free
 
 
@@ -124,11 +125,11 @@ class Live:
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
         """Raises PictureError where the picture is gone, DataError where it is another by now, NumericsError."""
         if self.memory is None:
-            return self._encoded.pop((place, view), None) or self._encode(place, view)
+            return self._encoded.get((place, view)) or self._encode(place, view)
         return self.memory.get((self.pictures.items[place].digest, view), lambda: self._encode(place, view))
 
     def encode_together(self, views: Sequence[tuple[int, View]]) -> None:
-        """What will be asked for next, of one size: where nothing is kept, all at once, which is faster.
+        """What will be asked for next, of one size: where nothing is kept, several at once, which is faster.
 
         Pictures of which one makes trouble are left to be encoded one by one.
         """
@@ -137,12 +138,14 @@ class Live:
         self._encoded.clear()
         if self.memory is not None or len(views) < 2:
             return
+        views = list(dict.fromkeys(views))
         try:
-            values = [self._read(*key) for key in views]
-            mean, std = self.encoders.encode(to_float(torch.stack(values)))
+            values = torch.stack([self._read(*key) for key in views])
+            parts = values.split(max(1, TOGETHER // values[0].numel()))
+            means, stds = zip(*(self.encoders.encode(to_float(part)) for part in parts))
         except (DataError, NumericsError):
             return
-        self._encoded = dict(zip(views, zip(mean, std)))
+        self._encoded = dict(zip(views, zip(torch.cat(means), torch.cat(stds))))
 
     def _kept(self, place: int, view: View) -> bool:
         return self.memory is not None and (self.pictures.items[place].digest, view) in self.memory
