@@ -122,9 +122,23 @@ def test_share_of_everyday_objects_and_of_told_grounds():
     assert all(s.objects[0].object.everyday for s in (Scenes(SceneConfig(), 0).spec(i) for i in range(300)))
 
 
+def test_favourites_are_drawn_as_often_as_they_are_told_to_be():
+    words, config = ("cat", "🐶", "🦊"), {"objects": "all", "everyday_share": 0.0}
+    scenes = Scenes(SceneConfig(favourites=words, favourites_share=0.6, **config), 0)
+    names = [scenes.spec(i).objects[0].object.word for i in range(2000)]
+    for word in ("cat", "dog face", "fox"):
+        assert abs(names.count(word) / 2000 - (0.2 + 0.4 / 849)) < 0.03, word
+    without, never = (Scenes(SceneConfig(favourites_share=share, **config), 0) for share in (0.6, 0.0))
+    assert all(without.spec(i) == never.spec(i) for i in range(50))
+    counted = Scenes(SceneConfig(favourites=("bread",), favourites_share=0.99, kinds={"count": 1.0}), 0)
+    assert counted.spec(0).objects[0].object.countable  # bread is not
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"favourites": ("a catt",)}, "no object is called 'a catt'"),
+        ({"favourites_share": 1.0}, "must be 0 to less than 1"),
         ({"kinds": {"singel": 1.0}}, "did you mean 'single'"),
         ({"kinds": {"single": 0.0}}, "all weights are zero"),
         ({"kinds": {"single": -1.0}}, "cannot be negative"),

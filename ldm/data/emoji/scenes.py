@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ldm.config import require
-from ldm.errors import ConfigError, nearest
+from ldm.errors import ConfigError, DataError, nearest
 
 from . import captions, layout
 from .colours import COLOURS, nearest_colour
 from .draws import Draw
 from .holdout import Combination, held_out
 from .sprites import find_font, scaled
-from .table import EmojiObject, everyday, objects
+from .table import EmojiObject, everyday, find, objects
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,8 @@ class SceneConfig:
 
     objects: Literal["everyday", "all"] = "everyday"
     everyday_share: float = 0.5  # with objects="all": how often an object is drawn from the everyday ones alone
+    favourites: tuple[str, ...] = ()  # words or characters of objects that are drawn more often: say, the hard ones
+    favourites_share: float = 0.5  # how often an object is one of these, where there are any
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
     jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
@@ -52,6 +55,12 @@ class SceneConfig:
         require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
         for name in ("everyday_share", "mention", "two_cards", "still"):
             require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
+        share = self.favourites_share
+        require(0 <= share < 1, f"must be 0 to less than 1, got {share}", "favourites_share")
+        try:
+            _found(self.favourites)
+        except DataError as error:
+            raise ConfigError(error.what, where="favourites", todo=error.todo) from None
         require(not (self.held_out and self.grounds == "any"), "held-out scenes need named grounds", "grounds")
 
 
@@ -183,10 +192,22 @@ def _ground(draw: Draw, config: SceneConfig) -> tuple[tuple[int, int, int], str 
 
 def _object(draw: Draw, config: SceneConfig, countable: bool = False) -> EmojiObject:
     while True:
-        common = config.objects == "everyday" or draw.chance(config.everyday_share)
-        thing = draw.pick(everyday() if common else objects())
+        thing = draw.pick(_choice(draw, config))
         if thing.countable or not countable:
             return thing
+
+
+def _choice(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, ...]:
+    """The objects of which the next one is; no draw is spent where there are no favourites, see `_still`."""
+    if config.favourites and draw.chance(config.favourites_share):
+        return _found(config.favourites)
+    common = config.objects == "everyday" or draw.chance(config.everyday_share)
+    return everyday() if common else objects()
+
+
+@functools.cache
+def _found(words: tuple[str, ...]) -> tuple[EmojiObject, ...]:
+    return tuple(map(find, words))
 
 
 def _two_objects(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, EmojiObject]:
