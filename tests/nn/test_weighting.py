@@ -18,7 +18,11 @@ def clip(pad_token="<|endoftext|>", projected=False, width=16):
     sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     ids = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": 12}
     config = transformers.CLIPTextConfig(**sizes, **ids)
-    return ClipText(getattr(transformers, CLASSES[projected])(config).eval(), clip_tokenizer(pad_token))
+    module = getattr(transformers, CLASSES[projected])(config).eval()
+    for name, layer in module.named_modules():
+        if name.endswith("final_layer_norm"):  # trained, so that the mean of its states is not nothing
+            torch.nn.init.constant_(layer.bias, 0.2)
+    return ClipText(module, clip_tokenizer(pad_token))
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,13 @@ def test_the_mean_is_restored():
     assert weighted(states, weights, "no_norm").flatten().tolist() == [1.0, 6.0]
     half = weighted(states.half(), weights, "original")
     assert half.dtype == torch.float16 and torch.allclose(half.float().mean(), torch.tensor(2.0), rtol=1e-3)
+
+
+def test_a_mean_of_rounding_is_not_restored():
+    states = torch.tensor([[[1.0, -1.0], [3.0, -3.0 + 2**-22]]])
+    weights = torch.tensor([1.0, 2.0])
+    for found in (weighted(states, weights, "original"), weighted(states.round(), weights, "original")):
+        assert torch.allclose(found, torch.tensor([[[1.0, -1.0], [6.0, -6.0]]]))
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm.nn.text.clip import ClipText
     from ldm.nn.text.open_clip import OpenClipText
 
+ROUNDING = 1e-6  # a mean that is smaller than this share of the mean magnitude says nothing
 NEAR = 20 / 75  # of a chunk: how far back a comma may be; A1111 looks back over 20 tokens
 
 Chunk = list[tuple[int, float]]  # (token, weight)
@@ -120,13 +121,17 @@ def _side(
 
 
 def weighted(states: Tensor, weights: Tensor, emphasis: str) -> Tensor:
-    """states (1, S, D) times weights (S,), in fp32; for "original" scaled to the mean over all that they had before."""
+    """states (1, S, D) times weights (S,), in fp32; for "original" scaled to the mean over all that they had before.
+
+    Not where that mean is nothing but what rounding left, as after a layer norm that was never trained.
+    """
     if (weights == 1).all():
         return states
     before = states.float()
     after = before * weights[:, None]
     if emphasis == "original":
-        after = after * (before.mean() / after.mean())
+        mean, now = before.mean(), after.mean()
+        after = after * torch.where(now.abs() > ROUNDING * after.abs().mean(), mean / now, 1.0)
     return after.to(states.dtype)
 
 
