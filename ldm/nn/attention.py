@@ -15,6 +15,7 @@ from ldm.errors import ConfigError, ModelError, nearest
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {}
 MASKED = -10000.0  # added to the score of a masked token: finite, so that a row without any token stays finite
+FEW = 4  # queries; of fewer, the kernel of an AMD Zen 4 gives the images of each thread's share other bits
 CHUNK_SCORES = 1 << 18  # scores of one head and image that `chunked` computes at a time
 GROUP_SCORES = 1 << 22  # scores of all images and heads that it computes at a time
 
@@ -58,9 +59,12 @@ def attention(
 @backend
 def sdpa(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
     """PyTorch's fused kernels."""
+    length = q.shape[1]
+    if length < FEW and q.is_cpu and not torch.is_grad_enabled():
+        q = torch.cat([q, q[:, :1].expand(-1, FEW - length, -1)], dim=1)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, head size)
     bias = None if bias is None else bias[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)[:, :length]
 
 
 @backend

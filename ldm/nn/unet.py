@@ -62,10 +62,7 @@ class AttentionPooling(nn.Module):
             mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
         query = query + self.positional_embedding.to(x.dtype)  # (B, D)
         x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
-        query = self.q_proj(query)[:, None]
-        if x.is_cpu and not self.training:  # of a lone query, PyTorch's kernel gives each thread's share other bits
-            query = query.expand(-1, 2, -1)
-        return attention(query, self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
+        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
 
 
 class TextTimeEmbedding(nn.Module):
