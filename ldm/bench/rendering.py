@@ -45,15 +45,17 @@ def rendering(
     device, dtype = settled(device, dtype)
     lines = _lines(pictures)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    theirs = (model, dtype, device, sampler, call)
+    whose = (model, dtype, device, sampler)
     with tempfile.TemporaryDirectory() as place, hushed(), _process() as ours, _process() as peers:
-        peers(_ready, theirs[:-1])
+        peers(_ready, whose)
         folders = _Folders(Path(place))
         words = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
         sides: dict[str, Callable[[], Path]] = {
             "ldm.render": lambda: ours(_ours, lines, folders.new(), words),
-            f"diffusers in batches of {batch_size}": lambda: peers(_theirs, theirs, lines, folders.new(), batch_size),
-            "diffusers one by one": lambda: peers(_theirs, theirs, lines, folders.new(), 1),
+            f"diffusers in batches of {batch_size}": lambda: peers(
+                _theirs, whose, lines, folders.new(), batch_size, call
+            ),
+            "diffusers one by one": lambda: peers(_theirs, whose, lines, folders.new(), 1, call),
         }
         apart = _largest_difference([draw() for draw in sides.values()], APART[dtype])
         seconds = alternate(sides, repeats, warmup=0)  # each has run once
@@ -102,14 +104,12 @@ def _ours(lines: Sequence[dict[str, Any]], folder: Path, words: dict[str, Any]) 
     return folder
 
 
-def _theirs(own: tuple[Any, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int) -> Path:
-    """A loop as one writes it: a call for every `size` lines, then their pictures saved.
-
-    own  model, dtype, device, sampler and the settings of every call
-    """
+def _theirs(
+    whose: tuple[str, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]
+) -> Path:
+    """A loop as one writes it: a call for every `size` lines, then their pictures saved."""
     import torch
 
-    *whose, call = own
     pipe = _pipe(*whose)
     for start in range(0, len(lines), size):
         some = lines[start : start + size]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
     assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
     apart = found["agreement"]
     assert apart["largest difference of 255"] <= 1 and apart["times as fast as one by one"] > 0
+    monkeypatch.setattr(rendering, "_process", lambda: nullcontext(lambda function, *args: function(*args)))
+    monkeypatch.setattr(rendering, "_theirs", lambda whose, some, folder, size, call: _other_pictures(folder))
+    assert main(["bench", "render", *words]) == 5 and "the pictures differ by" in capsys.readouterr().err
+
+
+def _other_pictures(folder):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (32, 32), (255, 0, 255)).save(folder / f"{i}.png")
+    return folder
 
 
 def test_the_largest_difference_of_folders(tmp_path):
