@@ -6,7 +6,6 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,65 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.attention import attention, check_backend
+from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
 from ldm.nn.steady import Linear, Pointwise, added, layout, per_image, silu
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
+from ldm.nn.winograd import Kernels, convolved, kernels_of
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
-
-
-def sinusoidal(values: Tensor, channels: int) -> Tensor:
-    """values (N,) -> (N, channels): cosines, then sines, of frequencies from 1 down to 1/10000, in fp32."""
-    half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
-    angles = values.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class TimestepEmbedding(nn.Module):
-    def __init__(self, channels: int, embed: int):
-        super().__init__()
-        self.linear_1 = Linear(channels, embed)
-        self.linear_2 = Linear(embed, embed)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
-        return self.linear_2(silu(self.linear_1(x), self.training))
-
-
-class AttentionPooling(nn.Module):
-    """One query, the mean of all tokens that count plus a learned vector, attends to itself and to them."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
-        self.k_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, D)
-        if mask is None:
-            query = x.mean(dim=1)
-        else:
-            query = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
-        query = query + self.positional_embedding.to(x.dtype)  # (B, D)
-        x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
-        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
-
-
-class TextTimeEmbedding(nn.Module):
-    """Text pooled into the time embedding (addition_embed_type "text")."""
-
-    def __init__(self, width: int, embed: int, num_heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.pool = AttentionPooling(width, num_heads)
-        self.proj = Linear(width, embed)
-        self.norm2 = nn.LayerNorm(embed)
-
-    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, E)
-        return self.norm2(self.proj(self.pool(self.norm1(states), mask)))
 
 
 class ResnetBlock(nn.Module):
@@ -89,11 +36,12 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = Pointwise(channels, out) if channels != out else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:  # (B, C, H, W), silu'd (B, E) -> (B, out, H, W)
-        h = self.conv1(silu(self.norm1(x), self.training))
+    def forward(self, x: Tensor, temb: Tensor, kernels: Kernels | None = None) -> Tensor:
+        """x (B, C, H, W), temb (B, E) after its silu -> (B, out, H, W)."""
+        h = convolved(self.conv1, silu(self.norm1(x), self.training), kernels)
         h = added(h, self.time_emb_proj(temb)[:, :, None, None])
         shortcut = self.conv_shortcut(x)  # before conv2: gradients are summed in the reverse of this order
-        return added(self.conv2(silu(self.norm2(h), self.training)), shortcut)
+        return added(convolved(self.conv2, silu(self.norm2(h), self.training), kernels), shortcut)
 
 
 class Attention(nn.Module):
@@ -122,11 +70,12 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a U-Net makes of a batch's texts, equal at every step of a run: see UNet.prepare."""
+    """What is equal at every step of a run, made of the batch's texts and of the weights: see UNet.prepare."""
 
     mask: Tensor | None  # (B, S)
     keys_values: Mapping[Attention, tuple[Tensor, Tensor]]  # of each cross-attention, (B, S, C) both
     embedding: Tensor | None  # (B, E): the text in the time embedding, where the model has it there
+    kernels: Kernels  # of the convolutions that go by tiles
 
 
 class GEGLU(nn.Module):
@@ -203,8 +152,8 @@ class Sampling(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, kernels: Kernels | None = None) -> Tensor:
+        return convolved(self.conv, x, kernels)
 
 
 class Level(nn.Module):
@@ -293,16 +242,17 @@ class UNet(nn.Module):
                 module.backend = name
 
     def prepare(self, states: Tensor, mask: Tensor | None = None) -> Prepared:
-        """states (B, S, D), mask (B, S) bool -> what `forward` takes in their place, with the same bits in the end.
+        """states (B, S, D), mask (B, S) bool -> what `forward` takes in their place, for a run that changes no weight.
 
-        What depends on the texts alone is so computed once a run. Measured (the default model, fp32, one thread): a
-        call takes 0.93 of the time with 32 rows, 0.96 with 2.
+        What depends on the texts alone is so computed once a run, with the same bits: 0.93 of the time with 32 rows,
+        0.96 with 2 (measured: the default model, fp32, one thread). Convolutions may go by tiles (ldm.nn.winograd).
         """
         states, mask = self._even(states, mask)
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         texts = self.config.addition_embed_type == "text"
         embedding = self.add_embedding(states, mask) if texts else None
-        return Prepared(mask, {block.attn2: block.attn2.keys_values(states) for block in blocks}, embedding)
+        keys_values = {block.attn2: block.attn2.keys_values(states) for block in blocks}
+        return Prepared(mask, keys_values, embedding, kernels_of(self))
 
     def _even(self, x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         """All with their last row twice where x has an odd number: convolutions may sum in another order there."""
@@ -343,6 +293,7 @@ class UNet(nn.Module):
     def _predict(self, x, timesteps, pooled, time_ids, perturb, states, mask, perturb_in) -> Tensor:
         temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
         temb = silu(temb, self.training)  # (B, E)
+        kernels = states.kernels if isinstance(states, Prepared) else None
         x = self.conv_in(x)
         context = {level: (states, mask, perturb if level in perturb_in else None) for level in self.attention_levels}
 
@@ -350,7 +301,7 @@ class UNet(nn.Module):
         skips = [x]
         for i, block in enumerate(self.down_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, x, temb)
+                x = self._run(resnet, x, temb, kernels)
                 x = x if transformer is None else self._run(transformer, x, *context[f"down.{i}"])
                 skips.append(x)
             if hasattr(block, "downsamplers"):
@@ -358,17 +309,17 @@ class UNet(nn.Module):
                 skips.append(x)
 
         # Middle
-        x = self._run(self.mid_block.resnets[0], x, temb)
+        x = self._run(self.mid_block.resnets[0], x, temb, kernels)
         x = self._run(self.mid_block.attentions[0], x, *context["mid"])
-        x = self._run(self.mid_block.resnets[1], x, temb)
+        x = self._run(self.mid_block.resnets[1], x, temb, kernels)
 
         # Up
         for i, block in enumerate(self.up_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb, kernels)
                 x = x if transformer is None else self._run(transformer, x, *context[f"up.{i}"])
             if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
-                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"), kernels)
 
         return self.conv_out(silu(self.conv_norm_out(x), self.training))
 
