@@ -59,7 +59,7 @@ _made: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Kernel]] = WeakKeyDictionary()
 def kernels_of(module: nn.Module) -> Kernels:
     """Kernels for the convolutions of `module` that can go by tiles, for as long as their weights stay what they are.
 
-    Empty where gradients or 16 bits are wanted, and elsewhere than on a CPU. Kernels are kept (SD 1.5: 0.7 GB), and
+    Empty where gradients or 16 bits are wanted, and elsewhere than on a CPU. Kernels are kept (SD 1.5: 0.8 GB), and
     made anew for a weight that holds other numbers than it did, whoever wrote them.
     """
     if module.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
