@@ -39,8 +39,8 @@ def _matrix(rows: tuple[tuple[float, ...], ...]) -> Tensor:
 
 
 INPUTS = _matrix(B_T).float()  # (6, 6), for one direction at a time
-KERNEL, OUTPUTS = (torch.kron(m, m) for m in (_matrix(G), _matrix(A_T)))  # (36, 9), (16, 36): for both directions
-OUTPUTS = OUTPUTS.float()
+KERNEL = torch.kron(_matrix(G), _matrix(G))  # (36, 9), for both directions
+OUTPUTS = torch.kron(_matrix(A_T), _matrix(A_T)).float()  # (16, 36)
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,18 @@ def _suits(layer: nn.Conv2d) -> bool:
 
 def _kernel(layer: nn.Conv2d) -> Kernel | None:
     weight, channels, out = layer.weight.detach(), layer.in_channels, layer.out_channels
+    fewest = _fewest(channels, out, torch.get_num_threads())
+    if fewest is None:
+        return None
     of, kernel = _made.get(layer, (None, None))
-    if of is None or not torch.equal(of, weight):
-        fewest = _fewest(channels, out, torch.get_num_threads())
-        if fewest is None:
-            return None
+    if kernel is None or kernel.fewest != fewest or not torch.equal(of, weight):
         values = (KERNEL @ weight.double().flatten(2).permute(2, 1, 0).flatten(1)).float().view(PATCH**2, channels, out)
         kernel = Kernel(values, fewest)
         _made[layer] = weight.clone(), kernel
     return kernel
 
 
-def _by_tiles(x: Tensor, kernel: Kernel, bias: Tensor) -> Tensor:
+def _by_tiles(x: Tensor, kernel: Kernel, bias: Tensor) -> Tensor:  # (N, C, H, W) -> (N, O, H, W)
     images, channels, height, width = x.shape
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (N, H+2, W+2, C)
     image, row, column, _ = x.stride()

@@ -180,6 +180,15 @@ def test_what_was_made_in_inference_mode_is_of_use_outside_of_it():
     assert torch.equal(drawn(layer, x), first)
 
 
+def test_with_other_threads_it_is_tried_again_how_many_rows_are_enough(monkeypatch):
+    layer = convolution()
+    assert kernels_of(layer)[layer].fewest == winograd._fewest(64, 96, torch.get_num_threads())
+    monkeypatch.setattr(winograd, "_fewest", lambda channels, out, threads: 1000)
+    assert kernels_of(layer)[layer].fewest == 1000
+    monkeypatch.setattr(winograd, "_fewest", lambda channels, out, threads: None)
+    assert not kernels_of(layer)
+
+
 def test_kernels_go_with_their_layer():
     gc.collect()
     count, layer = len(winograd._made), convolution()
