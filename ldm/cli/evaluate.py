@@ -22,7 +22,7 @@ SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "spacing", "vae"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", default="default", help="a folder or a hub id (the shipped model)")
-    lists = "everyday, all, tuning, everyday-30, pairs-20, counts-20, cards-20, unknown, or a file"
+    lists = "everyday, all, tuning, small, everyday-30, pairs-20, counts-20, cards-20, unknown, or a file"
     add("--prompts", metavar="LIST", default="everyday", help=f"{lists} (everyday)")
     add("-o", "--output", metavar="DIR", help="where to write scores.json and sheet.png (nowhere)")
     add("-n", "--num-prompts", dest="n", type=int, metavar="N", help="only the first N prompts")

@@ -23,7 +23,13 @@ from ldm.files import atomic_write
 
 FOLDER = Path(__file__).parents[2] / "docs" / "prompts"  # of a checkout
 SEED = 2024
-ALIASES = {"everyday": "everyday-100", "all": "all-200", "tuning": "tuning-60", "unknown": "unknown-30"}
+ALIASES = {
+    "everyday": "everyday-100",
+    "all": "all-200",
+    "tuning": "tuning-60",
+    "small": "small-60",
+    "unknown": "unknown-30",
+}
 HEAD = "# prompt\tobjects\tcolour\tkind\theld_out"
 RELATIONS = {
     "left": "{a} to the left of {b}",
@@ -148,6 +154,20 @@ def draw_all(count: int, seed: int) -> list[Prompt]:
     return [single(o, spread.pick(colours_of(o, True) or list(COLOURS))) for o in things]
 
 
+def draw_small(things: int, grounds: int, seed: int) -> list[Prompt]:
+    """`things` everyday objects of all five groups by turns, each on `grounds` trained colours, thing by thing."""
+    draw = Draw(seed, things)
+    spread, groups = Spread(draw), list(dict.fromkeys(o.group for o in everyday()))
+    columns = [shuffled(draw, [o for o in everyday() if o.group == group]) for group in groups]
+    found = []
+    for thing in [o for row in zip(*columns) for o in row][:things]:
+        left = colours_of(thing, False)
+        for _ in range(grounds):
+            found.append(single(thing, spread.pick(left)))
+            left.remove(found[-1].colour)
+    return found
+
+
 def draw_arranged(kind: str, count: int, seed: int) -> list[Prompt]:
     """`count` different held-out pairs, counts or cards of everyday objects."""
     scenes, found = Scenes(SceneConfig(kinds={kind: 1.0}, held_out=True), seed), {}
@@ -202,6 +222,11 @@ LISTS: dict[str, tuple[str, Callable[[], list[Prompt]]]] = {  # name -> how it w
     "tuning-60": (
         "12 everyday objects from each of the five groups on grounds that are trained on: the list to tune with",
         lambda: draw_everyday(12, SEED + 6, kept=False),
+    ),
+    "small-60": (
+        "15 everyday objects, three from each of the five groups, each on four grounds that are trained on: what"
+        " `ldm train emoji/small` learns",
+        lambda: draw_small(15, 4, SEED + 8),
     ),
     "unknown-30": (
         "30 things that no caption of the training names: only whether something clear is drawn can be judged",

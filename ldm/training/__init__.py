@@ -27,11 +27,11 @@ def train(
 
     Everything that can be said against the run is said before work begins; `dry_run` stops there.
 
-    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet) or a settings file; `overrides` are
-    KEY=VALUE strings; `resume` is None, "latest" or a checkpoint's folder; `allow_changed` names settings that may
-    differ from those of the run that is resumed. Raises LdmError for bad settings before any work, Interrupted after
-    a signal (state saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun started several
-    processes for it and one of them is missing.
+    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet, emoji/small) or a settings file;
+    `overrides` are KEY=VALUE strings; `resume` is None, "latest" or a checkpoint's folder; `allow_changed` names
+    settings that may differ from those of the run that is resumed. Raises LdmError for bad settings before any work,
+    Interrupted after a signal (state saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun
+    started several processes for it and one of them is missing.
     """
     from ldm.training.distributed import processes
 

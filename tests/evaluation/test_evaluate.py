@@ -9,11 +9,13 @@ from PIL import Image
 
 import ldm
 from ldm.cli import main
+from ldm.config import build
 from ldm.data.emoji import SceneConfig, Scenes, find, held_out, objects
 from ldm.errors import ConfigError, DataError, LdmError, ModelError
 from ldm.evaluation import LISTS, Prompt, evaluate, open_list, real_pictures
 from ldm.evaluation.lists import FOLDER, _parse, file_text
 from ldm.evaluation.scores import shuffle
+from ldm.training import read_settings
 
 
 def perfect(prompts):
@@ -51,6 +53,18 @@ def test_everyday_lists_hold_what_they_say(name, each):
     assert len({p.objects[0].group for p in prompts[:5]}) == 5  # so that the first n are spread
     used = Counter(p.colour for p in prompts)
     assert len(used) == 12 and max(used.values()) <= len(prompts) / 12 + 2
+
+
+def test_the_small_list_asks_for_what_the_small_settings_train():
+    prompts = open_list("small")[1]
+    small, whole = (read_settings(f"emoji/{name}", ["vae=x", "text=x"]) for name in ("small", "unet"))
+    scenes = build(SceneConfig, small.data.scenes)
+    assert {p.objects for p in prompts} == {(find(word),) for word in scenes.favourites}
+    assert set(Counter(p.objects for p in prompts).values()) == {4} and len(set(prompts)) == 60
+    assert set(Counter(p.objects[0].group for p in prompts).values()) == {12}
+    assert not any(p.held_out for p in prompts) and scenes.kinds == {"single": 1.0}
+    same = ("model", "schedule", "optimizer", "learning_rate", "batch_size", "timesteps", "timestep_shift")
+    assert all(getattr(small, name) == getattr(whole, name) for name in same)
 
 
 def test_the_list_of_all_objects_marks_what_was_trained_on():
