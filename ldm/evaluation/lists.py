@@ -131,6 +131,11 @@ def colours_of(thing: EmojiObject, kept: bool) -> list[str]:
     return [c for c in COLOURS if held_out(("on", thing.codepoints, c)) == kept]
 
 
+def by_turns(columns: Sequence[Sequence]) -> list:
+    """The first of each column, then the second of each, as far as the shortest goes."""
+    return [item for row in zip(*columns) for item in row]
+
+
 def draw_everyday(each: int, seed: int, kept: bool = True) -> list[Prompt]:
     """`each` everyday objects of all five groups by turns; an object comes twice only where the others are used up."""
     draw = Draw(seed, each)
@@ -143,7 +148,7 @@ def draw_everyday(each: int, seed: int, kept: bool = True) -> list[Prompt]:
             if len(column) < each and rest:
                 column.append(single(o, spread.pick(rest)))
         columns.append(column)
-    return [prompt for row in zip(*columns) for prompt in row]
+    return by_turns(columns)
 
 
 def draw_all(count: int, seed: int) -> list[Prompt]:
@@ -160,7 +165,7 @@ def draw_small(things: int, grounds: int, seed: int) -> list[Prompt]:
     spread, groups = Spread(draw), list(dict.fromkeys(o.group for o in everyday()))
     columns = [shuffled(draw, [o for o in everyday() if o.group == group]) for group in groups]
     found = []
-    for thing in [o for row in zip(*columns) for o in row][:things]:
+    for thing in by_turns(columns)[:things]:
         left = colours_of(thing, False)
         for _ in range(grounds):
             found.append(single(thing, spread.pick(left)))
