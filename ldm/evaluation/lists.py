@@ -5,7 +5,7 @@ the prompt, the objects' code points (between spaces), the ground's colour, the 
 `count:3`, `card:red` or `card:red,blue` in the objects' order; `unknown` with `-` for objects where the prompt's words
 were never trained on) and 1 where the combination is held out from training.
 
-    python -m ldm.evaluation.lists          writes all lists anew into docs/prompts/
+    python -m ldm.evaluation.lists          writes all drawn lists anew into docs/prompts/
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ ALIASES = {
     "tuning": "tuning-60",
     "small": "small-60",
     "unknown": "unknown-30",
+    "strangers": "strangers-100",
 }
+WRITTEN = ("strangers-100",)  # by hand: found in a checkout, never drawn again
 HEAD = "# prompt\tobjects\tcolour\tkind\theld_out"
 RELATIONS = {
     "left": "{a} to the left of {b}",
@@ -259,7 +261,7 @@ def open_list(prompts: str | Path | Sequence) -> tuple[str, list[Prompt]]:
         name, found = "given", [_given(item, i) for i, item in enumerate(prompts, 1)]
     else:
         name = ALIASES.get(str(prompts), str(prompts))
-        path = FOLDER / f"{name}.tsv" if name in LISTS else Path(prompts)
+        path = FOLDER / f"{name}.tsv" if name in LISTS or name in WRITTEN else Path(prompts)
         if path.is_file():
             found = list(_read(path))
         elif name in LISTS:

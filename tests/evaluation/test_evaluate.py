@@ -41,6 +41,16 @@ def test_lists_are_found_without_a_checkout(monkeypatch, tmp_path):
     assert open_list("everyday") == ("everyday-100", LISTS["everyday-100"][1]())
 
 
+def test_the_list_of_strangers_words_asks_for_a_hundred_different_things():
+    name, prompts = open_list("strangers")
+    assert name == "strangers-100" and len(prompts) == len({p.text for p in prompts}) == 100
+    assert len({p.objects[0].looks for p in prompts}) >= 95 and {p.kind for p in prompts} == {"single"}
+    for p in prompts:
+        assert p.held_out == bool(p.colour and held_out(("on", p.objects[0].codepoints, p.colour)))
+        assert p.text.endswith(f"{p.colour} background") == (p.colour is not None)
+    assert 10 <= sum(p.colour is not None for p in prompts) <= 40
+
+
 @pytest.mark.parametrize("name, each", [("everyday-30", 6), ("everyday-100", 20), ("tuning-60", 12)])
 def test_everyday_lists_hold_what_they_say(name, each):
     prompts = open_list(name)[1]
