@@ -7,7 +7,9 @@ _LAZY["finetune"] = "ldm.training"
 _LAZY["inspect"] = "ldm.checkpoint.inspect"
 _LAZY["convert"] = "ldm.checkpoint.convert"
 _LAZY["check_data"] = "ldm.data.doctor"
-_LAZY["render"] = "ldm.render.runner"  # the package ldm.render, which takes the name once imported, calls the same
+_LAZY["render"] = (
+    "ldm.render.drawing.runner"  # the package ldm.render, which takes the name once imported, calls the same
+)
 
 
 def __getattr__(name: str):

@@ -97,7 +97,7 @@ def _process() -> Iterator[Callable[..., Any]]:
 
 
 def _ours(lines: Sequence[dict[str, Any]], folder: Path, words: dict[str, Any]) -> Path:
-    from ldm.render.runner import render
+    from ldm.render.drawing.runner import render
 
     with hushed():
         render(lines, folder, **words)

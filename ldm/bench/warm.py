@@ -63,7 +63,7 @@ def require_peer(sampler: str) -> None:
 def settled(device: str, dtype: str) -> tuple[str, str]:
     """Names of the device and the dtype that these stand for here, `auto` once for both sides. Raises ConfigError."""
     from ldm.device import pick_device, pick_dtype
-    from ldm.pipeline.record import dtype_name
+    from ldm.pipeline.metadata import dtype_name
 
     place = pick_device(device)
     return str(place), dtype_name(pick_dtype(dtype, place))

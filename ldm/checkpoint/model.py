@@ -150,7 +150,7 @@ def _load(place: Path, name: str, device, dtype, vae: Path | None, asked: str | 
     """The model with every change that was asked for."""
     import torch
 
-    from ldm.nn.steady import layout
+    from ldm.nn.batch_invariant import layout
 
     if is_single(place):
         plan = single.plan_of(place, asked, ("vae",) if vae else ())

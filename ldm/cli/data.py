@@ -71,7 +71,7 @@ def _check(args: argparse.Namespace) -> int:
 def _estimate(model: str, resolution: int | None, samples: int) -> tuple[str, ...]:
     """What a training would take here, or why that cannot be said: the data can be looked at all the same."""
     from ldm.errors import LdmError
-    from ldm.training.forecast import forecast
+    from ldm.training.finetuning.forecast import forecast
 
     try:
         return forecast(samples, model, resolution)

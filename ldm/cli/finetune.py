@@ -24,7 +24,18 @@ from typing import Any
 
 from ldm import console
 from ldm.errors import ConfigError
-from ldm.training.aliases import ALIASES, ALONE, IDLE, KEYS, MANY, OPTIONS, REFUSED, SWITCHES, read_value, table
+from ldm.training.finetuning.options import (
+    ALIASES,
+    ALONE,
+    IDLE,
+    KEYS,
+    MANY,
+    OPTIONS,
+    REFUSED,
+    SWITCHES,
+    read_value,
+    table,
+)
 
 __doc__ += "\n" + table()
 

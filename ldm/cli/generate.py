@@ -84,7 +84,7 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
             raise ConfigError(what, todo='write ldm generate "a cat", or --from PICTURE')
         return own, call, {}
     from ldm.cli import parse
-    from ldm.render.replay import keywords, read_replays
+    from ldm.render.replay.replay import keywords, read_replays
 
     replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
     if len(replays) > 1:
@@ -100,7 +100,7 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
 
 def _say_differences(told: Mapping, record: Mapping) -> None:
     if told:
-        from ldm.render.replay import differences
+        from ldm.render.replay.replay import differences
 
         for line in differences(told, record):
             console.warn(line)

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm.render.runner import render
+    from ldm.render.drawing.runner import render
 
     words = {name: getattr(args, name) for name in (*OF_RUN, *OF_LINES)}
     found = render(args.prompts, args.output, format=args.format, metadata=not args.no_metadata, **words)

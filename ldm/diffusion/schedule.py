@@ -297,12 +297,12 @@ class Schedule:
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Schedule:
         """Read a scheduler_config.json; ModelError names the first setting that is not supported."""
-        from ldm.diffusion.interchange import read_scheduler
+        from ldm.diffusion.diffusers_config import read_scheduler
 
         return read_scheduler(config)
 
     def to_diffusers(self) -> dict[str, Any]:
         """A scheduler_config.json: of DDIMScheduler for betas, of DPMSolverMultistepScheduler for flow."""
-        from ldm.diffusion.interchange import write_scheduler
+        from ldm.diffusion.diffusers_config import write_scheduler
 
         return write_scheduler(self)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.nn.attention import attention
-from ldm.nn.steady import Linear, silu
+from ldm.nn.batch_invariant import Linear, silu
 
 
 def sinusoidal(values: Tensor, channels: int) -> Tensor:

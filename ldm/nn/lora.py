@@ -86,7 +86,7 @@ def _per_output(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))  # (out,) -> (out, 1, …)
 
 
-def sharing_copy(module: nn.Module) -> nn.Module:
+def clone_shared_weights(module: nn.Module) -> nn.Module:
     """The same module again, on the same memory: giving the copy other weights, or moving it, leaves the first alone.
 
     Writing into its weights would change both.
@@ -232,7 +232,7 @@ def without_updates(module: nn.Module) -> Iterator[None]:
 
 def folded(module: nn.Module) -> nn.Module:
     """A copy in eval mode in which each LoraLayer is the plain layer that it amounts to; all other memory is shared."""
-    copied = sharing_copy(module).eval()
+    copied = clone_shared_weights(module).eval()
     for name, found in [(n, layer) for n, layer in copied.named_modules() if isinstance(layer, LoraLayer)]:
         weight = merged(found.layer.weight, [(found.update(), 1.0)])
         found.layer.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ldm.nn.lora import sharing_copy
+from ldm.nn.lora import clone_shared_weights
 
 Part = TypeVar("Part")  # a module, or an object that holds some, as VAE and the text encoders do
 
@@ -33,7 +33,7 @@ def at_work(part: Part, device: torch.device | None) -> Iterator[Part]:
 def moved(part: Part, device: torch.device) -> Part:
     """A copy of `part` with all its weights on `device`; what is there already is shared."""
     if isinstance(part, nn.Module):
-        return sharing_copy(part).to(device)
+        return clone_shared_weights(part).to(device)
     new = copy.copy(part)
     for name, value in vars(part).items():
         if isinstance(value, nn.Module) or hasattr(value, "modules"):  # an encoder within an encoder

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import console
-from ldm.nn.lora import sharing_copy
+from ldm.nn.lora import clone_shared_weights
 
 TILE, OVERLAP = 64, 16  # latents: a tile's side, and how much of it the next tile shares at least
 AUTO = 128  # latents: pictures of more than this squared are decoded in tiles where nobody says whether
@@ -57,7 +57,7 @@ def through_tiles(run: Run, module: nn.Module, x: Tensor, per_input: int, per_ou
     `module` stays as it is: its norms are replaced in a copy on the same weights.
     """
     h, w = (side // per_input for side in x.shape[-2:])
-    module = sharing_copy(module)
+    module = clone_shared_weights(module)
     for name, norm in [(n, m) for n, m in module.named_modules() if isinstance(m, nn.GroupNorm)]:
         module.set_submodule(name, SharedNorm(norm))
     small = (min(h, tile) * per_input, min(w, tile) * per_input)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.attention import attention, check_backend
+from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, per_image, silu
 from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
-from ldm.nn.steady import Linear, Pointwise, added, layout, per_image, silu
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
 from ldm.nn.winograd import Kernels, convolved, kernels_of

@@ -1,4 +1,4 @@
-"""One batch of pictures, from texts and seeds to pixels: what differs inside it is a Picture, the rest is Settings.
+"""One batch of pictures, from texts and seeds to pixels: an ImageRequest holds what differs inside it.
 
 Shapes:  B batch   C latent channels   H, W picture size   h, w latent size
 """
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
     from ldm.pipeline.adapters import Adapter
-    from ldm.pipeline.editing import Start
-    from ldm.pipeline.encoding import Encoder
+    from ldm.pipeline.edit import Start
+    from ldm.pipeline.encode import Encoder
+    from ldm.pipeline.placement import Placement
     from ldm.pipeline.settings import Settings
     from ldm.pipeline.settings.sources import Source
-    from ldm.pipeline.work import Work
 
 # called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
 Watch = Callable[[int, "torch.Tensor", "torch.Tensor"], Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageRequest:
     """One picture to draw: its bits are the same whatever is drawn beside it."""
 
     prompt: str  # without its LoRA tags
@@ -55,12 +55,12 @@ class Picture:
         return self.source is not None, self.source is not None and self.source.repaint is not None
 
 
-def batches(pictures: Sequence[Picture], text: Any, settings: Settings, size: int) -> list[list[int]]:
+def batches(pictures: Sequence[ImageRequest], text: Any, settings: Settings, size: int) -> list[list[int]]:
     """Which pictures are drawn together: at most `size`, under the same LoRAs and with texts of as many chunks.
 
     Those that begin at a picture are apart from the others, those with a mask too.
     """
-    from ldm.pipeline.encoding import chunks_needed
+    from ldm.pipeline.encode import chunks_needed
 
     @functools.cache
     def chunks(texts: tuple[str, str | None]) -> tuple[int, ...]:
@@ -73,13 +73,13 @@ def batches(pictures: Sequence[Picture], text: Any, settings: Settings, size: in
 
 
 def draw(
-    model: Model, work: Work, encode: Encoder, settings: Settings, pictures: Sequence[Picture], watch: Watch
+    model: Model, work: Placement, encode: Encoder, settings: Settings, pictures: Sequence[ImageRequest], watch: Watch
 ) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] on the CPU; one that is not finite is NaN as a whole.
 
     Raises ResourceError out of memory, with nothing held.
     """
-    from ldm.pipeline.editing import begin, enlarged, later, pasted
+    from ldm.pipeline.edit import begin, enlarged, later, pasted
 
     with out_of_memory(settings, len(pictures)):
         images = run(model, work, encode, settings, pictures, watch, begin(model, work, settings, pictures))
@@ -92,16 +92,16 @@ def draw(
 
 def run(
     model: Model,
-    work: Work,
+    work: Placement,
     encode: Encoder,
     settings: Settings,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageRequest],
     watch: Watch,
     begun: Start,
 ) -> torch.Tensor:
     """One sampling run of a batch, from its texts, its noise and what it begins at: pictures (B, 3, H, W), decoded."""
-    from ldm.pipeline.editing import tile
-    from ldm.pipeline.encoding import chunks_needed
+    from ldm.pipeline.edit import tile
+    from ldm.pipeline.encode import chunks_needed
 
     prompts, negatives = zip(*(picture.texts for picture in pictures))
     steps = settings.runs[0]
@@ -116,9 +116,9 @@ def run(
 
 def denoise(
     model: Model,
-    work: Work,
+    work: Placement,
     settings: Settings,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageRequest],
     cond: Any,
     uncond: Any,
     watch: Watch,
@@ -159,13 +159,13 @@ def network(unet: UNet, settings: Settings) -> Callable:
 
 
 def starting_noise(
-    vae: VAE, device: torch.device, settings: Settings, pictures: Sequence[Picture]
+    vae: VAE, device: torch.device, settings: Settings, pictures: Sequence[ImageRequest]
 ) -> tuple[Callable, torch.Tensor]:
     """(the sampler's noise, the first noise (B, C, h, w)): from the pictures' seeds, or the latents that they bring."""
     import torch
 
-    from ldm.pipeline.editing import varied
-    from ldm.pipeline.encoding import Noise
+    from ldm.pipeline.edit import varied
+    from ldm.pipeline.encode import Noise
 
     shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
     noise = Noise([picture.seed for picture in pictures], shape, device)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ldm import console
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import take_adapters
-from ldm.pipeline.drawing import Picture
-from ldm.pipeline.painter import Painter
-from ldm.pipeline.record import dtype_name, make_records, too_large, warnings_of
+from ldm.pipeline.drawing import ImageRequest
+from ldm.pipeline.engine import Engine
+from ldm.pipeline.metadata import dtype_name, make_records, too_large, warnings_of
 from ldm.pipeline.result import Images
 from ldm.pipeline.settings import (
     EDITING_WORDS,
     GUIDANCE_WORDS,
-    Call,
+    Request,
     Settings,
     canonical,
     check_call,
@@ -27,14 +27,14 @@ from ldm.pipeline.settings import (
     check_schedule,
     own_scale,
 )
-from ldm.pipeline.streaming import Listener
+from ldm.pipeline.stream import Listener
 from ldm.prompts import check
 
 if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint import Model
-    from ldm.pipeline.streaming import Step
+    from ldm.pipeline.stream import Step
 
 OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
 OWN += ("device", "dtype", "offload", "attention")
@@ -89,7 +89,7 @@ class Pipeline:
         self.prompts, self._everywhere, self._adapters = take_adapters(prompts, self.negative_prompts, lora, lora_dir)
         _check_grammar("prompt", self.prompts)
         _check_grammar("negative_prompt", self.negative_prompts)
-        self._painter = Painter(**given)
+        self._painter = Engine(**given)
         self._painter.check([adapter for own in self._adapters for adapter in own])
         self._lock = threading.RLock()
         self._warned: set[str] = set()
@@ -188,7 +188,7 @@ class Pipeline:
             self._tell_sizes(call, model, settings)
             return self._draw(call, settings, pictures, records)
 
-    def _pictures(self, call: Call, model: Model, settings: Settings) -> list[Picture]:
+    def _pictures(self, call: Request, model: Model, settings: Settings) -> list[ImageRequest]:
         """One for each image of the call, prompt by prompt."""
         scale = own_scale(model) if call.guidance_scale is None else call.guidance_scale
         none = (None,) * len(call.seeds)
@@ -197,11 +197,11 @@ class Pipeline:
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [p for p in range(len(self.prompts)) for _ in range(call.num_images)]
         return [
-            Picture(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], *own)
+            ImageRequest(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], *own)
             for p, seed, scale, *own in zip(prompts, call.seeds, scales, latents, call.variations or none, sources)
         ]
 
-    def _tell_sizes(self, call: Call, model: Model, settings: Settings) -> None:
+    def _tell_sizes(self, call: Request, model: Model, settings: Settings) -> None:
         """Say what is resized, and warn once of a size that the model was not trained on."""
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
@@ -210,7 +210,7 @@ class Pipeline:
             self._warned.add(line)
             console.warn(line)
 
-    def _draw(self, call: Call, settings: Settings, pictures: list[Picture], records: list[dict]) -> Images:
+    def _draw(self, call: Request, settings: Settings, pictures: list[ImageRequest], records: list[dict]) -> Images:
         """All pictures with their records; those that are finished, where the callback stops the work."""
         drawn: dict[int, Any] = {}
 
@@ -238,7 +238,7 @@ class Pipeline:
         last step is given once more, with the finished pictures as .images. Leaving the loop stops the work. What
         generate raises is raised by the loop.
         """
-        from ldm.pipeline.streaming import stream
+        from ldm.pipeline.stream import stream
 
         callback = settings.pop("callback", None)
         return stream(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ldm import images as pictures
 from ldm.errors import ConfigError, ResourceError
 from ldm.files import atomic_write, require_writable, slug, unused_path
-from ldm.pipeline.record import parameters
+from ldm.pipeline.metadata import parameters
 
 if TYPE_CHECKING:
     from PIL import Image

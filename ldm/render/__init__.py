@@ -10,13 +10,13 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.render.runner import Rendered
+    from ldm.render.drawing.runner import Rendered
 
 
 class _Render(types.ModuleType):
     def __call__(self, *args: Any, **words: Any) -> Rendered:
-        """See ldm.render.runner.render."""
-        from ldm.render.runner import render
+        """See ldm.render.drawing.runner.render."""
+        from ldm.render.drawing.runner import render
 
         return render(*args, **words)
 

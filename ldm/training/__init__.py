@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.training.finetuning import finetune
+from ldm.training.finetuning.command import finetune
 from ldm.training.settings import FinetuneSettings, Settings, packaged_configs, read_settings
 
 if TYPE_CHECKING:
-    from ldm.training.dataset import Pictures
+    from ldm.training.data import Pictures
 
 __all__ = ["finetune", "packaged_configs", "read_settings", "train"]
 
@@ -65,7 +65,7 @@ def run(
             require_place(out)
             if not dry_run:
                 held.enter_context(files.Lock(out))
-            from ldm.training.resuming import to_resume
+            from ldm.training.checkpoints.resume import to_resume
 
             found = to_resume(settings, out, resume, allow_changed, look=dry_run)
             if dry_run:
@@ -76,8 +76,8 @@ def run(
         found = group.on_first(begin)
         if dry_run:
             return Path(found)
-        from ldm.training.loop import fit
-        from ldm.training.samples import lost_workers
+        from ldm.training.data.samples import lost_workers
+        from ldm.training.loop.loop import fit
         from ldm.training.stages import STAGES
 
         group.together(lambda: check_lock(out))
@@ -89,9 +89,9 @@ def run(
 def _dry_run(settings: Settings, out: Path, pictures: Pictures | None, checkpoint: Path | None) -> Path:
     """Say what would be done, from `checkpoint` on where there is one."""
     from ldm.console import say
-    from ldm.training.aliases import flattened
+    from ldm.training.checkpoints.state import read_about
+    from ldm.training.finetuning.options import flattened
     from ldm.training.settings import as_dict
-    from ldm.training.state import read_about
 
     done = read_about(checkpoint)["step"] if checkpoint else 0
     if checkpoint:
@@ -99,7 +99,7 @@ def _dry_run(settings: Settings, out: Path, pictures: Pictures | None, checkpoin
     if isinstance(settings, FinetuneSettings):
         from dataclasses import replace
 
-        from ldm.training.forecast import measure
+        from ldm.training.finetuning.forecast import measure
 
         left = replace(settings, steps=max(1, settings.steps - done))
         lines = list(measure(left, out, pictures).lines if done < settings.steps else ())

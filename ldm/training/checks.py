@@ -13,13 +13,13 @@ from ldm.config import build, require
 from ldm.device import pick_device
 from ldm.errors import ConfigError, ModelError, ResourceError, nearest
 from ldm.files import MANIFEST, require_writable, sha256
-from ldm.training.dataset import OFF, FinetuneData
+from ldm.training.data import OFF, FinetuneData
 from ldm.training.distributed import current
-from ldm.training.prior import check_drawn_prior
+from ldm.training.finetuning.prior import check_drawn_prior
 from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
 
 if TYPE_CHECKING:
-    from ldm.training.dataset import Pictures
+    from ldm.training.data import Pictures
 
 BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the pictures of a batch
 INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
@@ -28,8 +28,8 @@ INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
 def check(settings: Settings) -> None:
     """Raise ConfigError, DataError or ModelError for what would stop the run later. Reads no weight and no picture."""
     from ldm.data.emoji import find_font
-    from ldm.training.samples import open_samples
-    from ldm.training.step import check_means
+    from ldm.training.data.samples import open_samples
+    from ldm.training.loop.step import check_means
 
     check_means(settings)
     if isinstance(settings, FinetuneSettings):
@@ -125,7 +125,7 @@ def _check_finetune(s: FinetuneSettings) -> None:
         kind = "dora" if header.dora else "lora"
         require(s.train == kind, f"the LoRA to go on from is a {kind}, and train is {s.train}", "train")
         if target is not None:
-            from ldm.training.stages.adapting import places_of
+            from ldm.training.finetuning.base_model import places_of
 
             text = any(part != "unet" for part, _ in places_of(header, target).values())
             what = (
@@ -133,7 +133,7 @@ def _check_finetune(s: FinetuneSettings) -> None:
             )
             require(text == s.text_encoder, f"must be {str(text).lower()}: {what}", "text_encoder")
     elif s.train != "full" and target is not None:
-        from ldm.training.stages.adapting import chosen_layers
+        from ldm.training.finetuning.base_model import chosen_layers
 
         shapes = {part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
@@ -148,7 +148,7 @@ def _check_schedule(s: FinetuneSettings, place: Path) -> None:
     """What the model says of its prediction type and schedule against what the settings want."""
     from ldm.checkpoint.model import settings_of
     from ldm.diffusion.schedule import Schedule
-    from ldm.training.stages.adapting import schedule_for
+    from ldm.training.finetuning.base_model import schedule_for
 
     config = settings_of(place).get("scheduler")
     if config:

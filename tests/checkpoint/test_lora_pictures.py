@@ -15,7 +15,7 @@ from ldm.checkpoint.lora import find_lora, fit, read_lora, target_at
 from ldm.checkpoint.single import save_single
 from ldm.errors import ConfigError, ModelError
 from ldm.images import read_metadata
-from ldm.nn.lora import merge, sharing_copy, unmerge
+from ldm.nn.lora import clone_shared_weights, merge, unmerge
 from tests.checkpoint.lora_cases import KINDS, PROMPTS, SIZE, Q, apart, fresh, ours, pair, theirs
 
 
@@ -124,7 +124,7 @@ def test_a_weight_is_diffusers_adapter_weight(trained, kind, tmp_path):
 
 def test_unmerging_gives_back_the_bits_of_the_model(trained):
     case = trained("1.5")
-    lora, copied = read_lora(case.file), sharing_copy(case.model.unet)
+    lora, copied = read_lora(case.file), clone_shared_weights(case.model.unet)
     places = fit(lora.header, target_at(case.model)).places
     updates = {name: [(lora.layers[layer], 0.7)] for layer, (part, name) in places.items() if part == "unet"}
     kept = merge(copied, updates)

@@ -11,9 +11,9 @@ import ldm
 from ldm import config
 from ldm.cli import build_parser, main, parse
 from ldm.errors import ConfigError
-from ldm.training.aliases import ALIASES, ALONE, IDLE, KEYS, OPTIONS, REFUSED, canonical, nested
-from ldm.training.finetuning import PLACES, prepared
-from ldm.training.schedules import learning_rate
+from ldm.training.finetuning.command import PLACES, prepared
+from ldm.training.finetuning.options import ALIASES, ALONE, IDLE, KEYS, OPTIONS, REFUSED, canonical, nested
+from ldm.training.loop.schedules import learning_rate
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
 from tests.training.conftest import threads
 from tests.training.finetune_cases import pictures, settings_of
@@ -218,7 +218,7 @@ def test_the_printed_command_of_a_settings_file_asks_for_the_same(kind, data, ti
 
 
 def _pairs(words):
-    from ldm.training.aliases import assigned
+    from ldm.training.finetuning.options import assigned
 
     return assigned(words).items()
 

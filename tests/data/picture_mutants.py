@@ -16,7 +16,7 @@ import zlib
 
 from PIL import Image
 
-from ldm.data.pictures import PictureError, read_header, read_picture
+from ldm.data.images import PictureError, read_header, read_picture
 
 SECONDS, MEGABYTES = 1.0, 200
 OURS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")

@@ -17,9 +17,9 @@ from PIL import Image
 import ldm
 from ldm.cli import main
 from ldm.data.buckets import Size
-from ldm.data.doctor import check_data, near
-from ldm.data.doctor.looks import Look, fingerprint
-from ldm.data.doctor.near import Smalls, alike
+from ldm.data.doctor import check_data, near_duplicates
+from ldm.data.doctor.image_info import Look, fingerprint
+from ldm.data.doctor.near_duplicates import ThumbnailFile, alike
 from ldm.errors import ConfigError, DataError
 
 OPENCLIPART = Path("/usr/share/openclipart/png")  # Debian's package openclipart-png
@@ -119,7 +119,7 @@ def test_copies_of_another_size_have_nearly_the_same_fingerprint_and_others_not(
 
 def compared(prints, values, sizes):
     """What the doctor says of pictures with these fingerprints and values at 16x16."""
-    with Smalls() as smalls:
+    with ThumbnailFile() as smalls:
         return alike(looks_of(smalls, prints, values, sizes), smalls)
 
 
@@ -170,15 +170,18 @@ def test_near_duplicates_are_those_that_comparing_all_pairs_finds(seed):
 
 def test_pictures_that_are_all_alike_in_outline_cost_no_more_than_a_bounded_number_of_comparisons(monkeypatch):
     """And it is said of how many that is so."""
-    monkeypatch.setattr(near, "MOST", 40)
+    monkeypatch.setattr(near_duplicates, "MOST", 40)
     draw = np.random.default_rng(0)
     values = [draw.integers(0, 128, 768, dtype=np.uint8) for _ in range(300)]
     values[200] = values[100].copy()
     values[200][:4] += 9
-    asked, equal = [], near._equal
-    monkeypatch.setattr(
-        near, "_equal", lambda v, r, i, others, limit: asked.append(len(others)) or equal(v, r, i, others, limit)
-    )
+    asked, equal = [], near_duplicates._equal
+
+    def counted(v, r, i, others, limit):
+        asked.append(len(others))
+        return equal(v, r, i, others, limit)
+
+    monkeypatch.setattr(near_duplicates, "_equal", counted)
     found, cut = compared([7] * 300, values, [Size(100, 100)] * 300)
     assert found == [["100", "200"]] and 250 < cut <= 300 and max(asked) <= 40
 
@@ -189,10 +192,10 @@ def test_a_million_pictures_are_compared_in_a_minute_and_a_gigabyte():
     code = """
 import hashlib, time, numpy as np
 from ldm.data.buckets import Size
-from ldm.data.doctor.looks import Look
-from ldm.data.doctor.near import Smalls, alike
+from ldm.data.doctor.image_info import Look
+from ldm.data.doctor.near_duplicates import ThumbnailFile, alike
 draw, looks, copies = np.random.default_rng(0), [], 0
-with Smalls() as smalls:
+with ThumbnailFile() as smalls:
     for start in range(0, 1_000_000, 10_000):
         prints = draw.integers(0, 1 << 63, 10_000)
         values = draw.integers(0, 128, (10_000, 768), dtype=np.uint8)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.data.pictures import MAX_FILE, PictureError, read_header, read_picture
+from ldm.data.images import MAX_FILE, PictureError, read_header, read_picture
 from ldm.images import READABLE
 
 LOSSY = {"JPEG": 3, "WEBP": 6, "AVIF": 6}  # greatest difference of a smooth picture
@@ -224,7 +224,7 @@ def test_the_largest_pictures_that_are_read_stay_within_memory(tmp_path):
     path.write_bytes(png(side, side, 8, 6, (b"\0" + bytes(4 * side)) * side))
     code = f"""
 import resource
-from ldm.data.pictures import read_picture
+from ldm.data.images import read_picture
 from PIL import Image; Image.init()
 import numpy
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -36,7 +36,7 @@ from ldm.diffusion.names import ETA, FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.diffusion.spacings import SCHEDULE_SPACINGS
-from ldm.pipeline.encoding import Noise
+from ldm.pipeline.encode import Noise
 
 # A new sampler states its order here; those with an eta are solved without noise. dpmpp_3m_sde: see its docstring.
 ORDER = {"euler": 1, "ddim": 1, "heun": 2, "heun_flow": 2, "dpm2": 2, "dpmpp_2m": 2, "unipc": 3, "lms": 4}

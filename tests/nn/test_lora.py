@@ -9,13 +9,13 @@ from ldm.errors import ConfigError, ModelError
 from ldm.nn.lora import (
     LowRank,
     attach,
+    clone_shared_weights,
     folded,
     layers_of,
     meant,
     merge,
     merged,
     new_updates,
-    sharing_copy,
     unmerge,
     updates_of,
     without_updates,
@@ -158,7 +158,7 @@ def inputs(batch):
 def test_a_copy_shares_what_it_does_not_change_and_leaves_the_first_alone(unet):
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     out = unet(*inputs(2))
-    copied = sharing_copy(unet)
+    copied = clone_shared_weights(unet)
     assert torch.equal(copied(*inputs(2)), out)
     updates = strong(unet)
     merge(copied, {name: [(update, 1.0)] for name, update in updates.items()})
@@ -174,7 +174,7 @@ def test_a_copy_shares_what_it_does_not_change_and_leaves_the_first_alone(unet):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_image_keeps_its_bits_in_every_batch_and_evaluated_while_training(unet, dora):
     updates = strong(unet, dora)
-    copied, trained = sharing_copy(unet), sharing_copy(unet)
+    copied, trained = clone_shared_weights(unet), clone_shared_weights(unet)
     merge(copied, {name: [(update, 1.0)] for name, update in updates.items()})
     whole = copied(*inputs(5))
     attach(trained, updates)
@@ -185,7 +185,7 @@ def test_an_image_keeps_its_bits_in_every_batch_and_evaluated_while_training(une
 
 
 def test_training_starts_at_the_model_and_reaches_only_the_targets(unet):
-    copied = sharing_copy(unet)
+    copied = clone_shared_weights(unet)
     attach(copied, new_updates(unet, ["attn2.to_q"], 2, 2.0))
     x, timesteps, states = inputs(2)
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -201,13 +201,13 @@ def test_training_starts_at_the_model_and_reaches_only_the_targets(unet):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.98 * losses[0]
-    merge(again := sharing_copy(unet), {name: [(update, 1.0)] for name, update in updates_of(copied).items()})
+    merge(again := clone_shared_weights(unet), {name: [(update, 1.0)] for name, update in updates_of(copied).items()})
     assert torch.equal(again(x, timesteps, states), copied.eval()(x, timesteps, states))
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_without_its_updates_it_is_the_model(unet, dora):
-    attach(adapted := sharing_copy(unet).train(), strong(unet, dora))
+    attach(adapted := clone_shared_weights(unet).train(), strong(unet, dora))
     adapted.train()
     with torch.no_grad():
         expected, changed = unet.train()(*inputs(2)), adapted(*inputs(2))
@@ -221,7 +221,7 @@ def test_names_that_are_no_layer_are_refused(unet):
     with pytest.raises(ConfigError, match="no layer named 'to_x'; did you mean 'to_"):
         new_updates(unet, ["to_q", "to_x", "norm1"], 2, 2.0)
     with pytest.raises(ModelError, match="no layer down"):
-        attach(sharing_copy(unet), {"down": next(iter(strong(unet).values()))})
+        attach(clone_shared_weights(unet), {"down": next(iter(strong(unet).values()))})
 
 
 def test_words_for_many_layers(unet):
@@ -235,7 +235,7 @@ def test_words_for_many_layers(unet):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_folding_gives_plain_layers_with_the_same_answer(unet, dora):
-    adapted = sharing_copy(unet)
+    adapted = clone_shared_weights(unet)
     attach(adapted, new_updates(adapted, ["all"], 2, 3.0, dora, torch.Generator().manual_seed(1)))
     for parameter in [p for p in adapted.parameters() if p.requires_grad]:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm.nn import winograd
-from ldm.nn.lora import LowRank, merge, sharing_copy, unmerge
+from ldm.nn.lora import LowRank, clone_shared_weights, merge, unmerge
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.winograd import convolved, kernels_of
 
@@ -160,7 +160,7 @@ def test_whoever_writes_to_a_weight_the_kernel_is_of_what_it_holds():
 
 def test_a_lora_is_seen_and_taken_away_again():
     net, x = nn.Sequential(convolution()), pictures(2, 64, 8, 8)
-    twin, before = sharing_copy(net), drawn(net[0], x)
+    twin, before = clone_shared_weights(net), drawn(net[0], x)
     kept = merge(net, {"0": [(LowRank(torch.randn(2, 64, 3, 3), torch.randn(96, 2, 1, 1), 2.0), 1.0)]})
     changed = drawn(net[0], x)
     assert torch.allclose(changed, net(x), atol=1e-3) and not torch.allclose(changed, before, atol=0.1)

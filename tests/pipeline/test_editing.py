@@ -14,7 +14,7 @@ from ldm.images import encode
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline import Pipeline
-from ldm.pipeline.record import parameters
+from ldm.pipeline.metadata import parameters
 from tests.conftest import build_tiny_model
 
 GOLDEN = Path(__file__).parent / "golden"  # drawn by build_tiny_model in fp32; see test_golden_pictures

@@ -8,7 +8,7 @@ import torch
 from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.errors import ConfigError, NumericsError, ResourceError
-from ldm.pipeline import Images, Pipeline, painter
+from ldm.pipeline import Images, Pipeline, engine
 
 FAST = {"num_inference_steps": 2, "sampler": "ddim"}
 
@@ -310,7 +310,7 @@ def test_nan_is_an_error_and_never_a_black_picture(tiny_folder):
 
 def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys, monkeypatch):
     """In bf16 the picture of seed 8 is NaN, as half precision overflows for single pictures."""
-    draw_batch = painter.draw
+    draw_batch = engine.draw
 
     def unstable(model, work, encode, settings, pictures, watch):
         images = draw_batch(model, work, encode, settings, pictures, watch)
@@ -323,7 +323,7 @@ def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys,
         return Pipeline("a cat", model=tiny_folder, dtype=dtype).generate(num_images=3, seed=7, **FAST)
 
     half, full = draw("bf16"), draw("fp32")
-    monkeypatch.setattr(painter, "draw", unstable)
+    monkeypatch.setattr(engine, "draw", unstable)
     mended = draw("bf16")
     assert pixels(mended) == [half[0].tobytes(), full[1].tobytes(), half[2].tobytes()]
     assert [record["dtype"] for record in mended.metadata] == ["bf16", "fp32", "bf16"]

@@ -8,7 +8,7 @@ from PIL import Image
 from ldm import images as pictures
 from ldm.errors import ConfigError
 from ldm.pipeline import Images, Pipeline
-from ldm.pipeline.record import parameters
+from ldm.pipeline.metadata import parameters
 
 FAST = {"num_inference_steps": 2, "sampler": "euler", "guidance_scale": 6.5}
 RECORD = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm.errors import ConfigError, ModelError
-from ldm.pipeline import Pipeline, settings
-from ldm.pipeline.settings import call, checks, words
+from ldm.pipeline import Pipeline, keywords, settings
+from ldm.pipeline.settings import call, checks
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_seeds():
 
 
 def test_every_alias_leads_to_a_setting(tiny_folder):
-    own = {*words.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
+    own = {*keywords.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
     own |= {"num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "spacing"}
     own |= {"width", "height", "callback", *settings.EDITING_WORDS}
     assert set(settings.ALIASES.values()) <= own

@@ -1,7 +1,7 @@
 """What several tests of this folder share: entries from bytes, and a resolver that needs no model."""
 
-from ldm.render.jobs import Plan
-from ldm.render.parse import read_entries
+from ldm.render.jobs.jobs import Plan
+from ldm.render.prompts.files import read_entries
 
 MODEL = {"num_inference_steps": 25, "guidance_scale": 6.0, "height": 128, "width": 128, "sampler": "euler"}
 

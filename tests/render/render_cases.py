@@ -2,7 +2,7 @@
 
 import json
 
-from ldm.render.manifest import read_manifest
+from ldm.render.output.manifest import read_manifest
 
 
 def pictures(folder):
@@ -31,9 +31,9 @@ class Spy:
         self.path, self.before, self.after = path, None, None
 
     def install(self, monkeypatch):
-        from ldm.pipeline import painter
+        from ldm.pipeline import engine
 
-        drawn = painter.draw
+        drawn = engine.draw
 
         def draw(model, work, encode, settings, batch, watch):
             seeds = [picture.seed for picture in batch]
@@ -44,7 +44,7 @@ class Spy:
                 handle.write(json.dumps(seeds) + "\n")
             return self.after(seeds, images) if self.after else images
 
-        monkeypatch.setattr(painter, "draw", draw)
+        monkeypatch.setattr(engine, "draw", draw)
         return self
 
     @property

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.render import batches
-from ldm.render.batches import Group, batch_size, groups, windows
-from ldm.render.jobs import Job
+from ldm.render.jobs import batches
+from ldm.render.jobs.batches import Group, batch_size, groups, windows
+from ldm.render.jobs.jobs import Job
 
 
 def job(index, model="a", text="a cat", lora=None, guidance_scale=4.0, **shared):

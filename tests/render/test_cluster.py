@@ -16,12 +16,12 @@ from render_cases import by_key, pictures, report_of
 from ldm.cli import main
 from ldm.errors import ConfigError, Interrupted, ModelError
 from ldm.images import encode
-from ldm.render import cluster
-from ldm.render.batches import Group
-from ldm.render.manifest import read_manifest
-from ldm.render.resolve import Resolver
-from ldm.render.runner import render
-from ldm.render.writer import Drawn, Encode
+from ldm.render.drawing import ray_pool
+from ldm.render.drawing.runner import render
+from ldm.render.drawing.writer import Drawn, Encode
+from ldm.render.jobs.batches import Group
+from ldm.render.jobs.resolve import Resolver
+from ldm.render.output.manifest import read_manifest
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed")
@@ -58,19 +58,19 @@ def test_a_cluster_that_is_not_there_is_refused_at_once(tiny_folder, tmp_path):
 
 
 def test_workers_take_what_the_cluster_has():
-    assert cluster.places({"CPU": 9}, "auto", 2) == ("cpu", 4, {"num_cpus": 2})
-    assert cluster.places({"CPU": 9, "GPU": 3}, "auto", 2)[:2] == ("cuda", 3)
-    assert cluster.places({"CPU": 9, "GPU": 3}, "cpu", 2)[:2] == ("cpu", 4)
+    assert ray_pool.places({"CPU": 9}, "auto", 2) == ("cpu", 4, {"num_cpus": 2})
+    assert ray_pool.places({"CPU": 9, "GPU": 3}, "auto", 2)[:2] == ("cuda", 3)
+    assert ray_pool.places({"CPU": 9, "GPU": 3}, "cpu", 2)[:2] == ("cpu", 4)
     with pytest.raises(ConfigError, match="has 1 cores, and a worker needs 2; OMP_NUM_THREADS=1"):
-        cluster.places({"CPU": 1}, "auto", 2)
+        ray_pool.places({"CPU": 1}, "auto", 2)
     with pytest.raises(ConfigError, match="has no GPU"):
-        cluster.places({"CPU": 4}, "cuda", 2)
+        ray_pool.places({"CPU": 4}, "cuda", 2)
 
 
 def test_workers_are_given_whole_batches():
     lines = [{"prompt": "a cat", "seed": i, "num_inference_steps": i % 2 + 1} for i in range(14)]
     jobs = jobs_of(lines, {"negative_prompt": "", "model": "tiny"})
-    parts = list(cluster.parts(jobs, 3))
+    parts = list(ray_pool.parts(jobs, 3))
     assert sorted(len(part.jobs) for part in parts) == [1, 1, 3, 3, 3, 3]
     assert all(len({Group.of(job.settings) for job in part.jobs}) == 1 for part in parts)
     assert sorted(job.seed for part in parts for job in part.jobs) == list(range(14))
@@ -89,7 +89,7 @@ def test_pictures_come_as_the_bytes_of_their_files_in_their_order():
     from PIL import Image
 
     jobs, image = jobs_of(["a cat", "a dog"]), Image.new("RGB", (8, 8), "red")
-    desk, bare = cluster.Desk(Encode("png", metadata=False), 2), {"prompt": "a", "remarks": ["an open bracket"]}
+    desk, bare = ray_pool.RayEncoder(Encode("png", metadata=False), 2), {"prompt": "a", "remarks": ["an open bracket"]}
     desk.put(Drawn(jobs[0], image, bare))
     desk.put(Drawn(jobs[1], None, {}, ModelError("broken")))
     first, second = pickle.loads(pickle.dumps(desk.take()))
@@ -165,13 +165,13 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tiny_folder, tmp
 @two_cores
 @pytest.mark.slow
 def test_signals_and_a_picture_that_kills_its_workers(tiny_folder, tmp_path, lines, on_one_thread, monkeypatch, capsys):
-    class Mortal(cluster.Worker):
+    class Mortal(ray_pool.Worker):
         def draw(self, jobs, told):
             if any(job.seed == 13 for job in jobs):
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().draw(jobs, told)
 
-    monkeypatch.setattr(cluster, "Worker", Mortal)
+    monkeypatch.setattr(ray_pool, "Worker", Mortal)
     words, handler = {"model": str(tiny_folder), "batch_size": 4, "ray": "local"}, signal.getsignal(signal.SIGTERM)
     once(images_in(tmp_path / "ray"), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="all saved; the same command goes on") as stop:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.render.expand import Wildcards, expand
+from ldm.render.prompts.templates import Wildcards, expand
 
 
 def drawn(template, seeds=300, wildcards=None):
@@ -147,7 +147,7 @@ def test_the_draws_never_change():
     texts = [expand("{a|b|c|d} {3$$-$$e|f|g|h} {0.2::i|j}", seed, Wildcards()) for seed in range(50)]
     assert texts[:4] == GOLDEN
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == GOLDEN_HASH
-    code = "import sys; from ldm.render.expand import *; print(expand(sys.argv[1], 2, Wildcards()), end='')"
+    code = "import sys; from ldm.render.prompts.templates import *; print(expand(sys.argv[1], 2, Wildcards()), end='')"
     template = "{a|b|c|d} {3$$-$$e|f|g|h} {0.2::i|j}"
     done = subprocess.run([sys.executable, "-c", code, template], capture_output=True, text=True, check=True)
     assert done.stdout == GOLDEN[2]

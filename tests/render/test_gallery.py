@@ -15,12 +15,12 @@ from prompt_files import jobs_of
 from ldm.cli import parse
 from ldm.errors import ConfigError, NumericsError
 from ldm.images import encode
-from ldm.render.contact import write_contact_sheets
-from ldm.render.folder import failures, finished
-from ldm.render.gallery import command, write_gallery
-from ldm.render.jobs import Shard
-from ldm.render.manifest import Ledger, Report
-from ldm.render.parse import read_entries
+from ldm.render.jobs.jobs import Shard
+from ldm.render.output.folder import failures, finished
+from ldm.render.output.manifest import Manifest, Report
+from ldm.render.prompts.files import read_entries
+from ldm.render.sheets.contact import write_contact_sheets
+from ldm.render.sheets.gallery import command, write_gallery
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -45,7 +45,7 @@ def colour(i):
 
 def render(folder, prompts, fail=(), shard=None, **options):
     jobs = jobs_of(prompts, shard=shard, **options)
-    with Ledger(folder, shard) as ledger, Report(folder, shard) as report:
+    with Manifest(folder, shard) as ledger, Report(folder, shard) as report:
         for job in jobs:
             if job.index in fail:
                 ledger.fail(job, NumericsError("the picture holds <b>NaN</b>"))

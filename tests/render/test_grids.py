@@ -11,16 +11,16 @@ from prompt_files import jobs_of, resolve
 from ldm.errors import ConfigError
 from ldm.images import encode
 from ldm.pipeline.result import Target
-from ldm.render import grids
-from ldm.render.folder import finished
-from ldm.render.grids import draw_sheet, grid_entries, read_axes
-from ldm.render.jobs import Job, Shard, short
-from ldm.render.labels import cut, wrapped
-from ldm.render.manifest import Ledger
-from ldm.render.parse import read_entries
-from ldm.render.sheets import write_sheets
-from ldm.render.source import Prompts, gridded
-from ldm.render.survey import Run
+from ldm.render.jobs.jobs import Job, Shard, short
+from ldm.render.jobs.scan import Run
+from ldm.render.output.folder import finished
+from ldm.render.output.manifest import Manifest
+from ldm.render.prompts.files import read_entries
+from ldm.render.prompts.snapshot import Prompts, gridded
+from ldm.render.sheets import axes
+from ldm.render.sheets.axes import draw_sheet, grid_entries, read_axes
+from ldm.render.sheets.grid_sheet import write_sheets
+from ldm.render.sheets.labels import cut, wrapped
 
 
 def entry_of(line="a cat on a red mat"):
@@ -181,7 +181,7 @@ def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
     own = {"prompts": gridded(base, axes, 0), "target": Target.of(tmp_path), "resolver": resolve, "shard": Shard()}
     run = Run(**own, defaults={}, wildcards=None, seed=0, batch_size=None, metadata=True)
     jobs = [job for job in run.plan() if isinstance(job, Job)]
-    with Ledger(tmp_path) as ledger:
+    with Manifest(tmp_path) as ledger:
         ledger.save(replace(jobs[0], key="0" * 32, stem="of-an-older-run"), encode(Image.new("RGB", (64, 64), "white")))
         for job in jobs:
             if job.index != 9:
@@ -194,10 +194,10 @@ def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
 
 
 def test_a_sheet_of_many_large_pictures_is_made_smaller(monkeypatch):
-    monkeypatch.setattr(grids, "MAX_AREA", 500_000)
+    monkeypatch.setattr(axes, "MAX_AREA", 500_000)
     sheet = draw_sheet(read_axes(["steps=1-10", "cfg=1-5"]), [Image.new("RGB", (512, 512), colour(3))] * 50)
     assert 300_000 < sheet.width * sheet.height < 700_000
-    monkeypatch.setattr(grids, "MAX_SIDE", 600)
+    monkeypatch.setattr(axes, "MAX_SIDE", 600)
     assert draw_sheet(read_axes(["steps=1-10"]), [Image.new("RGB", (512, 512), colour(3))] * 10).width < 700
 
 

@@ -10,11 +10,11 @@ import pytest
 from prompt_files import MODEL, jobs_of, resolve
 
 from ldm.errors import ConfigError
-from ldm.render.expand import Wildcards
-from ldm.render.jobs import Job, Plan, Shard, canonical
-from ldm.render.names import safe_name
-from ldm.render.parse import Entry, read_entries
-from ldm.render.table import Table
+from ldm.render.jobs.digest_table import Table
+from ldm.render.jobs.filenames import safe_name
+from ldm.render.jobs.jobs import Job, Plan, Shard, canonical
+from ldm.render.prompts.files import Entry, read_entries
+from ldm.render.prompts.templates import Wildcards
 
 
 def identity(jobs):
@@ -267,8 +267,8 @@ def test_table_agrees_with_a_dict():
 
 MEASURE = """
 import resource, sys
-from ldm.render.jobs import Plan
-from ldm.render.parse import read_entries
+from ldm.render.jobs.jobs import Plan
+from ldm.render.prompts.files import read_entries
 plan = Plan(read_entries(sys.argv[1]), {}, lambda s: ({**s, "height": 128}, {"model": "x"}))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for job in plan:

@@ -8,9 +8,9 @@ from render_cases import by_key, pictures
 from ldm.checkpoint import load_model
 from ldm.errors import ConfigError
 from ldm.images import read_metadata
-from ldm.render.loaded import known, weights_hash
-from ldm.render.manifest import read_manifest
-from ldm.render.runner import render
+from ldm.render.drawing.runner import render
+from ldm.render.jobs.loaded_models import known, weights_hash
+from ldm.render.output.manifest import read_manifest
 from tests.conftest import build_tiny_model
 
 LINES = ["a cat --d 1", "a dog --d 2"]

@@ -9,9 +9,9 @@ import pytest
 from prompt_files import jobs_of, resolve
 
 from ldm.errors import NumericsError, ResourceError
-from ldm.render.jobs import Plan, Shard
-from ldm.render.manifest import Ledger, Report, read_manifest
-from ldm.render.parse import read_entries
+from ldm.render.jobs.jobs import Plan, Shard
+from ldm.render.output.manifest import Manifest, Report, read_manifest
+from ldm.render.prompts.files import read_entries
 from tests.children import in_child, status_of
 
 
@@ -23,7 +23,7 @@ def picture(job):
 def render(folder, jobs, shard=None):
     """Draw what is not there yet; returns the keys that were drawn."""
     drawn = []
-    with Ledger(folder, shard) as ledger:
+    with Manifest(folder, shard) as ledger:
         for job in jobs:
             if ledger.finished(job) is None:
                 drawn.append(job.key)
@@ -117,7 +117,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, tail):
     path.write_bytes(whole + tail)
     assert len(list(read_manifest(tmp_path))) == whole.count(b"\n")
     before = identity(tmp_path)
-    with Ledger(tmp_path) as ledger:
+    with Manifest(tmp_path) as ledger:
         assert path.read_bytes() == whole and ledger.damaged == 0 and len(ledger) == whole.count(b"\n")
     render(tmp_path, jobs)
     assert [record["key"] for record in records(tmp_path)] == [job.key for job in jobs]
@@ -131,7 +131,7 @@ def test_damaged_lines_within_are_counted_and_drawn_again(tmp_path):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], b"x" + lines[1], b"\n", *lines[2:]]))
     before = identity(tmp_path)
-    with Ledger(tmp_path) as ledger:
+    with Manifest(tmp_path) as ledger:
         assert ledger.damaged == 2 and len(ledger) == 3
     assert render(tmp_path, jobs) == [jobs[1].key]
     assert identity(tmp_path) == before
@@ -174,7 +174,7 @@ def test_what_is_there_is_never_overwritten(tmp_path):
     for stem in jobs[0].stems():
         (folder / f"{stem}.png").write_text("taken")
     (folder / "manifest.jsonl").unlink()
-    with Ledger(folder) as ledger, pytest.raises(ResourceError, match="three files with this job's names"):
+    with Manifest(folder) as ledger, pytest.raises(ResourceError, match="three files with this job's names"):
         ledger.save(jobs[0], picture(jobs[0]))
 
 
@@ -196,18 +196,18 @@ def test_a_manifest_from_elsewhere_leads_nowhere(tmp_path):
     folder.mkdir()
     for path in ("../secret.png", str(tmp_path / "secret.png"), "", ".", None, "a\0b"):
         (folder / "manifest.jsonl").write_text(json.dumps({"status": "done", "key": job.key, "path": path}) + "\n")
-        with Ledger(folder) as ledger:
+        with Manifest(folder) as ledger:
             assert ledger.finished(job) is None
 
 
 def test_shards_have_their_own_files_and_know_of_each_other(tmp_path):
     lines = [f"line {i}" for i in range(12)]
     parts = [list(Plan(read_entries(lines), {}, resolve, shard=Shard(i, 2))) for i in (1, 2)]
-    with Ledger(tmp_path, Shard(1, 2)) as one, Ledger(tmp_path, Shard(2, 2)) as two:
+    with Manifest(tmp_path, Shard(1, 2)) as one, Manifest(tmp_path, Shard(2, 2)) as two:
         for ledger, part in ((one, parts[0]), (two, parts[1])):
             for job in part:
                 ledger.save(job, picture(job))
-        with pytest.raises(ResourceError, match="is in use by process"), Ledger(tmp_path, Shard(1, 2)):
+        with pytest.raises(ResourceError, match="is in use by process"), Manifest(tmp_path, Shard(1, 2)):
             pass
     assert sorted(path.name for path in tmp_path.glob("manifest*")) == [
         "manifest-1-of-2.jsonl",
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_named(tmp_path):
 
 def test_failures_are_lines_too_and_are_tried_again(tmp_path):
     jobs = jobs_of(["a", "b"])
-    with Ledger(tmp_path) as ledger:
+    with Manifest(tmp_path) as ledger:
         ledger.save(jobs[0], picture(jobs[0]))
         ledger.fail(jobs[1], NumericsError("the picture holds NaN", todo="use dtype fp32"))
     (failed,) = records(tmp_path, "failed")
@@ -299,5 +299,5 @@ def test_the_report_names_everything_and_adds_up(tmp_path):
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError), Ledger(tmp_path / "file"):
+    with pytest.raises(ResourceError), Manifest(tmp_path / "file"):
         pass

@@ -9,12 +9,12 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from ldm.pipeline.result import Target
-from ldm.render.batches import groups, windows
-from ldm.render.expand import Wildcards
-from ldm.render.jobs import Shard
-from ldm.render.runner import _resolver
-from ldm.render.source import held
-from ldm.render.survey import Run, survey, unfinished
+from ldm.render.jobs.batches import groups, windows
+from ldm.render.prompts.templates import Wildcards
+from ldm.render.jobs.jobs import Shard
+from ldm.render.drawing.runner import _resolver
+from ldm.render.prompts.snapshot import held
+from ldm.render.jobs.scan import Run, survey, unfinished
 
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,9 +11,9 @@ from prompt_files import entries_of, settings_of
 
 from ldm.errors import ConfigError
 from ldm.pipeline.settings import ALIASES
-from ldm.render import parse
-from ldm.render.parse import read_entries, stdin_file
-from ldm.render.words import FIELDS, WORDS
+from ldm.render.prompts import files
+from ldm.render.prompts.files import read_entries, stdin_file
+from ldm.render.prompts.line_settings import FIELDS, WORDS
 
 
 def one(tmp_path, line, name="prompts.txt"):
@@ -362,8 +362,8 @@ def test_files_that_are_refused_as_a_whole(tmp_path, name, content, said):
 
 
 def test_files_too_large_to_be_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(parse, "MAX_JSON", 100)
-    monkeypatch.setattr(parse, "MAX_TOML", 100)
+    monkeypatch.setattr(files, "MAX_JSON", 100)
+    monkeypatch.setattr(files, "MAX_TOML", 100)
     for name, content in (("p.json", json.dumps(["x" * 200])), ("p.toml", f'prompt = "{"x" * 200}"')):
         (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=r"larger than .* MiB; write .jsonl"):
@@ -445,8 +445,8 @@ def test_noise_never_raises_anything_but_our_errors(tmp_path):
 
 def test_parsing_imports_no_torch():
     code = (
-        "import sys, ldm.render.parse, ldm.render.jobs, ldm.render.manifest\n"
-        "from ldm.render.parse import read_entries\n"
+        "import sys, ldm.render.prompts.files, ldm.render.jobs.jobs, ldm.render.output.manifest\n"
+        "from ldm.render.prompts.files import read_entries\n"
         "entries = list(read_entries(['a --ss euler --spacing trailing --s 4 --w 64 --l 3']))\n"
         "assert entries[0].error is None, entries[0].error\n"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'datasets') if name in sys.modules])"

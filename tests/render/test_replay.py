@@ -10,11 +10,11 @@ from prompt_files import jobs_of
 
 from ldm import images
 from ldm.errors import ConfigError, LdmError, NumericsError
-from ldm.pipeline.record import parameters
-from ldm.render.infotext import read_infotext, split_fields
-from ldm.render.manifest import Ledger, last_lines
-from ldm.render.parse import Entry
-from ldm.render.replay import differences, keywords, read_replays
+from ldm.pipeline.metadata import parameters
+from ldm.render.output.manifest import Manifest, last_lines
+from ldm.render.prompts.files import Entry
+from ldm.render.replay.a1111_text import read_infotext, split_fields
+from ldm.render.replay.replay import differences, keywords, read_replays
 
 A1111 = """a cat, (best:1.2)
 on two lines <lora:style:0.8> <hypernet:old:1>
@@ -219,8 +219,8 @@ def test_lines_behind_the_fields_are_fields_too():
 
 def test_damaged_texts_raise_nothing_but_ldm_errors(tmp_path):
     """Cut, doubled, shuffled and overwritten texts, through the whole reader; and none takes long."""
-    from ldm.render.changes import Changes
-    from ldm.render.foreign import of_infotext
+    from ldm.render.replay.a1111_settings import of_infotext
+    from ldm.render.replay.overrides import Changes
 
     draw, seen = random.Random(7), {"read": 0, "refused": 0}
     pieces = [*',:"\\\n[{}]é🐈\0\ud800', "Steps: ", "Negative prompt:", "-1", "Sampler: ", "Size: 1x", "Seed: 1e999"]
@@ -274,8 +274,8 @@ def record_of(**more):
 
 def replay_of_record(folder, record):
     """Without the way through a picture's file."""
-    from ldm.render import replay
-    from ldm.render.changes import Changes
+    from ldm.render.replay import replay
+    from ldm.render.replay.overrides import Changes
 
     entry = Entry("old.png", 1, "", None)
     return replay._replay(entry, lambda: replay._of_record(record, folder, Changes.read([])), Changes.read([]))
@@ -388,7 +388,7 @@ def test_our_parameters_text_tells_the_layers_that_are_left_out(tmp_path, skippe
 
 def test_a_manifest_gives_each_job_once(tmp_path):
     jobs = jobs_of(["a cat --d 1", "a dog --d 2 --l 3", "a cow --d 3"])
-    with Ledger(tmp_path) as ledger:
+    with Manifest(tmp_path) as ledger:
         for job in jobs[:2]:
             ledger.save(job, b"picture of " + job.key.encode())
         ledger.fail(jobs[0], NumericsError("later, after its file was taken away"))
@@ -411,9 +411,9 @@ def test_a_manifest_gives_each_job_once(tmp_path):
 def test_a_rendered_folder_gives_the_same_jobs_again(tiny_folder, tmp_path):
     """With every setting that a line cannot say: keys hash all of them, so equal keys are equal pictures."""
     from ldm.pipeline import Pipeline
-    from ldm.render.jobs import Plan
-    from ldm.render.resolve import Resolver
-    from ldm.render.runner import render
+    from ldm.render.drawing.runner import render
+    from ldm.render.jobs.jobs import Plan
+    from ldm.render.jobs.resolve import Resolver
 
     prompts = [
         "a cat --s 2",

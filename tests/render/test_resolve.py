@@ -8,8 +8,8 @@ import pytest
 from ldm.checkpoint import load_model, save_model
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline
-from ldm.render.outline import outline
-from ldm.render.resolve import Resolver
+from ldm.render.jobs.model_info import outline
+from ldm.render.jobs.resolve import Resolver
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from render_cases import by_key, identity, pictures, report_of
 import ldm
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import read_metadata
-from ldm.render import runner
-from ldm.render.manifest import read_manifest
-from ldm.render.runner import render
+from ldm.render.drawing import runner
+from ldm.render.drawing.runner import render
+from ldm.render.output.manifest import read_manifest
 
 LINES = [
     "a cat --d 1",
@@ -46,7 +46,7 @@ def test_lines_that_differ_in_text_seed_and_guidance_are_one_batch(draw, spy):
 
 
 def test_each_text_is_encoded_once(draw, monkeypatch):
-    from ldm.pipeline import encoding
+    from ldm.pipeline import encode as encoding
 
     encoded, encode = [], encoding.encode_weighted
     monkeypatch.setattr(
@@ -233,16 +233,16 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_never_fits(draw, spy
 
 
 def test_a_text_that_cannot_be_encoded_fails_alone(draw, spy, monkeypatch):
-    from ldm.pipeline import encoding
+    from ldm.pipeline import encode
 
-    encode = encoding.encode_weighted
+    encode = encode.encode_weighted
 
     def picky(encoder, texts, *rest):
         if "a dog" in texts:
             raise ConfigError("this text is refused", where="prompt")
         return encode(encoder, texts, *rest)
 
-    monkeypatch.setattr(encoding, "encode_weighted", picky)
+    monkeypatch.setattr(encode, "encode_weighted", picky)
     found = draw(["a cat --d 1", "a dog --d 2", "a red cat --d 3"])
     assert found.counts["rendered"] == 2 and [record["seed"] for record in failures(found.folder)] == [2]
 
@@ -339,12 +339,12 @@ def test_ldm_render_is_the_package_and_the_function(tiny_folder, tmp_path):
 
 
 def test_a_writer_that_fails_stops_the_run(draw, tmp_path, monkeypatch):
-    from ldm.render import writer
+    from ldm.render.drawing import writer
 
     def broken(self, job, data, **more):
         raise NumericsError("the encoder is broken")
 
-    monkeypatch.setattr(writer.Ledger, "save", broken)
+    monkeypatch.setattr(writer.Manifest, "save", broken)
     with pytest.raises(NumericsError, match="the encoder is broken"):
         draw([f"a cat --d {i}" for i in range(40)], batch_size=2)
     assert report_of(tmp_path / "out")[-1]["not_reached"] == 40

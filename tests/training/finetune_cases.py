@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm.config import build as build_settings
-from ldm.training import finetune, state
+from ldm.training import finetune
+from ldm.training.checkpoints import state
 from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.finetune import Finetune
 from tests.training.conftest import threads

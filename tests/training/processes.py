@@ -8,8 +8,8 @@ import sys
 import torch
 from torch import nn
 
-from ldm.training import keyed
 from ldm.training.distributed import current, processes
+from ldm.training.loop import seeded
 from tests.children import in_child, status_of
 from tests.training.toy import Toy, train_toy
 
@@ -88,4 +88,4 @@ def one_thread():
 
 
 def noise(*parts):
-    return keyed.normal((1,), 0, *parts)
+    return seeded.normal((1,), 0, *parts)

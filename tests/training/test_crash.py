@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 
-from ldm.training import state
+from ldm.training.checkpoints import state
 from tests.children import in_child, status_of
 from tests.training.test_survival import ends
 from tests.training.toy import train_toy

@@ -16,9 +16,9 @@ from PIL import Image
 from ldm.data.transforms import TransformConfig, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, NumericsError
 from ldm.nn.text import ClipText, XLText
-from ldm.training.dataset import OFF, Dataset, FinetuneData, read_pictures
-from ldm.training.dataset.encoded import Encoders, Memory
-from ldm.training.dataset.pictures import held_out
+from ldm.training.data import OFF, Dataset, FinetuneData, read_pictures
+from ldm.training.data.encoded import Encoders, Memory
+from ldm.training.data.images import held_out
 from tests.conftest import tiny_text, tiny_vae
 
 CPU, IDS = torch.device("cpu"), ("vae", "text")
@@ -401,7 +401,7 @@ def test_live_pictures_are_encoded_together_up_to_so_many_numbers(opened, monkey
     dataset, calls, encode = opened(crop="random", cache=OFF, square=True, workers=0), [], Encoders.encode
     monkeypatch.setattr(Encoders, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
     whole = dataset.batch(0)
-    monkeypatch.setattr("ldm.training.dataset.encoded.TOGETHER", 1)
+    monkeypatch.setattr("ldm.training.data.encoded.TOGETHER", 1)
     apart = dataset.batch(0)
     assert calls == [len(whole.ids)] + [1] * len(whole.ids) and len(whole.ids) > 1
     torch.testing.assert_close(apart.latents, whole.latents, rtol=1e-5, atol=1e-5)
@@ -527,7 +527,7 @@ def test_pictures_that_were_counted_before_are_not_read_again(folder, tmp_path, 
     data = FinetuneData(str(folder), resolution=32)
     pictures = read_pictures(data, networks[1].truncated)
     assert len(pictures.items) == 20 and len(pictures.trained) + len(pictures.held_out) == 20
-    monkeypatch.setattr("ldm.training.dataset.dataset.read_pictures", None)
+    monkeypatch.setattr("ldm.training.data.dataset.read_pictures", None)
     dataset = Dataset(data, *networks, IDS, CPU, 0, 3, tmp_path / "run", pictures=pictures)
     assert dataset.hash == pictures.hash and dataset.samples == len(pictures.trained)
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import ConfigError, DataError, Interrupted, ProcessGone, ResourceError
-from ldm.training import state
+from ldm.training.checkpoints import state
 from ldm.training.checks import check_processes
-from ldm.training.distributed import Part, current, part_of, processes
-from ldm.training.distributed.parallel import whole
-from ldm.training.step import prepare
+from ldm.training.distributed import RowShard, current, processes, rows_of
+from ldm.training.distributed.wrap import whole
+from ldm.training.loop.step import prepare
 from tests.training.finetune_cases import apart, last_tensors
 from tests.training.processes import Shared, ends_of, start, together, train_shared
 from tests.training.toy import toy_settings
@@ -40,11 +40,11 @@ def steps_of(run):
 def test_rows_are_shared_without_repeat_or_loss():
     losses = torch.rand(7, dtype=torch.float64)
     for size in (1, 2, 5, 7):
-        parts = [part_of(size, range(rank, size, 3), 3) for rank in range(3)]
+        parts = [rows_of(size, range(rank, size, 3), 3) for rank in range(3)]
         assert sorted(row for part in parts for row in part.own) == list(range(size))
         means = [part.mean(part.of(losses[:size])) for part in parts]
         assert torch.allclose(sum(means) / 3, losses[:size].mean())
-    assert Part(5).own == (0, 1, 2, 3, 4) and part_of(5, (), 1) == Part(5)
+    assert RowShard(5).own == (0, 1, 2, 3, 4) and rows_of(5, (), 1) == RowShard(5)
 
 
 def write_gradients(path, lora):

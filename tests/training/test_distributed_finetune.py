@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ldm.training import state
+from ldm.training.checkpoints import state
 from ldm.training.distributed import processes
-from ldm.training.distributed.parallel import whole
+from ldm.training.distributed.wrap import whole
+from ldm.training.loop.step import prepare
 from ldm.training.stages.finetune import Finetune
-from ldm.training.step import prepare
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
 from tests.training.finetune_cases import QUICK, SIZE, apart, last_tensors, pictures, run, settings_of

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from ldm.errors import CheckpointError, ConfigError
-from ldm.training import finetune, state, train
+from ldm.training import finetune, train
+from ldm.training.checkpoints import state
 from tests.training.conftest import threads
 from tests.training.finetune_cases import pictures, run
 

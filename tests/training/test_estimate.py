@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ldm.training import state
-from ldm.training.estimate import estimate
-from ldm.training.step import prepare, take_step
+from ldm.training.checkpoints import state
+from ldm.training.loop.estimate import estimate
+from ldm.training.loop.step import prepare, take_step
 from tests.training.toy import Toy, toy_settings, train_toy
 
 

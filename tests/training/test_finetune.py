@@ -12,9 +12,9 @@ from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
 from ldm.errors import CheckpointError, ConfigError, DataError
-from ldm.training.finetuning import prepared
-from ldm.training.forecast import trial_batch
-from ldm.training.presets import Facts, complete
+from ldm.training.finetuning.command import prepared
+from ldm.training.finetuning.forecast import trial_batch
+from ldm.training.finetuning.presets import Facts, complete
 from ldm.training.settings import as_dict
 from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.lora_cases import apart as pictures_apart

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-import ldm.training.loop
+import ldm.training.loop.loop
 from ldm.checkpoint import save_model
 from ldm.checkpoint.lora import read_lora
 from ldm.cli import main
@@ -18,7 +18,7 @@ from ldm.errors import ConfigError, LdmError, ModelError
 from ldm.nn.text import T5Text
 from ldm.nn.unet import UNet
 from ldm.training.checks import check
-from ldm.training.finetuning import finetune, prepared
+from ldm.training.finetuning.command import finetune, prepared
 from tests.checkpoint.conftest import tiny_model
 from tests.checkpoint.lora_cases import pair
 from tests.checkpoint.test_families_folders import build, networks
@@ -133,7 +133,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_said_before_the_first_step(name, place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ldm.training.loop, "take_step", None)
+    monkeypatch.setattr(ldm.training.loop.loop, "take_step", None)
     where, words, said = MISTAKES[name]
     out = str(place / where["out"]) if "out" in where else str(tmp_path / "run")
     words = [word.format(root=place) for word in words]

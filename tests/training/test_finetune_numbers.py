@@ -8,7 +8,7 @@ from diffusers.training_utils import compute_snr
 
 from ldm.checkpoint.lora import fit, read_lora, target_at
 from ldm.nn.lora import updates_of
-from ldm.training import keyed
+from ldm.training.loop import seeded
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
 from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, run, stage_of
@@ -44,10 +44,10 @@ def plain_loss(pipe, unet, batch, step, offset=0.0):
     """As diffusers' train_text_to_image.py computes it, on the noise and timesteps of our keys."""
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     x0, size, seed = batch.latents, len(batch.latents), QUICK["seed"]
-    noise = keyed.normal(tuple(x0.shape), seed, "noise", step, 0)
+    noise = seeded.normal(tuple(x0.shape), seed, "noise", step, 0)
     if offset:
-        noise = noise + offset * keyed.normal((size, x0.shape[1], 1, 1), seed, "noise offset", step, 0)
-    places = (torch.arange(size) + keyed.uniform((size,), seed, "timesteps", step, 0)) / size
+        noise = noise + offset * seeded.normal((size, x0.shape[1], 1, 1), seed, "noise offset", step, 0)
+    places = (torch.arange(size) + seeded.uniform((size,), seed, "timesteps", step, 0)) / size
     timesteps = (places * scheduler.config.num_train_timesteps).long()
     more = {}
     if hasattr(pipe, "text_encoder_2"):

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from ldm.cli import main
 from ldm.errors import ConfigError, ModelError
-from ldm.training.finetuning import prepared
-from ldm.training.stages.adapting import chosen_layers
+from ldm.training.finetuning.base_model import chosen_layers
+from ldm.training.finetuning.command import prepared
 from tests.checkpoint.lora_cases import pair
 from tests.training.finetune_cases import QUICK, pictures, run
 

@@ -9,7 +9,7 @@ import pytest
 
 from ldm.checkpoint import load_model
 from ldm.errors import CheckpointError
-from ldm.training import state
+from ldm.training.checkpoints import state
 from tests.training.finetune_cases import pictures, run
 from tests.training.test_resume import final_bytes
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
-from ldm.training.optimizers import checkpoint_bytes, make_optimizer
+from ldm.training.checkpoints.state import TrainState, read_tensors, save
+from ldm.training.loop.optimizers import checkpoint_bytes, make_optimizer
+from ldm.training.loop.step import shadow
 from ldm.training.settings import read_settings
-from ldm.training.state import TrainState, read_tensors, save
-from ldm.training.step import shadow
 from tests.training.toy import toy_settings
 
 SETTINGS = read_settings("emoji/unet", ["vae=x", "text=x", "learning_rate=1e-3", "weight_decay=0.1"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.training import keyed
-from ldm.training.bank import Bank
+from ldm.training.data.latent_pool import Bank
+from ldm.training.loop import seeded
 from ldm.training.settings import PIECE, read_settings
 
 
@@ -50,17 +50,17 @@ def test_bank_that_is_never_renewed_stays():
 
 
 def test_keyed_draws_depend_on_every_part_and_on_nothing_else():
-    assert torch.equal(keyed.normal((4,), 1, "noise", 2), keyed.normal((4,), 1, "noise", 2))
-    draws = [keyed.normal((4,), *k) for k in ((1, "noise", 2), (1, "noise", 3), (2, "noise", 2), (1, "crop", 2))]
+    assert torch.equal(seeded.normal((4,), 1, "noise", 2), seeded.normal((4,), 1, "noise", 2))
+    draws = [seeded.normal((4,), *k) for k in ((1, "noise", 2), (1, "noise", 3), (2, "noise", 2), (1, "crop", 2))]
     assert len({tuple(d.tolist()) for d in draws}) == 4
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    keyed.uniform((10,), 3, "x")
+    seeded.uniform((10,), 3, "x")
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_learning_rate_warms_up_stays_and_falls():
-    from ldm.training.schedules import learning_rate
+    from ldm.training.loop.schedules import learning_rate
 
     given = ["vae=x", "text=x", "steps=1000", "learning_rate=1", "warmup=10", "decay_from=0.5", "final_lr=0.1"]
     s = read_settings("emoji/unet", given)
@@ -71,7 +71,7 @@ def test_learning_rate_warms_up_stays_and_falls():
 
 
 def test_learning_rate_stays_or_follows_a_cosine():
-    from ldm.training.schedules import learning_rate
+    from ldm.training.loop.schedules import learning_rate
     from tests.training.toy import toy_settings
 
     given = {"steps": 110, "learning_rate": 2.0, "warmup": 10, "final_lr": 0.1, "decay_from": 0.0}
@@ -87,7 +87,7 @@ def test_learning_rate_stays_or_follows_a_cosine():
 
 
 def test_ema_in_place():
-    from ldm.training.step import update_ema
+    from ldm.training.loop.step import update_ema
 
     a, b = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_timesteps_are_stratified():
     from ldm.training.stages.common import spread, timesteps_at
 
     schedule = Schedule(prediction_type="v_prediction")
-    t = timesteps_at(schedule, spread((torch.arange(16) + keyed.uniform((16,), 0)) / 16, "uniform", 1))
+    t = timesteps_at(schedule, spread((torch.arange(16) + seeded.uniform((16,), 0)) / 16, "uniform", 1))
     assert [int(v) * 16 // 1000 for v in t] == list(range(16))
     even = (torch.arange(1000) + 0.5) / 1000
     t = timesteps_at(schedule, spread(even, "logit_normal", 1)).double() / 1000
@@ -152,7 +152,7 @@ def test_timesteps_are_stratified():
 
 
 def test_stopped_log_is_cut_back(tmp_path):
-    from ldm.training.records import Records
+    from ldm.training.loop.logs import Records
 
     path = tmp_path / "loss.jsonl"
     log = Records(tmp_path, 0, [])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
-from ldm.training import prior
+from ldm.training.finetuning import prior
 from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.finetune import _parts
 from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run, settings_of, stage_of

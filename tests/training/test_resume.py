@@ -9,7 +9,8 @@ import time
 import pytest
 
 from ldm.errors import CheckpointError, ConfigError, Interrupted, ModelError, NumericsError, ResourceError
-from ldm.training import state, train
+from ldm.training import train
+from ldm.training.checkpoints import state
 from tests.children import in_child, status_of
 from tests.training.conftest import threads
 
@@ -161,8 +162,8 @@ def test_one_bad_step_changes_nothing_but_the_count(tmp_path, unet_settings, one
     """A step whose loss is not finite leaves weights, EMA and optimizer as they were."""
     import torch
 
+    from ldm.training.loop.step import take_step
     from ldm.training.settings import read_settings
-    from ldm.training.step import take_step
 
     class Stage:
         factor = 1.0

@@ -8,8 +8,8 @@ import pytest
 
 from ldm import files
 from ldm.errors import CheckpointError, ConfigError, LdmError, ModelError
-from ldm.training import state
-from ldm.training.resuming import to_resume
+from ldm.training.checkpoints import state
+from ldm.training.checkpoints.resume import to_resume
 from ldm.training.settings import FinetuneSettings, changed
 from tests.training.toy import toy_settings, train_toy
 
@@ -163,7 +163,7 @@ def test_a_name_that_may_differ_is_one_that_there_is(run):
 
 
 def test_two_ways_to_write_a_folder_are_no_change(tmp_path, monkeypatch):
-    from ldm.training.dataset import FinetuneData
+    from ldm.training.data import FinetuneData
 
     monkeypatch.chdir(tmp_path)
     common = {"steps": 1, "batch_size": 1, "learning_rate": 1.0}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ldm.errors import DataError
-from ldm.training import state, train
-from ldm.training.samples import lost_workers, stream
+from ldm.training import train
+from ldm.training.checkpoints import state
+from ldm.training.data.samples import lost_workers, stream
 
 
 class Deadly:
@@ -62,7 +63,7 @@ def test_one_that_is_killed_in_the_middle_of_anything_is_one_line_too(tmp_path, 
 HOLDING = """
 import sys
 import numpy as np
-from ldm.training.samples import stream
+from ldm.training.data.samples import stream
 class Same:
     def __getitem__(self, index):
         return np.zeros((2, 2, 3), np.uint8), "the same"

@@ -9,8 +9,8 @@ import torch
 from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.training import state
-from ldm.training.step import Stage, checkpoint_gradients, prepare, shadow, take_step, update_ema
+from ldm.training.checkpoints import state
+from ldm.training.loop.step import Stage, checkpoint_gradients, prepare, shadow, take_step, update_ema
 from tests.conftest import tiny_text, tiny_vae
 from tests.training.conftest import TINY_UNET
 from tests.training.test_survival import ends

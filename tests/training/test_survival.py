@@ -14,7 +14,7 @@ import torch
 
 from ldm import files
 from ldm.errors import CheckpointError, Interrupted, NumericsError, ResourceError
-from ldm.training import state
+from ldm.training.checkpoints import state
 from tests.children import in_child, status_of
 from tests.training.toy import Toy, train_toy
 
@@ -141,7 +141,7 @@ def test_what_was_better_before_training_is_said(tmp_path, capsys):
 
 def test_the_best_model_can_be_what_is_made(tmp_path):
     """The settings of fine-tuning have `export`."""
-    from ldm.training.loop import fit
+    from ldm.training.loop.loop import fit
     from tests.training.conftest import threads
     from tests.training.toy import toy_settings
 
@@ -349,8 +349,8 @@ def test_a_checkpoint_that_cannot_be_removed_is_said_once(tmp_path, capsys, monk
 
 def test_speed_counts_the_samples_there_are(tmp_path):
     """Of data in buckets the last batches are small."""
-    from ldm.training.distributed import Part
-    from ldm.training.step import prepare, take_step
+    from ldm.training.distributed import RowShard
+    from ldm.training.loop.step import prepare, take_step
     from tests.training.toy import toy_settings
 
     settings = toy_settings(accumulation=2)
@@ -358,7 +358,7 @@ def test_speed_counts_the_samples_there_are(tmp_path):
     now = prepare(stage, settings, torch.device("cpu"))
     batches = list(itertools.islice(stage.batches(0), 2))
     assert take_step(stage, now, settings, iter(batches)).rows == 8
-    batches[1].part = Part(1)
+    batches[1].part = RowShard(1)
     assert take_step(stage, now, settings, iter(batches)).rows == 5
 
 

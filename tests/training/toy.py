@@ -7,9 +7,9 @@ from PIL import Image
 from torch import nn
 
 from ldm.nn.lora import attach, new_updates
-from ldm.training import keyed
-from ldm.training.loop import fit
-from ldm.training.resuming import to_resume
+from ldm.training.checkpoints.resume import to_resume
+from ldm.training.loop import seeded
+from ldm.training.loop.loop import fit
 from ldm.training.settings import Settings
 from tests.training.conftest import threads
 
@@ -42,7 +42,7 @@ class Toy:
 
     def batches(self, first_step):
         for number in range(first_step * self.settings.accumulation, self.settings.steps * self.settings.accumulation):
-            x = keyed.normal((self.settings.batch_size, 6), 0, "x", number)
+            x = seeded.normal((self.settings.batch_size, 6), 0, "x", number)
             yield Numbers(x, [f"{number}-{i}" for i in range(len(x))])
 
     def loss(self, batch, step, micro):
@@ -50,7 +50,7 @@ class Toy:
         return (self.module(batch.x) - batch.x @ self.map).square().mean()
 
     def validate(self, ema, step):
-        x = keyed.normal((16, 6), 0, "held out")
+        x = seeded.normal((16, 6), 0, "held out")
         return {"validation_loss": float((ema(x) - x @ self.map).square().mean())}
 
     def picture(self, ema):

@@ -145,7 +145,7 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
 
     Weights may be negative; `info["lora"]` tells of each its path, name, weight and hash. Raises ModelError as `fit`.
     """
-    from ldm.nn.lora import merge, sharing_copy
+    from ldm.nn.lora import clone_shared_weights, merge
 
     target = target_of(model)
     updates: dict[str, dict[str, list]] = {part: {} for part in target.shapes}
@@ -155,7 +155,7 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
     changed = {}
     for part, module in networks(model).items():
         if updates[part]:
-            changed[id(module)] = copied = sharing_copy(module)
+            changed[id(module)] = copied = clone_shared_weights(module)
             merge(copied, updates[part])
     info = {**model.info, "lora": [*model.info.get("lora", ()), *(_told(lora, weight) for lora, weight in loras)]}
     unet = changed.get(id(model.unet), model.unet)

@@ -11,11 +11,10 @@ from typing import Any, Literal
 
 from ldm.config import require
 from ldm.data.buckets import BucketConfig, Share, histogram
+from ldm.data.doctor.image_info import Look, look, same_files
+from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, alike
 from ldm.data.sources import FirstSource, Source, is_hub_id, open_source
 from ldm.errors import DataError
-
-from .looks import Look, look, same_files
-from .near import MOST, Smalls, alike
 
 __all__ = ["Diagnosis", "Finding", "check_data"]
 
@@ -103,7 +102,7 @@ def check_data(
         require(not inside, "lies inside of the data, which is never changed", "page")
     source = _opened(data, captions, split, first)
     looks: list[Look] = []
-    with Smalls() as smalls:
+    with ThumbnailFile() as smalls:
         for _, (seen, small) in source.sift(look, desc="pictures"):
             looks.append(seen)
             smalls.append(small)
@@ -116,7 +115,7 @@ def check_data(
     if estimate is not None:
         diagnosis = dataclasses.replace(diagnosis, estimate=list(estimate(diagnosis.epoch)))
     if page is not None:
-        from .page import write_page
+        from ldm.data.doctor.page import write_page
 
         write_page(Path(page), diagnosis, source)
     return diagnosis
@@ -204,7 +203,7 @@ def _of_captions(source: Source, cut: Callable[[str], str] | None) -> list[Findi
     return findings
 
 
-def _of_pictures(looks: list[Look], smalls: Smalls, resolution: int) -> list[Finding]:
+def _of_pictures(looks: list[Look], smalls: ThumbnailFile, resolution: int) -> list[Finding]:
     findings, total = [], len(looks)
 
     def add(kind: str, groups: list[list[str]], what: str, todo: str | None = None) -> None:

@@ -1,12 +1,12 @@
 """Scenes drawn from the Noto Color Emoji font, with captions: the data that the default model is trained on."""
 
-from .captions import vocabulary
-from .colours import COLOURS, nearest_colour
-from .holdout import canonical, held_out
-from .imagefolder import MIXED, export
-from .scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render
-from .sprites import find_font, scaled, sprite
-from .table import EmojiObject, class_of, everyday, find, lookalikes, objects
+from ldm.data.emoji.captions import vocabulary
+from ldm.data.emoji.colours import COLOURS, nearest_colour
+from ldm.data.emoji.holdout import canonical, held_out
+from ldm.data.emoji.imagefolder import MIXED, export
+from ldm.data.emoji.scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render
+from ldm.data.emoji.sprites import find_font, scaled, sprite
+from ldm.data.emoji.table import EmojiObject, class_of, everyday, find, lookalikes, objects
 
 EVERYDAY: tuple[str, ...] = tuple(thing.word for thing in everyday())  # the 150 words that people type first
 

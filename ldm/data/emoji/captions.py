@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .colours import COLOURS
-from .draws import Draw
-from .table import EmojiObject, Word, objects
+from ldm.data.emoji.colours import COLOURS
+from ldm.data.emoji.draws import Draw
+from ldm.data.emoji.table import EmojiObject, Word, objects
 
 FIRST = 0.65  # share of an object's commonest word, where it has others
 

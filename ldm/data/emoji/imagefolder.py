@@ -9,10 +9,9 @@ from pathlib import Path
 from ldm import files
 from ldm.config import require
 from ldm.console import progress
+from ldm.data.emoji.scenes import SceneConfig, Scenes
+from ldm.data.emoji.sprites import find_font
 from ldm.errors import DataError
-
-from .scenes import SceneConfig, Scenes
-from .sprites import find_font
 
 MIXED = {"single": 0.5, "pair": 0.2, "count": 0.15, "card": 0.15}
 BYTES_EACH = 12_000  # of one scene as PNG, rounded up

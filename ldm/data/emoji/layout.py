@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .draws import Draw
+from ldm.data.emoji.draws import Draw
 
 FRAME = 128
 PAIR_SIZE, PAIR_ALONG, PAIR_ACROSS = (46, 60), 4, 10  # jitter along and across the line from one to the other

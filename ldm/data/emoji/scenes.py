@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ldm.config import require
+from ldm.data.emoji.colours import COLOURS, nearest_colour
+from ldm.data.emoji.draws import Draw
+from ldm.data.emoji.holdout import Combination, held_out
+from ldm.data.emoji.sprites import find_font, scaled
+from ldm.data.emoji.table import EmojiObject, everyday, find, objects
 from ldm.errors import ConfigError, DataError, nearest
 
 from . import captions, layout
-from .colours import COLOURS, nearest_colour
-from .draws import Draw
-from .holdout import Combination, held_out
-from .sprites import find_font, scaled
-from .table import EmojiObject, everyday, find, objects
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.data.emoji.table import find
 from ldm.errors import DataError
-
-from .table import find
 
 if TYPE_CHECKING:
     from PIL.Image import Image

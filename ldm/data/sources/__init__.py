@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ldm.config import require
+from ldm.data.sources.first import FirstSource
+from ldm.data.sources.folder import open_folder
+from ldm.data.sources.library import is_hub_id, is_saved, open_hub, open_saved
+from ldm.data.sources.source import Counts, Sample, Skip, Source, over_long
+from ldm.data.sources.tables import open_parquet
+from ldm.data.sources.tars import open_tars
+from ldm.data.sources.walk import split_of, walk
 from ldm.errors import DataError
-
-from .first import FirstSource
-from .folder import open_folder
-from .library import is_hub_id, is_saved, open_hub, open_saved
-from .source import Counts, Sample, Skip, Source, over_long
-from .tables import open_parquet
-from .tars import open_tars
-from .walk import split_of, walk
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.console import progress
+from ldm.data.sources.source import Sample, Source
 from ldm.files import disk_errors
-
-from .source import Sample, Source
 
 
 class FirstSource(Source):

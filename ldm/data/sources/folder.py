@@ -12,14 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.pictures import PictureError
+from ldm.data.images import PictureError
+from ldm.data.sources.names import captions_from_names
+from ldm.data.sources.rows import METADATA, TODO, near_miss, read_rows
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
+from ldm.data.sources.walk import CAPTION_SUFFIXES, Found, split_of, wrong_suffixes
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
-
-from .names import captions_from_names
-from .rows import METADATA, TODO, near_miss, read_rows
-from .source import Counts, Sample, Source, caption_column, captions_of
-from .walk import CAPTION_SUFFIXES, Found, split_of, wrong_suffixes
 
 MAX_CAPTIONS = 1 << 20  # bytes of a caption file
 REPEATS = re.compile(r"([1-9]\d{0,5})_(.*\S)")  # kohya: 10_name

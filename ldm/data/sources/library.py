@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.pictures import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.sources.folder import open_file
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
+from ldm.data.sources.tables import PICTURES, TODO, picture_bytes
 from ldm.errors import DataError
-
-from .folder import open_file
-from .source import Counts, Sample, Source, caption_column, captions_of
-from .tables import PICTURES, TODO, picture_bytes
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 FIRST = 100  # samples of a stream in which at least one caption must be

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from .walk import SPLITS
+from ldm.data.sources.walk import SPLITS
 
 FOLDERS = 2  # of the folders above a picture, the nearest whose names say something
 # Names that say nothing of what is to be seen.

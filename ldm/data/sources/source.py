@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ldm.console import progress
-from ldm.data.pictures import WHITE, Header, PictureError, read_header, read_picture
+from ldm.data.images import WHITE, Header, PictureError, read_header, read_picture
 from ldm.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Sample:
             return read_header(file, self.where)
 
     def picture(self, at_least: int | None = None, ground: tuple[int, int, int] = WHITE) -> Image.Image:
-        """In RGB, upright: `ldm.data.pictures.read_picture`. Raises PictureError."""
+        """In RGB, upright: `ldm.data.images.read_picture`. Raises PictureError."""
         with self.open() as file:
             return read_picture(file, self.where, at_least, ground)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.pictures import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
 from ldm.errors import DataError, first_line
-
-from .source import Counts, Sample, Source, caption_column, captions_of
 
 BATCH = 16_000_000  # bytes of pictures that are read at once
 READ_AHEAD = 1 << 20  # bytes

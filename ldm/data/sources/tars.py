@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.console import progress
-from ldm.data.pictures import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.sources.folder import MAX_CAPTIONS
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
-
-from .folder import MAX_CAPTIONS
-from .source import Counts, Sample, Source, caption_column, captions_of
 
 TEXTS = (".txt", ".caption", ".json")  # of one key, the first that holds a caption
 BLOCK = 512  # bytes of a tar's header

@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from ldm.console import progress
 from ldm.data.sources.rows import METADATA
+from ldm.data.sources.source import Skip
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
-
-from .source import Skip
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # beside the picture, the first that is there
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".ppm", ".exr", ".cr2", ".nef", ".dng")

@@ -1,14 +1,6 @@
 """The settings of Pipeline and generate: their words, their checks, and one call's choice of them."""
 
-from ldm.pipeline.settings.call import Call, Settings, check_call, check_schedule, own_scale
-from ldm.pipeline.settings.checks import (
-    check_guidance,
-    check_int,
-    check_negative,
-    check_prompts,
-    check_size,
-)
-from ldm.pipeline.settings.words import (
+from ldm.pipeline.keywords import (
     ALIASES,
     BATCH,
     EDITING_WORDS,
@@ -22,6 +14,14 @@ from ldm.pipeline.settings.words import (
     STEPS,
     UNSUPPORTED,
     canonical,
+)
+from ldm.pipeline.settings.call import Request, Settings, check_call, check_schedule, own_scale
+from ldm.pipeline.settings.checks import (
+    check_guidance,
+    check_int,
+    check_negative,
+    check_prompts,
+    check_size,
 )
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "SAMPLER",
     "STEPS",
     "UNSUPPORTED",
-    "Call",
+    "Request",
     "Settings",
     "canonical",
     "check_call",

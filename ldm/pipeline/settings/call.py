@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.errors import ConfigError
+from ldm.pipeline.keywords import BATCH, GUIDANCE, LATENT_SIZE, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SAMPLER, STEPS
 from ldm.pipeline.settings.checks import (
     check_bool,
     check_callback,
@@ -29,7 +30,6 @@ from ldm.pipeline.settings.checks import (
     make_guidance,
 )
 from ldm.pipeline.settings.sources import Sources, check_sources
-from ldm.pipeline.settings.words import BATCH, GUIDANCE, LATENT_SIZE, MAX_IMAGES, MAX_SIZE, MAX_STEPS, SAMPLER, STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Call:
+class Request:
     """One call of generate: its settings, and what pictures have of their own."""
 
     settings: Settings
@@ -159,7 +159,7 @@ class Call:
     strict: bool  # whether what would be a warning about a prompt is an error
 
 
-def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = None) -> Call:
+def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = None) -> Request:
     """Checks generate's keywords (under our names) for `prompts` prompts; `folder` is where configs can be read.
 
     Raises ConfigError naming the setting and the values that would do.
@@ -170,7 +170,7 @@ def check_call(given: Mapping[str, Any], prompts: int, folder: Path | None = Non
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale = None if given["guidance_scale"] is None else check_guidance(given["guidance_scale"], len(seeds))
     batch_size = given.get("batch_size")
-    return Call(
+    return Request(
         settings=_check_settings(given, GUIDANCE if scale is None else scale, vae_factor(folder)),
         num_images=num_images,
         seeds=seeds,

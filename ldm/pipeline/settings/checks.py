@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.errors import ConfigError, nearest
-from ldm.pipeline.settings.words import (
+from ldm.pipeline.keywords import (
     GUIDANCE_WORDS,
     HIRES_STRENGTH,
     MAX_GUIDANCE,

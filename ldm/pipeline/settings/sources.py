@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.errors import ConfigError, DataError, nearest
+from ldm.pipeline.keywords import MAX_SIZE
 from ldm.pipeline.settings.checks import check_int, check_size
-from ldm.pipeline.settings.words import MAX_SIZE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -143,7 +143,7 @@ def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image
     """(the picture in RGB, upright, transparency laid on `ground`; its absolute path, or "given")."""
     from PIL import Image, ImageOps
 
-    from ldm.data.pictures import read_picture
+    from ldm.data.images import read_picture
     from ldm.images import flatten
 
     if isinstance(value, Image.Image):

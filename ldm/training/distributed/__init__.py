@@ -1,6 +1,6 @@
 """One run on many processes: what they agree on, which rows are whose; in `parallel` the network that all train."""
 
-from .part import Part, part_of
-from .processes import ALONE, Alone, current, processes
+from ldm.training.distributed.group import ALONE, Alone, current, processes
+from ldm.training.distributed.rows import RowShard, rows_of
 
-__all__ = ["ALONE", "Alone", "Part", "current", "part_of", "processes"]
+__all__ = ["ALONE", "Alone", "RowShard", "current", "processes", "rows_of"]

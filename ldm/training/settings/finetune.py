@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ldm.config import require
-from ldm.training.dataset import FinetuneData
+from ldm.training.data import FinetuneData
 from ldm.training.settings.base import Settings
 
 KINDS = ("lora", "dora", "full")

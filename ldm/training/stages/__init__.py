@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.training.loop import Stage
+from ldm.training.loop.loop import Stage
 from ldm.training.settings import Settings
 
 if TYPE_CHECKING:
-    from ldm.training.dataset import Pictures
+    from ldm.training.data import Pictures
 
 
 def _autoencoder(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
@@ -32,11 +32,11 @@ def _unet(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
 
 
 def _finetune(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+    from ldm.training.checkpoints.state import TrainState
     from ldm.training.distributed import current
-    from ldm.training.loop import ask_for_space
-    from ldm.training.optimizers import make_optimizer
+    from ldm.training.loop.loop import ask_for_space
+    from ldm.training.loop.optimizers import make_optimizer
     from ldm.training.stages.finetune import Finetune
-    from ldm.training.state import TrainState
 
     stage = Finetune(settings, out)
     if current().first:  # before the data is encoded, which may take hours

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ldm import images
 from ldm.device import pick_device
-from ldm.training import keyed
 from ldm.training.checks import check_same
-from ldm.training.distributed import Part, current
-from ldm.training.samples import open_samples, stream, to_float
+from ldm.training.data.samples import open_samples, stream, to_float
+from ldm.training.distributed import RowShard, current
+from ldm.training.loop import seeded
 from ldm.training.settings import AutoencoderSettings
 from ldm.training.stages.common import SEED_OFFSET, start_from
 
@@ -25,7 +25,7 @@ class Crops(NamedTuple):
     """Rows of a batch."""
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
-    part: Part
+    part: RowShard
 
 
 class Autoencoder:
@@ -35,7 +35,7 @@ class Autoencoder:
         self.settings = settings
         self.samples = open_samples(settings.data, settings.seed)
         self.held_out = open_samples(settings.data, settings.seed + SEED_OFFSET, held_out=True)
-        torch.manual_seed(keyed.key(settings.seed, "autoencoder"))
+        torch.manual_seed(seeded.key(settings.seed, "autoencoder"))
         size = {"sample_size": settings.data.resolution}
         self.module = start_from(settings.init, "vae") or AutoencoderKL.from_config({**size, **settings.model})
         if settings.init:
@@ -63,7 +63,7 @@ class Autoencoder:
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.module.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = part.of(keyed.normal((part.size, *mean.shape[1:]), s.seed, "posterior", step, micro)).to(mean.device)
+        noise = part.of(seeded.normal((part.size, *mean.shape[1:]), s.seed, "posterior", step, micro)).to(mean.device)
         y = self.module.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         loss = s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl
@@ -138,7 +138,7 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 def random_crops(batch: Tensor, size: int, count: int, seed: int, step: int, micro: int) -> Tensor:
     """`count` crops (B·count, size, size, 3) from each picture (B, H, W, 3), places keyed by (seed, step)."""
     b, h, w, _ = batch.shape
-    u = keyed.uniform((b * count, 2), seed, "crop", step, micro)
+    u = seeded.uniform((b * count, 2), seed, "crop", step, micro)
     tops, lefts = (u[:, 0] * (h - size + 1)).long().tolist(), (u[:, 1] * (w - size + 1)).long().tolist()
     crops = [batch[i // count, t : t + size, l : l + size] for i, (t, l) in enumerate(zip(tops, lefts))]
     return torch.stack(crops)

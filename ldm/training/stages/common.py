@@ -13,9 +13,10 @@ from ldm.diffusion.denoiser import Predict, training_loss, x0_error
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
-from ldm.training import keyed, state
+from ldm.training.checkpoints import state
 from ldm.training.checks import model_folder
-from ldm.training.samples import Samples
+from ldm.training.data.samples import Samples
+from ldm.training.loop import seeded
 
 SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
@@ -74,7 +75,7 @@ def timesteps_at(schedule: Schedule, u: Tensor) -> Tensor:
 
 def fixed_levels(count: int, seed: int) -> Tensor:
     """(count,) in (0, 1), one from each of `count` equal parts, in an order that is always the same."""
-    order = torch.randperm(count, generator=keyed.generator(seed, "validation order"))
+    order = torch.randperm(count, generator=seeded.generator(seed, "validation order"))
     return ((torch.arange(count) + 0.5) / count)[order]
 
 
@@ -105,6 +106,6 @@ def draw_grid(
     """Latents (B, C, h, w) of the grid's pictures `rows`, each from noise of its own that is always the same."""
 
     def noise(*step: int) -> Tensor:
-        return torch.stack([keyed.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
+        return torch.stack([seeded.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
 
     return sample(predict, schedule, sigmas, noise(), sampler, noise=noise, spacing=spacing)

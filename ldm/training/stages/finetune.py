@@ -23,14 +23,14 @@ from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.settings import Settings as Drawing
 from ldm.pipeline.settings import own_scale
-from ldm.training import keyed
-from ldm.training.card import finetune_card, finetune_note
-from ldm.training.dataset import Batch, Dataset, read_pictures
+from ldm.training.data import Batch, Dataset, read_pictures
 from ldm.training.distributed import current
-from ldm.training.distributed.parallel import is_sharded
-from ldm.training.prior import drawn_prior
+from ldm.training.distributed.wrap import is_sharded
+from ldm.training.finetuning.base_model import encode, load_base, make_module
+from ldm.training.finetuning.prior import drawn_prior
+from ldm.training.loop import seeded
+from ldm.training.reports.card import finetune_card, finetune_note
 from ldm.training.settings import FinetuneSettings, check_file_name
-from ldm.training.stages.adapting import encode, load_base, make_module
 from ldm.training.stages.common import (
     conditioned,
     draw_grid,
@@ -41,7 +41,7 @@ from ldm.training.stages.common import (
 )
 
 if TYPE_CHECKING:
-    from ldm.training.dataset import Pictures
+    from ldm.training.data import Pictures
 
 FEWEST = 32  # pairs of held-out picture and noise level that the validation loss is a mean of
 SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
@@ -113,7 +113,7 @@ class Finetune:
         self.validation: list[tuple[Batch, Tensor, Tensor]] = []
         for number, batch in enumerate(batches * rounds):
             u, levels = levels[: len(batch.latents)], levels[len(batch.latents) :]
-            noise = keyed.normal(tuple(batch.latents.shape), s.seed, "validation", number).to(self.device)
+            noise = seeded.normal(tuple(batch.latents.shape), s.seed, "validation", number).to(self.device)
             self.validation.append((batch, noise, u))
         captions = [caption for batch in batches for caption in batch.captions]
         captions += [(*item.captions, "")[0] for item in self.data.pictures.items[: 4 * s.samples]]
@@ -134,12 +134,12 @@ class Finetune:
     def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
         s, x0, part = self.settings, batch.latents, batch.part
         size = part.size
-        noise = keyed.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
+        noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
         if s.noise_offset:
-            shift = keyed.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
+            shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
             noise = noise + s.noise_offset * shift
         noise = part.of(noise).to(self.device)
-        u = (torch.arange(size) + keyed.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
+        u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
         u = part.of(spread(u, s.timesteps, s.timestep_shift))
         timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)

@@ -14,10 +14,10 @@ from ldm.checkpoint.parts import load_vae_from, save_parts
 from ldm.device import pick_device
 from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
 from ldm.nn.text import ClipText, known_words
-from ldm.training import keyed
-from ldm.training.bank import Bank, encode_images
 from ldm.training.checks import model_folder
-from ldm.training.samples import open_samples
+from ldm.training.data.latent_pool import Bank, encode_images
+from ldm.training.data.samples import open_samples
+from ldm.training.loop import seeded
 from ldm.training.settings import TextSettings
 from ldm.training.stages.common import SEED_OFFSET, distinct
 
@@ -36,7 +36,7 @@ class Text:
         self.words = known_words(captions)
         entries = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         self.inputs = {"tokenizer": hashlib.sha256(entries.encode()).hexdigest()}  # trained anew where a run resumes
-        torch.manual_seed(keyed.key(s.seed, "text"))
+        torch.manual_seed(seeded.key(s.seed, "text"))
         self.module = SmallClip(self._text_config(), self._image_config())
         held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
         found = distinct(held_out, s.validation)
@@ -65,7 +65,7 @@ class Text:
         bank = Bank(self.samples, self._latents, self._tokens, s.bank, s.renew, s.workers, first_step)
         for number in range(first_step * s.accumulation, s.steps * s.accumulation):
             step, micro = divmod(number, s.accumulation)
-            rows = keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
+            rows = seeded.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
             bank.at(step)
             yield self._trimmed(bank.texts[rows]), bank.latents[rows]
 

@@ -21,12 +21,12 @@ from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 from ldm.nn.text import Conditioning
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.training import keyed
-from ldm.training.bank import Bank, encode_images
-from ldm.training.card import unet_card
 from ldm.training.checks import check_same, model_folder
-from ldm.training.distributed import Part, current
-from ldm.training.samples import open_samples
+from ldm.training.data.latent_pool import Bank, encode_images
+from ldm.training.data.samples import open_samples
+from ldm.training.distributed import RowShard, current
+from ldm.training.loop import seeded
+from ldm.training.reports.card import unet_card
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
     SEED_OFFSET,
@@ -48,7 +48,7 @@ class FromBank(NamedTuple):
 
     latents: Tensor  # (B, C, h, w)
     states: Tensor  # (B, S, D), as `_states` packs them
-    part: Part
+    part: RowShard
 
 
 class UNetStage:
@@ -61,7 +61,7 @@ class UNetStage:
         self.vae, self.text = load_vae_from(model_folder(s.vae)), load_text_from(model_folder(s.text))
         self.vae.module.to(self.device)
         self.text.to(self.device)
-        torch.manual_seed(keyed.key(s.seed, "unet"))
+        torch.manual_seed(seeded.key(s.seed, "unet"))
         self.module = self._started() if s.init else UNet(self._config())
         self.network: Callable[..., Tensor] = torch.compile(self.module) if s.compile else self.module
         self.samples = open_samples(s.data, s.seed)
@@ -93,7 +93,7 @@ class UNetStage:
         found = distinct(held_out, s.validation)
         pictures = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
         x0 = self._latents(pictures)
-        noise = keyed.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
+        noise = seeded.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
         self.validation = (x0, noise, fixed_levels(len(x0), s.seed), self._states(list(found)))
         self.grid_captions = list(found)[:GRID]
 
@@ -119,15 +119,15 @@ class UNetStage:
         bank = Bank(self.samples, self._latents, self._states, s.bank, s.renew, s.workers, first_step)
         for number in range(first_step * s.accumulation, s.steps * s.accumulation):
             step, micro = divmod(number, s.accumulation)
-            rows = part.of(keyed.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro))
+            rows = part.of(seeded.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro))
             bank.at(step)
             yield FromBank(bank.latents[rows], bank.texts[rows], part)
 
     def loss(self, batch: FromBank, step: int, micro: int) -> Tensor:
         s, (x0, states, part) = self.settings, batch
         size = part.size
-        noise = keyed.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)
-        u = keyed.uniform((2, size), s.seed, "timesteps", step, micro)
+        noise = seeded.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)
+        u = seeded.uniform((2, size), s.seed, "timesteps", step, micro)
         even = spread(
             (torch.arange(size) + u[0]) / size, s.timesteps, s.timestep_shift
         )  # one from each of B equal parts

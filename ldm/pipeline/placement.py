@@ -1,0 +1,51 @@
+"""How a pipeline uses a model that it shares with others: which attention, and where its parts work."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from ldm import console
+from ldm.config import require
+from ldm.nn.attention import check_backend
+from ldm.nn.offload import at_work
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint import Model
+
+
+class Placement:
+    """`device` is where parts work; with `offload` they are kept in main memory and go there one at a time."""
+
+    def __init__(self, device: torch.device, offload: Any, attention: Any):
+        require(isinstance(offload, bool), f"expected True or False, got {offload!r:.80}", "offload")
+        self.device, self.offload, self.attention = device, offload, check_backend(attention, device)
+        self._last: tuple[Model, Model] | None = None
+        if offload and device.type == "cpu":
+            console.warn("offload saves nothing on a CPU")
+
+    @property
+    def home(self) -> torch.device:
+        """Where models are loaded to."""
+        import torch
+
+        return torch.device("cpu") if self.offload else self.device
+
+    def model(self, shared: Model) -> Model:
+        """`shared` with the attention that was asked for, in a U-Net of its own on the same weights."""
+        from ldm.nn.lora import clone_shared_weights
+
+        if self.attention == "auto":
+            return shared
+        if self._last is None or self._last[0] is not shared:
+            unet = clone_shared_weights(shared.unet)
+            unet.set_attention(self.attention)
+            self._last = shared, dataclasses.replace(shared, unet=unet)
+        return self._last[1]
+
+    def on(self, part: Any) -> AbstractContextManager:
+        """The U-Net, the VAE or the text encoder, ready to work while the block runs."""
+        return at_work(part, self.device if self.offload else None)

@@ -1,0 +1,1 @@
+"""Drawing the jobs of a run, in this process or on a Ray cluster."""

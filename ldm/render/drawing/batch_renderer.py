@@ -1,0 +1,161 @@
+"""Drawing a run's jobs: window by window, group by group, batch by batch; what fails is named and the rest goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm import console
+from ldm.console import StopRequest
+from ldm.device import keep_memory
+from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
+from ldm.pipeline.metadata import make_records, warnings_of
+from ldm.render.drawing.writer import Drawn, Writer
+from ldm.render.jobs.batches import Group, batch_size, groups, windows
+from ldm.render.jobs.jobs import Job
+from ldm.render.jobs.resolve import Resolver, adapters_of, picture
+from ldm.render.replay.replay import differences
+
+if TYPE_CHECKING:
+    from ldm.pipeline.engine import Engine
+    from ldm.pipeline.settings import Settings
+
+IN_MEMORY = 32  # pictures that drawing begins at
+WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest
+
+
+class BatchRenderer:
+    """Draws jobs and hands them to a writer.
+
+    size  pictures in a batch; None: by the memory that is free
+    stop  looked at after each batch
+    told  of jobs that draw something again, by `where`: what their source says of model and machine
+    """
+
+    def __init__(
+        self,
+        resolver: Resolver,
+        writer: Writer,
+        stop: StopRequest,
+        size: int | None = None,
+        told: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
+        self._told = {} if told is None else told
+        self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
+        self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
+        self._last: Group | None = None
+        self._warned: set[str] = set()
+        keep_memory()
+
+    def draw(self, jobs: Iterable[Job]) -> None:
+        """All of them, ordered window by window so that models change seldom.
+
+        Raises Interrupted after the batch in which a signal came, and WriterStopped.
+        """
+        for window in windows(jobs):
+            for group, of_it in groups(window, self._last):
+                self._last = group
+                part = IN_MEMORY if "image" in of_it[0].settings else len(of_it)
+                for start in range(0, len(of_it), part):
+                    self._draw_group(group, of_it[start : start + part])
+
+    def _draw_group(self, group: Group, jobs: Sequence[Job]) -> None:
+        """Jobs that share model, LoRAs and settings; a model that cannot be loaded fails all of them."""
+        left = dict(enumerate(jobs))
+        try:
+            painter, settings = self._loaded(group, jobs[0])
+            records = self._records(painter, settings, jobs)
+            while left:
+                self._some(painter, settings, left, records)
+        except Interrupted:
+            raise
+        except LdmError as error:
+            alone = len(left) == 1 or group.weights in self._broken
+            for job in left.values():
+                if alone:
+                    self._writer.put(Drawn(job, None, {}, error))
+                else:  # it may be the fault of one text
+                    self._draw_group(group, [job])
+
+    def _loaded(self, group: Group, job: Job) -> tuple[Engine, Settings]:
+        """Who draws a group, ready to work. Raises what loading its model or LoRAs raised before."""
+        if group.weights in self._broken:
+            raise self._broken[group.weights]
+        painter, settings = self._resolver.drawable(job.settings)
+        try:
+            painter.adapted(painter.load(), adapters_of(job.settings))
+        except LdmError as error:
+            self._broken[group.weights] = error
+            raise
+        return painter, settings
+
+    def _records(self, painter: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        pictures = [picture(job.settings) for job in jobs]
+        records = make_records(painter.load(), painter.work, settings, pictures)
+        self._warn(warnings_of(records, shown=len(records)))
+        for job, record in zip(jobs, records):
+            self._warn(differences(self._told[job.where], record) if job.where in self._told else ())
+        return [{**record, "job": job.key} for record, job in zip(records, jobs)]
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            if line not in self._warned and len(self._warned) < WARNINGS:
+                self._warned.add(line)
+                console.warn(line)
+
+    def _some(self, painter: Engine, settings: Settings, left: dict[int, Job], records: list[dict[str, Any]]) -> None:
+        """Draw what is `left` until a batch fails; what was drawn, or is the failure's, is taken out of `left`."""
+        size = self._size_of(painter, settings)
+        numbers = list(left) if size > 1 else list(left)[:1]
+        batch: list[int] = numbers  # of the batch at work
+        began = time.monotonic()
+
+        def watch(rows: Sequence[int], *_step: Any) -> None:
+            nonlocal batch
+            batch = [numbers[row] for row in rows]
+
+        try:
+            drawn = painter.draw(settings, [picture(left[n].settings) for n in numbers], size, watch)
+            for row, image, notes in drawn:
+                number = numbers[row]
+                seconds = (time.monotonic() - began) / len(batch)
+                self._writer.put(Drawn(left.pop(number), image, records[number] | notes, seconds=seconds))
+                if not any(number in left for number in batch):
+                    self._look_up()
+                    began = time.monotonic()
+        except NumericsError as error:  # of the first of the batch that was not given back
+            self._fail(left, next(number for number in batch if number in left), error)
+        except ResourceError as error:
+            if size == 1:
+                self._fail(left, numbers[0], error)
+            else:
+                self._shrink(settings, min(size, len(batch)))
+
+    def _look_up(self) -> None:
+        """Between two batches: is the work to end?"""
+        self._writer.check()
+        if self._stop.signal:
+            raise Interrupted(self._stop.signal, "stopped")
+
+    def _fail(self, left: dict[int, Job], number: int, error: LdmError) -> None:
+        self._writer.put(Drawn(left.pop(number), None, {}, error))
+        self._look_up()
+
+    def _size_of(self, painter: Engine, settings: Settings) -> int:
+        limit = self._limits.get((settings.height, settings.width))
+        if limit is None:
+            limit = self._size or batch_size(painter.load(), settings, painter.device, painter.dtype)
+            self._limits[settings.height, settings.width] = limit
+        return limit
+
+    def _shrink(self, settings: Settings, tried: int) -> None:
+        """Half as many together from now on, for this size and all that are larger."""
+        half = max(1, tried // 2)
+        console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
+        area = settings.height * settings.width
+        self._limits[settings.height, settings.width] = half
+        for height, width in self._limits:
+            if height * width >= area:
+                self._limits[height, width] = min(half, self._limits[height, width])

@@ -1,0 +1,94 @@
+"""Which jobs are drawn together and in which order: windows of jobs, groups in a window, pictures in a batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ldm.pipeline.settings import BATCH
+from ldm.render.jobs.jobs import Job, canonical
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.checkpoint import Model
+
+WINDOW = 1024  # jobs that are looked ahead
+WINDOW_TEXT = 16 << 20  # characters of their texts, at most
+# Settings that may differ inside a batch.
+OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale", "variation_seed", "variation_strength")
+OF_THE_PICTURE += ("image", "mask_image", "outpaint")
+MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
+TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
+SPARE = 0.7  # of the free memory that is planned with
+
+
+class Group(NamedTuple):
+    """What a job has in common with those that it can share a batch with."""
+
+    model: str
+    lora: str
+    shared: bytes
+    guided: bool  # steps without guidance cost half
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Group:
+        shared = {name: value for name, value in settings.items() if name not in OF_THE_PICTURE}
+        guided = settings["guidance_scale"] > 1
+        return cls(settings["model"], str(settings.get("lora", "")), canonical(shared), guided)
+
+    @property
+    def weights(self) -> tuple[str, str]:
+        """What has to be loaded and merged for it."""
+        return self.model, self.lora
+
+
+def windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """The jobs in lists of at most WINDOW, in their order."""
+    window, text = [], 0
+    for job in jobs:
+        window.append(job)
+        text += len(job.settings["prompt"]) + len(job.settings["negative_prompt"] or "")
+        if len(window) == WINDOW or text > WINDOW_TEXT:
+            yield window
+            window, text = [], 0
+    if window:
+        yield window
+
+
+def groups(window: Iterable[Job], last: Group | None = None) -> list[tuple[Group, list[Job]]]:
+    """A window's jobs by what they share, ordered so that models, then LoRAs, change seldom; `last` is in memory."""
+    found: dict[Group, list[Job]] = {}
+    for job in window:
+        found.setdefault(Group.of(job.settings), []).append(job)
+    models, weights = {}, {}  # in their order
+    for group in ([last] if last else []) + list(found):
+        models.setdefault(group.model, len(models))
+        weights.setdefault(group.weights, len(weights))
+    return sorted(found.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
+
+
+def batch_size(model: Model, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
+    """How many pictures are denoised together, by the memory that is free; a bound, not a promise.
+
+    `settings` are a group's (height and width in pixels). A picture is two rows of the U-Net, with and without prompt.
+    """
+    config, factor = model.unet.config, model.vae.factor
+    area = (settings.height // factor) * (settings.width // factor)
+    row = area * config.block_out_channels[0] * TENSORS * dtype.itemsize
+    row += area * min(area, 4096) * 4  # one head's scores
+    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * _free_memory(device) / (2 * row))))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,55 @@
+"""Models that are handed over in memory: what stands for them in the keys of jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import ConfigError, LdmError
+from ldm.render.jobs.model_info import outline
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import Model
+
+
+def known(model: Any) -> tuple[str, Model]:
+    """(what manifests call a loaded model, itself with the hash that keys are made of). Raises ConfigError.
+
+    One that is what its folder or file holds keeps that name and hash, so that either is the same job. Any other (made
+    in memory, with LoRAs or another autoencoder) is hashed over its weights, and no manifest can name it.
+    """
+    from ldm.checkpoint import Model
+
+    if not isinstance(model, Model):
+        raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
+    if _as_its_files(model):
+        return "default" if model.name == "default" else str(model.path), model
+    digest = weights_hash(model)
+    return f"loaded:{digest[:12]}", dataclasses.replace(model, hash=digest)
+
+
+def _as_its_files(model: Model) -> bool:
+    if model.path is None or not model.hash or model.info.get("lora"):
+        return False
+    try:
+        there = outline(str(model.path))
+    except LdmError:
+        return False
+    return there.hash == model.hash and there.schedule == model.schedule
+
+
+def weights_hash(model: Model) -> str:
+    """sha256 over all weights of a model, their names and types, and the settings that decide its pictures."""
+    import torch
+
+    vae = model.vae
+    settings = [dataclasses.asdict(model.unet.config), model.schedule.to_diffusers()]
+    settings += [vae.scaling_factor, vae.shift_factor, type(model.text).__name__]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in (model.unet, vae.module, *model.text.modules):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What a run leaves behind: the manifest and the report."""

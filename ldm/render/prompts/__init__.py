@@ -1,0 +1,1 @@
+"""Prompt files, line by line, as entries of checked settings."""

@@ -1,0 +1,102 @@
+"""One line of a prompt file as (word, value) pairs: plain, A1111's flags, kohya's flags, JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from ldm.errors import ConfigError
+from ldm.render.prompts.line_settings import REFUSED, WORDS, known_word, near_word
+
+FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
+_DOUBLE = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(?=\s+--|\s*$)', re.DOTALL)
+_SINGLE = re.compile(r"\s*'([^']*)'(?=\s+--|\s*$)")
+_OBJECT = re.compile(r'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:|\}\s*$)')  # a JSON object, not {a|b}
+
+
+def pairs_of_line(line: str) -> list[tuple[str, Any]]:
+    """The settings that one line of text holds: a JSON object, or words with flags behind them.
+
+    Raises ConfigError: bad JSON, or a flag that is not known.
+    """
+    return pairs_of_json(line) if _OBJECT.match(line) else pairs_of_text(line)
+
+
+def pairs_of_text(line: str) -> list[tuple[str, Any]]:
+    """`text --flag value …`. A value runs to the next flag, or stands in quotes; ` -- ` and apostrophes are text.
+
+    A backslash before -- or a leading # makes them text.
+    """
+    match = FLAG.search(line)
+    head = line[: match.start() if match else None].strip()
+    head = head[1:] if head.startswith("\\#") else head
+    pairs: list[tuple[str, Any]] = [("prompt", _unescaped(head))] if head else []
+    while match:
+        word, equals, rest = match[1].partition("=")
+        if known_word(word) is None:
+            todo = f"{near_word(word[:80], '--')} write \\-- for text".strip()
+            raise ConfigError(f"unknown flag --{word:.80}", where=f"--{word:.80}", todo=todo)
+        start = match.end() - len(rest) if equals else match.end()
+        quoted = _DOUBLE.match(line, start) or _SINGLE.match(line, start)
+        match = FLAG.search(line, quoted.end() if quoted else start)
+        value = line[start : match.start() if match else None].strip()
+        if quoted:
+            value = re.sub(r'\\(["\\])', r"\1", quoted[1]) if quoted.re is _DOUBLE else quoted[1]
+        pairs.append((word, _flag_value(word, value if quoted else _unescaped(value), bool(quoted))))
+    return pairs
+
+
+def _flag_value(word: str, value: str, quoted: bool) -> str:
+    """The value of a flag; only texts and switches may be empty."""
+    known = known_word(word)
+    if not value and not quoted and known not in REFUSED and WORDS[known] not in ("negative_prompt",):
+        raise ConfigError(f"--{word} has no value", where=f"--{word}")
+    return value
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"(?<!\S)\\--", "--", text)
+
+
+def pairs_of_json(line: str) -> list[tuple[str, Any]]:
+    """A JSON object's members, or a JSON string read as a line of text. Raises ConfigError."""
+    return pairs_of_value(decode(line))
+
+
+def pairs_of_value(value: Any) -> list[tuple[str, Any]]:
+    """The settings of an element of a list of prompts: a group of settings, or a line of text."""
+    if isinstance(value, str):
+        return pairs_of_text(value)
+    if not isinstance(value, dict):
+        raise ConfigError(f"expected a text or a group of settings, got {value!r:.80}")
+    return [(str(word), item) for word, item in value.items() if not is_comment(str(word))]
+
+
+def is_comment(word: str) -> bool:
+    """Whether a column or key is a remark: its name begins with # or _."""
+    return word.lstrip().startswith(("#", "_"))
+
+
+def decode(text: str) -> Any:
+    """The JSON value of `text`, no key twice. Raises ConfigError with the place."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"bad JSON at {place} ({error.msg})") from None
+    except ValueError as error:  # a number of too many digits
+        raise ConfigError(f"bad JSON ({error})") from None
+    except RecursionError:
+        raise ConfigError("bad JSON (nested too deeply)") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ConfigError(f"duplicate key {next(key for key in names if names.count(key) > 1)!r:.80}")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_distinct)

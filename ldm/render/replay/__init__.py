@@ -1,0 +1,1 @@
+"""From an image or its metadata back to the settings that drew it."""

@@ -1,0 +1,192 @@
+"""A `parameters` text in settings of ours, as A1111, Forge, ComfyUI's save nodes and stable-diffusion.cpp mean it.
+
+A field that cannot be repeated becomes a note, one line. A field that we have, with a value that we cannot take, is an
+error, unless a change is given in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import ConfigError
+from ldm.pipeline.settings import UNSUPPORTED
+from ldm.render.prompts.line_settings import PAIRS, WORDS, check_words
+from ldm.render.replay.a1111_text import Infotext
+from ldm.render.replay.overrides import Changes
+
+SHOWN = 120  # characters of a value in a note
+
+# Fields of the text that are settings of ours: field -> word of prompt lines.
+WORDS_OF_FIELDS = {
+    "Steps": "steps",
+    "Sampler": "sampler",
+    "Schedule type": "spacing",
+    "Scheduler": "spacing",
+    "CFG scale": "cfg_scale",
+    "Seed": "seed",
+    "Size": "size",
+    "Clip skip": "clip_skip",
+    "Eta": "eta",
+    "Eta DDIM": "eta",
+    "Denoising strength": "strength",
+}
+OF_THE_FILE = ("Version", "User", "Created Date", "Batch size", "Batch pos", "Hashes", "Civitai resources")
+OF_THE_FILE += ("Civitai metadata",)
+NEUTRAL = {  # fields that some programs write always: what changes nothing
+    "ENSD": ("0",),
+    "Emphasis": ("Original", "No norm"),  # the second: see of_infotext
+    "Face restoration": ("None",),
+    "Guidance": ("3.500000",),  # stable-diffusion.cpp: of distilled models
+    "Tiling": ("False",),
+    "Variation seed strength": ("0", "0.0"),
+}
+# What A1111 takes for "Automatic", the sampler's own choice. A text that says nothing means the sampler's plain levels:
+# older versions joined the name to the sampler's, newer ones write the choice.
+AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_ancestral": "karras", "dpm2": "karras"}
+AUTOMATIC |= {"dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
+PLAIN = {"ddim": "leading", "unipc": "leading", "lcm": None, "ddpm": None}  # of others: linspace
+SPACINGS = {"ddim": "leading", "ddim_uniform": "leading", "discrete": "linspace"}  # of A1111, ComfyUI, sd.cpp
+_NETWORK = re.compile(r"\s*<(?!lora:)(\w+):[^<>]*>\s*")  # A1111's other extra networks: <hypernet:name:1>
+
+
+def of_infotext(text: Infotext, base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
+    """(settings, notes, told) of a `parameters` text."""
+    fields, notes = dict(text.fields), []
+    for name, value in text.fields:
+        if name in WORDS_OF_FIELDS and fields[name] != value:
+            notes.append(not_repeated(name, value, f"told twice; {fields[name]!r:.40} is taken"))
+    prompt = text.prompt
+    if "prompt" not in changes.names:
+        notes += [not_repeated("prompt", match[0].strip()) for match in _NETWORK.finditer(prompt)]
+        prompt = _NETWORK.sub(" ", prompt).strip()
+    settings = check_words([("prompt", prompt)], base) if prompt or fields else {}
+    settings |= check_words([("negative_prompt", text.negative_prompt)], base)
+    for name, value in fields.items():
+        settings |= _of_field(name, value, fields, base, changes, notes)
+    settings = {key: value for key, value in settings.items() if value is not None}  # Seed: -1
+    if fields.get("Emphasis") == "No norm":
+        settings["emphasis"] = "no_norm"
+    settings = _with_spacing(settings, fields, changes)
+    notes += [not_repeated("text", piece) for piece in text.rest]
+    notes += _notes_on_noise(fields) + _notes_on_gaps(settings, changes)
+    keys = {"model": "Model", "model_hash": "Model hash", "lora": "Lora hashes"}
+    told = {name: fields[key] for name, key in keys.items() if fields.get(key)}
+    return settings, notes, {"program": fields.get("Version", "A1111"), **told}
+
+
+def _of_field(
+    name: str, value: str, fields: Mapping[str, str], base: Path, changes: Changes, notes: list[str]
+) -> dict[str, Any]:
+    """The settings of one field; what is not repeated is added to `notes`. Raises ConfigError for a bad value."""
+    word = WORDS_OF_FIELDS.get(name)
+    if word is None:
+        known = ("Model", "Model hash", "Lora hashes", "RNG", "Sampler RNG", *OF_THE_FILE)
+        if name not in known and value not in NEUTRAL.get(name, ()):
+            notes.append(not_repeated(name, value, "give --vae" if name in ("VAE", "VAE hash") else ""))
+        return {}
+    own = WORDS[word]
+    if not set(PAIRS.get(own, (own,))) - changes.names:
+        return {}
+    if word == "strength":
+        return _strength(name, value, fields, base, changes, notes)
+    if word == "spacing" and value.strip().lower() == "automatic":
+        return {}
+    if word == "eta" and _is_plain_eta(value, fields):
+        return {}
+    try:
+        return check_words([(word, _plain(word, value))], base)
+    except ConfigError as error:
+        if own in changes.names:
+            return {}
+        if own in UNSUPPORTED:
+            notes.append(not_repeated(name, value, error.what))
+            return {}
+        todo = f"--set {word}=VALUE" + (f"; {error.todo}" if error.todo else "")
+        raise ConfigError(error.what, where=name, todo=todo) from None
+
+
+def _plain(word: str, value: str) -> str | None:
+    """A field's value as prompt lines say it; None for one that says nothing."""
+    if word == "sampler":
+        plain = re.sub(r"_gpu(?=[_ ]|$)", "", value)  # ComfyUI: dpmpp_2m_sde_gpu_karras
+        return re.sub(r"[_ ](discrete|ddim_uniform)$", lambda end: f" {SPACINGS[end[1]]}", plain)
+    if word == "spacing":
+        return SPACINGS.get(value.strip().lower().replace(" ", "_"), value)
+    if word == "clip_skip" and value.strip() in ("0", "-1"):  # stable-diffusion.cpp, ComfyUI: none is skipped
+        return None
+    return value
+
+
+def _is_plain_eta(value: str, fields: Mapping[str, str]) -> bool:
+    """stable-diffusion.cpp writes one always: 0, which it has meant for DDIM alone, or infinite, the sampler's own."""
+    number = _float(value, 0.5)
+    ddim = fields.get("Sampler", "").lower().startswith("ddim")
+    return fields.get("Version", "").startswith("stable-diffusion.cpp") and (
+        not math.isfinite(number) or (number == 0 and not ddim)
+    )
+
+
+def _float(text: str, default: float) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return default
+
+
+def _strength(
+    name: str, value: str, fields: Mapping[str, str], base: Path, changes: Changes, notes: list[str]
+) -> dict[str, Any]:
+    """Denoising strength: of the second pass where there are Hires fields, else of a first picture, not told."""
+    hires = any(key.startswith("Hires") for key in fields)
+    if not hires and _float(value, 0.0) == 1:
+        return {}
+    if not hires and "image" in changes.settings:
+        return check_words([("strength", value)], base)
+    why = "of the second pass" if hires else "the picture that it began with is not in the file; --set image=FILE"
+    notes.append(not_repeated(name, value, why))
+    return {}
+
+
+def _with_spacing(settings: dict[str, Any], fields: Mapping[str, str], changes: Changes) -> dict[str, Any]:
+    """`settings` with the spacing that a text means by not naming one."""
+    sampler = {**settings, **changes.settings}.get("sampler")
+    named = "spacing" in settings or "spacing" in changes.names
+    if named or sampler is None or fields.get("Version", "").startswith("ldm"):
+        return settings
+    told = fields.get("Schedule type", fields.get("Scheduler", ""))
+    spacing = AUTOMATIC.get(sampler) if told else None
+    spacing = spacing or PLAIN.get(sampler, "linspace")
+    return settings if spacing is None else {**settings, "spacing": spacing}
+
+
+def _notes_on_noise(fields: Mapping[str, str]) -> list[str]:
+    """Where the first noise was not torch's on the CPU."""
+    version = fields.get("Version", "")
+    if "RNG" not in fields and version.lower().startswith(("ldm", "comfyui")):
+        return []
+    notes = []
+    for name in ("RNG", "Sampler RNG"):
+        if name in fields and fields[name].upper() != "CPU":
+            notes.append(not_repeated(name, fields[name], "noise is drawn on the CPU here: the picture will differ"))
+    if "RNG" not in fields and fields:
+        notes.append("not repeated: RNG is not told, so the noise was drawn on a GPU: the picture will differ")
+    return notes
+
+
+def _notes_on_gaps(settings: Mapping[str, Any], changes: Changes) -> list[str]:
+    """One line for the settings that the text does not tell."""
+    wanted = {"seed": "seed", "num_inference_steps": "steps", "guidance_scale": "guidance scale", "width": "size"}
+    wanted |= {"sampler": "sampler"}
+    gaps = [said for name, said in wanted.items() if name not in settings and name not in changes.names]
+    return [f"not told: {', '.join(gaps)} (drawn, or the model's own)"] if gaps else []
+
+
+def not_repeated(name: str, value: Any, why: str = "") -> str:
+    """The note on one field."""
+    text = " ".join(str(value).split())
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    return f"not repeated: {name}: {text}" + (f" ({why})" if why else "")

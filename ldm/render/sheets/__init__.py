@@ -1,0 +1,1 @@
+"""Sheets of images: grids with axes, contact sheets, the gallery."""

@@ -1,0 +1,109 @@
+"""What a run goes on from: found, verified and compared before any work, put back where the run begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ldm import files
+from ldm.checkpoint.lora.read import FILE
+from ldm.console import say
+from ldm.errors import CheckpointError, ConfigError, nearest
+from ldm.training.checkpoints import state as states
+from ldm.training.checkpoints.state import TrainState
+from ldm.training.settings import FinetuneSettings, Settings, changed
+
+READ = ("model", "data", "prior", "init", "tokenizer")  # what has a digest, of which some is no setting
+
+
+def to_resume(
+    settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str], look: bool = False
+) -> Path | None:
+    """The checkpoint to go on from, its settings compared; `resume`: None, "latest", "best" or a checkpoint's folder.
+
+    With `look` nothing is renamed or removed. Raises CheckpointError where the folder holds another run, or the
+    checkpoint is damaged or belongs to other settings; ModelError where its files do not match their manifest;
+    ConfigError for a name in `allow_changed` that is no setting's.
+    """
+    _check_names(settings, allow_changed)
+    if not look:
+        for folder in (out, out / "checkpoints", out / "samples"):
+            files.sweep(folder)
+    if resume is None and (states.checkpoints(out) or states.corrupt(out)):
+        raise CheckpointError("already holds a run", where=out, todo="go on with --resume, or choose another folder")
+    if resume is None:
+        _check_unfinished(out)
+        return None
+    folder = states.newest(out, look) if resume == "latest" else states.best(out) if resume == "best" else Path(resume)
+    if folder is None:
+        _check_unfinished(out)
+        say(f"{out}: nothing to resume, starting from the beginning")
+        return None
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
+    about = states.read_about(folder)
+    if resume != "latest":
+        states.verify(folder)
+    differing = {k: v for k, v in changed(about["settings"], settings).items() if k not in allow_changed}
+    if differing:
+        told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
+        raise CheckpointError(f"settings changed ({told})", where=folder, todo="allow each by --allow-changed NAME")
+    return folder
+
+
+def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is no setting's and nothing's that the run reads."""
+    known = [*(field.name for field in dataclasses.fields(settings)), *READ]
+    for name in allow_changed:
+        if name not in known:
+            if isinstance(settings, FinetuneSettings):  # where each of data's is a word for `data`
+                known += [field.name for field in dataclasses.fields(settings.data)]
+            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", todo=nearest(name, known))
+
+
+def _check_unfinished(out: Path) -> None:
+    """Raise CheckpointError where a run without checkpoints has come to its end: its model would be overwritten."""
+    found = [name for name in ("model", FILE) if (out / name).exists()]
+    if found and (out / "settings.json").exists():
+        told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
+        raise CheckpointError(told, where=out, todo="choose another folder")
+
+
+def restore(
+    state: TrainState, folder: Path, settings: Settings, inputs: Mapping[str, str], allow_changed: Sequence[str]
+) -> list[float]:
+    """Bring `state` to where the run was; returns the losses of the steps that no line of the log covers yet.
+
+    Raises CheckpointError where what the run reads is not what it was.
+    """
+    about = states.read_about(folder)
+    compare_inputs(about.get("inputs", {}), inputs, folder, allow_changed)
+    tensors = states.read_tensors(folder)
+    if about["settings"].get("optimizer", "adamw") != settings.optimizer:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
+        say(f"{settings.optimizer} begins without moments")
+    state.restore(tensors, about["step"])
+    if state.scaler is not None and "scaler" in about:
+        state.scaler.load_state_dict(about["scaler"])
+    states.tell_differences(about["environment"], next(state.module.parameters()).device)
+    say(f"resuming {folder.name}")
+    return about["losses"]
+
+
+def compare_inputs(
+    before: Mapping[str, str], inputs: Mapping[str, str], folder: Path, allow_changed: Sequence[str]
+) -> None:
+    """Raise CheckpointError for what the run read when it began (name -> digest) and is another now."""
+    for name, digest in before.items():
+        if inputs.get(name) != digest and name not in allow_changed:
+            told = f"the {name} is not the one that this run began with"
+            raise CheckpointError(told, where=folder, todo=f"put that one back, or --allow-changed {name}")
+
+
+def set_later_aside(out: Path, folder: Path) -> None:
+    """Rename the checkpoints of the run that are newer than the one it goes on from, the newest first."""
+    for later in reversed(states.checkpoints(out)):
+        if later.parent.resolve() == folder.parent.resolve() and later.name > folder.name:
+            name = later.name
+            say(f"{name} is newer than what is resumed: set aside as {states.set_aside(later, 'later')}")

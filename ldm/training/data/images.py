@@ -1,0 +1,152 @@
+"""A set that was opened, judged and counted: which pictures there are, and which of them are kept for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ldm.config import require
+from ldm.data.buckets import Size, bucket_of, histogram
+from ldm.data.images import MAX_FILE, read_header, read_picture
+from ldm.data.sources import Sample, Source, open_source
+from ldm.data.transforms import draw
+from ldm.errors import DataError, LdmError
+from ldm.training.data.settings import OFF, FinetuneData
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FEWEST, MOST = 8, 64  # different pictures from which on one is held out at least; and held out at most
+LISTED = 6  # buckets in a line
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is known of a picture without its pixels."""
+
+    id: str
+    digest: str  # sha256 of the file's bytes
+    size: Size  # upright
+    bucket: Size
+    captions: tuple[str, ...]
+    repeats: int  # times an epoch
+
+
+class Pictures:
+    """The pictures that can be used, in the order of their source; `held_out` are digests of those never trained on."""
+
+    def __init__(self, source: Source, items: list[Item], data: FinetuneData, cut: Callable[[str], str] | None):
+        self.source, self.items, self.data, self.cut = source, items, data, cut
+        self._reading = threading.Lock()  # sources remember what they read last
+        self.held_out = held_out({item.digest for item in items}, data.held_out)
+        self.prior: Pictures | None = None  # of what the model is to keep, where they were read with these
+
+    @property
+    def trained(self) -> list[int]:
+        """The places of the pictures that are trained on, each as often as it comes in an epoch."""
+        places = ((place, item) for place, item in enumerate(self.items) if item.digest not in self.held_out)
+        return [place for place, item in places for _ in range(item.repeats)]
+
+    @property
+    def hash(self) -> str:
+        """Of all that training sees of them: bytes, captions, repeats, and which are held out."""
+        told = [(i.digest, i.captions, i.repeats, i.digest in self.held_out) for i in self.items]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    @property
+    def lines(self) -> list[str]:
+        """Counts first, captions that are cut, three pairs; then what an epoch is made of."""
+        trained = self.trained
+        held = sum(item.digest in self.held_out for item in self.items)
+        shares = histogram((item.size for item in self.items), self.data.buckets)
+        listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.pictures}" for s in shares[:LISTED])
+        more = f", and {len(shares) - LISTED} more" if len(shares) > LISTED else ""
+        lost = sum(share.lost * share.pictures for share in shares) / len(self.items)
+        return [
+            *self.source.lines(self.cut),
+            f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away",
+            f"{len(self.items) - held} pictures to train on, {held} held out; an epoch has {len(trained)} samples",
+        ]
+
+    def read(self, place: int) -> tuple[Image.Image, str]:
+        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises PictureError.
+
+        Threads may read at the same time: they wait for each other's files, not for the decoding.
+        """
+        item = self.items[place]
+        with self._reading:
+            sample = self.source[place]
+            with sample.open() as file:
+                content = file.read(MAX_FILE + 1)
+        return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
+
+    def leave_out(self, bad: Mapping[str, LdmError]) -> None:
+        """Count these, by id, as skipped. Raises DataError where they are more than are allowed."""
+
+        def judge(sample: Sample) -> None:
+            if error := bad.get(sample.id):
+                raise error if isinstance(error, DataError) else DataError(error.what)
+
+        for _ in self.source.sift(judge, desc="leaving out"):
+            pass
+        self.items = [item for item in self.items if item.id not in bad]
+        self.held_out &= {item.digest for item in self.items}
+        self.require()
+
+    def require(self) -> None:
+        """Raise DataError unless there is something to learn from, as the settings have it."""
+        self.source.require(self.data.max_bad, self.data.allow_empty_captions)
+
+
+def read_pictures(data: FinetuneData, cut: Callable[[str], str] | None = None) -> Pictures:
+    """Open a set, read every header, judge and count; with `cache=off` every picture is decoded once.
+
+    `cut` gives the end of a caption that the text encoder does not see. Raises DataError, ConfigError.
+    """
+    require(bool(data.folder), "is needed: a folder of captioned pictures", "data.folder")
+    source = open_source(data.folder, data.captions, data.split)
+    source.require(data.max_bad, data.allow_empty_captions)  # as far as can be told without opening a picture
+    config = data.buckets
+
+    def look(sample: Sample) -> tuple[Size, str]:
+        with sample.open() as file:
+            header = read_header(file, sample.where)
+            file.seek(0)
+            size, digest = Size(header.height, header.width), hashlib.file_digest(file, "sha256").hexdigest()
+            if data.cache == OFF:
+                file.seek(0)
+                _decoded(file.read(MAX_FILE + 1), sample, size, bucket_of(size, config))
+        return size, digest
+
+    items = [
+        Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats)
+        for sample, (size, digest) in source.sift(look, desc="pictures" if data.cache == OFF else "headers")
+    ]
+    pictures = Pictures(source, items, data, cut)
+    pictures.require()
+    return pictures
+
+
+def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.Image:
+    from ldm.data.buckets import resized
+
+    return read_picture(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
+
+
+def held_out(digests: Iterable[str], share: float) -> set[str]:
+    """Those kept for validation: each by its own content, so that pictures that are added change nothing for others.
+
+    At least one from FEWEST pictures on, else none; at most MOST, and at most twice the share of them.
+    """
+    order = sorted({digest: draw("held out", digest) for digest in digests}.items(), key=lambda pair: pair[1])
+    if len(order) < FEWEST or not share:
+        return set()
+    most = min(MOST, math.ceil(2 * share * len(order)))
+    chosen = {digest for digest, value in order[:most] if value < share}
+    return chosen or {order[0][0]}

@@ -1,0 +1,1 @@
+"""Fine-tuning: options, presets, forecast, prior images."""

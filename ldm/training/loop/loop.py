@@ -1,0 +1,372 @@
+"""The one training loop: every stage runs through it, and a killed run resumes to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ldm
+from ldm import files
+from ldm.console import StopRequest, progress, say, warn
+from ldm.device import is_out_of_memory, keep_memory, pick_device
+from ldm.errors import DataError, Interrupted, LdmError, NumericsError, ResourceError
+from ldm.training.checkpoints import state as states
+from ldm.training.checkpoints.resume import restore, set_later_aside
+from ldm.training.checkpoints.state import TrainState
+from ldm.training.checks import fingerprints
+from ldm.training.distributed import current
+from ldm.training.loop.logs import BEST, Best, Records
+from ldm.training.loop.optimizers import checkpoint_bytes
+from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.step import Outcome, Stage, precision, prepare, take_step
+from ldm.training.loop.trackers import Trackers
+from ldm.training.reports.page import write_page
+from ldm.training.settings import Settings, as_dict
+
+MAX_BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite
+
+
+def fit(
+    stage: Stage, settings: Settings, out: Path, checkpoint: Path | None, allow_changed: Sequence[str] = ()
+) -> Path:
+    """Train `stage` to `settings.steps` in the run folder `out` and return the folder of its model.
+
+    `checkpoint` is what `to_resume` found. Raises Interrupted after a signal (state saved), NumericsError after five
+    bad steps in a row (the last good checkpoint stays), CheckpointError where the models that the run reads are not
+    those it began with, ResourceError out of memory or, before the first step, where the disk has no room for its
+    checkpoints, DataError (exit code 5, state saved) for a bad picture, ProcessGone where another process is missing.
+    """
+    group = current()
+    keep_memory()
+    with _memory_named(settings, out):
+        state = prepare(stage, settings, pick_device(settings.device), group)
+        inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
+        _compare(inputs, out)
+        losses: list[float] = []
+        if checkpoint:
+            losses = group.together(partial(restore, state, checkpoint, settings, inputs, allow_changed))
+            group.on_first(partial(set_later_aside, out, checkpoint))
+        run = group.together(lambda: _Run(stage, state, settings, out, losses, inputs))
+        try:
+            with run.stop:
+                run.train()
+            return run.export()
+        except BaseException as error:
+            with suppress(LdmError):
+                run.tell(f"stopped: {str(error) or type(error).__name__}")
+            raise
+        finally:
+            run.trackers.finish()
+
+
+@contextmanager
+def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
+    """Turn running out of memory into ResourceError that names the settings to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        todo = f"{sparing(settings)}; {states.last_good(out)}"
+        raise ResourceError("out of memory", where=out, todo=todo) from None
+
+
+def _compare(inputs: dict[str, str], out: Path) -> None:
+    """Raise DataError where the processes of a run do not read the same."""
+    group = current()
+    firsts = group.on_first(lambda: inputs)
+
+    def same() -> None:
+        for name, digest in inputs.items():
+            if firsts.get(name) != digest:
+                raise DataError(f"process {group.rank} of {group.world} reads another {name} than process 0", where=out)
+
+    group.together(same)
+
+
+def sparing(settings: Settings) -> str:
+    """Which settings to change where memory runs out."""
+    found = [] if settings.gradient_checkpointing else ["set gradient_checkpointing=true"]
+    if settings.batch_size > 1:
+        found.append(f"lower batch_size={settings.batch_size} and raise accumulation={settings.accumulation}")
+    return ", or ".join([*found, f"lower data.resolution={settings.data.resolution}"])
+
+
+def ask_for_space(state: TrainState, settings: Settings, out: Path) -> None:
+    """Raise ResourceError unless the disk has room for the checkpoints that are to come.
+
+    Those that are kept, the best one, and a new one before the oldest goes; less what is there already.
+    """
+    count = settings.keep + 2 - len(states.checkpoints(out))
+    files.require_space(out, int(1.2 * max(1, count) * checkpoint_bytes(state)))
+
+
+class _Run:
+    """A run in its folder: the steps, and what is written down as they go."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        state: TrainState,
+        settings: Settings,
+        out: Path,
+        losses: list[float],
+        inputs: dict[str, str],
+    ):
+        self.stage, self.state, self.settings, self.out = stage, state, settings, out
+        self.group, self.inputs, self.stop = state.parallel.group, inputs, StopRequest()
+        self.group.listen(self.stop)
+        self.scores: dict[str, float] = {}
+        if self.group.first:
+            ask_for_space(state, settings, out)
+            files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
+            versions = {"ldm": ldm.__version__, **states.environment(next(state.module.parameters()).device)}
+            files.atomic_write(out / "versions.json", json.dumps({**versions, "inputs": inputs}, indent=1) + "\n")
+            self.records = Records(out, state.step, losses)
+            self.scores = self.records.scores(state.step)
+        own = settings if self.group.first else replace(settings, report_to=())
+        self.trackers = Trackers(own, out, state.step)
+        self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
+        self.rows: deque[int] = deque(maxlen=100)  # their samples
+        self.bad, self.samples = 0, []  # steps in a row that were not finite, up to the last one; its samples
+        self.sound = True  # the last scores are numbers
+        self.stuck: set[Path] = set()  # checkpoints that could not be removed
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that stops the run; of many processes the one that all have heard of."""
+        return self.group.signal(self.stop)
+
+    def train(self) -> None:
+        """To the last step, with scores, checkpoints and the page on the way."""
+        state, settings = self.state, self.settings
+        if state.step in map(states.step_of, states.checkpoints(self.out)):
+            self._tidy()  # it may have been killed right after that checkpoint
+        if state.step >= settings.steps:
+            return
+        if self.group.as_first(state.step % settings.validate_every == 0 and not self.scores):
+            self._show()
+        batches = self.stage.batches(state.step)
+        bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
+        with bar, closing(batches):  # else its workers, which hear no signal, outlive an error that nobody catches
+            ready = self._begun(batches)
+            while state.step < settings.steps:
+                self._step(ready, bar)
+                if self.bad == MAX_BAD_STEPS:
+                    raise self._lost(f"loss or gradient is not finite, {self.bad} steps in a row{self._named()}")
+                self._after_step()
+
+    def _lost(self, what: str) -> LdmError:
+        todo = f"lower learning_rate or use precision=fp32; {states.last_good(self.out)}"
+        return self.group.of_all(NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo))
+
+    def _named(self) -> str:
+        """The samples of the last bad step, where the batches know them."""
+        return f" ({', '.join(self.samples[:8])})" if self.samples else ""
+
+    def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches with the first one made: that may take minutes, which a signal need not wait for."""
+        first = []
+        if not self.signal:
+            device = next(self.state.module.parameters()).device
+            with self.group.at_once(self.stop), precision(self.settings, device):  # as all the others are made
+                first.append(self.group.agreed(partial(next, batches)))
+        self.group.hear()
+        if self.signal:
+            raise self._stopped(f"at step {self.state.step}, before another one")
+        return chain(first, batches)
+
+    def _step(self, batches: Iterator[Any], bar) -> None:
+        """One step and its line of the log."""
+        state, every, began = self.state, self.settings.log_every, time.monotonic()
+        done = self._guarded(batches)
+        self.clock.append(time.monotonic() - began)
+        self.rows.append(done.rows)
+        self.bad = self.bad + 1 if done.bad else 0
+        if done.bad:
+            self.samples = self.group.gathered(list(done.ids))
+            warn(f"step {state.step}: loss or gradient is not finite, nothing is applied{self._named()}")
+        if self.group.first:
+            self._note(done, every, bar)
+
+    def _note(self, done: Outcome, every: int, bar) -> None:
+        """A step's line of the log."""
+        state = self.state
+        row = self.records.add(state.step, done.loss, learning_rate(self.settings, state.step - 1), every)
+        bar.update()
+        if row is not None:
+            told = f"loss {row['loss']:.4f}, {self._speed():.3g} samples/s"
+            bar.set_postfix_str(told)
+            say(f"step {state.step}: {told}", verbosity=1)
+            self.trackers.log({"loss": row["loss"], "learning_rate": row["lr"]}, state.step)
+        if len(self.clock) == 2:
+            self._announce()
+
+    def _guarded(self, batches: Iterator[Any]) -> Outcome:
+        """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
+        try:
+            return take_step(self.stage, self.state, self.settings, batches)
+        except DataError as error:
+            if self.state.step and not self.bad:
+                self._save()
+            error.exit_code = 5
+            raise
+
+    def _speed(self) -> float:
+        """Samples a second, scores and checkpoints aside."""
+        return sum(self.rows) / sum(self.clock)
+
+    def _announce(self) -> None:
+        """How long a signal takes to be answered: the step in which it comes, and a checkpoint."""
+        step, saving = self.clock[-1], states.saving_seconds(self.out, checkpoint_bytes(self.state))
+        parts = f"a step takes {step:.2g} s, a checkpoint about {saving:.2g} s"
+        say(f"Ctrl-C or SIGTERM ends the run, saved, within about {math.ceil(step + saving)} s ({parts})")
+
+    def _after_step(self) -> None:
+        """Scores, a checkpoint and the answer to a signal, where they are due.
+
+        After a bad step, or scores that are no numbers, none but a signal's is saved: good ones would go for it.
+        """
+        state, settings = self.state, self.settings
+        last = state.step == settings.steps
+        self.scores = {}
+        due = last or state.step % settings.save_every == 0
+        if last or state.step % settings.validate_every == 0:
+            self._show()
+            best = self._best() if self.scores else None
+            due = self.group.as_first(due or (best is not None and best.step == state.step))
+            self.sound = self.group.as_first(_sound(self.scores))
+        if (due and self.sound and not self.bad) or self.signal:
+            self._save()
+        if self.signal:
+            raise self._stopped(f"after step {state.step}, all saved")
+
+    def _show(self) -> None:
+        """Score and draw with the EMA weights, and write the page; a signal cuts it short.
+
+        Out of memory, the training goes on without: its steps may need less. Raises NumericsError where a picture is
+        not finite.
+        """
+        if self.signal:
+            return
+        try:
+            with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad():
+                self._score()
+        except NumericsError as error:
+            what, todo = f"in validation: {error.what}", f"lower learning_rate; {states.last_good(self.out)}"
+            raise NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or self.group.sharded:
+                raise
+            warn(f"step {self.state.step}: out of memory in validation, so no scores; {sparing(self.settings)}")
+        self.state.parallel.settle()
+        self.group.hear()
+
+    def _score(self) -> None:
+        step = self.state.step
+        scores, image = self.stage.validate(self.state.ema, step), self.stage.picture(self.state.ema)
+        if not self.group.first:
+            return
+        if image is not None:
+            path = self.out / "samples" / f"step-{step:08d}.png"
+            files.atomic_write(path, lambda path: image.save(path, format="PNG"))
+            self.trackers.picture(image, step)
+        self.records.score(step, scores)
+        self.scores = scores
+        self.trackers.log(scores, step)
+        self.tell("running")
+        if scores:
+            say(f"step {step}: {_told(scores)}")
+
+    def _best(self) -> Best | None:
+        """The best of the checkpoints, that of this step counted as one."""
+        return self.records.best({self.state.step, *map(states.step_of, states.checkpoints(self.out))} - {0})
+
+    def _save(self) -> None:
+        """A checkpoint, with what the log has not written yet and what the run reads; then the oldest goes."""
+        extra = {"losses": self.records.values, "inputs": self.inputs} if self.group.first else {}
+        states.save(self.state, self.out, as_dict(self.settings), extra)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Mark the best checkpoint, and let the oldest go."""
+        if not self.group.first:
+            return
+        best = self._best()
+        if best is not None:
+            self.records.mark(best)
+        for folder in states.rotate(self.out, self.settings.keep, best.step if best else None):
+            if folder not in self.stuck:
+                self.stuck.add(folder)
+                warn(f"{folder}: cannot be removed, so it stays and takes its place on the disk")
+
+    def _stopped(self, when: str) -> LdmError:
+        error = Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+        return self.group.of_all(error)
+
+    def tell(self, status: str) -> None:
+        """Write the run's page."""
+        if not self.group.first:
+            return
+        pace = (self._speed(), sum(self.clock) / len(self.clock)) if self.clock else None
+        lines = list(getattr(self.stage, "lines", ()))
+        write_page(self.records, self.settings, self.state.step, status, self._best(), lines, pace)
+
+    def export(self) -> Path:
+        """The model of the average, or of that of the best checkpoint; returns where it is.
+
+        Raises NumericsError where the last step or its scores were not finite.
+        """
+        if self.group.as_first(not self.scores):
+            self._show()
+        step = self.group.on_first(self._best_step)
+        if step is None and self.bad:
+            raise self._lost(f"loss or gradient of the last step is not finite{self._named()}, so no model is made")
+        if step is None and not self.group.as_first(_sound(self.scores)):
+            raise self._lost("the validation loss is not finite, so no model is made")
+        if step is not None:
+            self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
+        ema = self.state.parallel.gathered(self.state.ema)
+        return Path(self.group.on_first(lambda: str(self._exported(ema, step))))
+
+    def _best_step(self) -> int | None:
+        """The step of the best checkpoint, where the model is to be made of that."""
+        best, before = self._best(), self.records.scores(0)
+        if best is not None and before.get(best.name, math.nan) * BEST[best.name] > best.value * BEST[best.name]:
+            warn(f"{best.name} was better before training ({before[best.name]:.4g}) than at any checkpoint since")
+        wanted = getattr(self.settings, "export", "last") == "best"
+        if best is None and wanted:
+            warn("no checkpoint has a score to be the best by: the model is that of the last step")
+        if best is not None and wanted and best.step != self.state.step:
+            say(f"the model is that of step {best.step}, the best")
+            return best.step
+        return None
+
+    def _exported(self, ema: nn.Module, step: int | None) -> Path:
+        """The stage's model, with the scores of `step` where it is not the last."""
+        scores = self.scores if step is None else self.records.scores(step)
+        made = self.stage.export(ema, self.out / "model", scores)
+        self.tell("done")
+        say(f"{made}: {_told(scores)}" if scores else f"{made}: done")
+        return made
+
+
+def _sound(scores: dict[str, float]) -> bool:
+    """Whether what the best checkpoint is found by are numbers, and not infinitely bad."""
+    return all(scores.get(name, 0) * sign > -math.inf for name, sign in BEST.items())  # NaN is not
+
+
+def _told(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -1,0 +1,164 @@
+"""One optimizer step of any stage, and what it moves: weights, their average, moments."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import require
+from ldm.device import fast_bf16, pick_device
+from ldm.errors import ConfigError
+from ldm.nn.unet import UNet
+from ldm.training.checkpoints.state import TrainState, trainable
+from ldm.training.distributed import ALONE, Alone
+from ldm.training.distributed.wrap import local, spread, whole
+from ldm.training.loop.optimizers import make_optimizer
+from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.trackers import check_trackers
+from ldm.training.settings import Settings
+
+
+class Stage(Protocol):
+    """What a stage adds to the loop. `batches` starts at any step and depends on nothing but (settings, step).
+
+    What is not trained of `module` does not require a gradient. A stage may have `lines` too, what there is to say of
+    its data (the run's page shows them), and `inputs`, digests of what it reads by name. A batch may have `ids`.
+    On many processes `batches` gives each its part (see distributed.RowShard), and `loss` the part's mean.
+    """
+
+    module: nn.Module
+
+    def batches(self, first_step: int) -> Iterator[Any]: ...  # accumulation × steps of them
+
+    def loss(self, batch: Any, step: int, micro: int) -> Tensor: ...  # scalar fp32
+
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]: ...
+
+    def picture(self, ema: nn.Module): ...  # PIL image of samples, or None
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path: ...  # what was written
+
+
+def check_means(settings: Settings) -> None:
+    """Raise ConfigError for what this machine has not: fp16, a compiler, the package of an optimizer or a tracker."""
+    device = pick_device(settings.device)
+    fits = settings.precision != "fp16" or device.type == "cuda"
+    require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
+    there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
+    require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
+    if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
+        raise ConfigError(f"needs {compiler}", where="compile", todo="install it, or leave compile=false")
+    check_trackers(settings)
+
+
+def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
+    """Autocast to fp16 or bf16 where it is asked for, to bf16 where it is faster by `auto`, else nothing."""
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast_bf16(device))
+    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=bf16 or settings.precision == "fp16")
+
+
+def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone = ALONE) -> TrainState:
+    """What a run starts from: the stage's module on `device`, its average, an optimizer; of fp16 a gradient scaler.
+
+    Of a `group` of processes all have to ask.
+    """
+    module = stage.module.to(device).train()
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(module)
+    scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
+    ema = shadow(module)
+    parallel = spread(group, stage, ema, device)
+    return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
+
+
+def checkpoint_gradients(module: nn.Module) -> None:
+    """Compute activations again in the backward pass: in our U-Nets, diffusers' and transformers' networks.
+
+    Raises ConfigError where no part of `module` can.
+    """
+    found = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+    require(bool(found), f"{type(module).__name__} cannot do that", "gradient_checkpointing")
+    for part in module.modules():
+        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
+            part.enable_gradient_checkpointing()
+        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers, which has a new name for it from 5 on
+            enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        elif isinstance(part, UNet):
+            part.gradient_checkpointing = True
+
+
+def shadow(module: nn.Module) -> nn.Module:
+    """A copy in eval mode for the average: what is trained, and buffers, in memory of its own; the rest is shared."""
+    shared: dict[int, object] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, shared).eval().requires_grad_(False)
+
+
+class Outcome(NamedTuple):
+    """What came of a step."""
+
+    loss: float  # NaN where it is `bad`
+    bad: bool  # loss or gradient was not finite; nothing was applied
+    ids: tuple[str, ...]  # of its samples, where the batches know
+    rows: int  # samples, of all processes together
+
+
+def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> Outcome:
+    """One optimizer step, with gradients accumulated over `settings.accumulation` batches.
+
+    Where fp16's scaled gradients overflow, nothing is applied and the scale is halved: that is not `bad`.
+    """
+    device = next(state.module.parameters()).device
+    rate, scaler, ids, parallel = learning_rate(settings, state.step), state.scaler, [], state.parallel
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    total, rows = torch.zeros((), device=device), 0
+    for micro in range(settings.accumulation):
+        with parallel.micro(last=micro == settings.accumulation - 1):
+            with precision(settings, device):
+                batch = parallel.group.agreed(partial(next, batches))
+                ids += getattr(batch, "ids", ())
+                rows += batch.part.size if hasattr(batch, "part") else settings.batch_size
+                loss = parallel.loss(stage, batch, state.step, micro) / settings.accumulation
+            (scaler.scale(loss) if scaler else loss).backward()
+        total += loss.detach()
+    total = parallel.group.total(total)
+    if scaler:
+        scaler.unscale_(state.optimizer)
+    norm = whole(nn.utils.clip_grad_norm_(trainable(state.module).values(), settings.clip))
+    applied = bool(torch.isfinite(total + norm))
+    bad = not applied
+    if applied:
+        state.optimizer.step()
+        update_ema(state.ema, state.module, min(settings.ema, (1 + state.step) / (10 + state.step)))
+    elif scaler:
+        bad = not math.isfinite(total) or scaler.get_scale() <= 1
+    if scaler:
+        scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return Outcome(math.nan if bad else float(total), bad, tuple(ids), rows)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · module of what is trained, in place; buffers are copied."""
+    pairs = [(old, new) for old, new in zip(ema.parameters(), module.parameters()) if new.requires_grad]
+    if pairs:
+        torch._foreach_lerp_(local(old for old, _ in pairs), local(new for _, new in pairs), 1 - decay)
+    for old, new in zip(ema.buffers(), module.buffers()):
+        old.copy_(new)
