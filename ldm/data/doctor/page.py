@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from ldm.data.doctor.diagnosis import Diagnosis, Finding
 from ldm.data.sources import Source
 from ldm.errors import DataError
 from ldm.files import atomic_write
-
-from . import Diagnosis, Finding
 
 THUMB = 112  # pixels
 SHEET = 60  # pictures of the contact sheet, evenly spread
