@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LdmError(Exception):
     """An expected failure: what went wrong, where, and what to do about it, in one line.
 
+    where  the file, setting or line that is at fault; its spaces are kept, for names of files have them
+    hint   what the user can do about it (`todo` is the old name)
     `exit_code` is what the command line returns: 2 refused before work began, 4 out of disk or memory,
     5 stopped part-way by a named failure with everything before it saved.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: object = None, todo: str | None = None):
-        self.what, self.where, self.todo = what, where, todo
-        text = f"{where}: {what}" if where is not None else what
-        super().__init__(" ".join(f"{text}; {todo}".split()) if todo else " ".join(text.split()))
+    def __init__(self, what: str, *, where: object = None, hint: str | None = None, todo: str | None = None):
+        self.what, self.where, self.hint = what, where, hint or todo
+        place = "" if where is None else " ".join(str(where).splitlines()) + ": "
+        super().__init__(place + one_line(f"{what}; {self.hint}" if self.hint else what))
+
+    @property
+    def todo(self) -> str | None:
+        """The old name of `hint`."""
+        return self.hint
 
 
 class ConfigError(LdmError):
@@ -23,7 +32,7 @@ class ConfigError(LdmError):
 
 
 class DataError(LdmError):
-    """A picture, caption, dataset or font that cannot be used."""
+    """An image, caption, dataset or font that cannot be used."""
 
 
 class ModelError(LdmError):
@@ -55,9 +64,14 @@ class ProcessGone(LdmError):
 class Interrupted(LdmError):
     """A signal stopped the work after its state had been saved; the exit code is 128 + the signal's number."""
 
-    def __init__(self, number: int, what: str, *, where: object = None, todo: str | None = None):
-        super().__init__(what, where=where, todo=todo)
+    def __init__(self, number: int, what: str, **options: Any):
+        super().__init__(what, **options)
         self.exit_code = 128 + number
+
+
+def one_line(text: str) -> str:
+    """The lines of a text joined by spaces; other spaces stay, for names of files have them."""
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def first_line(error: Exception) -> str:

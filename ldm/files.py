@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +42,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise ResourceError(f"cannot be written ({error.strerror or error})", where=path, todo=todo) from None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _create(path: Path) -> int:
+    """Create an empty file; returns the permissions that the umask, or the folder's default ACL, gave it.
+
+    Asking `os.umask` would open the files of other threads to everybody for a moment.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -104,12 +111,13 @@ def atomic_write(
     try:
         with disk_errors(path):
             _make_folder(path.parent)
+            mode = _create(tmp)
             if callable(data):
                 data(tmp)
             else:
                 tmp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
             _fsync_file(tmp)
-            tmp.chmod(0o666 & ~_umask())  # safetensors leaves 0600
+            tmp.chmod(mode)  # safetensors leaves 0600
             if overwrite:
                 os.replace(tmp, path)
             else:
@@ -138,10 +146,12 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir()
+            mode = _create(tmp / ".mode")
+            (tmp / ".mode").unlink()
             yield tmp
             for path in sorted(tmp.rglob("*"), reverse=True):
                 if path.is_file():
-                    path.chmod(0o666 & ~_umask())
+                    path.chmod(mode)
                     _fsync_file(path)
                 else:
                     _fsync_folder(path)

@@ -188,6 +188,15 @@ def test_files_get_the_mode_that_umask_says(mask, tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_write_never_opens_the_umask(tmp_path, monkeypatch):
+    """Not for a moment: other threads create files meanwhile."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    files.atomic_write(tmp_path / "a", b"")
+    with files.atomic_folder(tmp_path / "f") as new:
+        (new / "b").touch()
+    assert tree(tmp_path) == {"a": b"", "f/b": b""}
+
+
 NAMES = ["é" * 120 + ".png", "x" * 255, "y" * 100 + "." + "z" * 150, ".hidden", "-rf", "a b\n.txt", "name."]
 
 

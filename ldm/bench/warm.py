@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.bench.timing import Timing, alternate
-from ldm.errors import ConfigError, ModelError, NumericsError
+from ldm.errors import ConfigError, ModelError, NumericsError, one_line
 
 PEERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
 APART = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; in 16 bits the way is another, so it is reported
@@ -101,7 +101,7 @@ def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
         kind = pick_dtype(dtype, torch.device(device))
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelError(f"diffusers cannot read it ({' '.join(str(error).split())[:120]})", where=model) from None
+        raise ModelError(f"diffusers cannot read it ({one_line(str(error))[:120]})", where=model) from None
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, PEERS[sampler]).from_config(pipe.scheduler.config)
     return pipe

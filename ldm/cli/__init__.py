@@ -16,7 +16,7 @@ from typing import NoReturn
 import ldm
 from ldm import console
 from ldm.console import Terminated
-from ldm.errors import ConfigError, LdmError, nearest
+from ldm.errors import ConfigError, LdmError, nearest, one_line
 
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = one_line(f"{type(error).__name__}: {error}")
         return _report(f"internal error: {what} (a bug; --debug shows where)", debug, 1)
     finally:
         console.level = before

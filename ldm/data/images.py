@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from ldm.errors import DataError
+from ldm.errors import DataError, one_line
 from ldm.images import READABLE, flatten
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class PictureError(DataError):
     """A file whose pixels cannot be had; `reason` is the same for all that fail in one way, for counting."""
 
     def __init__(self, reason: str, detail: str = "", *, where: object = None, todo: str | None = None):
-        self.reason, self.detail = reason, " ".join(detail.split())
+        self.reason, self.detail = reason, one_line(detail)
         super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, todo=todo)
 
 

@@ -16,7 +16,7 @@ from ldm.data.images import MAX_FILE, PictureError
 from ldm.data.sources.folder import open_file
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
 from ldm.data.sources.tables import PICTURES, TODO, picture_bytes
-from ldm.errors import DataError
+from ldm.errors import DataError, one_line
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 FIRST = 100  # samples of a stream in which at least one caption must be
@@ -184,7 +184,7 @@ def _todo(error: Exception, repo: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
+    text = one_line(str(error))[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
