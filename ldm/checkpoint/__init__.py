@@ -1,8 +1,9 @@
 """Models on disk: loaded, checked and saved as diffusers folders."""
 
 from ldm.checkpoint.default import default_folder, shipped
-from ldm.checkpoint.model import Model, card_of, check_model, clear_cache, load_model, settings_of
+from ldm.checkpoint.model import card_of, check_model, clear_cache, load_model, settings_of
 from ldm.checkpoint.save import save_model
+from ldm.checkpoint.types import Model
 
 __all__ = [
     "Model",
@@ -13,5 +14,5 @@ __all__ = [
     "load_model",
     "save_model",
     "settings_of",
+    "shipped",
 ]
-__all__ += ["shipped"]

@@ -9,6 +9,8 @@ from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import single
 from ldm.checkpoint.model import card_of, check_model, is_single, load_model, resolve
 from ldm.checkpoint.safety import PICKLES, Header, read_header
+from ldm.checkpoint.save import refuse_foreign, save_model
+from ldm.device import DTYPES
 from ldm.errors import ConfigError, ModelError, nearest
 
 HALVES = {"F16": "fp16", "BF16": "bf16", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}  # what holds these without loss
@@ -30,9 +32,6 @@ def convert(
     used, and an `out` that is there already and no model; ResourceError where it cannot be written.
     """
     import torch
-
-    from ldm.checkpoint.save import refuse_foreign, save_model
-    from ldm.device import DTYPES
 
     out = Path(out).expanduser()
     to_single = out.suffix.lower() == single.SUFFIX

@@ -17,6 +17,7 @@ from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import lora, single
 from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.families import FAMILIES, Family, family_of
+from ldm.checkpoint.layers import target_for
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.header import KEY
@@ -214,7 +215,6 @@ BASES = ("ss_sd_model_name", "modelspec.title", "ss_base_model_version", "models
 
 def _unapplied_of(found: lora.LoraHeader, family: Family | None) -> dict[str, str]:
     """Key -> why no model of the family has a place for it."""
-    from ldm.checkpoint.layers import target_for
 
     reasons = dict.fromkeys(found.unknown, "is nothing of a low-rank update")
     if family is None:

@@ -1,4 +1,4 @@
-"""A model as one object, loaded from a diffusers folder or a single file."""
+"""Models found, checked and loaded: from a diffusers folder, a single file or the hub."""
 
 from __future__ import annotations
 
@@ -9,46 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
-from ldm.checkpoint import single
+from ldm.checkpoint.build import check_fit
 from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.hub import forget, is_hub_id, snapshot
 from ldm.checkpoint.safety import read_header, read_json
+from ldm.checkpoint.types import Model
+from ldm.console import progress
+from ldm.device import pick_device, pick_dtype
 from ldm.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.diffusion.schedule import Schedule
-    from ldm.nn.text import TextEncoder
-    from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
 
 KEPT = 3  # loaded models that the cache holds; the one used longest ago goes first
 _cache: OrderedDict[tuple, Model] = OrderedDict()
 _lock = threading.RLock()
-
-
-@dataclasses.dataclass
-class Model:
-    """What a picture needs: three networks and their schedule. Shared by all who load it: never change it in place."""
-
-    unet: UNet
-    vae: VAE
-    text: TextEncoder
-    schedule: Schedule
-    name: str = ""  # as it was asked for: "default", a folder's name, a hub id
-    path: Path | None = None  # the folder or file it came from
-    hash: str = ""  # one sha256 over all files it was read from; a single file's own
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)  # the model card's settings, what was left out
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
 
 
 def check_model(
@@ -90,7 +69,6 @@ def load_model(
     """
     if isinstance(model, Model):
         return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
-    from ldm.device import pick_device, pick_dtype
 
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
@@ -194,8 +172,6 @@ def card_of(model: Model) -> str | None:
 
 def _load_folder(folder: Path, name: str, device, dtype, own_vae: Path | None) -> Model:
     """Settings, checks, then weights, part by part; without the autoencoder where the user has one of his own."""
-    from ldm.checkpoint import build
-    from ldm.console import progress
     from ldm.diffusion.schedule import Schedule
 
     layout = layouts.read_layout(folder, skip=("vae",) if own_vae else ())
@@ -230,7 +206,6 @@ def load_vae(
 
     A file that holds nothing else has no settings: it gets those of `like`. Raises ModelError.
     """
-    from ldm.checkpoint import build
 
     if is_single(place):
         vae, digest = single.read_vae(place, device, dtype, like)
@@ -245,7 +220,6 @@ def load_vae(
 
 def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
     """The same model with another autoencoder; the first stays as it is."""
-    from ldm.checkpoint.build import check_fit
 
     digests = {"model": model.hash, "vae": "of the caller"}
     if isinstance(vae, str | Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.checkpoint import build
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import model as models
 from ldm.checkpoint.save import write_text, write_vae
@@ -44,8 +45,6 @@ def load_text_from(folder: Path) -> TextEncoder:
     """The text encoder and tokenizer of a run or model folder, fp32 on the CPU. Raises ModelError."""
     import torch
 
-    from ldm.checkpoint import build
-
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
         raise ModelError("holds no text encoder with its tokenizer", where=folder, todo="give a run of the text stage")
     layout = layouts.text_layout(folder)
@@ -57,8 +56,6 @@ def load_text_from(folder: Path) -> TextEncoder:
 def load_unet_from(folder: Path) -> UNet:
     """The U-Net of a whole model's folder, fp32 on the CPU. Raises ModelError."""
     import torch
-
-    from ldm.checkpoint import build
 
     layout = layouts.read_layout(folder)
     state = build.read_part(layout, "unet", torch.float32, torch.device("cpu"), {})

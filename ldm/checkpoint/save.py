@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import PREFIX, TIED, check_fit
 from ldm.checkpoint.tensors import Advance, silent, write_shards
+from ldm.checkpoint.types import Model
+from ldm.device import DTYPES
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoint.model import Model
     from ldm.nn.text import ClipText, T5Text, TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
@@ -45,8 +46,6 @@ def save_model(
     where the folder cannot be written.
     """
     import torch
-
-    from ldm.device import DTYPES
 
     if isinstance(dtype, str):
         if dtype not in DTYPES:

@@ -8,18 +8,17 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ldm.checkpoint.default import default_folder
+from ldm.checkpoint.folder import Layout, read_layout
 from ldm.checkpoint.lora.names import PARTS, spellings
 from ldm.checkpoint.lora.read import Entry, LoraFile, LoraHeader
 from ldm.checkpoint.safety import read_header
+from ldm.checkpoint.single import plan_of
+from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
 from ldm.nn.unet_config import UNetConfig
-
-if TYPE_CHECKING:
-    from ldm.checkpoint.folder import Layout
-    from ldm.checkpoint.model import Model
-
 
 CROSS = ("attn2.to_k", "attn2.to_v")  # the layers that take the text's states
 
@@ -90,9 +89,6 @@ def _check_shape(header: LoraHeader, entry: Entry, part: str, name: str, shape: 
 
 def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
     """Of a model's folder or single file, or of a loaded model; None where weights would have to be fetched first."""
-    from ldm.checkpoint.default import default_folder
-    from ldm.checkpoint.folder import read_layout
-    from ldm.checkpoint.single import plan_of
 
     if not isinstance(model, (str, os.PathLike)):
         return target_of(model)

@@ -13,13 +13,13 @@ import ldm
 from ldm.checkpoint.lora.apply import networks
 from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
 from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
+from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
 from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoint.model import Model
     from ldm.nn.lora import LowRank
 
 Layers = Mapping[str, Mapping[str, "LowRank"]]  # part (unet, text_encoder, text_encoder_2) -> layer -> update

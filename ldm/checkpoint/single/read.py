@@ -10,16 +10,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint.build import check_fit, clip_text, t5_text
 from ldm.checkpoint.families import SCHEDULE_BUFFERS, family_of
+from ldm.checkpoint.folder import card_settings
 from ldm.checkpoint.safety import Header, read_header
 from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, own_settings, prediction_type, zero_snr
 from ldm.checkpoint.single.names import UNET, VAE, Part, Place, parts_of, place, vae_part
+from ldm.checkpoint.single.tokenizers import clips, unpack
+from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.types import Model
+from ldm.console import progress
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoint.model import Model
     from ldm.nn.text import TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE as Autoencoder
@@ -141,10 +146,6 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
 
     Raises ModelError for tensors that do not fit before any is read, and for weights that are not finite.
     """
-    from ldm.checkpoint.build import check_fit
-    from ldm.checkpoint.folder import card_settings
-    from ldm.checkpoint.model import Model
-    from ldm.console import progress
     from ldm.diffusion.schedule import Schedule
 
     with named(path):
@@ -187,8 +188,6 @@ def _build(plan: Plan, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tupl
 
 
 def _text(plan: Plan, states: Mapping[str, Mapping[str, torch.Tensor]], files: Path) -> TextEncoder:
-    from ldm.checkpoint.build import clip_text, t5_text
-    from ldm.checkpoint.single.tokenizers import clips, unpack
     from ldm.nn.text import XLText
 
     texts = []
@@ -204,7 +203,6 @@ def _read(
     plan: Plan, device: torch.device, dtype: torch.dtype, advance: Callable[[int], object]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
     """(part -> name in the folder -> tensor, the file's sha256); every byte is read once."""
-    from ldm.checkpoint.tensors import read_tensors
 
     tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.places)
     states: dict[str, dict[str, torch.Tensor]] = {goes.part: {} for goes in plan.places.values()}
@@ -230,7 +228,6 @@ def read_vae(
     Names and shapes do not tell the scale of its latents: an autoencoder alone gets the settings `like`, those of the
     model that it is for. Raises ModelError.
     """
-    from ldm.checkpoint.tensors import read_tensors
     from ldm.nn.vae import VAE as Autoencoder
 
     header = read_header(path)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint.build import clip_tokenizer as of_folder
+from ldm.checkpoint.save import write_tokenizer_json
 from ldm.checkpoint.vocabulary import END, LENGTH, START, clip_tokenizer, is_clips
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 def stored(text: ClipText | T5Text, files: Path) -> dict[str, Any]:
     """What the header holds of a text encoder's tokenizer; `files` is a folder that may be filled."""
-    from ldm.checkpoint.save import write_tokenizer_json
     from ldm.nn.text import T5Text
 
     t5 = isinstance(text, T5Text)
@@ -39,7 +40,6 @@ def clips(stored: Mapping[str, Any], files: Path) -> Any:
     """CLIP's tokenizer, its own or the one that is stored; `files` is a folder that may be filled."""
     if "files" not in stored:
         return clip_tokenizer(stored["pad_token"], stored.get("model_max_length", LENGTH))
-    from ldm.checkpoint.build import clip_tokenizer as of_folder
 
     return of_folder(unpack(stored, files))
 

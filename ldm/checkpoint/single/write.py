@@ -7,19 +7,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint.build import check_fit
 from ldm.checkpoint.families import family_of
 from ldm.checkpoint.safety import read_header
+from ldm.checkpoint.save import encoders, text_config, text_state, vae_config
 from ldm.checkpoint.single.header import FORMAT, V_KEY, ZERO_SNR_KEY, metadata_of
 from ldm.checkpoint.single.names import UNET, Part, Place, originals, parts_of
-from ldm.checkpoint.tensors import Advance, silent
+from ldm.checkpoint.single.tokenizers import stored
+from ldm.checkpoint.tensors import Advance, Source, silent, source, write_tensors
+from ldm.checkpoint.types import Model
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
 
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoint.model import Model
-    from ldm.checkpoint.tensors import Source
 
 SUFFIX = ".safetensors"
 
@@ -37,8 +39,6 @@ def save_single(
     written. Raises ModelError for weights that are not finite in `dtype` and parts that do not belong together,
     ResourceError where the file cannot be written.
     """
-    from ldm.checkpoint.build import check_fit
-    from ldm.checkpoint.tensors import write_tensors
 
     path = Path(path)
     check_target(path)
@@ -71,8 +71,6 @@ def check_target(path: Path) -> None:
 
 def _settings(model: Model, card: str | None) -> dict[str, Any]:
     """The table for the header: component -> config as a folder has it, tokenizers, and what else a folder tells."""
-    from ldm.checkpoint.save import encoders, text_config, vae_config
-    from ldm.checkpoint.single.tokenizers import stored
     from ldm.nn.text import XLText
 
     configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
@@ -97,7 +95,6 @@ def _family(model: Model) -> str | None:
 
 
 def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
-    from ldm.checkpoint.save import encoders, text_state
 
     states = {"unet": model.unet.state_dict(), "vae": model.vae.module.state_dict()}
     return states | {f"text_encoder{suffix}": text_state(text) for suffix, text in encoders(model.text).items()}
@@ -105,7 +102,6 @@ def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
 
 def _sources(part: Part, state: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path) -> dict[str, Source]:
     """Key in the file -> what is written there."""
-    from ldm.checkpoint.tensors import Source, source
 
     def one(key: str, place: Place) -> Source:
         pieces = [source(state[name], dtype, key, path) for name in place.names]
@@ -133,8 +129,6 @@ def _joined(tensors: list[torch.Tensor], shape: tuple[int, ...], place: Place) -
 def _flags(scheduler: Mapping[str, Any]) -> dict[str, Source]:
     """Empty tensors by which other programs know a v-prediction model, and one with zero terminal SNR."""
     import torch
-
-    from ldm.checkpoint.tensors import Source
 
     v = scheduler["prediction_type"] == "v_prediction"
     names = [V_KEY] * v + [ZERO_SNR_KEY] * (v and bool(scheduler.get("rescale_betas_zero_snr")))
