@@ -25,7 +25,7 @@ def rendering(
     repeats: int = 3,
     model: str = "default",
     steps: int = 25,
-    sampler: str = "ddim",
+    sampler: str = "dpmpp_2m",
     guidance_scale: float = 4.0,
     dtype: str = "fp32",
     device: str = "cpu",

@@ -10,7 +10,9 @@ from typing import Any
 from ldm.bench.timing import Timing, alternate
 from ldm.errors import ConfigError, ModelError, NumericsError, one_line
 
-PEERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+PEERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+FLOW_PEERS = tuple(PEERS)  # StableDiffusionPipeline can use these with flow models, and not the next two
+PEERS |= {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
 APART = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; in 16 bits the way is another, so it is reported
 PROMPT, SEED = "a cat on a red background", 7
 
@@ -19,7 +21,7 @@ def warm(
     repeats: int = 5,
     model: str = "default",
     steps: int = 25,
-    sampler: str = "ddim",
+    sampler: str = "dpmpp_2m",
     guidance_scale: float = 4.0,
     dtype: str = "fp32",
     device: str = "cpu",
@@ -89,7 +91,10 @@ def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, setti
 
 
 def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
-    """diffusers' pipeline of a model's folder, with its own of our samplers. Raises ModelError if it cannot read it."""
+    """diffusers' pipeline of a model's folder, with its own of our samplers.
+
+    Raises ModelError if it cannot read the folder, ConfigError if its sampler does not go with the model.
+    """
     import diffusers
     import torch
 
@@ -102,6 +107,9 @@ def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"diffusers cannot read it ({one_line(str(error))[:120]})", where=model) from None
+    if pipe.scheduler.config.get("use_flow_sigmas") and sampler not in FLOW_PEERS:
+        hint = f"one of {', '.join(FLOW_PEERS)}"
+        raise ConfigError(f"diffusers' {PEERS[sampler]} does not work with flow models", where="sampler", hint=hint)
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, PEERS[sampler]).from_config(pipe.scheduler.config)
     return pipe

@@ -3,7 +3,7 @@
 examples:
   ldm bench                                        cold and warm
   ldm bench cold --repeats 5                       from a new process to a picture, against bare imports
-  ldm bench warm --sampler euler --steps 25        a picture from models in memory, against diffusers
+  ldm bench warm --sampler unipc --steps 25        a picture from models in memory, against diffusers
   ldm bench warm --dtype bf16 --profile            and where the time goes
   ldm bench warm --json > warm.json
   ldm bench render --pictures 32 --batch-size 8    a prompt file to PNGs, against loops over diffusers' pipeline
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, metavar="N", help="timed rounds; the median is told (5; render: 3)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
     add("--steps", type=_steps, metavar="N", help="warm, render: one number (25); samplers: 4,8,16,32")
-    add("--sampler", metavar="NAME", help="ddim, euler, dpmpp_2m (ddim); samplers: names with commas (all)")
+    add("--sampler", metavar="NAME", help="dpmpp_2m, unipc, ddim, euler (dpmpp_2m); samplers: names with commas (all)")
     add("--guidance-scale", type=float, metavar="X", help="warm, render (4)")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32)")
     add("--device", metavar="NAME", help="cpu, cuda (cpu)")

@@ -1,5 +1,6 @@
 """Timing by turns, and the refusal to time what does not agree."""
 
+import dataclasses
 import json
 import time
 from contextlib import nullcontext
@@ -8,9 +9,12 @@ import pytest
 import torch
 
 from ldm.bench import Timing, alternate, bench
-from ldm.bench.warm import warm
+from ldm.bench.warm import FLOW_PEERS, warm
+from ldm.checkpoint import save_model
 from ldm.cli import main
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError, NumericsError
+from tests.conftest import build_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,26 @@ def test_warm_against_diffusers(tiny_folder, capsys):
     (found,) = json.loads(capsys.readouterr().out)
     assert found["bench"] == "warm" and set(found["seconds"]) == {"ldm", "diffusers"}
     assert found["agreement"]["largest difference of 255"] <= 1
+
+
+@pytest.fixture(scope="module")
+def flow_folder(tmp_path_factory):
+    """The tiny model as a flow model."""
+    model = build_tiny_model()
+    model = dataclasses.replace(model, schedule=Schedule("flow"))
+    return save_model(model, tmp_path_factory.mktemp("models") / "flow", dtype="fp32")
+
+
+@pytest.mark.parametrize("sampler", FLOW_PEERS)
+def test_warm_against_diffusers_with_a_flow_model(sampler, flow_folder):
+    timing = warm(1, str(flow_folder), steps=3, sampler=sampler)
+    assert timing.agreement["largest difference of 255"] <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_scheduler_that_diffusers_cannot_use_with_flow_is_refused(sampler, flow_folder):
+    with pytest.raises(ConfigError, match=r"sampler: .* does not work with flow models; one of dpmpp_2m, unipc"):
+        warm(1, str(flow_folder), steps=3, sampler=sampler)
 
 
 def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):

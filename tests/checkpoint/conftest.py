@@ -1,4 +1,4 @@
-"""A tiny random model of the shipped kind: pooled text, v-prediction, zero terminal SNR; and its folder."""
+"""A tiny random model with pooled text, v-prediction and zero terminal SNR; and its folder."""
 
 from types import SimpleNamespace
 

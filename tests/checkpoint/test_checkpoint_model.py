@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm import Pipeline
 from ldm.checkpoint import Model, check_model, clear_cache, load_model, save_model
 from ldm.checkpoint.build import named_as
 from ldm.errors import LdmError, ModelError
@@ -90,6 +91,23 @@ def test_diffusers_loads_the_folder_without_a_warning_and_draws_the_same_picture
     assert np.abs(ours - theirs).max() <= 1 / 255
     other = pipe("dog", latents=latents, num_inference_steps=6, guidance_scale=5.0, output_type="np").images
     assert np.abs(other - theirs).max() > 2 / 255  # the words reach the picture
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_diffusers_draws_the_same_images_at_zero_terminal_snr(name, saved, caplog):
+    import diffusers
+
+    pipe, _ = diffusers_pipeline(saved, caplog)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    prompts = ["a cat", "a dog", "dog", "cat a dog"]
+    latents = torch.randn((4, 4, 16, 16), generator=torch.Generator().manual_seed(7))
+    call = {"latents": latents, "num_inference_steps": 20, "guidance_scale": 4.0}
+    theirs = pipe(prompts, output_type="np", **call).images
+    sampler = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler"}.get(name, "dpmpp_2m")
+    ours = Pipeline(prompts, model=saved, dtype="fp32").generate(sampler=sampler, **call)
+    ours = np.stack([np.asarray(image) for image in ours]).astype(float)
+    assert theirs.std() > 0.02
+    assert np.abs(ours - np.round(theirs * 255)).max() <= 1
 
 
 @pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")

@@ -10,10 +10,10 @@ from diffusers.utils import logging as diffusers_logging
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 
-SHIPPED = Schedule("v_prediction", "squaredcos_cap_v2", rescale_betas_zero_snr=True, spacing="trailing")
+ZERO_SNR = Schedule("v_prediction", "squaredcos_cap_v2", rescale_betas_zero_snr=True, spacing="trailing")
 SCHEDULES = [
     Schedule(),
-    SHIPPED,
+    ZERO_SNR,
     Schedule("sample", "linear", beta_start=0.0001, beta_end=0.02, steps_offset=0, set_alpha_to_one=True),
     Schedule("flow", flow_shift=3.0),
     Schedule("flow"),
@@ -46,7 +46,7 @@ def test_diffusers_loads_it_without_a_warning_and_keeps_every_setting(schedule, 
 
 def test_other_samplers_of_diffusers_can_be_made_from_the_shipped_config():
     for cls in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
-        peer = cls.from_config(SHIPPED.to_diffusers())
+        peer = cls.from_config(ZERO_SNR.to_diffusers())
         assert peer.config.prediction_type == "v_prediction" and peer.config.rescale_betas_zero_snr
         assert peer.config.timestep_spacing == "trailing" and peer.config.beta_schedule == "squaredcos_cap_v2"
 

@@ -12,7 +12,7 @@ from ldm.diffusion.schedule import BETAS, Schedule
 from ldm.diffusion.spacings import MULTISTEP, SCHEDULE_SPACINGS, WHOLE
 from ldm.errors import ConfigError
 
-SHIPPED = Schedule("v_prediction", "squaredcos_cap_v2", rescale_betas_zero_snr=True, spacing="trailing")
+ZERO_SNR = Schedule("v_prediction", "squaredcos_cap_v2", rescale_betas_zero_snr=True, spacing="trailing")
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -56,7 +56,7 @@ def test_spacing_can_be_chosen_for_one_call():
     assert not torch.equal(Schedule().sigmas(20, "euler"), Schedule(spacing="trailing").sigmas(20))
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), SHIPPED, Schedule("v_prediction", "linear")])
+@pytest.mark.parametrize("schedule", [Schedule(), ZERO_SNR, Schedule("v_prediction", "linear")])
 def test_timestep_is_the_inverse_of_sigma(schedule):
     whole = torch.arange(1000)
     assert torch.equal(schedule.timestep(schedule.sigma(whole)), whole.float())
@@ -66,13 +66,13 @@ def test_timestep_is_the_inverse_of_sigma(schedule):
 
 
 def test_zero_terminal_snr_is_exact_in_training_and_capped_in_sampling():
-    alpha, sigma = SHIPPED.alpha_sigma(torch.tensor([0, 999]))
+    alpha, sigma = ZERO_SNR.alpha_sigma(torch.tensor([0, 999]))
     assert alpha[1] == 0 and sigma[1] == 1
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(2))
-    assert SHIPPED.sigmas_all[-1].item() == pytest.approx(4096, rel=1e-6)
-    assert SHIPPED.sigmas(25, "euler")[0] == SHIPPED.sigmas(25, "dpmpp_2m")[0] == SHIPPED.sigmas_all[-1]
-    assert SHIPPED.sigmas(25, "ddim")[0] == 2**20  # where 4096 would still be seen
-    assert SHIPPED.timestep(SHIPPED.sigmas(25, "ddim")[0]) == 999
+    assert ZERO_SNR.sigmas_all[-1].item() == pytest.approx(4096, rel=1e-6)
+    assert ZERO_SNR.sigmas(25, "euler")[0] == ZERO_SNR.sigmas(25, "dpmpp_2m")[0] == ZERO_SNR.sigmas_all[-1]
+    assert ZERO_SNR.sigmas(25, "ddim")[0] == 2**20  # where 4096 would still be seen
+    assert ZERO_SNR.timestep(ZERO_SNR.sigmas(25, "ddim")[0]) == 999
 
 
 def test_flow_is_t_over_one_minus_t():

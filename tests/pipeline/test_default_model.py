@@ -51,11 +51,8 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype):
         assert drawn == pictures[:count]
 
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
+# Those of diffusers' schedulers that its StableDiffusionPipeline can use with a flow model.
+SCHEDULERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
 @pytest.fixture(scope="module")
