@@ -135,7 +135,7 @@ def samplers(
     """
     from ldm.checkpoint import load_model
     from ldm.pipeline import Pipeline
-    from ldm.pipeline.settings import check_int
+    from ldm.pipeline.checks import check_int
 
     prompts = check_int(prompts, "prompts", 1, MAX_PROMPTS)
     listed = [steps] if isinstance(steps, int) else steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -103,11 +104,17 @@ def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     Raises ModelError: no folder, a pickle, no model_index.json, a pipeline that is not supported, a component, file or
     tensor table that is missing or malformed, a file that has not the size that the manifest says.
     """
+    layout = read_configs(folder, skip)
+    weights = {part: weight_files(folder / part, STEMS[part]) for part in layout.configs if part in STEMS}
+    return _checked(dataclasses.replace(layout, weights=weights, manifest=_manifest(folder)))
+
+
+def read_configs(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
+    """The layout of a model folder whose weights may not be there: its settings alone. Raises ModelError."""
     index = check_index(folder)
     parts = [part for part in PIPELINES[index["_class_name"]] if part not in skip]
     configs = {part: read_json(folder / part / CONFIGS[part]) for part in parts if part in CONFIGS}
-    weights = {part: weight_files(folder / part, STEMS[part]) for part in parts if part in STEMS}
-    return _checked(Layout(folder, index, configs, weights, _manifest(folder)))
+    return Layout(folder, index, configs, {}, {})
 
 
 def text_layout(folder: Path) -> Layout:

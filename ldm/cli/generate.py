@@ -21,13 +21,12 @@ import contextlib
 import itertools
 import textwrap
 from collections.abc import Mapping
+from typing import Any
 
 from ldm import console
 from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline import Images, Pipeline
-from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, BATCH, EDITING_WORDS
+from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
 FROM_PIPELINE = ("negative_prompt", *MODEL)
@@ -57,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ldm.pipeline.pipeline import Pipeline
+    from ldm.pipeline.result import Images, Target
+
     own, call, told = _asked(args)
     target = Target.of(args.output, args.format).check()
     pipe = Pipeline(**own)
@@ -106,7 +108,7 @@ def _say_differences(told: Mapping, record: Mapping) -> None:
             console.warn(line)
 
 
-def _write(images: Images, target: Target, args: argparse.Namespace) -> None:
+def _write(images: Any, target: Any, args: argparse.Namespace) -> None:
     for path in images.save_each(target, metadata=not args.no_metadata):
         if not args.quiet:
             print(path, flush=True)

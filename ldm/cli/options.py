@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ldm.diffusion.guidance import GUIDANCES
-from ldm.pipeline.settings import ALIASES, GUIDANCE, GUIDANCE_WORDS, SAMPLER, STEPS
+from ldm.pipeline.keywords import ALIASES, GUIDANCE, GUIDANCE_WORDS, SAMPLER, STEPS
 
 # keywords of generate and of Pipeline that add_sampling and add_model set
 SAMPLING = ("num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing", "timesteps", "sigmas")

@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 
 from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
-from ldm.pipeline.settings import EDITING_WORDS
+from ldm.pipeline.keywords import EDITING_WORDS
 
 OF_RUN = ("seed", "wildcards", "batch_size", "shard", "ray", "strict", "dry_run")
 OF_RUN += ("sources", "changes", "grid", "gallery", "contact_sheet")

@@ -39,10 +39,10 @@ def steps_left(n: int, strength: float, where: str = "strength") -> int:
     return steps
 
 
-def remaining(sigmas: Tensor, strength: float) -> Tensor:
-    """The end of `sigmas` (n + 1,) that image-to-image runs through. Raises ConfigError where no step remains."""
+def img2img_sigmas(sigmas: Tensor, strength: float, where: str = "strength") -> Tensor:
+    """The end of `sigmas` (n + 1,) that image-to-image runs through. Raises ConfigError where no step is left."""
     n = len(sigmas) - 1
-    return sigmas[n - steps_left(n, strength) :]
+    return sigmas[n - steps_left(n, strength, where) :]
 
 
 def begin(original: Original, sigmas: Tensor, noise: Tensor) -> Tensor:

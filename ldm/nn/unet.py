@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ConfigError, ModelError
+from ldm.errors import ModelError
 from ldm.nn.attention import attention, check_backend
 from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, per_image, silu
 from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
@@ -193,9 +193,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        down = config.transformer_layers
-        sides = [[f"{side}.{i}" for i, n in enumerate(c) if n] for side, c in (("down", down), ("up", down[::-1]))]
-        self.attention_levels = (*sides[0], "mid", *sides[1])
+        self.attention_levels = config.attention_levels
         widths, layers = config.block_out_channels, config.layers_per_block
         embed = 4 * widths[0]
 
@@ -277,18 +275,12 @@ class UNet(nn.Module):
         `mask`, what `prepare` made of them.
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         """
-        self.check_levels(perturb_in)
+        self.config.check_attention_layers(perturb_in)
         inputs = self._even(x, timesteps, pooled, time_ids, perturb)
         texts = (states, states.mask) if isinstance(states, Prepared) else self._even(states, mask)
         if not self.training:
             inputs = (inputs[0].contiguous(memory_format=layout(x.device, x.dtype)), *inputs[1:])
         return self._predict(*inputs, *texts, perturb_in)[: len(x)]
-
-    def check_levels(self, names: tuple[str, ...]) -> None:
-        """Raise ConfigError for a level without self-attention."""
-        for name in set(names).difference(self.attention_levels):
-            todo = f"choose from: {', '.join(self.attention_levels)}"
-            raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", todo=todo)
 
     def _predict(self, x, timesteps, pooled, time_ids, perturb, states, mask, perturb_in) -> Tensor:
         temb = self._embed(x, timesteps, states, mask, pooled, time_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,19 @@ class UNetConfig:
         needed = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
         if kind == "text_time" and not all(getattr(self, field) for field in needed):
             raise ConfigError(f"addition_embed_type 'text_time' needs {' and '.join(needed)}")
+
+    @property
+    def attention_levels(self) -> tuple[str, ...]:
+        """Where there is self-attention, in the order of the network: down.0, …, mid, up.0, …"""
+        down = self.transformer_layers
+        sides = [[f"{side}.{i}" for i, n in enumerate(c) if n] for side, c in (("down", down), ("up", down[::-1]))]
+        return (*sides[0], "mid", *sides[1])
+
+    def check_attention_layers(self, names: Iterable[str]) -> None:
+        """Raise ConfigError for a name that is none of `attention_levels`."""
+        for name in set(names).difference(self.attention_levels):
+            todo = f"choose from: {', '.join(self.attention_levels)}"
+            raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", todo=todo)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], where: object = None) -> UNetConfig:

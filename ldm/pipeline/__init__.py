@@ -1,6 +1,13 @@
-"""From prompts to pictures: `Pipeline("a cat").generate()`."""
-
-from ldm.pipeline.pipeline import Pipeline
-from ldm.pipeline.result import Images
+"""Prompts and a model in, images out. Public names are imported when they are first asked for."""
 
 __all__ = ["Images", "Pipeline"]
+
+
+def __getattr__(name: str):
+    if name == "Pipeline":
+        from ldm.pipeline.pipeline import Pipeline as found
+    elif name == "Images":
+        from ldm.pipeline.result import Images as found
+    else:
+        raise AttributeError(f"module 'ldm.pipeline' has no attribute {name!r}")
+    return found

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ldm.pipeline.edit import Start
     from ldm.pipeline.encode import Encoder
     from ldm.pipeline.placement import Placement
-    from ldm.pipeline.settings import Settings
-    from ldm.pipeline.settings.sources import Source
+    from ldm.pipeline.request import Run, Settings
+    from ldm.pipeline.sources import Source
 
 # called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
 Watch = Callable[[int, "torch.Tensor", "torch.Tensor"], Any]
@@ -64,7 +64,7 @@ def batches(pictures: Sequence[ImageRequest], text: Any, settings: Settings, siz
 
     @functools.cache
     def chunks(texts: tuple[str, str | None]) -> tuple[int, ...]:
-        return tuple(chunks_needed(text, texts, steps) for steps in settings.runs)
+        return tuple(chunks_needed(text, texts, run.steps) for run in settings.runs)
 
     groups: dict[tuple, list[int]] = {}
     for row, picture in enumerate(pictures):
@@ -82,19 +82,22 @@ def draw(
     from ldm.pipeline.edit import begin, enlarged, later, pasted
 
     with out_of_memory(settings, len(pictures)):
-        images = run(model, work, encode, settings, pictures, watch, begin(model, work, settings, pictures))
-        if settings.hires_scale is not None:
-            watch = later(watch, settings.runs[0])
-            settings, pictures, start = enlarged(model, work, settings, pictures, images)
-            images = run(model, work, encode, settings, pictures, watch, start)
+        first, *more = settings.runs
+        begun = begin(model, work, settings, pictures)
+        images = draw_once(model, work, encode, settings, first, pictures, watch, begun)
+        for second in more:
+            pictures, begun = enlarged(model, work, settings, second, pictures, images)
+            watch = later(watch, first.steps)
+            images = draw_once(model, work, encode, settings, second, pictures, watch, begun)
         return pasted(images, pictures)
 
 
-def run(
+def draw_once(
     model: Model,
     work: Placement,
     encode: Encoder,
     settings: Settings,
+    run: Run,
     pictures: Sequence[ImageRequest],
     watch: Watch,
     begun: Start,
@@ -104,20 +107,21 @@ def run(
     from ldm.pipeline.encode import chunks_needed
 
     prompts, negatives = zip(*(picture.texts for picture in pictures))
-    steps = settings.runs[0]
+    steps = run.steps
     chunks = chunks_needed(model.text, pictures[0].texts, steps)  # as many for all of a batch
     guided = any(picture.guidance_scale > 1 for picture in pictures)
     cond = encode.over(prompts, steps, chunks)
     uncond = encode.over(negatives, steps, chunks) if guided else None
-    latents = denoise(model, work, settings, pictures, cond, uncond, watch, begun)
+    latents = denoise(model, work, settings, run, pictures, cond, uncond, watch, begun)
     with work.on(model.vae) as vae:
-        return decode(vae, latents, tile(settings, vae, settings.height, settings.width))
+        return decode(vae, latents, tile(settings, vae, run.height, run.width))
 
 
 def denoise(
     model: Model,
     work: Placement,
     settings: Settings,
+    run: Run,
     pictures: Sequence[ImageRequest],
     cond: Any,
     uncond: Any,
@@ -126,23 +130,20 @@ def denoise(
 ) -> torch.Tensor:
     """From the first noise to latents (B, C, h, w); what the U-Net was lent ends with this call."""
     from ldm.diffusion.guidance import guide
-    from ldm.diffusion.inpaint import remaining
     from ldm.diffusion.sampling import sample
 
     s, schedule = settings, model.schedule
-    noise, start = starting_noise(model.vae, work.device, s, pictures)
+    noise, start = starting_noise(model.vae, work.device, run, pictures)
     guidance = replace(s.guidance, scale=tuple(picture.guidance_scale for picture in pictures))
     with work.on(model.unet) as unet:
-        sigmas = s.noise_levels(schedule)
-        sigmas = sigmas if s.strength is None else remaining(sigmas, s.strength)
-        predict = guide(begun.network(network(unet, s)), cond, uncond, guidance, schedule, sigmas)
+        predict = guide(begun.network(network(unet, run)), cond, uncond, guidance, schedule, run.sigmas)
         own = {"spacing": s.spacing, "eta": s.eta, "dtype": model.dtype, "callback": watch}
-        return sample(predict, schedule, sigmas, start, s.sampler, noise=noise, original=begun.original, **own)
+        return sample(predict, schedule, run.sigmas, start, s.sampler, noise=noise, original=begun.original, **own)
 
 
-def network(unet: UNet, settings: Settings) -> Callable:
+def network(unet: UNet, run: Run) -> Callable:
     """The U-Net as predict(x, timesteps, cond); XL's is told of a picture that was this large and is not cropped."""
-    h, w = settings.height, settings.width
+    h, w = run.height, run.width
     sizes = (h, w, 0, 0, h, w) if unet.config.addition_embed_type == "text_time" else None  # original, crop, target
 
     last: Any = None  # the texts of the call before, and what the U-Net made of them
@@ -159,7 +160,7 @@ def network(unet: UNet, settings: Settings) -> Callable:
 
 
 def starting_noise(
-    vae: VAE, device: torch.device, settings: Settings, pictures: Sequence[ImageRequest]
+    vae: VAE, device: torch.device, run: Run, pictures: Sequence[ImageRequest]
 ) -> tuple[Callable, torch.Tensor]:
     """(the sampler's noise, the first noise (B, C, h, w)): from the pictures' seeds, or the latents that they bring."""
     import torch
@@ -167,7 +168,7 @@ def starting_noise(
     from ldm.pipeline.edit import varied
     from ldm.pipeline.encode import Noise
 
-    shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
+    shape = (vae.latent_channels, run.height // vae.factor, run.width // vae.factor)
     noise = Noise([picture.seed for picture in pictures], shape, device)
     if all(picture.latents is None for picture in pictures):
         start = noise().cpu()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ldm.nn.vae import VAE
     from ldm.pipeline.drawing import ImageRequest, Watch
     from ldm.pipeline.placement import Placement
-    from ldm.pipeline.settings import Settings
+    from ldm.pipeline.request import Run, Settings
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,20 @@ def varied(start: torch.Tensor, pictures: Sequence[ImageRequest]) -> torch.Tenso
 
 
 def enlarged(
-    model: Model, work: Placement, settings: Settings, pictures: Sequence[ImageRequest], images: torch.Tensor
-) -> tuple[Settings, list[ImageRequest], Start]:
-    """Hires-fix's second run: its settings, its pictures, and where it begins: at images (B, 3, H, W) made larger.
+    model: Model,
+    work: Placement,
+    settings: Settings,
+    second: Run,
+    pictures: Sequence[ImageRequest],
+    images: torch.Tensor,
+) -> tuple[list[ImageRequest], Start]:
+    """Hires-fix's second run: its pictures, and where it begins: at images (B, 3, H, W) made larger.
 
     Made larger as pixels, by Lanczos: latents that are stretched are not the latents of a larger picture, and need
     more strength to become some.
     """
     from PIL.Image import Resampling
 
-    second = settings.second(model.vae.factor)
     height, width = second.height, second.width
     larger = []
     for image in images:
@@ -141,8 +145,8 @@ def enlarged(
         else:
             larger.append(torch.full((1, 3, height, width), float("nan")))
     with work.on(model.vae) as vae:
-        start = Start(Original(encoded(vae, second, larger, work.device)))
-    return second, [replace(picture, latents=None) for picture in pictures], start
+        start = Start(Original(encoded(vae, settings, larger, work.device)))
+    return [replace(picture, latents=None) for picture in pictures], start
 
 
 def later(watch: Watch, steps: int) -> Watch:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.checkpoint import Model
+    from ldm.checkpoint.describe import ModelInfo
     from ldm.pipeline.encode import Encoder
-    from ldm.pipeline.settings import Settings
+    from ldm.pipeline.request import Settings
 
 
 class Engine:
@@ -43,7 +44,7 @@ class Engine:
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.work = Placement(self.device, offload, attention)
-        self.folder = _check_model(model, vae, prediction_type)
+        self.info = _describe(model, vae, prediction_type)
         self._adapters = Adapters(allow_unapplied)
         self._encoder: Encoder | None = None  # the one used last
 
@@ -142,9 +143,9 @@ def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.de
     return picked if offload else model.device, model.dtype
 
 
-def _check_model(model: Any, vae: Any, prediction_type: str | None) -> Path | None:
-    """The model's folder or file, looked at but not loaded; None for a loaded model that came from none."""
-    from ldm.checkpoint import check_model
+def _describe(model: Any, vae: Any, prediction_type: str | None) -> ModelInfo:
+    """What is known of the model, which is not loaded yet."""
+    from ldm.checkpoint.describe import describe
 
     if vae is not None and not isinstance(vae, (str, os.PathLike)):
         raise ConfigError(f"expected a folder or a file, got {type(vae).__name__}", where="vae")
@@ -154,4 +155,4 @@ def _check_model(model: Any, vae: Any, prediction_type: str | None) -> Path | No
         raise ModelError("no such VAE", where=vae)
     if prediction_type is not None and not isinstance(model, (str, os.PathLike)):
         raise ConfigError("a loaded model has its schedule already", where="prediction_type")
-    return check_model(model, vae, prediction_type)
+    return describe(model, vae, prediction_type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import platform
@@ -11,9 +10,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import ldm
-from ldm.pipeline.settings import GUIDANCE_WORDS, Settings
+from ldm.pipeline.request import Settings
 
 if TYPE_CHECKING:
+    from ldm.checkpoint.describe import ModelInfo
     from ldm.pipeline.adapters import Adapter
     from ldm.pipeline.drawing import ImageRequest
     from ldm.pipeline.placement import Placement
@@ -29,7 +29,7 @@ def make_records(model: Any, work: Placement, settings: Settings, pictures: Sequ
     shared = _shared(model, work, settings)
     reports: dict[tuple, dict] = {}
     for texts, adapters in dict.fromkeys((picture.texts, picture.adapters) for picture in pictures):
-        reports[texts, adapters] = _text_report(model.text, texts, settings.runs[0], _words_of(adapters))
+        reports[texts, adapters] = _text_report(model.text, texts, settings.runs[0].steps, _words_of(adapters))
     return [
         {
             "prompt": picture.prompt,
@@ -50,9 +50,10 @@ def _shared(model: Any, work: Placement, settings: Settings) -> dict[str, Any]:
     import torch
 
     device = work.device
-    own_table = settings.sampler == "lcm" or model.schedule.is_flow or settings.levels  # no spacing that has a name
+    explicit = settings.timesteps or settings.sigmas
+    own_table = settings.sampler == "lcm" or model.schedule.is_flow or explicit  # no spacing that has a name
     return {
-        **_words(settings),
+        **settings.keywords(),
         "spacing": settings.spacing or (None if own_table else model.schedule.spacing),
         "model": model.name,
         "model_hash": model.hash,
@@ -68,19 +69,6 @@ def _shared(model: Any, work: Placement, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _words(settings: Settings) -> dict[str, Any]:
-    """Settings under generate's words; of guidance's options those that its kind has."""
-    told: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name == "guidance":
-            options = {word: getattr(value, name) for word, name in GUIDANCE_WORDS.items()}
-            told |= {word: option for word, option in options.items() if option is not None}
-        else:
-            told[field.name] = value
-    return told
-
-
 def _own(picture: ImageRequest) -> dict[str, Any]:
     """What a picture begins at, where that is more than its seed's noise."""
     seed, strength = picture.variation or (None, None)
@@ -88,9 +76,9 @@ def _own(picture: ImageRequest) -> dict[str, Any]:
     return {**varied, **({} if picture.source is None else picture.source.told)}
 
 
-def too_large(model: Any, settings: Settings) -> str | None:
+def too_large(info: ModelInfo, settings: Settings) -> str | None:
     """A line about a size of more pixels than the model was trained on; hires-fix begins small for that reason."""
-    side = (model.unet.config.sample_size or 0) * model.vae.factor
+    side = (info.unet.sample_size or 0) * info.factor
     if not side or settings.height * settings.width <= side**2:
         return None
     size = f"{settings.width}x{settings.height}"

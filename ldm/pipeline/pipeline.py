@@ -11,22 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ldm import console
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import take_adapters
+from ldm.pipeline.checks import check_negative, check_prompts
 from ldm.pipeline.drawing import ImageRequest
 from ldm.pipeline.engine import Engine
+from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, canonical
 from ldm.pipeline.metadata import dtype_name, make_records, too_large, warnings_of
+from ldm.pipeline.request import Request, check_request
 from ldm.pipeline.result import Images
-from ldm.pipeline.settings import (
-    EDITING_WORDS,
-    GUIDANCE_WORDS,
-    Request,
-    Settings,
-    canonical,
-    check_call,
-    check_negative,
-    check_prompts,
-    check_schedule,
-    own_scale,
-)
 from ldm.pipeline.stream import Listener
 from ldm.prompts import check
 
@@ -34,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.checkpoint import Model
+    from ldm.checkpoint.describe import ModelInfo
     from ldm.pipeline.stream import Step
 
 OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
@@ -57,7 +49,7 @@ class Pipeline:
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
     offload          whether parts are kept in main memory, and on the device only while they work
     attention        of the U-Net: auto, or sdpa, chunked, xformers
-    diffusers' and A1111's words for these are taken too (see ldm.pipeline.settings.ALIASES).
+    diffusers' and A1111's words for these are taken too (see ldm.pipeline.keywords.ALIASES).
 
     Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
     model's folder. Loaded models are shared between pipelines. A pipeline may be used by several threads: their calls
@@ -170,58 +162,59 @@ class Pipeline:
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w); where it returns True the
                     work ends, and the result holds the pictures that are finished
         batch_size  how many pictures are denoised together; their bits do not depend on it
-        diffusers' and A1111's words are taken too (see ldm.pipeline.settings.ALIASES).
+        diffusers' and A1111's words are taken too (see ldm.pipeline.keywords.ALIASES).
 
         Raises ConfigError before any weight is read; ModelError; NumericsError where a picture is NaN in fp32 too;
         ResourceError out of memory. Whatever stops a call part-way carries the finished pictures as `.images`.
         """
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in CALL}}
         given, painter = canonical(other, own, OWN), self._painter
-        call = check_call(given, len(self.prompts), painter.vae or painter.folder)
-        check_schedule(call.settings, painter.folder)
+        call = check_request(given, len(self.prompts), painter.info)
         with self._lock:
             model = painter.load()
-            settings = call.settings.resolve(model, call.latents, call.sources)
-            pictures = self._pictures(call, model, settings)
-            records = make_records(model, painter.work, settings, pictures)
+            pictures = self._pictures(call)
+            records = make_records(model, painter.work, call.settings, pictures)
             _tell(records, call.strict)
-            self._tell_sizes(call, model, settings)
-            return self._draw(call, settings, pictures, records)
+            self._tell_sizes(call, painter.info)
+            return self._draw(call, pictures, records)
 
-    def _pictures(self, call: Request, model: Model, settings: Settings) -> list[ImageRequest]:
+    def _pictures(self, call: Request) -> list[ImageRequest]:
         """One for each image of the call, prompt by prompt."""
-        scale = own_scale(model) if call.guidance_scale is None else call.guidance_scale
-        none = (None,) * len(call.seeds)
-        scales = scale if isinstance(scale, tuple) else (scale,) * len(none)
+        none, settings = (None,) * len(call.seeds), call.settings
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [p for p in range(len(self.prompts)) for _ in range(call.num_images)]
         return [
             ImageRequest(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], *own)
-            for p, seed, scale, *own in zip(prompts, call.seeds, scales, latents, call.variations or none, sources)
+            for p, seed, scale, *own in zip(
+                prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources
+            )
         ]
 
-    def _tell_sizes(self, call: Request, model: Model, settings: Settings) -> None:
+    def _tell_sizes(self, call: Request, info: ModelInfo) -> None:
         """Say what is resized, and warn once of a size that the model was not trained on."""
+        settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        line = too_large(model, settings)
+        line = too_large(info, settings)
         if line and line not in self._warned:
             self._warned.add(line)
             console.warn(line)
 
-    def _draw(self, call: Request, settings: Settings, pictures: list[ImageRequest], records: list[dict]) -> Images:
+    def _draw(self, call: Request, pictures: list[ImageRequest], records: list[dict]) -> Images:
         """All pictures with their records; those that are finished, where the callback stops the work."""
         drawn: dict[int, Any] = {}
 
         def finished() -> Images:
             return Images([drawn[row] for row in sorted(drawn)], [records[row] for row in sorted(drawn)])
 
-        steps = -(-len(pictures) // call.batch_size) * sum(settings.runs)  # more where batches are parted
+        steps = -(-len(pictures) // call.batch_size) * sum(
+            run.steps for run in call.settings.runs
+        )  # more where batches are parted
         try:
             with console.progress(total=steps, desc="drawing", unit="step") as bar:
                 watch = _watching(call.callback, bar)
-                for row, image, notes in self._painter.draw(settings, pictures, call.batch_size, watch):
+                for row, image, notes in self._painter.draw(call.settings, pictures, call.batch_size, watch):
                     drawn[row] = image
                     records[row] |= notes
         except Stopped:

@@ -8,7 +8,7 @@ import torch
 from sampler_cases import SD, build_peer, distance, gaussian
 
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.inpaint import Original, begin, blended, keeping, remaining, with_mask
+from ldm.diffusion.inpaint import Original, begin, blended, img2img_sigmas, keeping, with_mask
 from ldm.diffusion.names import FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import sample
@@ -109,7 +109,7 @@ def theirs(kind, unet, autoencoder, name, config, strength, **extra):
 
 
 def ours(network, name, schedule, strength, original, noise=None):
-    sigmas = remaining(schedule.sigmas(STEPS, name), strength)
+    sigmas = img2img_sigmas(schedule.sigmas(STEPS, name), strength)
     guided = cfg(network, states(1), states(2), SCALE)
     return sample(guided, schedule, sigmas, NOISE, name, original=original, noise=noise)
 
@@ -185,7 +185,7 @@ def cases():
 @pytest.mark.parametrize("name, schedule", cases())
 def test_every_sampler_keeps_the_rest_and_shows_it_to_the_network_at_its_noise(name, schedule, strength):
     """With a denoiser that knows no neighbours, what is painted is what a run without a mask paints."""
-    sigmas = remaining(schedule.sigmas(8, name), strength)
+    sigmas = img2img_sigmas(schedule.sigmas(8, name), strength)
     seen = []
 
     def denoise(x, sigma):
@@ -229,11 +229,11 @@ def test_strength_rounds_as_diffusers_does(n, strength):
     steps = min(int(n * strength), n)
     if not steps:
         with pytest.raises(ConfigError, match=f"of {n} steps leaves none.*use at least") as caught:
-            remaining(sigmas, strength)
-        assert len(remaining(sigmas, float(caught.value.todo.split()[3].strip(",")))) > 1  # what it says does work
+            img2img_sigmas(sigmas, strength)
+        assert len(img2img_sigmas(sigmas, float(caught.value.todo.split()[3].strip(",")))) > 1  # what it says does work
         return
-    assert torch.equal(remaining(sigmas, strength), sigmas[n - steps :])
-    assert len(remaining(sigmas, strength)) == steps + 1
+    assert torch.equal(img2img_sigmas(sigmas, strength), sigmas[n - steps :])
+    assert len(img2img_sigmas(sigmas, strength)) == steps + 1
 
 
 def test_blending_is_the_formula_of_a1111():

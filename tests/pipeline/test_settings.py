@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from ldm.checkpoint.describe import describe
 from ldm.errors import ConfigError, ModelError
-from ldm.pipeline import Pipeline, keywords, settings
-from ldm.pipeline.settings import call, checks
+from ldm.pipeline import Pipeline, checks, keywords
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_valid_prompts_are_taken(prompt, tiny_folder):
 
 def test_the_factor_comes_from_the_model(changed_folder, no_weights):
     folder = changed_folder("vae/config.json", {"block_out_channels": [8, 8]})
-    assert call.vae_factor(folder) == 2
+    assert describe(folder).factor == 2
     with pytest.raises(ConfigError, match="7 is not a multiple of 2; use 6 or 8"):
         Pipeline("a cat", model=folder).generate(width=7)
 
@@ -169,24 +169,24 @@ def test_seeds():
 
 
 def test_every_alias_leads_to_a_setting(tiny_folder):
-    own = {*keywords.DEFAULTS, *(name for name in settings.UNSUPPORTED)}
+    own = {*keywords.DEFAULTS, *(name for name in keywords.UNSUPPORTED)}
     own |= {"num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "spacing"}
-    own |= {"width", "height", "callback", *settings.EDITING_WORDS}
-    assert set(settings.ALIASES.values()) <= own
-    assert not set(settings.ALIASES) & own
+    own |= {"width", "height", "callback", *keywords.EDITING_WORDS}
+    assert set(keywords.ALIASES.values()) <= own
+    assert not set(keywords.ALIASES) & own
 
 
 def test_words_of_other_tools_are_the_same_settings():
     ours = dict.fromkeys(["num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"])
     theirs = {"num_images_per_prompt": 2, "steps": 5, "cfg_scale": 3, "sampler_name": "DPM++ 2M", "W": 64}
     theirs |= {"output_type": "pil", "return_dict": True}
-    found = settings.canonical(theirs, ours)
+    found = keywords.canonical(theirs, ours)
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
     }
 
 
 def test_a_joined_label_gives_sampler_and_spacing():
-    assert checks.check_sampler("DPM++ 2M Karras", None) == ("dpmpp_2m", "karras")
-    assert checks.check_sampler("Euler a", "SGM Uniform") == ("euler_ancestral", "sgm_uniform")
-    assert checks.check_sampler(None, "Automatic") == (None, None)
+    assert checks.check_sampler({"sampler": "DPM++ 2M Karras"}) == ("dpmpp_2m", "karras")
+    assert checks.check_sampler({"sampler": "Euler a", "spacing": "SGM Uniform"}) == ("euler_ancestral", "sgm_uniform")
+    assert checks.check_sampler({"spacing": "Automatic"}) == (None, None)

@@ -10,7 +10,7 @@ import pytest
 from prompt_files import entries_of, settings_of
 
 from ldm.errors import ConfigError
-from ldm.pipeline.settings import ALIASES
+from ldm.pipeline.keywords import ALIASES
 from ldm.render.prompts import files
 from ldm.render.prompts.files import read_entries, stdin_file
 from ldm.render.prompts.line_settings import FIELDS, WORDS

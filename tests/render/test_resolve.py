@@ -1,38 +1,13 @@
-"""What a line's settings become, and the model without its weights that they are completed from."""
+"""What a line's settings become."""
 
 import json
 import shutil
 
 import pytest
 
-from ldm.checkpoint import load_model, save_model
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline
-from ldm.render.jobs.model_info import outline
 from ldm.render.jobs.resolve import Resolver
-
-
-@pytest.fixture
-def forms(tiny_folder, tmp_path):
-    """The tiny model as a folder, as one without manifest, and as a single file."""
-    bare, single = tmp_path / "bare", tmp_path / "single.safetensors"
-    shutil.copytree(tiny_folder, bare)
-    (bare / "manifest.json").unlink()
-    save_model(load_model(tiny_folder, "cpu", "fp32"), single, dtype="fp32")
-    return [tiny_folder, bare, single]
-
-
-def test_an_outline_says_what_the_loaded_model_says(forms, monkeypatch):
-    loaded = [load_model(place, "cpu", "fp32", cache=False) for place in forms]
-    for module in ("build", "tensors"):
-        monkeypatch.setattr(f"ldm.checkpoint.{module}.read_tensors", None)  # no weight is read
-    for place, model in zip(forms, loaded):
-        found = outline(str(place))
-        assert (found.name, found.hash, found.path) == (model.name, model.hash, model.path)
-        assert found.schedule == model.schedule and found.unet.config == model.unet.config
-        assert found.vae.factor == model.vae.factor and found.vae.latent_channels == model.vae.latent_channels
-        assert found.info.get("ldm") == model.info.get("ldm")
-    assert outline(str(forms[0])).hash == outline(str(forms[1])).hash  # the manifest says the truth
 
 
 def test_settings_are_those_of_generate(tiny_folder):
@@ -59,7 +34,7 @@ def test_resolved_settings_resolve_to_themselves(tiny_folder):
     settings, _ = resolve(line)
     assert resolve(settings)[0] == settings
     painter, call = resolve.drawable(settings)
-    assert painter.folder == tiny_folder and call.sampler == "lcm" and call.guidance.pag_scale == 2.0
+    assert painter.info.path == tiny_folder.resolve() and call.sampler == "lcm" and call.guidance.pag_scale == 2.0
 
 
 def test_another_vae_is_in_the_hashes(tiny_folder, tmp_path):

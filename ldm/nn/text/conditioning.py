@@ -96,6 +96,12 @@ class OneNetwork:
         return self
 
 
+def check_skip(clip_skip: int, layers: int) -> None:
+    """Raise ConfigError where no layer would be left of so many."""
+    if not 0 <= clip_skip < layers:
+        raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder has {layers} layers")
+
+
 def one_by_one(texts: Sequence[str | None], encode: Callable[[str | None], Conditioning]) -> Conditioning:
     """`encode` of each distinct text alone, so that its bits do not depend on the others, in the order of `texts`.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import ConfigError, ModelError
-from ldm.nn.text.conditioning import Conditioning, OneNetwork, one_by_one
+from ldm.errors import ModelError
+from ldm.nn.text.conditioning import Conditioning, OneNetwork, check_skip, one_by_one
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
@@ -54,11 +54,14 @@ class OpenClipText(OneNetwork):
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
         return Conditioning.cat(self.states(ids) for ids in self._ids(texts).split(64))
 
+    @property
+    def clip_layers(self) -> tuple[int, ...]:
+        """How many layers the encoder has, less those that are left out."""
+        return (len(self.model.transformer.resblocks) - self.left_out,)
+
     def check_skip(self, clip_skip: int) -> None:
         """Raise ConfigError where no layer would be left."""
-        layers = len(self.model.transformer.resblocks) - self.left_out
-        if not 0 <= clip_skip < layers:
-            raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder has {layers} layers")
+        check_skip(clip_skip, *self.clip_layers)
 
     def without_norm(self, text: str, back: int) -> Conditioning:
         """The states `back` layers before the last, (1, S, D) without the final norm, and the projected text (1, P)."""

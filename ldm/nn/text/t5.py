@@ -23,6 +23,8 @@ LONGEST = 512  # tokens, where the tokenizer names no limit: T5 has none itself
 class T5Text(OneNetwork):
     """T5EncoderModel with its tokenizer. Raises ModelError where the two do not belong together."""
 
+    clip_layers: tuple[int, ...] = ()
+
     def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast):
         self.model, self.tokenizer = model, tokenizer
         self._lock = threading.Lock()  # fast tokenizers keep their padding and truncation as state

@@ -38,6 +38,11 @@ class XLText:
         return (*self.first.modules, *self.second.modules)
 
     @property
+    def clip_layers(self) -> tuple[int, ...]:
+        """How many layers each of them has."""
+        return (*self.first.clip_layers, *self.second.clip_layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.first.dtype
 

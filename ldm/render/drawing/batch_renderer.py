@@ -19,7 +19,7 @@ from ldm.render.replay.replay import differences
 
 if TYPE_CHECKING:
     from ldm.pipeline.engine import Engine
-    from ldm.pipeline.settings import Settings
+    from ldm.pipeline.request import Settings
 
 IN_MEMORY = 32  # pictures that drawing begins at
 WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest

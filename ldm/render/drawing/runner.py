@@ -12,8 +12,9 @@ from typing import Any
 
 from ldm import console
 from ldm.errors import ConfigError, Interrupted, ResourceError
+from ldm.pipeline.checks import check_int
+from ldm.pipeline.keywords import ALIASES, GUIDANCE_WORDS, MAX_IMAGES
 from ldm.pipeline.result import Target
-from ldm.pipeline.settings import ALIASES, GUIDANCE_WORDS, MAX_IMAGES, check_int
 from ldm.render.drawing.batch_renderer import BatchRenderer
 from ldm.render.drawing.dry_run import dry
 from ldm.render.drawing.ray_pool import RayPool, check_ray, joined

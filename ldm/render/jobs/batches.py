@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.pipeline.settings import BATCH
+from ldm.pipeline.keywords import BATCH
 from ldm.render.jobs.jobs import Job, canonical
 
 if TYPE_CHECKING:

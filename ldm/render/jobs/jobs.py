@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.settings import MAX_IMAGES
+from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.filenames import safe_name, same_name
 from ldm.render.prompts.files import Entry

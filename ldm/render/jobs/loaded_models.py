@@ -7,8 +7,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint.describe import describe
 from ldm.errors import ConfigError, LdmError
-from ldm.render.jobs.model_info import outline
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
@@ -34,7 +34,7 @@ def _as_its_files(model: Model) -> bool:
     if model.path is None or not model.hash or model.info.get("lora"):
         return False
     try:
-        there = outline(str(model.path))
+        there = describe(str(model.path), hashed=True)
     except LdmError:
         return False
     return there.hash == model.hash and there.schedule == model.schedule

@@ -9,26 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters
+from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
 from ldm.pipeline.drawing import ImageRequest
 from ldm.pipeline.engine import Engine
-from ldm.pipeline.settings import GUIDANCE_WORDS, Settings, check_call, check_guidance, check_prompts, own_scale
-from ldm.pipeline.settings.checks import check_variations
-from ldm.pipeline.settings.sources import DIGESTS, check_sources
+from ldm.pipeline.keywords import GUIDANCE_WORDS
+from ldm.pipeline.request import Settings, card_scale, resolve
+from ldm.pipeline.sources import DIGESTS, check_sources
 from ldm.prompts import check as check_grammar
 from ldm.render.jobs.loaded_models import known
-from ldm.render.jobs.model_info import hash_of, outline
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
-    from ldm.pipeline.settings.sources import Sources
+    from ldm.pipeline.sources import Sources
 
 OWN = ("prompt", "negative_prompt", "seed", "guidance_scale", "lora")  # of a picture, not of a call
 VARIED = ("variation_seed", "variation_strength")  # likewise
 BEGINS = ("image", "mask_image", "outpaint")  # likewise; the size may come from them
 OF_MODEL = ("model", "vae", "dtype")  # of the rest, what is no setting of a call
-CALL = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "guidance")
+CALL = tuple(field.name for field in dataclasses.fields(Settings) if field.name not in ("guidance", "runs"))
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
 
 
@@ -52,7 +53,7 @@ class Resolver:
     ):
         self._lora_dir, self._dtype, self._painter_words = lora_dir, dtype, painter
         self._own, self._loaded = ("default", None) if loaded is None else known(loaded)
-        self._models: dict[tuple[str, str | None], tuple[Engine, Model] | LdmError] = {}
+        self._models: dict[tuple[str, str | None], tuple[Engine, ModelInfo] | LdmError] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], Settings, Sources | None]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
         self._hash = functools.lru_cache(REMEMBERED)(hash_of)
@@ -71,17 +72,17 @@ class Resolver:
         negative = asked.get("negative_prompt", "")
         check_grammar(negative or "", where="negative_prompt")
         shared, _, sources = self._settings(_not_own(asked))
-        painter, model = self.model(shared)
+        painter, info = self.model(shared)
         scale = asked.get("guidance_scale")
         settings = {
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": asked["seed"],
-            "guidance_scale": own_scale(model) if scale is None else check_guidance(scale),
+            "guidance_scale": card_scale(info) if scale is None else check_guidance(scale),
             **shared,
             **_variation(asked),
         }
-        hashes: dict[str, Any] = {"model": model.hash, **_digests(sources)}
+        hashes: dict[str, Any] = {"model": info.hash, **_digests(sources)}
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
@@ -90,8 +91,8 @@ class Resolver:
             hashes["lora"] = [[self._hash(str(adapter.path)), adapter.weight] for adapter in adapters]
         return settings, hashes
 
-    def model(self, settings: Mapping[str, Any]) -> tuple[Engine, Model]:
-        """Who draws with a line's model, and its outline. Raises ModelError, the same each time."""
+    def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
+        """Who draws with a line's model, and what is known of it. Raises ModelError, the same each time."""
         name = settings.get("model", self._own), settings.get("vae")
         if name not in self._models:
             try:
@@ -100,11 +101,11 @@ class Resolver:
                 self._models[name] = error
         return _or_raise(self._models[name])
 
-    def _look_at(self, name: str, vae: str | None) -> tuple[Engine, Model]:
+    def _look_at(self, name: str, vae: str | None) -> tuple[Engine, ModelInfo]:
         given = {"vae": vae, "dtype": self._dtype, **self._painter_words}
         if self._loaded is not None and name == self._own:
-            return Engine(self._loaded, **given), self._loaded
-        return Engine(name, **given), outline(name, vae, self._painter_words.get("prediction_type"))
+            return Engine(self._loaded, **given), describe(self._loaded)
+        return Engine(name, **given), describe(name, vae, self._painter_words.get("prediction_type"), hashed=True)
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:
         """Who draws resolved settings, and with what is shared by all that may be in one batch."""
@@ -142,15 +143,14 @@ class Resolver:
         return self._shared[key]
 
     def _new_settings(self, shared: Mapping[str, Any]) -> tuple[dict[str, Any], Settings, Sources | None]:
-        _, model = self.model(shared)
+        _, info = self.model(shared)
         asked = {name: value for name, value in shared.items() if name not in OF_MODEL and value is not None}
         if unknown := asked.keys() - {*CALL, *GUIDANCE_WORDS, *BEGINS}:
             raise ConfigError("is not supported in prompt files", where=min(unknown), todo="leave it out")
-        words = {**dict.fromkeys(CALL), "emphasis": "original", **asked}
-        call = check_call({**dict.fromkeys(NOT_ASKED), "strict": False, **words}, 1)
-        settings = call.settings.resolve(model, None, call.sources)
-        begins = {} if call.sources is None else {name: asked[name] for name in BEGINS if name in asked}
-        return {**self._of_model(shared), **told(settings), **begins}, settings, call.sources
+        sources = check_sources(asked, 1, 1)
+        settings = resolve(asked, info, sources)
+        begins = {} if sources is None else {name: asked[name] for name in BEGINS if name in asked}
+        return {**self._of_model(shared), **told(settings), **begins}, settings, sources
 
     def _of_model(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         own = {"model": shared.get("model", self._own), "vae": shared.get("vae")}
@@ -158,21 +158,11 @@ class Resolver:
         return {name: str(value) for name, value in own.items() if value is not None}
 
 
-NOT_ASKED = ("num_images", "seed", "guidance_scale", "latents", "callback", "batch_size")  # of a call
-
-
 def told(settings: Settings) -> dict[str, Any]:
     """generate's keywords of resolved settings, but for those that are at what changes nothing."""
-    found = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name != "guidance" and value is not None and value != field.default:
-            found[field.name] = value
-    default = type(settings.guidance)()
-    for word, name in GUIDANCE_WORDS.items():
-        value = getattr(settings.guidance, name)
-        if value != getattr(default, name):
-            found[word] = value
+    neutral = {field.name: field.default for field in dataclasses.fields(settings)} | {"guidance": "cfg"}
+    neutral["guidance_rescale"] = 0.0
+    found = {n: v for n, v in settings.keywords().items() if v is not None and v != neutral.get(n)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 

@@ -1,6 +1,6 @@
 """What a line of a prompt file may set: every tool's words for it, and the check of each value.
 
-The words that ldm.pipeline.settings knows are taken from there; those of prompt files alone stand here.
+The words that ldm.pipeline.keywords knows are taken from there; those of prompt files alone stand here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from typing import Any
 from ldm.config import require
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError, nearest
-from ldm.pipeline.settings import (
-    ALIASES,
-    MAX_IMAGES,
-    MAX_STEPS,
-    UNSUPPORTED,
-    check_guidance,
-    check_int,
-    check_prompts,
-    check_size,
-)
+from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
+from ldm.pipeline.keywords import ALIASES, MAX_IMAGES, MAX_STEPS, UNSUPPORTED
 
 MAX_SEED = 2**63 - 1 - MAX_IMAGES  # image k of a line has seed + k
 

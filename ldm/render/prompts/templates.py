@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ldm.errors import ConfigError, nearest
-from ldm.pipeline.settings import MAX_PROMPT
+from ldm.pipeline.keywords import MAX_PROMPT
 
 MAX_DEPTH = 20  # of braces in braces, and of wildcards in wildcards
 MAX_PICKS = 10_000  # in one prompt

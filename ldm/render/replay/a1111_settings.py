@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.pipeline.settings import UNSUPPORTED
+from ldm.pipeline.keywords import UNSUPPORTED
 from ldm.render.prompts.line_settings import PAIRS, WORDS, check_words
 from ldm.render.replay.a1111_text import Infotext
 from ldm.render.replay.overrides import Changes

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError, DataError, LdmError
-from ldm.pipeline.settings import EDITING_WORDS, GUIDANCE_WORDS
-from ldm.pipeline.settings.sources import DIGESTS
+from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS
+from ldm.pipeline.sources import DIGESTS
 from ldm.render.output.manifest import DONE, FAILED, last_lines
 from ldm.render.prompts.files import Entry
 from ldm.render.prompts.line_settings import FIELDS, check_words

@@ -21,7 +21,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.settings import MAX_IMAGES
+from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.jobs import NOT_OF_THE_PICTURE, canonical
 from ldm.render.prompts.files import Entry
 from ldm.render.prompts.line_settings import WORDS, known_word

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ldm.pipeline.settings import GUIDANCE_OPTIONS
+from ldm.pipeline.keywords import GUIDANCE_OPTIONS
 from ldm.render.output.folder import failures, finished
 from ldm.render.sheets.gallery_page import page
 

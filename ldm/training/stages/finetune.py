@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ldm import images
 from ldm.checkpoint import Model, save_model
+from ldm.checkpoint.describe import describe
 from ldm.checkpoint.lora import networks, with_networks, write_lora_into
 from ldm.console import say
 from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
-from ldm.diffusion.guidance import Guidance, cfg
+from ldm.diffusion.guidance import cfg
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
-from ldm.pipeline.settings import Settings as Drawing
-from ldm.pipeline.settings import own_scale
+from ldm.pipeline.request import card_scale, resolve
 from ldm.training.data import Batch, Dataset, read_pictures
 from ldm.training.distributed import current
 from ldm.training.distributed.wrap import is_sharded
@@ -66,8 +66,9 @@ class Finetune:
         self.xl = self.model.unet.config.addition_embed_type == "text_time"
         side = s.data.resolution
         asked = {"num_inference_steps": s.sample_steps, "height": side, "width": side, "sampler": s.sampler}
-        self.drawing = Drawing(**asked, spacing=None, eta=None, guidance=Guidance()).resolve(self.model)
-        self.guidance_scale = own_scale(self.model) if s.guidance_scale is None else s.guidance_scale
+        info = describe(self.model)
+        self.drawing = resolve(asked, info)
+        self.guidance_scale = card_scale(info) if s.guidance_scale is None else s.guidance_scale
         self.prior: Dataset | None = None
 
     def open(self, pictures: Pictures | None = None) -> Finetune:
@@ -193,7 +194,7 @@ class Finetune:
         for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
             predict = cfg(network, cond, uncond, self.guidance_scale)
-            own = (drawing.noise_levels(self.model.schedule), drawing.sampler, shape, rows, s.seed, self.device)
+            own = (drawing.runs[0].sigmas, drawing.sampler, shape, rows, s.seed, self.device)
             drawn.append(vae.decode(draw_grid(predict, self.model.schedule, *own, drawing.spacing)).cpu())
         return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
 

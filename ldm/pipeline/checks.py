@@ -7,9 +7,13 @@ import operator
 import secrets
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ldm.config import require
+from ldm.diffusion import names
+from ldm.diffusion.guidance import Guidance
 from ldm.errors import ConfigError, nearest
 from ldm.pipeline.keywords import (
     GUIDANCE_WORDS,
@@ -23,11 +27,6 @@ from ldm.pipeline.keywords import (
     STRENGTH,
 )
 from ldm.prompts import EMPHASIS
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.diffusion.guidance import Guidance
 
 
 def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
@@ -81,12 +80,10 @@ def check_guidance(value: Any, images: int | None = None, where: str = "guidance
     return number
 
 
-def make_guidance(scale: float | tuple[float, ...], given: Mapping[str, Any]) -> Guidance:
+def make_guidance(given: Mapping[str, Any]) -> Guidance:
     """The kind of guidance and its options, from generate's keywords. Raises ConfigError naming the keyword."""
-    from ldm.diffusion.guidance import Guidance
-
-    words = {name: given[word] for word, name in GUIDANCE_WORDS.items() if given.get(word) is not None}
-    return Guidance(scale=scale, **words)
+    options = {name: given[word] for word, name in GUIDANCE_WORDS.items() if given.get(word) is not None}
+    return Guidance(scale=1.0, **options)
 
 
 def check_size(value: Any, where: str, factor: int | None) -> int:
@@ -99,10 +96,9 @@ def check_size(value: Any, where: str, factor: int | None) -> int:
     return number
 
 
-def check_sampler(sampler: Any, spacing: Any) -> tuple[str | None, str | None]:
+def check_sampler(given: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Our names of a sampler and a spacing, from anybody's; a joined label ("DPM++ 2M Karras") gives both."""
-    from ldm.diffusion import names
-
+    sampler, spacing = given.get("sampler"), given.get("spacing")
     name, joined = (None, None) if sampler is None else names.resolve(sampler)
     spacing = None if spacing is None else names.resolve_spacing(spacing)
     if joined and spacing and joined != spacing:
@@ -110,11 +106,9 @@ def check_sampler(sampler: Any, spacing: Any) -> tuple[str | None, str | None]:
     return name, spacing or joined
 
 
-def check_eta(value: Any, sampler: str | None) -> float | None:
+def check_eta(value: Any, sampler: str) -> float | None:
     """A number from 0 to 1 for a sampler that takes one; None: the sampler's own."""
-    from ldm.diffusion import names
-
-    names.options(sampler or "ddim", value)  # of a sampler that is not known yet: the range alone
+    names.options(sampler, value)
     return None if value is None else float(value)
 
 
@@ -208,8 +202,6 @@ def _seed(value: Any, where: str = "seed", spare: int = 1) -> int:
 
 
 def _generator_seed(generator: torch.Generator, where: str) -> int:
-    import torch
-
     seed = generator.initial_seed()
     require(generator.device.type == "cpu", "noise is drawn on the CPU; give a CPU generator or a number", where)
     fresh = torch.Generator("cpu").manual_seed(seed).get_state()
@@ -219,8 +211,6 @@ def _generator_seed(generator: torch.Generator, where: str) -> int:
 
 def check_latents(value: Any, images: int) -> torch.Tensor:
     """Starting noise (images, C, h, w), as far as it can be checked without the model."""
-    import torch
-
     require(isinstance(value, torch.Tensor), f"expected a tensor, got {type(value).__name__}", "latents")
     shape = tuple(value.shape)
     require(
@@ -251,13 +241,14 @@ def check_emphasis(value: Any) -> str:
     return value
 
 
-def check_levels(
-    value: Any, where: str, spacing: str | None, steps: int | None
+def check_timesteps(
+    given: Mapping[str, Any], where: str, spacing: str | None, steps: int | None
 ) -> tuple[tuple[float, ...] | None, int | None]:
     """(explicit timesteps or sigmas as numbers, how many steps they are); sigmas may end in the 0 that ends all.
 
     Whether a model has them is for its schedule to say.
     """
+    value = given.get(where)
     if value is None:
         return None, steps
     try:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.errors import ConfigError, DataError, nearest
+from ldm.pipeline.checks import check_int, check_size
 from ldm.pipeline.keywords import MAX_SIZE
-from ldm.pipeline.settings.checks import check_int, check_size
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,0 +1,243 @@
+"""One call of generate: its keywords, checked and completed from what is known of the model before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ldm.checkpoint.describe import ModelInfo
+from ldm.config import require
+from ldm.diffusion import names
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import zero_init
+from ldm.diffusion.inpaint import img2img_sigmas
+from ldm.errors import ConfigError
+from ldm.pipeline import checks
+from ldm.pipeline.keywords import (
+    BATCH,
+    GUIDANCE,
+    GUIDANCE_WORDS,
+    LATENT_SIZE,
+    MAX_IMAGES,
+    MAX_SIZE,
+    MAX_STEPS,
+    SAMPLER,
+    STEPS,
+)
+from ldm.pipeline.sources import Sources, check_sources
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run: an image's first, or the second, larger one of hires-fix."""
+
+    height: int  # pixels
+    width: int
+    sigmas: torch.Tensor  # (n + 1,) fp32 on the CPU, descending: the noise levels that are visited
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are drawn that may be in one batch, with all that the model decides; made by `resolve`."""
+
+    num_inference_steps: int
+    guidance: Guidance  # without its scale, which each image has for itself
+    height: int  # pixels
+    width: int
+    sampler: str
+    spacing: str | None = None  # None: that of the model's schedule
+    timesteps: tuple[float, ...] | None = None  # in place of a spacing's
+    sigmas: tuple[float, ...] | None = None  # likewise
+    eta: float | None = None  # of samplers that have one; None: theirs
+    clip_skip: int = 0  # layers of the text encoder that are left out, as diffusers counts
+    emphasis: str = "original"  # or no_norm
+    strength: float | None = None  # how much of the steps is run on an initial image; None: there is none
+    hires_scale: float | None = None  # draw, make so many times larger, draw on; None: draw once
+    hires_steps: int | None = None  # of the second run, of which hires_strength is run; None: as many as of the first
+    hires_strength: float | None = None
+    vae_tiling: bool | None = None  # whether the VAE works in tiles; None: where the image is large
+    runs: tuple[Run, ...] = field(default=(), compare=False)  # one, with hires-fix two
+
+    def keywords(self) -> dict[str, Any]:
+        """generate's keywords in the order of metadata; of guidance's options those that its kind has."""
+        found: dict[str, Any] = {}
+        for one in dataclasses.fields(self):
+            if one.name == "guidance":
+                options = {word: getattr(self.guidance, name) for word, name in GUIDANCE_WORDS.items()}
+                found |= {word: value for word, value in options.items() if value is not None}
+            elif one.name != "runs":
+                found[one.name] = getattr(self, one.name)
+        return found
+
+
+def resolve(
+    given: Mapping[str, Any], info: ModelInfo, sources: Sources | None = None, latents: torch.Tensor | None = None
+) -> Settings:
+    """generate's keywords (under our names; absent ones are None) with every default of the model filled in.
+
+    `sources` or `latents` decide the size where nothing else does. Raises ConfigError for a value that cannot be, and
+    where size, steps, latents, sources, guidance or text settings do not fit the model.
+    """
+    if info.unet.in_channels != info.latent_channels and (sources is None or not sources.masked):
+        raise ConfigError(f"{info.name} is an inpainting model", where="model", todo="give image and mask_image")
+    steps, (sampler, spacing) = given.get("num_inference_steps"), checks.check_sampler(given)
+    steps = None if steps is None else checks.check_int(steps, "num_inference_steps", 1, MAX_STEPS)
+    timesteps, steps = checks.check_timesteps(given, "timesteps", spacing, steps)
+    sigmas, steps = checks.check_timesteps(given, "sigmas", spacing, steps)
+    require(timesteps is None or sigmas is None, "give either timesteps or sigmas", "timesteps")
+    levels = timesteps or sigmas
+    sampler, joined = names.resolve(sampler or info.card.get("sampler", SAMPLER))
+    if not levels:
+        spacing = _known_spacing(spacing or joined, sampler, info)
+    height, width = _size(given, info, sources, latents)
+    settings = Settings(
+        num_inference_steps=steps or _card_number(info, "num_inference_steps", int, STEPS),
+        guidance=checks.make_guidance(given),
+        height=height,
+        width=width,
+        sampler=sampler,
+        spacing=spacing,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        eta=checks.check_eta(given.get("eta"), sampler),
+        clip_skip=checks.check_int(given.get("clip_skip") or 0, "clip_skip", 0, 100),
+        emphasis=checks.check_emphasis(given.get("emphasis") or "original"),
+        strength=checks.check_strength(given),
+        **checks.check_hires(given),
+        vae_tiling=checks.check_tiling(given.get("vae_tiling")),
+    )
+    _check_fit(settings, info)
+    return dataclasses.replace(settings, runs=_runs(settings, info))
+
+
+def _known_spacing(spacing: str | None, sampler: str, info: ModelInfo) -> str | None:
+    spacing = spacing or (None if sampler == "lcm" else info.card.get("spacing"))  # lcm has its own
+    xl = info.unet.addition_embed_type == "text_time"
+    return "ays_xl" if spacing == "ays" and xl else spacing
+
+
+def _size(
+    given: Mapping[str, Any], info: ModelInfo, sources: Sources | None, latents: torch.Tensor | None
+) -> tuple[int, int]:
+    """(height, width): the given ones, or those of the initial images, the latents or the model's training."""
+    asked = [given.get(name) for name in ("height", "width")]
+    asked = [n if n is None else checks.check_size(n, name, info.factor) for n, name in zip(asked, ("height", "width"))]
+    side = info.unet.sample_size or LATENT_SIZE
+    trained = (side, side) if latents is None else latents.shape[2:]
+    height, width = (n or m * info.factor for n, m in zip(asked, trained))
+    if sources is not None:
+        height, width = sources.size(info.factor, *asked)
+    for n, name in ((height, "height"), (width, "width")):
+        checks.check_size(n, name, info.factor)
+    if latents is not None:
+        expected = (len(latents), info.latent_channels, height // info.factor, width // info.factor)
+        shape = tuple(latents.shape)
+        require(shape == expected, f"this model and size need the shape {expected}, got {shape}", "latents")
+    return height, width
+
+
+def _check_fit(settings: Settings, info: ModelInfo) -> None:
+    """Raise ConfigError where sampler, guidance or text settings do not go with the model."""
+    names.check(settings.sampler, info.schedule.prediction_type, settings.spacing)
+    zero_init(settings.guidance, info.schedule)
+    info.unet.check_attention_layers(settings.guidance.pag_layers or ())
+    limit = info.schedule.num_train_timesteps
+    for name in ("num_inference_steps", "hires_steps"):
+        steps = getattr(settings, name) or 0
+        require(steps <= limit, f"{steps} steps are more than the {limit} of this model", name)
+    if settings.clip_skip and not info.clip_layers:
+        what = f"clip_skip {settings.clip_skip} is impossible: the text encoder is T5, not CLIP"
+        raise ConfigError(what, where="clip_skip")
+    for layers in info.clip_layers:  # XL takes the last layer but one by itself
+        layers -= len(info.clip_layers) > 1
+        what = f"clip_skip {settings.clip_skip} is impossible: the text encoder has {layers} layers"
+        require(settings.clip_skip < layers, what, "clip_skip")
+
+
+def _runs(settings: Settings, info: ModelInfo) -> tuple[Run, ...]:
+    """The sampling runs with their noise levels. Raises ConfigError where these cannot be."""
+    s = settings
+    sigmas = _sigmas(s, info, s.num_inference_steps)
+    first = Run(s.height, s.width, sigmas if s.strength is None else img2img_sigmas(sigmas, s.strength))
+    if s.hires_scale is None:
+        return (first,)
+    height, width = (int(side * s.hires_scale) // info.factor * info.factor for side in (s.height, s.width))
+    require(max(height, width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
+    sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps)
+    return first, Run(height, width, img2img_sigmas(sigmas, s.hires_strength, "hires_strength"))
+
+
+def _sigmas(settings: Settings, info: ModelInfo, steps: int) -> torch.Tensor:
+    if settings.timesteps or settings.sigmas:
+        return info.schedule.given(settings.sampler, settings.timesteps, settings.sigmas)
+    return info.schedule.sigmas(steps, settings.sampler, settings.spacing)
+
+
+def card_scale(info: ModelInfo) -> float:
+    """The guidance scale that a model's card asks for, or 6. Raises ConfigError where it says no number."""
+    return _card_number(info, "guidance_scale", float, GUIDANCE)
+
+
+def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any) -> Any:
+    """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
+    value = info.card.get(name, default)
+    try:
+        number = kind(value)
+        good = 0 < number <= 1000
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        todo = f"mend the card (README.md), or give {name} yourself"
+        raise ConfigError(f"the model's card says {value!r:.80}", where=name, todo=todo)
+    return number
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of generate: its settings, and what images have of their own."""
+
+    settings: Settings
+    num_images: int  # of each prompt
+    seeds: tuple[int, ...]  # one for each image, prompt by prompt
+    guidance_scales: tuple[float, ...]  # likewise
+    latents: torch.Tensor | None  # (images, C, h, w)
+    variations: tuple[tuple[int, float], ...] | None  # (seed, strength) of each image
+    sources: Sources | None  # the initial images
+    batch_size: int  # images that are denoised together; has no influence on the images
+    callback: Callable | None
+    strict: bool  # whether what would be a warning about a prompt is an error
+
+
+def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Request:
+    """generate's keywords (under our names) for `prompts` prompts, checked and resolved.
+
+    Raises ConfigError naming the setting and the values that would do.
+    """
+    num_images, seeds = checks.check_seeds(given["num_images"], given["seed"], prompts)
+    variations = checks.check_variations(given, num_images, prompts)
+    if variations and not isinstance(given["seed"], Sequence):
+        seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
+    scale, batch_size, latents = given["guidance_scale"], given["batch_size"], given["latents"]
+    scale = card_scale(info) if scale is None else checks.check_guidance(scale, len(seeds))
+    latents = None if latents is None else checks.check_latents(latents, len(seeds))
+    sources = check_sources(given, prompts, num_images)
+    return Request(
+        settings=resolve(given, info, sources, latents),
+        num_images=num_images,
+        seeds=seeds,
+        guidance_scales=scale if isinstance(scale, tuple) else (scale,) * len(seeds),
+        latents=latents,
+        variations=variations,
+        sources=sources,
+        batch_size=BATCH if batch_size is None else checks.check_int(batch_size, "batch_size", 1, MAX_IMAGES),
+        callback=checks.check_callback(given["callback"]),
+        strict=checks.check_bool(given["strict"], "strict"),
+    )
