@@ -11,9 +11,10 @@ from typing import Any
 from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.hub import is_hub_id
-from ldm.checkpoint.model import Model, is_single, resolve, settings_of
+from ldm.checkpoint.model import is_single, resolve, settings_of
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single.read import named
+from ldm.checkpoint.types import Model
 from ldm.console import progress
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError

@@ -7,9 +7,7 @@ import operator
 import secrets
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
 from ldm.diffusion import names
@@ -27,6 +25,9 @@ from ldm.pipeline.keywords import (
     STRENGTH,
 )
 from ldm.prompts import EMPHASIS
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
@@ -202,6 +203,8 @@ def _seed(value: Any, where: str = "seed", spare: int = 1) -> int:
 
 
 def _generator_seed(generator: torch.Generator, where: str) -> int:
+    import torch
+
     seed = generator.initial_seed()
     require(generator.device.type == "cpu", "noise is drawn on the CPU; give a CPU generator or a number", where)
     fresh = torch.Generator("cpu").manual_seed(seed).get_state()
@@ -211,6 +214,8 @@ def _generator_seed(generator: torch.Generator, where: str) -> int:
 
 def check_latents(value: Any, images: int) -> torch.Tensor:
     """Starting noise (images, C, h, w), as far as it can be checked without the model."""
+    import torch
+
     require(isinstance(value, torch.Tensor), f"expected a tensor, got {type(value).__name__}", "latents")
     shape = tuple(value.shape)
     require(

@@ -87,7 +87,7 @@ def resolve(
     where size, steps, latents, sources, guidance or text settings do not fit the model.
     """
     if info.unet.in_channels != info.latent_channels and (sources is None or not sources.masked):
-        raise ConfigError(f"{info.name} is an inpainting model", where="model", todo="give image and mask_image")
+        raise ConfigError(f"{info.name} is an inpainting model", where="model", hint="give image and mask_image")
     steps, (sampler, spacing) = given.get("num_inference_steps"), checks.check_sampler(given)
     steps = None if steps is None else checks.check_int(steps, "num_inference_steps", 1, MAX_STEPS)
     timesteps, steps = checks.check_timesteps(given, "timesteps", spacing, steps)
@@ -196,7 +196,7 @@ def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any) -> An
         good = False
     if not good:
         todo = f"mend the card (README.md), or give {name} yourself"
-        raise ConfigError(f"the model's card says {value!r:.80}", where=name, todo=todo)
+        raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=todo)
     return number
 
 

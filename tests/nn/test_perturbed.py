@@ -76,6 +76,6 @@ def test_a_level_without_self_attention_is_refused():
         with pytest.raises(
             ConfigError, match=f"no self-attention in '{level}' of this model; choose from: down.0, down.1, mid, up.1"
         ):
-            unet.check_levels(("mid", level))
+            CONFIG.check_attention_layers(("mid", level))
     with pytest.raises(ConfigError, match=r"pag_layers: .*'down.2'"):
         unet(draw(1, 4, 8, 8), torch.ones(1), draw(1, 7, 24), perturb=torch.tensor([True]), perturb_in=("down.2",))

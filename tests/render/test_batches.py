@@ -52,9 +52,7 @@ def test_what_a_batch_may_mix():
 @pytest.mark.parametrize(("gigabytes", "expected"), [(0.01, 1), (1.0, 1), (4.0, 5), (400.0, 8)])
 def test_less_memory_smaller_batches(monkeypatch, gigabytes, expected):
     monkeypatch.setattr(batches, "_free_memory", lambda device: gigabytes * 1e9)
-    model = SimpleNamespace(
-        unet=SimpleNamespace(config=SimpleNamespace(block_out_channels=(320, 640))), vae=SimpleNamespace(factor=8)
-    )
+    model = SimpleNamespace(unet=SimpleNamespace(block_out_channels=(320, 640)), factor=8)
     cpu, size = torch.device("cpu"), SimpleNamespace(height=512, width=512)
     found = batch_size(model, size, cpu, torch.float32)
     assert found == expected

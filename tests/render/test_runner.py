@@ -233,16 +233,16 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_never_fits(draw, spy
 
 
 def test_a_text_that_cannot_be_encoded_fails_alone(draw, spy, monkeypatch):
-    from ldm.pipeline import encode
+    from ldm.pipeline import encode as encoding
 
-    encode = encode.encode_weighted
+    encode = encoding.encode_weighted
 
     def picky(encoder, texts, *rest):
         if "a dog" in texts:
             raise ConfigError("this text is refused", where="prompt")
         return encode(encoder, texts, *rest)
 
-    monkeypatch.setattr(encode, "encode_weighted", picky)
+    monkeypatch.setattr(encoding, "encode_weighted", picky)
     found = draw(["a cat --d 1", "a dog --d 2", "a red cat --d 3"])
     assert found.counts["rendered"] == 2 and [record["seed"] for record in failures(found.folder)] == [2]
 

@@ -146,7 +146,7 @@ class BatchRenderer:
     def _size_of(self, painter: Engine, settings: Settings) -> int:
         limit = self._limits.get((settings.height, settings.width))
         if limit is None:
-            limit = self._size or batch_size(painter.load(), settings, painter.device, painter.dtype)
+            limit = self._size or batch_size(painter.info, settings, painter.device, painter.dtype)
             self._limits[settings.height, settings.width] = limit
         return limit
 

@@ -12,7 +12,7 @@ from ldm.render.jobs.jobs import Job, canonical
 if TYPE_CHECKING:
     import torch
 
-    from ldm.checkpoint import Model
+    from ldm.checkpoint.describe import ModelInfo
 
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
@@ -69,12 +69,12 @@ def groups(window: Iterable[Job], last: Group | None = None) -> list[tuple[Group
     return sorted(found.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
 
 
-def batch_size(model: Model, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
+def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
     """How many pictures are denoised together, by the memory that is free; a bound, not a promise.
 
     `settings` are a group's (height and width in pixels). A picture is two rows of the U-Net, with and without prompt.
     """
-    config, factor = model.unet.config, model.vae.factor
+    config, factor = info.unet, info.factor
     area = (settings.height // factor) * (settings.width // factor)
     row = area * config.block_out_channels[0] * TENSORS * dtype.itemsize
     row += area * min(area, 4096) * 4  # one head's scores
