@@ -8,7 +8,7 @@ from typing import Any
 
 from registry import case, command
 
-QUICK_RUN = {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "resolution": 64, "held_out": 0.25, "device": "cpu"}
+QUICK_RUN = {"steps": 6, "batch_size": 4, "learning_rate": 0.01, "resolution": 64, "held_out": 0.0, "device": "cpu"}
 QUICK_RUN |= {"precision": "fp32", "warmup": 2, "ema": 0.8, "validate_every": 6, "save_every": 3, "log_every": 1}
 QUICK_RUN |= {"samples": 0, "sample_steps": 2, "seed": 3, "prior_images": 0}
 
@@ -26,12 +26,12 @@ def tuning(name: str, model: str = "sd", quick: bool = False, **words: Any) -> N
 
 
 PRIOR = {"prior_prompt": "a dog", "prior_images": 4, "prior_target": "model", "prior_weight": 2.0}
-tuning("lora", quick=True, lora_rank=4, targets="attention", caption_dropout=0.3, validate_every=3, samples=2)
-tuning("full", quick=True, train="full", lr_schedule="cosine", snr_gamma=5.0, noise_offset=0.05)
+tuning("lora", quick=True, lora_rank=4, caption_dropout=0.3, held_out=0.25, validate_every=3, samples=2)
+tuning("full", quick=True, train="full", held_out=0.25, lr_schedule="cosine", snr_gamma=5.0, noise_offset=0.05)
 tuning("dora with text encoder", train="dora", lora_rank=2, targets="all", text_encoder=True, accumulation=2)
 tuning("full with text encoder", train="full", text_encoder=True, steps=3, optimizer="sgd")
 tuning("full of default", "default", train="full", resolution=128, steps=3, batch_size=2)
-tuning("lora of default", "default", True, lora_rank=8, targets="all", resolution=128, steps=4, batch_size=2, **PRIOR)
+tuning("lora of default", "default", True, lora_rank=8, targets="all", resolution=128, steps=3, batch_size=2, **PRIOR)
 tuning("lora of xl", "xl", lora_rank=4, lora_alpha=2.0, timesteps="logit_normal", timestep_shift=2.0)
 tuning("lora of flow", "flow", lora_rank=4, shuffle_tags=True, cache="off", crop="random", flip=0.5)
 tuning("full to velocity", train="full", prediction_type="v_prediction", zero_terminal_snr=True, square=True)
