@@ -19,7 +19,7 @@ class LdmError(Exception):
     def __init__(self, what: str, *, where: object = None, hint: str | None = None, todo: str | None = None):
         self.what, self.where, self.hint = what, where, hint or todo
         place = "" if where is None else " ".join(str(where).splitlines()) + ": "
-        super().__init__(place + one_line(f"{what}; {self.hint}" if self.hint else what))
+        super().__init__(place + "; ".join(one_line(text) for text in (what, self.hint) if text))
 
     @property
     def todo(self) -> str | None:

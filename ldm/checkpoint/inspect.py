@@ -17,8 +17,8 @@ from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import lora, single
 from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.families import FAMILIES, Family, family_of
-from ldm.checkpoint.layers import target_for
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
+from ldm.checkpoint.lora.target import target_for
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.header import KEY
 from ldm.checkpoint.single.names import UNET
@@ -220,7 +220,7 @@ def _unapplied_of(found: lora.LoraHeader, family: Family | None) -> dict[str, st
     if family is None:
         return reasons
     try:
-        left = lora.fit(found, target_for(family), allow_unapplied=True).unapplied
+        left = lora.match_layers(found, target_for(family), allow_unapplied=True).unapplied
     except ModelError as error:
         return reasons | {key: error.what for entry in found.entries.values() for key in entry.keys.values()}
     return {key: reasons.get(key, f"{family.title} has no such layer") for key in left}
@@ -332,7 +332,7 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines.append(("note", note))
     unapplied = found.get("unapplied", [])
     if unapplied:
-        lines.append(("unapplied", f"{len(unapplied)} keys have no place"))
+        lines.append(("unapplied", f"{len(unapplied)} keys would not be applied"))
     for entry in unapplied[:10]:
         lines.append((f"  {entry['key']}", entry["why"]))
     return "\n".join(_printable(f"{name:<16} {value}" if name else str(value)) for name, value in lines)

@@ -26,6 +26,7 @@ GET_AGAIN = "get the file again"
 class Tensor:
     dtype: str  # a key of ITEM_BYTES
     shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
     size: int  # bytes
 
 
@@ -129,21 +130,22 @@ def parse_header(raw: bytes, size: int, where: object) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed("its metadata is not text", where)
-    spans = sorted((_span(name, entry, where) for name, entry in table.items()), key=lambda span: span[:2])
-    position, tensors = 0, {}
-    for begin, end, name, tensor in spans:
-        if begin != position:
-            raise _malformed(f"{name!r} {'overlaps another tensor' if begin < position else 'follows a hole'}", where)
-        position, tensors[name] = end, tensor
-    expected = 8 + len(raw) + position
-    if expected != size:
-        what = "is truncated" if size < expected else "has bytes after its last tensor"
-        raise _malformed(f"{what} ({size} bytes, its header says {expected})", where)
-    return Header(8 + len(raw), tensors, metadata)
+    start = position = 8 + len(raw)
+    found = ((name, _tensor(name, entry, start, where)) for name, entry in table.items())
+    tensors = dict(sorted(found, key=lambda item: (item[1].begin, item[1].size)))
+    for name, tensor in tensors.items():
+        if tensor.begin != position:
+            problem = "overlaps another tensor" if tensor.begin < position else "follows a hole"
+            raise _malformed(f"{name!r} {problem}", where)
+        position += tensor.size
+    if position != size:
+        what = "is truncated" if size < position else "has bytes after its last tensor"
+        raise _malformed(f"{what} ({size} bytes, its header says {position})", where)
+    return Header(start, tensors, metadata)
 
 
-def _span(name: str, entry: object, where: object) -> tuple[int, int, str, Tensor]:
-    """(begin, end, name, tensor) of one header entry, its size checked against its shape."""
+def _tensor(name: str, entry: object, start: int, where: object) -> Tensor:
+    """One entry of the header, its size checked against its shape; the tensors' bytes begin at `start`."""
     if not name.isprintable() or len(name) > MAX_NAME:
         raise _malformed(f"a tensor has the name {name[:80]!r} … of {len(name)} characters", where)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -158,7 +160,7 @@ def _span(name: str, entry: object, where: object) -> tuple[int, int, str, Tenso
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise _malformed(f"the size of {name!r} does not match its shape", where)
-    return begin, end, name, Tensor(dtype, tuple(shape), end - begin)
+    return Tensor(dtype, tuple(shape), start + begin, end - begin)
 
 
 def _naturals(value: object) -> bool:

@@ -115,7 +115,9 @@ def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> S
     return Source(kind, tuple(tensor.shape), lambda: _placed(name, tensor.detach(), dtype, "cpu", path))
 
 
-def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Advance) -> None:
+def write_tensors(
+    path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Advance = silent
+) -> None:
     """Write a safetensors file, tensor by tensor, in the order and the bytes of the safetensors library.
 
     `advance` hears of the bytes written.

@@ -38,12 +38,12 @@ class Adapters:
 
         Says, once a file, where alpha is taken to be the rank, and which keys are left out.
         """
-        from ldm.checkpoint.lora import fit, read_lora_header, target_at, unapplied_line
+        from ldm.checkpoint.lora import match_layers, read_lora_header, target_at, unapplied_line
 
         headers = [read_lora_header(path) for path in dict.fromkeys(adapter.path for adapter in adapters)]
         target = target_at(model, prediction_type) if headers else None
         for header in headers:
-            found = fit(header, target, self._allow) if target else None
+            found = match_layers(header, target, self._allow) if target else None
             self._fitted |= {header.path} if found else set()
             if header.assumed:
                 console.say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
@@ -60,13 +60,13 @@ class Adapters:
         return self._last[2]
 
     def _merged(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
-        from ldm.checkpoint.lora import fit, read_lora, target_of, unapplied_line, with_loras
+        from ldm.checkpoint.lora import match_layers, read_lora, target_of, unapplied_line, with_loras
 
         loras = [(read_lora(adapter.path), adapter.weight) for adapter in adapters]
         for lora, _ in loras:
             if lora.header.path in self._fitted:
                 continue
-            found = fit(lora.header, target_of(base), self._allow)  # the model's shapes were not to be had at first
+            found = match_layers(lora.header, target_of(base), self._allow)  # its shapes could not be had before
             self._fitted.add(lora.header.path)
             if found.unapplied:
                 console.warn(unapplied_line(lora.header, found))

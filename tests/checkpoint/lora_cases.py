@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 
 from ldm import Pipeline
 from ldm.checkpoint import load_model
-from ldm.checkpoint.lora import fit, read_lora, target_at, write_lora
+from ldm.checkpoint.lora import match_layers, read_lora, target_at, write_lora
 from tests.checkpoint.test_families_folders import DDIM, build
 
 PROMPTS, NEGATIVES, STEPS, SCALE, SIZE = ["a red cat", "a dog"], ["blue", "on red"], 3, 5.0, 64
@@ -104,7 +104,7 @@ class Trained:
         """What diffusers wrote, read and written again by us."""
         lora = read_lora(self.file)
         layers: dict = {}
-        for layer, (part, name) in fit(lora.header, target_at(self.model)).places.items():
+        for layer, (part, name) in match_layers(lora.header, target_at(self.model)).layers.items():
             layers.setdefault(part, {})[name] = lora.layers[layer]
         return write_lora(folder, self.model, layers, layout)
 

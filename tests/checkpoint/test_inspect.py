@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import ldm
 from ldm.checkpoint import load_model
 from ldm.checkpoint.families import FAMILIES
-from ldm.checkpoint.layers import target_for
+from ldm.checkpoint.lora.target import target_for
 from ldm.checkpoint.safety import ITEM_BYTES
 from ldm.checkpoint.single import save_single
 from ldm.checkpoint.single.names import originals, parts_of
@@ -210,7 +210,7 @@ def test_keys_that_would_not_apply_are_told_with_the_reason(tmp_path):
     assert why == {**dict.fromkeys([*stranger, *te], missing), "emb": "is nothing of a low-rank update"}
     assert found["lora"]["alpha"] is None and found["lora"]["alpha_assumed"] == 3
     text = lines(found)
-    assert "5 keys have no place" in text and missing in text
+    assert "5 keys would not be applied" in text and missing in text
     wide = kohya(4, out=64)  # of the right name and the wrong shape
     save_file(wide, tmp_path / "w.safetensors")
     found = ldm.inspect(tmp_path / "w.safetensors")

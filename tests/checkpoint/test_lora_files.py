@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoint.lora import fit, read_lora, read_lora_header, target_at, with_loras, write_lora, write_lora_into
+from ldm.checkpoint.lora import (
+    match_layers,
+    read_lora,
+    read_lora_header,
+    target_at,
+    with_loras,
+    write_lora,
+    write_lora_into,
+)
 from ldm.checkpoint.lora.names import kohya_name, sgm_names
 from ldm.errors import ModelError
 from ldm.nn.lora import LowRank, layers_of
@@ -113,8 +121,8 @@ SPELLINGS = {
 def test_every_spelling_finds_its_layer(trained, name, lora_file):
     down, up, place = SPELLINGS[name]
     file = lora_file({down: torch.randn(2, 32), up: torch.randn(32, 2)})
-    found = fit(read_lora_header(file), target_at(trained("1.5").folder))
-    assert list(found.places.values()) == [place] and found.unapplied == ()
+    found = match_layers(read_lora_header(file), target_at(trained("1.5").folder))
+    assert list(found.layers.values()) == [place] and found.unapplied == ()
 
 
 def alpha_of(file):
@@ -150,10 +158,13 @@ NAN = pair()
 NAN[f"unet.{Q}.lora_B.weight"][3, 1] = float("nan")
 REFUSED = {
     "no place": (pair("unet.nowhere.to_q"), "not one of its 1 layers is in this model"),
-    "some without place": (pair() | pair("unet.nowhere.to_q"), "2 of 4 keys have no place in this model: unet.nowhere"),
+    "some without place": (
+        pair() | pair("unet.nowhere.to_q"),
+        "2 of 4 keys match no layer of this model: unet.nowhere",
+    ),
     "unknown key": (
         pair() | {"unet.conv_in.diff": torch.ones(3)},
-        "1 of 3 keys have no place in this model: unet.conv_in.diff",
+        "1 of 3 keys match no layer of this model: unet.conv_in.diff",
     ),
     "text width": (
         pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", inputs=1024),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
 from ldm.checkpoint import load_model
-from ldm.checkpoint.lora import find_lora, fit, read_lora, target_at
+from ldm.checkpoint.lora import find_lora, match_layers, read_lora, target_at
 from ldm.checkpoint.single import save_single
 from ldm.errors import ConfigError, ModelError
 from ldm.images import read_metadata
@@ -64,7 +64,8 @@ def test_writing_and_reading_keeps_every_bit(trained, kind, layout, tmp_path):
     assert other.header.unknown == () and other.header.assumed == 0 and len(other.layers) == len(one.layers)
     target = target_at(case.folder)
     theirs_at, mine_at = (
-        {place: lora.layers[n] for n, place in fit(lora.header, target).places.items()} for lora in (one, other)
+        {place: lora.layers[n] for n, place in match_layers(lora.header, target).layers.items()}
+        for lora in (one, other)
     )
     assert theirs_at.keys() == mine_at.keys()
     for place, update in theirs_at.items():
@@ -125,7 +126,7 @@ def test_a_weight_is_diffusers_adapter_weight(trained, kind, tmp_path):
 def test_unmerging_gives_back_the_bits_of_the_model(trained):
     case = trained("1.5")
     lora, copied = read_lora(case.file), clone_shared_weights(case.model.unet)
-    places = fit(lora.header, target_at(case.model)).places
+    places = match_layers(lora.header, target_at(case.model)).layers
     updates = {name: [(lora.layers[layer], 0.7)] for layer, (part, name) in places.items() if part == "unet"}
     kept = merge(copied, updates)
     assert not torch.equal(copied.state_dict()[f"{Q}.weight"], case.model.unet.state_dict()[f"{Q}.weight"])

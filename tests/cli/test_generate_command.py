@@ -161,7 +161,7 @@ def test_loras_by_file_and_by_tag(generate, tmp_path, capsys):
     assert told == [(str(file), 0.8), (str(file), 1.0), (str(file), -0.5)]
     save_file({**pair, "unet.nowhere": torch.ones(1)}, file)
     assert generate("a cat", "--lora", str(file)) == 2
-    assert "1 of 3 keys have no place in this model: unet.nowhere" in capsys.readouterr().err
+    assert "1 of 3 keys match no layer of this model: unet.nowhere" in capsys.readouterr().err
     assert generate("a cat", "--lora", str(file), "--allow-unapplied") == 0
     assert "1 keys are not applied: unet.nowhere" in capsys.readouterr().err
 

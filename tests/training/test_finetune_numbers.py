@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from ldm.checkpoint.lora import fit, read_lora, target_at
+from ldm.checkpoint.lora import match_layers, read_lora, target_at
 from ldm.nn.lora import updates_of
 from ldm.training.loop import seeded
 from tests.checkpoint.test_families_folders import build
@@ -118,7 +118,7 @@ def test_a_lora_is_pefts_in_a_plain_loop(dora, pipes, data, tmp_path):
             plain_loss(pipe, unet.train(), stage.data.batch(step), step).backward()
             optimizer.step()
     lora = read_lora(out)
-    for layer, (_, name) in fit(lora.header, target_at(folder)).places.items():
+    for layer, (_, name) in match_layers(lora.header, target_at(folder)).layers.items():
         mine, at = lora.layers[layer], f"{name}.lora_{{}}.default.weight"
         assert torch.allclose(mine.down, parameters[at.format("A")], atol=1e-6)
         assert torch.allclose(mine.up, parameters[at.format("B")], atol=1e-6) and mine.up.abs().max() > 1e-4

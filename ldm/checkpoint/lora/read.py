@@ -214,14 +214,11 @@ def _alphas(
 
 def _scalars(header: Header, keys: Mapping[str, str], path: Path) -> dict[str, float]:
     """The numbers in single-element tensors, read from their places in the file."""
-    places, position = {}, header.size
-    for key, tensor in header.tensors.items():
-        places[key], position = position, position + tensor.size
     values = {}
     with path.open("rb") as handle:
         for layer, key in keys.items():
             entry = header.tensors[key]
-            handle.seek(places[key])
+            handle.seek(entry.begin)
             raw = handle.read(entry.size)
             if entry.dtype == "BF16":  # the upper half of an fp32
                 entry_format, raw = "<f", b"\0\0" + raw
@@ -278,5 +275,5 @@ def _check_manifest(path: Path, digest: str) -> None:
 
 def _short_hash(path: Path) -> str:
     with path.open("rb") as handle:
-        handle.seek(int.from_bytes(handle.read(8), "little"), 1)
+        handle.seek(read_header(path).size)
         return hashlib.file_digest(handle, "sha256").hexdigest()[:12]

@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ldm
-from ldm.checkpoint.lora.apply import networks
 from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
 from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
+from ldm.checkpoint.lora.target import networks
+from ldm.checkpoint.tensors import Source, write_tensors
 from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
 from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
@@ -53,8 +54,8 @@ def write_lora(
     files = {layout: FILE if layout == "peft" else f"{name}.safetensors"}
     contents = _contents(folder, model, layers, files, dtype)
     with atomic_folder(folder) as new:
-        for file, data in contents.items():
-            (new / file).write_bytes(data)
+        for file, content in contents.items():
+            write_tensors(new / file, *content)
         write_manifest(new)
         (new / CARD).write_text(_card(name, files, model, layers, note), encoding="utf-8")
     return folder / files[layout]
@@ -79,8 +80,8 @@ def write_lora_into(
     files = {"peft": FILE, "kohya": f"{name}.safetensors"}
     contents = _contents(folder, model, layers, files, dtype, {WORDS: json.dumps(sorted(words))} if words else {})
     (folder / MANIFEST).unlink(missing_ok=True)  # else it vouches for the old files while the new ones come
-    for file, data in contents.items():
-        atomic_write(folder / file, data)
+    for file, content in contents.items():
+        atomic_write(folder / file, lambda path, content=content: write_tensors(path, *content))
     write_manifest(folder, list(contents))
     atomic_write(folder / CARD, _card(name, files, model, layers, note))
     return folder / FILE
@@ -93,28 +94,16 @@ def _contents(
     files: Mapping[str, str],
     dtype: torch.dtype | None,
     more: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, bytes]:
-    """The files' bytes by their names; `files`: layout -> name; `more` goes into their headers."""
-    from safetensors.torch import save
-
-    layers = {part: dict(found) for part, found in layers.items() if found}
+) -> dict[str, tuple[dict[str, Source], dict[str, str]]]:
+    """File's name -> its tensors and metadata; `files`: layout -> name; `more` goes into the metadata of each."""
+    layers = {part: dict(updates) for part, updates in layers.items() if updates}
     _check(layers, model, folder)
     contents = {}
     for layout, file in files.items():
         tensors, metadata = LAYOUTS[layout](model, layers)
-        placed = {name: _placed(name, tensor, dtype, folder) for name, tensor in tensors.items()}
-        contents[file] = _in_order(save(placed, {"format": "pt", **metadata, **more}))
+        sources = {name: _source(name, tensor, dtype, folder) for name, tensor in tensors.items()}
+        contents[file] = sources, dict(sorted({"format": "pt", **metadata, **more}.items()))
     return contents
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: safetensors writes it in another order each time."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    told = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(told, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _check(layers: Layers, model: Model, folder: Path) -> None:
@@ -128,11 +117,11 @@ def _check(layers: Layers, model: Model, folder: Path) -> None:
             raise ModelError(f"the model has no layer {part}.{missing[0]}", where=folder)
 
 
-def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, folder: Path) -> torch.Tensor:
-    placed = tensor.detach().to("cpu", tensor.dtype if name.endswith(".alpha") else dtype).contiguous()
-    if not placed.isfinite().all():
-        raise ModelError(f"{name!r} holds NaN or infinity", where=folder, todo="nothing was written")
-    return placed
+def _source(name: str, tensor: torch.Tensor, dtype: torch.dtype | None, folder: Path) -> Source:
+    tensor = tensor.detach().to("cpu", tensor.dtype if name.endswith(".alpha") else dtype)
+    if not tensor.isfinite().all():
+        raise ModelError(f"{name!r} holds NaN or infinity", where=folder, hint="nothing was written")
+    return Source(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def _peft(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.lora import LoraHeader, Target, fit, networks, read_lora, target_of
+from ldm.checkpoint.lora import LoraHeader, Target, match_layers, networks, read_lora, target_of
 from ldm.config import require
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
@@ -136,7 +136,7 @@ def places_of(header: LoraHeader, target: Target) -> Mapping[str, tuple[str, str
 
     Raises ModelError where they do not fit, or could not be written for diffusers.
     """
-    places = fit(header, target).places
+    places = match_layers(header, target).layers
     kinds = {(part, "magnitude" in header.entries[layer].keys) for layer, (part, _) in places.items()}
     for part in dict.fromkeys(part for part, _ in kinds):
         if {(part, True), (part, False)} <= kinds:
