@@ -1,4 +1,4 @@
-"""What the user sees while work runs: progress bars, one-line messages, and signals that stop politely."""
+"""Progress bars, one-line messages, and signals that end the work after the current step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SILENT = -2  # of all processes of a run but one: not even warnings
+SILENT = -2  # not even warnings: in all processes of a run except one
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 level = 0  # -1 quiet, 0 normal, 1 verbose; set by the command line
-_warned: set[str] | None = None  # what `hushed` has let through
+_warned: set[str] | None = None  # the warnings that were shown inside `hushed`
 
 
 def progress(
@@ -37,8 +37,8 @@ def progress(
 
 @functools.cache
 def _bar() -> type:
-    """tqdm with a lock of this process alone: its own is shared with forked children, and one that is killed with it
-    in its hand would stop all others for ever."""
+    """tqdm with a lock for this process alone: tqdm's default lock is shared with forked children, and a child that is
+    killed while it holds the lock would block all others for ever."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())
@@ -48,7 +48,7 @@ def _bar() -> type:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """No bars inside of the block, and of the words each warning once: for work that another bar shows as a whole."""
+    """No bars inside the block, and each warning only once: for work that another bar already shows."""
     global level, _warned
     before, level, _warned = (level, _warned), min(level, -1), set()
     try:
@@ -79,10 +79,10 @@ class Terminated(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While active, SIGINT and SIGTERM set `.signal` instead of raising; a second one raises as it does elsewhere:
-    KeyboardInterrupt, of SIGTERM Terminated.
+    """While active, SIGINT and SIGTERM set `.signal` instead of raising; a second one raises KeyboardInterrupt, or
+    Terminated for SIGTERM.
 
-    Long loops ask `if stop.signal:` after each unit of work, save and leave with exit code 128 + signal.
+    Long loops check `if stop.signal:` after each unit of work, save, and exit with the code 128 + signal.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that the first signal ends where it is: for work that changes nothing that is to be saved."""
+        """A block that the first signal ends at once: for work without results to save."""
         try:
             self._waits = False
             yield
@@ -115,7 +115,7 @@ class StopRequest:
         if self.signal is not None:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         self.signal = number
-        with contextlib.suppress(RuntimeError, OSError):  # in the middle of another write; a terminal that is gone
+        with contextlib.suppress(RuntimeError, OSError):  # inside another write; without a terminal
             when = "after this step" if self._waits else "here"
             say(f"stopping {when} ({signal.Signals(number).name}); again to stop at once")
         if not self._waits:

@@ -8,7 +8,7 @@ from typing import Any
 class LdmError(Exception):
     """An expected failure: what went wrong, where, and what to do about it, in one line.
 
-    where  the file, setting or line that is at fault; its spaces are kept, for names of files have them
+    where  the file, setting or line with the fault; its spaces are kept, because file names may have them
     hint   what the user can do about it (`todo` is the old name)
     `exit_code` is what the command line returns: 2 refused before work began, 4 out of disk or memory,
     5 stopped part-way by a named failure with everything before it saved.
@@ -56,13 +56,13 @@ class ResourceError(LdmError):
 
 
 class ProcessGone(LdmError):
-    """Another process of the same run has ended, or hangs: what was saved is good, and can be gone on from."""
+    """Another process of the same run has ended, or hangs; the run can be resumed from what was saved."""
 
     exit_code = 5
 
 
 class Interrupted(LdmError):
-    """A signal stopped the work after its state had been saved; the exit code is 128 + the signal's number."""
+    """A signal stopped the work after its state was saved; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int, what: str, **options: Any):
         super().__init__(what, **options)
@@ -70,12 +70,12 @@ class Interrupted(LdmError):
 
 
 def one_line(text: str) -> str:
-    """The lines of a text joined by spaces; other spaces stay, for names of files have them."""
+    """The lines of a text joined by spaces; other spaces are kept, because file names may have them."""
     return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def first_line(error: Exception) -> str:
-    """Of another library's message, at most 200 characters; its kind where it says nothing."""
+    """The first line of another library's message, at most 200 characters; the error's class where it is empty."""
     return str(error).split("\n")[0][:200] or type(error).__name__
 
 

@@ -24,13 +24,13 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into ResourceError; only FileExistsError passes."""
+    """Turn every OSError of writing `path` into ResourceError, except FileExistsError."""
     try:
         yield
     except OSError as error:
         if isinstance(error, FileExistsError):
             raise
-        todo = {
+        hint = {
             errno.ENOSPC: "free some disk space",
             errno.EDQUOT: "free some of your disk quota",
             errno.EFBIG: "raise the limit on the size of files",
@@ -39,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.ENOTDIR: "choose another folder",
             errno.ENAMETOOLONG: "choose a shorter name",
         }.get(error.errno)
-        raise ResourceError(f"cannot be written ({error.strerror or error})", where=path, todo=todo) from None
+        raise ResourceError(f"cannot be written ({error.strerror or error})", where=path, hint=hint) from None
 
 
 def _create(path: Path) -> int:
@@ -70,23 +70,23 @@ def _fsync_file(path: Path) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # a file is in the place
+    except FileExistsError:  # a file has this name
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that no other write has, with its suffix: writers of pictures go by that."""
+    """A name beside `path` that no other write uses, with its suffix, by which writers of images choose the format."""
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= 32 else ""
     return path.with_name(f".tmp-{os.getpid()}-{next(_numbers)}{suffix}")
 
 
 def _publish(tmp: Path, path: Path) -> None:
-    """Give `tmp` the name `path`; FileExistsError where that is taken."""
+    """Rename `tmp` to `path`. Raises FileExistsError where `path` exists."""
     try:
         os.link(tmp, path)
     except FileExistsError:
         raise
-    except OSError:  # file systems without hard links
+    except OSError:  # a file system without hard links
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             os.replace(tmp, path)
@@ -103,8 +103,9 @@ def atomic_write(
 ) -> Path:
     """Write a whole file or nothing: a temporary name beside it (or in `scratch`, an existing folder), fsync, rename.
 
-    `data` is the content, or a function that writes the path it is given. With `overwrite=False` an existing file is
-    kept and FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be written.
+    `data` is the content, or a function that writes to the path that it is called with. With `overwrite=False` an
+    existing file is kept and FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be
+    written.
     """
     path = Path(path)
     tmp = _temporary(Path(scratch or path.parent) / path.name)
@@ -131,7 +132,7 @@ def atomic_write(
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block ends well; on any error nothing is left of it.
+    """Yield a temporary folder that becomes `target` when the block succeeds; on any error it is removed.
 
     An existing `target` is moved aside first and removed after the new one is in place; a link is followed. Raises
     ResourceError when the disk is full or the folder cannot be written.
@@ -170,7 +171,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: str | Path) -> list[str]:
-    """Remove what killed writers left (`.tmp-PID-…`), put back what they moved aside; returns the names."""
+    """Remove what killed writers left (`.tmp-PID-…`) and restore what they moved aside; returns the names."""
     folder, swept = Path(folder), []
     left = [p for p in folder.glob(".*") if re.match(r"\.(tmp|old)-\d+-.", p.name)]
     for path in sorted(left, key=lambda p: p.lstat().st_mtime, reverse=True):  # the newest of two goes back
@@ -186,7 +187,7 @@ def sweep(folder: str | Path) -> list[str]:
 
 
 def sha256(path: str | Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """Hex digest of a file, streamed; `advance` hears of the bytes read."""
+    """Hex digest of a file, streamed; `advance` is called with the number of bytes read."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as handle:
         while block := handle.read(1 << 20):
@@ -209,7 +210,7 @@ def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Pa
 def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambda size: None) -> dict[str, dict]:
     """Check every file that `manifest.json` lists; {} where there is no manifest.
 
-    Raises ModelError naming the first file that is missing, of another size or of other content.
+    Raises ModelError that names the first file that is missing or differs in size or content.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -219,19 +220,19 @@ def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambd
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         listed = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ModelError("the manifest is damaged", where=path, todo="get the folder again") from None
+        raise ModelError("the manifest is damaged", where=path, hint="get the folder again") from None
     for name, (digest, size) in listed.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
         if not file.is_file():
-            raise ModelError("listed in the manifest, but missing", where=file, todo="get the folder again")
+            raise ModelError("listed in the manifest, but missing", where=file, hint="get the folder again")
         try:
             right = file.stat().st_size == size and sha256(file, advance) == digest
         except OSError as error:
             raise ModelError(f"cannot be read ({error.strerror or error})", where=file) from None
         if not right:
-            raise ModelError("does not match the manifest's sha256", where=file, todo="get the file again")
+            raise ModelError("does not match the manifest's sha256", where=file, hint="get the file again")
     return files
 
 
@@ -252,7 +253,7 @@ def unused_path(folder: str | Path, stem: str, suffix: str) -> Path:
 
 
 def _existing(folder: str | Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing parent."""
     probe = Path(folder).absolute()
     with disk_errors(Path(folder)):
         while not probe.exists():
@@ -264,7 +265,7 @@ def require_writable(folder: str | Path) -> None:
     """Raise ResourceError unless a file can be created in `folder` (or its nearest existing parent)."""
     probe = _existing(folder)
     if not probe.is_dir():
-        raise ResourceError("is a file, not a folder", where=probe, todo="choose another folder")
+        raise ResourceError("is a file, not a folder", where=probe, hint="choose another folder")
     name = probe / f".tmp-{os.getpid()}-probe"
     try:
         with disk_errors(Path(folder)):
@@ -280,19 +281,19 @@ def require_space(folder: str | Path, needed: int) -> None:
     free = shutil.disk_usage(probe).free
     if free < needed:
         raise ResourceError(
-            f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=folder, todo="free some disk space"
+            f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=folder, hint="free some disk space"
         )
 
 
 class Lock:
-    """One writer for a folder: holds `.lock` with its pid; the lock of a dead process is taken over.
+    """One writer for a folder: a lock on the file `.lock`, which holds the writer's pid.
 
-    A record lock: the kernel drops it with its process, and worker processes that outlive a killed run do not inherit
-    it. It is dropped too when this process opens and closes `.lock` anywhere else. Raises ResourceError naming the
-    process that holds it.
+    It is a POSIX record lock: the kernel releases it when the process ends, and forked workers that outlive a run
+    do not inherit it (unlike filelock's flock). It is also released when this process closes `.lock`
+    anywhere else. Raises ResourceError that names the process that holds the lock.
     """
 
-    _held: typing.ClassVar[dict[Path, int]] = {}  # path → pid: record locks never object to their own process
+    _held: typing.ClassVar[dict[Path, int]] = {}  # path -> pid; record locks never exclude their own process
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder).resolve() / ".lock"
@@ -300,7 +301,7 @@ class Lock:
     def __enter__(self) -> Lock:
         with disk_errors(self.path):
             _make_folder(self.path.parent)
-            if self._held.get(self.path) == os.getpid():  # not what a forked child inherited
+            if self._held.get(self.path) == os.getpid():  # a forked child inherits the table, not the lock
                 raise self._refusal(os.getpid())
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -317,15 +318,15 @@ class Lock:
         try:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system that knows no locks
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 raise
             raise self._refusal(os.read(self._handle, 32).decode("ascii", "replace").strip() or "?") from None
         os.ftruncate(self._handle, 0)
         os.write(self._handle, str(os.getpid()).encode())
 
     def _refusal(self, holder: object) -> ResourceError:
-        todo = "wait for it or choose another folder"
-        return ResourceError(f"is in use by process {holder}", where=self.path.parent, todo=todo)
+        hint = "wait for it or choose another folder"
+        return ResourceError(f"is in use by process {holder}", where=self.path.parent, hint=hint)
 
     def __exit__(self, *_exc) -> None:
         self._held.pop(self.path, None)

@@ -1,4 +1,4 @@
-"""The four parts of a model, built from a checked folder: settings first, then each weight file once."""
+"""Build the four parts of a model from a checked folder: settings first, then each weight file once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ldm.nn.unet import UNet, UNetConfig
     from ldm.nn.vae import VAE
 
-PREFIX = "text_model."  # on CLIP's keys in files since ever; transformers 5 leaves it out of CLIPTextModel
+PREFIX = "text_model."  # of CLIP's keys in files; transformers 5 leaves it out of CLIPTextModel
 TIED = "encoder.embed_tokens.weight"  # T5's second name for shared.weight
 
 
 def unet_config(layout: Layout) -> UNetConfig:
-    """The settings in `unet/config.json`. Raises ModelError for those that are not supported."""
+    """The settings in `unet/config.json`. Raises ModelError for unsupported ones."""
     from ldm.nn.unet import UNetConfig
 
     where = layout.folder / "unet/config.json"
@@ -30,21 +30,24 @@ def unet_config(layout: Layout) -> UNetConfig:
 
 
 def build_unet(layout: Layout, state: Mapping[str, torch.Tensor]) -> UNet:
-    """The U-Net of `unet/config.json` with these tensors. Raises ModelError for settings or keys that do not fit."""
+    """The U-Net of `unet/config.json` with these tensors. Raises ModelError for unsupported settings and wrong keys."""
     from ldm.nn.unet import load_unet
 
     return load_unet(unet_config(layout), state, layout.folder / "unet")
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
-    """The autoencoder of a `config.json` with these tensors; the key names of older files are taken too."""
+    """The autoencoder of a `config.json` with these tensors; keys of older files are accepted too."""
     from ldm.nn.vae import VAE
 
     return _checked(lambda: VAE.from_state(config, state, folder), folder / "config.json")
 
 
 def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]]) -> TextEncoder:
-    """The folder's text encoders (component -> tensors) with their tokenizers. Raises ModelError where they clash."""
+    """The folder's text encoders with these tensors (component -> name -> tensor) and their tokenizers.
+
+    Raises ModelError where they do not belong together.
+    """
     from ldm.nn.text import XLText
 
     if layout.text_class("text_encoder") in T5:
@@ -78,11 +81,11 @@ def clip_text(
     where: object,
     words: Iterable[str] | None = None,
 ) -> ClipText:
-    """CLIP's text encoder from config.json and tensors, in eval mode; keys with and without `text_model.` are taken.
+    """CLIP's text encoder from config.json and tensors, in eval mode; keys may begin with `text_model.` or not.
 
-    config["architectures"][0] is CLIPTextModel (or nothing) or CLIPTextModelWithProjection; `words` are those that it
-    was trained on, where they are few and known. Raises ModelError for tensors that do not fit, and where the tokenizer
-    has more words than the encoder or another end of text.
+    config["architectures"][0] is CLIPTextModel (the default) or CLIPTextModelWithProjection; `words` are the words that
+    it was trained on, where these are few and known. Raises ModelError for tensors that do not fit, and where the
+    tokenizer has more words than the encoder or another end of text.
     """
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -95,7 +98,7 @@ def clip_text(
     settings = _checked(lambda: CLIPTextConfig.from_dict(dict(config)), where)
     names = _checked(lambda: list(_on_meta(lambda: kind(settings)).state_dict()), where)
     encoder = load_weights(lambda: kind(settings), named_as(state, names), where)
-    for name, buffer in list(encoder.named_buffers()):  # not in the files: only the positions 0, 1, 2, …
+    for name, buffer in list(encoder.named_buffers()):  # not in the files: the positions 0, 1, 2, …
         if buffer.is_meta and name.endswith("position_ids"):
             device = next(encoder.parameters()).device
             positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
@@ -112,16 +115,19 @@ def t5_text(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokeni
 
     settings = _checked(lambda: T5Config.from_dict(dict(config)), where)
     names = _checked(lambda: list(_on_meta(lambda: T5EncoderModel(settings)).state_dict()), where)
-    twice = state.get("shared.weight", state.get(TIED))  # one table of words under one or both of its names
-    given = {**state, **({} if twice is None else {name: twice for name in ("shared.weight", TIED) if name in names})}
-    encoder = load_weights(lambda: T5EncoderModel(settings), given, where)
+    shared = state.get("shared.weight", state.get(TIED))  # one table under one or both of its names
+    tensors = {
+        **state,
+        **({} if shared is None else {name: shared for name in ("shared.weight", TIED) if name in names}),
+    }
+    encoder = load_weights(lambda: T5EncoderModel(settings), tensors, where)
     encoder.set_input_embeddings(encoder.shared)
     read = _checked(lambda: PreTrainedTokenizerFast.from_pretrained(str(tokenizer), local_files_only=True), tokenizer)
     return _checked(lambda: T5Text(encoder, read), tokenizer)
 
 
 def text_widths(layout: Layout) -> tuple[int, int | None]:
-    """Widths of the states and of the pooled text, as the configs say them; T5 has no pooled text."""
+    """Widths of the text's states and of the pooled text, from the configs; T5 has no pooled text."""
     configs = [layout.configs[part] for part in layout.texts()]
     if layout.text_class("text_encoder") in T5:
         return configs[0].get("d_model", 512), None
@@ -131,18 +137,18 @@ def text_widths(layout: Layout) -> tuple[int, int | None]:
 
 
 def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """The text encoder's tensors with or without the `text_model.` prefix, as `names` have it; position ids dropped."""
-    wanted = set(names)
+    """The text encoder's tensors, with or without the prefix `text_model.` as in `names`; without position ids."""
+    known = set(names)
 
     def name(key: str) -> str:
-        other = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
-        return other if key not in wanted and other in wanted else key
+        alternative = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
+        return alternative if key not in known and alternative in known else key
 
     return {name(key): tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
 
 
 def check_fit(config: UNetConfig, channels: int, width: int, where: object, pooled: int | None = None) -> None:
-    """Raise ModelError unless the U-Net goes with a VAE of so many latent channels and text states of this width.
+    """Raise ModelError unless the U-Net fits a VAE with `channels` latent channels and text states of this `width`.
 
     `pooled` is the width of the pooled text, where there is one; XL's U-Net reads it.
     """
@@ -150,9 +156,9 @@ def check_fit(config: UNetConfig, channels: int, width: int, where: object, pool
         what = f"the U-Net is for text of width {config.cross_attention_dim}, this one has {width}"
         raise ModelError(what, where=where)
     if config.addition_embed_type == "text_time" and pooled is not None:
-        wanted = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        if pooled != wanted:
-            what = f"the U-Net is for pooled text of width {wanted}, this one has {pooled}"
+        expected = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        if pooled != expected:
+            what = f"the U-Net is for pooled text of width {expected}, this one has {pooled}"
             raise ModelError(what, where=where)
     if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
         shape = f"{config.in_channels} channels in, {config.out_channels} out"
@@ -168,8 +174,8 @@ def read_part(
         tensors, digest = read_tensors(path, dtype, device, advance)
         name = path.relative_to(layout.folder).as_posix()
         digests[name] = check_digest(layout, name, digest)
-        if twice := state.keys() & tensors.keys():
-            raise ModelError(f"{min(twice)!r} is in two shards", where=path)
+        if repeated := state.keys() & tensors.keys():
+            raise ModelError(f"{min(repeated)!r} is in two shards", where=path)
         state |= tensors
     return state
 
@@ -182,13 +188,13 @@ def _on_meta(build: Callable[[], Any]) -> Any:
 
 
 def _checked(build: Callable[[], Any], where: object) -> Any:
-    """What `build` makes of someone else's settings, whatever those make it raise turned into one line."""
+    """The result of `build`; every error that a file's settings cause becomes a ModelError."""
     try:
         return build()
     except LdmError as error:
         if error.where is not None:
             raise
-        raise type(error)(error.what, where=where, todo=error.todo) from None
+        raise type(error)(error.what, where=where, hint=error.hint) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise ModelError(f"the settings cannot be used ({reason})", where=where, todo="get the folder again") from None
+        raise ModelError(f"the settings cannot be used ({reason})", where=where, hint="get the folder again") from None

@@ -1,4 +1,4 @@
-"""A model from one layout into another: folder, hub id or single file in, folder or single file out, without loss."""
+"""Convert a model without loss: a folder, hub id or single file into a folder or a single file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from ldm.checkpoint.save import refuse_foreign, save_model
 from ldm.device import DTYPES
 from ldm.errors import ConfigError, ModelError, nearest
 
-HALVES = {"F16": "fp16", "BF16": "bf16", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}  # what holds these without loss
-WHOLE = 50_000  # megabytes of a file: one for each part, as other programs look for them
+# stored type -> the smallest of ours that holds it without loss
+HALVES = {
+    "F16": "fp16",
+    "BF16": "bf16",
+    "F8_E4M3": "bf16",
+    "F8_E5M2": "bf16",
+}
+MAX_SHARD_MB = 50_000  # one file for each part, as other programs expect
 
 
 def convert(
@@ -27,9 +33,9 @@ def convert(
     """Write `model` (a folder, a single file, a hub id) as `out`: a single file if that ends with .safetensors, else a
     diffusers folder. Returns its path.
 
-    `dtype` (fp32, fp16, bf16) is that of the weights unless given. `prediction_type` and `vae` are as in load_model;
-    the model card goes along. Raises ConfigError and ModelError before any weight is read: for a model that cannot be
-    used, and an `out` that is there already and no model; ResourceError where it cannot be written.
+    `dtype` (fp32, fp16, bf16) is the weights' own by default. `prediction_type` and `vae` are as in load_model; the
+    model card is copied. Raises ConfigError and ModelError before any weight is read: for a model that cannot be used,
+    and an `out` that exists and is no model; ResourceError where it cannot be written.
     """
     import torch
 
@@ -37,33 +43,33 @@ def convert(
     to_single = out.suffix.lower() == single.SUFFIX
     if out.suffix.lower() in PICKLES:
         raise ModelError(
-            "only safetensors is written", where=out, todo=f"end the name with {single.SUFFIX}, or nothing"
+            "only safetensors is written", where=out, hint=f"end the name with {single.SUFFIX}, or nothing"
         )
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r:.80}", where="dtype", todo=nearest(str(dtype), DTYPES))
+        raise ConfigError(f"unknown dtype {dtype!r:.80}", where="dtype", hint=nearest(str(dtype), DTYPES))
     (single.check_target if to_single else refuse_foreign)(out)
     check_model(model, vae, prediction_type)
-    place = resolve(model)
-    if out.exists() and out.samefile(place):
-        raise ModelError("is the model itself", where=out, todo="choose another name")
-    kind = getattr(torch, DTYPES[dtype or stored_dtype(place, ("vae",) if vae is not None else ())])
-    loaded = load_model(model, "cpu", kind, vae, cache=False, prediction_type=prediction_type)
+    source = resolve(model)
+    if out.exists() and out.samefile(source):
+        raise ModelError("is the model itself", where=out, hint="choose another name")
+    weights_dtype = getattr(torch, DTYPES[dtype or stored_dtype(source, ("vae",) if vae is not None else ())])
+    loaded = load_model(model, "cpu", weights_dtype, vae, cache=False, prediction_type=prediction_type)
     for group, count in loaded.info.get("ignored_keys", {}).items():
         console.say(f"left out: {count} of {group}")
     modules = (loaded.unet, loaded.vae.module, *loaded.text.modules)
-    total = sum(p.numel() for module in modules for p in module.parameters()) * kind.itemsize
+    total = sum(p.numel() for module in modules for p in module.parameters()) * weights_dtype.itemsize
     with console.progress(total=total, desc=f"writing {out.name}", unit="B", disable=total < 1 << 30) as bar:
         if to_single:
-            return single.save_single(loaded, out, kind, card_of(loaded), bar.update)
-        return save_model(loaded, out, kind, WHOLE, card_of(loaded), bar.update)
+            return single.save_single(loaded, out, weights_dtype, card_of(loaded), bar.update)
+        return save_model(loaded, out, weights_dtype, MAX_SHARD_MB, card_of(loaded), bar.update)
 
 
-def stored_dtype(place: Path, skip: tuple[str, ...] = ()) -> str:
-    """fp32, fp16 or bf16: the least that holds every weight of a model's folder or single file without loss."""
-    if is_single(place):
-        kinds = _kinds(read_header(place), single.plan_of(place, "epsilon", skip).places)
+def stored_dtype(path: Path, skip: tuple[str, ...] = ()) -> str:
+    """fp32, fp16 or bf16: the smallest that holds every weight of a model's folder or file without loss."""
+    if is_single(path):
+        kinds = _kinds(read_header(path), single.plan_of(path, "epsilon", skip).places)
     else:
-        layout = layouts.read_layout(place, skip)
+        layout = layouts.read_layout(path, skip)
         headers = [read_header(path) for part in layout.weights for path in layout.shards(part)]
         kinds = set().union(*(_kinds(header, header.tensors) for header in headers))
     names = {HALVES.get(kind, "fp32") for kind in kinds}

@@ -23,6 +23,6 @@ def default_folder() -> Path:
     folder = shipped("weights") / "default"
     if not folder.is_dir():
         raise ModelError(
-            "the default model is not there", where=folder, todo="install the package again, or name a model folder"
+            "the default model is not there", where=folder, hint="install the package again, or name a model folder"
         )
     return folder

@@ -1,4 +1,4 @@
-"""The families of Stable Diffusion and their settings, as diffusers' folders have them; told from names and shapes.
+"""The families of Stable Diffusion and their settings, as in diffusers' folders; recognised by names and shapes.
 
 Nothing here imports torch or reads a file. Sources: the config.json files of stable-diffusion-v1-5,
 stable-diffusion-2-1 (and -base), stable-diffusion-xl-base-1.0 and the inpainting models of each.
@@ -26,7 +26,7 @@ class Family:
     text: Mapping[str, Config]  # component (text_encoder, text_encoder_2) -> its config
     pads: Mapping[str, str]  # component -> the token that its tokenizer pads with
     resolution: int  # pixels of a side
-    prediction_type: str | None = "epsilon"  # of a file that says nothing; None: it has to say
+    prediction_type: str | None = "epsilon"  # of a file that does not name it; None: a file must name it
 
     @property
     def inpainting(self) -> bool:
@@ -35,7 +35,7 @@ class Family:
     def configs(self, prediction_type: str, zero_snr: bool = False) -> dict[str, Config]:
         """Component -> settings, `scheduler` included, of a model with this prediction type.
 
-        `zero_snr`: trained down to pure noise, which wants trailing spacing (Lin et al. 2024).
+        `zero_snr`: trained down to pure noise, which needs trailing spacing (Lin et al. 2024).
         """
         size, spacing = self.resolution, "trailing" if zero_snr else "leading"
         if self.name == "sd2" and prediction_type == "v_prediction":
@@ -109,10 +109,10 @@ CLIP = {  # what all of them share
 }
 
 
-def _clip(width: int, layers: int, heads: int, activation: str, projection: int, pad: int, **other: Any) -> Config:
+def _clip(width: int, layers: int, heads: int, activation: str, projection: int, pad: int, **more: Any) -> Config:
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads, "hidden_act": activation, "projection_dim": projection}
-    return {**CLIP, **sizes, "pad_token_id": pad, **other}
+    return {**CLIP, **sizes, "pad_token_id": pad, **more}
 
 
 CLIP_L = _clip(768, 12, 12, "quick_gelu", 768, pad=49407)  # OpenAI's ViT-L/14
@@ -136,7 +136,7 @@ XL = Family(
 
 
 def _inpainting(family: Family) -> Family:
-    """The same family with a U-Net that sees the mask and the masked picture too."""
+    """The same family with a U-Net that also sees the mask and the masked image."""
     unet = {**family.unet, "in_channels": 9}
     return replace(family, name=f"{family.name}-inpainting", title=f"{family.title} inpainting", unet=unet)
 
@@ -156,7 +156,7 @@ OTHERS = {  # a part of a name -> what has such names and is none of these
     "edm_vpred.": "CosXL, which is not supported",
 }
 ROOTS = ("alphas_cumprod", "one_minus_alphas_cumprod", "recip_alphas_cumprod", "recipm1_alphas_cumprod")
-SCHEDULE_BUFFERS = {  # of the noise schedule, in old files of whole models: made anew from its settings
+SCHEDULE_BUFFERS = {  # of the noise schedule, in old files of whole models: computed from its settings instead
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "lvlb_weights", "logvar"),
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
     *("scale_factor", "denoiser.sigmas", *(f"sqrt_{name}" for name in ROOTS)),
@@ -165,9 +165,9 @@ CHANNELS = {5: "a depth model", 7: "an upscaler", 8: "InstructPix2Pix"}
 
 
 def family_of(shapes: Mapping[str, tuple[int, ...]], where: object = None) -> Family:
-    """The family of a model's tensors, by the original names or diffusers', of the U-Net alone or of all parts.
+    """The family of a model, by its tensors' names (the original ones or diffusers') and shapes.
 
-    Raises ModelError that says what else it is.
+    The tensors may be the U-Net's alone. Raises ModelError that says what else they are.
     """
     for mark, name in OTHERS.items():
         if any(mark in key for key in shapes):
@@ -178,12 +178,12 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], where: object = None) -> Fa
     if conv is None or width is None or len(conv) != 4:
         raise ModelError("holds no U-Net of Stable Diffusion 1.x, 2.x or XL", where=where)
     of_width = [family for family in FAMILIES.values() if family.unet["cross_attention_dim"] == width]
-    found = next((family for family in of_width if family.unet["in_channels"] == conv[1]), None)
-    if found and conv[0] == found.unet["block_out_channels"][0]:
-        return found
+    match = next((family for family in of_width if family.unet["in_channels"] == conv[1]), None)
+    if match and conv[0] == match.unet["block_out_channels"][0]:
+        return match
     if width == 1280 and conv[0] == 384:
         raise ModelError("is the XL refiner, which is not supported", where=where)
     if of_width and conv[1] in CHANNELS:
         raise ModelError(f"is {CHANNELS[conv[1]]}, which is not supported", where=where)
     what = f"the U-Net (text of width {width}, {conv[1]} channels in, first layer of {conv[0]})"
-    raise ModelError(f"{what} is of no known family", where=where, todo="convert it from its diffusers folder")
+    raise ModelError(f"{what} is of no known family", where=where, hint="convert it from its diffusers folder")

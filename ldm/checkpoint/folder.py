@@ -59,7 +59,7 @@ OTHERS = {  # pipelines that people will bring, by a part of their class name
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of one model (or of an autoencoder alone: no index), found and checked; all paths exist."""
+    """The files of one model (or of an autoencoder alone, without an index), checked; all paths exist."""
 
     folder: Path
     index: Mapping[str, Any]  # model_index.json
@@ -68,7 +68,7 @@ class Layout:
     manifest: Mapping[str, Mapping[str, Any]]  # path in the folder -> sha256, size; {} without a manifest
 
     def settings(self) -> list[str]:
-        """Everything that loading reads beside weights, as paths in the folder."""
+        """Every file beside the weights that loading reads, as paths in the folder."""
         files = [path for paths in self.weights.values() for path in paths]
         indexes = [path.relative_to(self.folder) for path in files if path.suffix == ".json"]
         names = [p.as_posix() for p in indexes]
@@ -77,12 +77,12 @@ class Layout:
         elif self.configs.keys() == {"text_encoder"}:
             names.append("text_encoder/config.json")
         else:
-            names.append("config.json")  # of an autoencoder's own folder
+            names.append("config.json")  # an autoencoder's folder
         tokenizers = [self.tokenizer(part) for part in self.texts()]
         return names + [f"{t.name}/{name}" for t in tokenizers for name in TOKENIZER if (t / name).is_file()]
 
     def texts(self) -> list[str]:
-        """The text encoders, the first first."""
+        """The text encoders in their order."""
         return [part for part in self.weights if part.startswith("text_encoder")]
 
     def tokenizer(self, part: str) -> Path:
@@ -90,7 +90,7 @@ class Layout:
         return self.folder / part.replace("text_encoder", "tokenizer")
 
     def text_class(self, part: str) -> str:
-        """The class of a text encoder, by model_index.json, else by its own config, else CLIPTextModel."""
+        """The class of a text encoder: by model_index.json, else by its config.json, else CLIPTextModel."""
         named = self.index.get(part) or self.configs[part].get("architectures") or ()
         return next((name for name in CLASSES[part] if name in named), CLASSES[part][0])
 
@@ -99,10 +99,10 @@ class Layout:
 
 
 def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
-    """Check all about a model folder that can be checked without reading a weight; components in `skip` may lack.
+    """Check a model folder as far as possible without reading a weight; components in `skip` may be missing.
 
     Raises ModelError: no folder, a pickle, no model_index.json, a pipeline that is not supported, a component, file or
-    tensor table that is missing or malformed, a file that has not the size that the manifest says.
+    tensor table that is missing or malformed, a file whose size differs from the manifest's.
     """
     layout = read_configs(folder, skip)
     weights = {part: weight_files(folder / part, STEMS[part]) for part in layout.configs if part in STEMS}
@@ -118,7 +118,7 @@ def read_configs(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
 
 
 def text_layout(folder: Path) -> Layout:
-    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more; XL's two are refused."""
+    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more; XL's pair is refused."""
     if (folder / "text_encoder_2").is_dir():
         raise ModelError("has two text encoders, which is not supported for training yet", where=folder)
     config = read_json(folder / "text_encoder" / "config.json")
@@ -132,7 +132,7 @@ def _checked(layout: Layout) -> Layout:
         named, kind = layout.text_class(part), layout.configs[part].get("model_type")
         if (kind == "t5") != (named in T5):
             path = layout.folder / part / CONFIGS[part]
-            raise ModelError(f"is of model type {kind}, and the text encoder is said to be {named}", where=path)
+            raise ModelError(f"is of model type {kind}, but the index names the text encoder {named}", where=path)
         _check_tokenizer(layout.tokenizer(part), named in T5)
     for part in layout.weights:
         for path in layout.shards(part):
@@ -141,17 +141,17 @@ def _checked(layout: Layout) -> Layout:
 
 
 def check_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, of a kind that is supported. Raises ModelError that says what the path is instead."""
+    """model_index.json of a supported kind. Raises ModelError that says what the path is instead."""
     index = _index(folder)
     _check_classes(index, folder / INDEX)
     return index
 
 
 def vae_layout(folder: Path) -> Layout:
-    """The layout of an autoencoder's own folder, checked as far as that goes without reading a weight."""
+    """The layout of an autoencoder's folder, checked as far as possible without reading a weight."""
     if not folder.is_dir():
         refuse_pickle(folder)
-        raise ModelError("is not an autoencoder's folder", where=folder, todo="name a folder with config.json")
+        raise ModelError("is not an autoencoder's folder", where=folder, hint="name a folder with config.json")
     config = read_json(folder / "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ModelError(f"is {config['_class_name']}, not AutoencoderKL", where=folder / "config.json")
@@ -168,30 +168,30 @@ def _index(folder: Path) -> dict[str, Any]:
         refuse_pickle(folder)
         if folder.suffix.lower() == ".safetensors":
             read_header(folder)
-            todo = "make a folder of it: ldm convert FILE FOLDER"
-            raise ModelError("is a single file, and a model folder is needed here", where=folder, todo=todo)
+            hint = "make a folder of it: ldm convert FILE FOLDER"
+            raise ModelError("is a single file, and a model folder is needed here", where=folder, hint=hint)
         raise ModelError("is neither a model folder nor a weight file", where=folder)
     if not folder.is_dir():
-        raise ModelError("no such model folder", where=folder, todo="check the path, or leave --model out")
+        raise ModelError("no such model folder", where=folder, hint="check the path, or leave --model out")
     if (folder / INDEX).is_file():
         return read_json(folder / INDEX)
-    todo = "name the folder that has one"
+    hint = "name the folder that has one"
     if (folder / "model" / INDEX).is_file():
-        todo = f"did you mean {folder / 'model'}?"
+        hint = f"did you mean {folder / 'model'}?"
     elif pickle := next((p.name for p in sorted(folder.iterdir()) if p.suffix.lower() in PICKLES), None):
-        todo = f"{pickle} is a pickle, of which none is opened: get the model as safetensors"
+        hint = f"{pickle} is a pickle, and pickles are never opened: get the model as safetensors"
     elif (folder / "config.json").is_file() and (name := read_json(folder / "config.json").get("_class_name")):
-        todo = f"this is a single {name}, not a whole model"
-    raise ModelError(f"is no model folder, it has no {INDEX}", where=folder, todo=todo)
+        hint = f"this is a single {name}, not a whole model"
+    raise ModelError(f"is no model folder, it has no {INDEX}", where=folder, hint=hint)
 
 
 def _check_classes(index: Mapping[str, Any], where: Path) -> None:
-    """Refuse by name every pipeline and component that this package cannot render."""
+    """Refuse, by name, every pipeline and component that is not supported."""
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         known = next((name for part, name in OTHERS.items() if part in str(pipeline)), None)
         what = f"{known} ({pipeline})" if known else f"the pipeline {pipeline}"
-        raise ModelError(f"{what} is not supported", where=where, todo=f"supported: {', '.join(PIPELINES)}")
+        raise ModelError(f"{what} is not supported", where=where, hint=f"supported: {', '.join(PIPELINES)}")
     components = PIPELINES[pipeline]
     missing = [part for part in components if index.get(part) in (None, [None, None])]
     if {"text_encoder_2", "tokenizer_2"} <= set(components) - set(missing) and "text_encoder" in missing:
@@ -203,16 +203,16 @@ def _check_classes(index: Mapping[str, Any], where: Path) -> None:
         if part not in components or (CLASSES[part] and name not in CLASSES[part]):
             raise ModelError(f"the component {part} ({name}) is not supported", where=where)
     if missing:
-        raise ModelError(f"names no {' and no '.join(missing)}", where=where, todo="get the whole model folder")
+        raise ModelError(f"names no {' and no '.join(missing)}", where=where, hint="get the whole model folder")
 
 
 def _check_tokenizer(folder: Path, t5: bool) -> None:
     has = {name for name in TOKENIZER if (folder / name).is_file()}
     if t5 and "tokenizer.json" not in has:
-        todo = "transformers' T5TokenizerFast writes it from spiece.model"
-        raise ModelError("no tokenizer.json", where=folder, todo=todo)
+        hint = "transformers' T5TokenizerFast writes it from spiece.model"
+        raise ModelError("no tokenizer.json", where=folder, hint=hint)
     if not ("tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has):
-        raise ModelError("no vocab.json and merges.txt, nor tokenizer.json", where=folder, todo="get the whole folder")
+        raise ModelError("no vocab.json and merges.txt, nor tokenizer.json", where=folder, hint="get the whole folder")
     for name in has - {"merges.txt"}:
         read_json(folder / name)
 
@@ -226,14 +226,14 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"sha256", "size"} <= set(e) for e in files.values()
     ):
-        raise ModelError("the manifest is damaged", where=path, todo="get the folder again")
+        raise ModelError("the manifest is damaged", where=path, hint="get the folder again")
     for name, entry in files.items():
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
         if not (folder / name).is_file():
-            raise ModelError("listed in the manifest, but missing", where=folder / name, todo="get the folder again")
+            raise ModelError("listed in the manifest, but missing", where=folder / name, hint="get the folder again")
         if (folder / name).stat().st_size != entry["size"]:
-            raise ModelError("has not the size that the manifest says", where=folder / name, todo="get the file again")
+            raise ModelError("differs in size from the manifest", where=folder / name, hint="get the file again")
     return files
 
 
@@ -242,9 +242,9 @@ def check_digest(layout: Layout, name: str, digest: str) -> str:
     if not layout.manifest:
         return digest
     if name not in layout.manifest:
-        raise ModelError("is not listed in the manifest", where=layout.folder / name, todo="remove it or the manifest")
+        raise ModelError("is not listed in the manifest", where=layout.folder / name, hint="remove it or the manifest")
     if layout.manifest[name]["sha256"] != digest:
-        raise ModelError("does not match the manifest's sha256", where=layout.folder / name, todo="get the file again")
+        raise ModelError("does not match the manifest's sha256", where=layout.folder / name, hint="get the file again")
     return digest
 
 
@@ -254,9 +254,9 @@ def check_settings(layout: Layout) -> dict[str, str]:
 
 
 def identity(folder: Path) -> tuple:
-    """What changes when any file of the model does: names, sizes, times and inodes.
+    """Names, sizes, times and inodes of a model's files: equal as long as no file changes.
 
-    Of a single file also those of the settings beside it; () for what is not there.
+    A single file counts together with the settings beside it; () for what is not there.
     """
     parts = [folder, *(folder / part for part in CLASSES)]
     paths = sorted(path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file())
@@ -267,12 +267,12 @@ def identity(folder: Path) -> tuple:
 
 
 def beside(file: Path) -> tuple[Path, Path]:
-    """Where settings of the original code may lie: the single file's name with .yaml or .yml."""
+    """The settings of the original code beside a single file: its name with .yaml or .yml."""
     return file.with_suffix(".yaml"), file.with_suffix(".yml")
 
 
 def digest_of(digests: Mapping[str, str]) -> str:
-    """One sha256 over (path, sha256) of a model's files, with or without a manifest the same."""
+    """One sha256 over (path, sha256) of a model's files, the same with and without a manifest."""
     return hashlib.sha256("".join(f"{d}  {name}\n" for name, d in sorted(digests.items())).encode()).hexdigest()
 
 
@@ -290,7 +290,7 @@ def card_settings(text: str) -> dict[str, Any]:
         return {}
     try:
         card = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
+    except (yaml.YAMLError, ValueError):  # a malformed date is a ValueError
         return {}
     return card if isinstance(card, dict) else {}
 

@@ -1,6 +1,6 @@
 """A model on the Hugging Face hub, by `owner/name` or `owner/name@revision`: its safetensors, JSON and text files.
 
-What a name means is looked up once a process and then stays: the commit. No other kind of file is ever fetched.
+The commit that a name means is looked up once per process and then kept. No other kind of file is ever fetched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _commits: dict[tuple[str, str, str], str] = {}  # (cache folder, endpoint, name)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can only mean a repository: `owner/name`, no such path here, not even a folder `owner`."""
+    """Whether this can only be a repository: `owner/name`, and neither that path nor a folder `owner` exists here."""
     if Path(name).suffix.lower() in (*PICKLES, ".safetensors"):
         return False
     return bool(ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.exists()
@@ -34,8 +34,8 @@ def is_hub_id(name: str) -> bool:
 def snapshot(name: str, weights: bool = True) -> Path:
     """The local folder of a repository's files, downloaded where needed; its name is the commit.
 
-    `weights=False` gets the settings alone. Raises ModelError that names repository, file and cache folder where one
-    cannot be had.
+    `weights=False` gets the settings alone. Raises ModelError that names the repository, the missing file and the
+    cache folder.
     """
     from huggingface_hub import constants
 
@@ -49,12 +49,12 @@ def snapshot(name: str, weights: bool = True) -> Path:
         folder = _download(repo, folder.name, wanted, NEVER)
     if weights and (file := missing_weights(folder)):
         what = f"the repository has no {file}, and pickles are never fetched (cache: {constants.HF_HUB_CACHE})"
-        raise ModelError(what, where=name, todo="choose a repository with safetensors")
+        raise ModelError(what, where=name, hint="choose a repository with safetensors")
     return folder
 
 
 def forget() -> None:
-    """Look up anew what every name means."""
+    """Look up every name again the next time."""
     _commits.clear()
 
 
@@ -62,7 +62,7 @@ def _download(repo: str, revision: str | None, allow: list[str], ignore: list[st
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    quiet = progress(total=0).disable and not are_progress_bars_disabled()  # where our own bars are not shown
+    quiet = progress(total=0).disable and not are_progress_bars_disabled()  # hide its bars where ours are hidden
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if quiet:
         disable_progress_bars()
@@ -71,12 +71,12 @@ def _download(repo: str, revision: str | None, allow: list[str], ignore: list[st
             repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline
         )
     except Exception as error:  # the library has many: no network, no such repository, gated, a full disk
-        reason, todo = _reason(error, repo)
+        reason, hint = _reason(error, repo)
         raise ModelError(
             f"no such folder here, and {_absent(repo, revision)} of the repository {repo} is neither in the cache"
             f" {constants.HF_HUB_CACHE} nor could it be downloaded ({'offline' if offline else reason})",
             where=repo if revision is None else f"{repo}@{revision}",
-            todo=todo,
+            hint=hint,
         ) from None
     finally:
         if quiet:
@@ -85,15 +85,15 @@ def _download(repo: str, revision: str | None, allow: list[str], ignore: list[st
 
 
 def _reason(error: Exception, repo: str) -> tuple[str, str]:
-    """Why a download failed and what to do, by the name of the library's error: its modules move between versions."""
+    """Why a download failed, and a hint; by the name of the library's error, because its modules move."""
     known = {
         "GatedRepoError": ("access is given on request", f"ask for it on the page of {repo}, then `hf auth login`"),
         "RepositoryNotFoundError": ("there is none of this name, or it is private", "check the name"),
-        "RevisionNotFoundError": ("it has no such revision", "check what stands after the @"),
+        "RevisionNotFoundError": ("it has no such revision", "check what follows the @"),
     }
     names = [kind.__name__ for kind in type(error).__mro__]
-    todo = f"connect and try again, or run `hf download {repo}` on a machine that is, and copy the cache"
-    return next((known[name] for name in names if name in known), (names[0], todo))
+    hint = f"connect and try again, or run `hf download {repo}` on a machine that is, and copy the cache"
+    return next((known[name] for name in names if name in known), (names[0], hint))
 
 
 def _absent(repo: str, revision: str | None) -> str:
@@ -109,7 +109,7 @@ def missing_weights(folder: Path) -> str | None:
     """The first weight file (as a path in the folder) that model_index.json asks for and that is not there."""
     try:
         index = read_json(folder / INDEX)
-    except LdmError:  # an autoencoder alone, or no model: said by whoever reads the folder
+    except LdmError:  # an autoencoder alone, or no model: reported when the folder is read
         return None
     parts = [part for part in STEMS if index.get(part) not in (None, [None, None])]
     lacking = (part for part in parts if not any((folder / part).glob(f"{STEMS[part]}*.safetensors")))

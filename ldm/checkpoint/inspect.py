@@ -1,6 +1,6 @@
-"""What a model, an autoencoder, a text encoder or a LoRA on disk is, told from settings and headers alone; no torch.
+"""What a model, an autoencoder, a text encoder or a LoRA on disk is, from settings and headers alone; no torch.
 
-Of weights nothing is read but the alphas of a LoRA, single numbers that stand beside its matrices.
+No weights are read except a LoRA's alphas: single numbers beside its matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ldm.checkpoint.tensors import weight_files
 from ldm.errors import ModelError
 
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-OWN_WIDTH = "settings of its own, those of no known family"
+UNKNOWN_FAMILY = "sizes of no known family"
 COMPONENTS = {  # class in a component's config.json -> (kind, the component's name)
     "AutoencoderKL": ("autoencoder", "vae"),
     "UNet2DConditionModel": ("U-Net", "unet"),
@@ -41,21 +41,22 @@ ENCODERS = {  # a part of a key -> what a file of such keys is
 }
 VERSIONS = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "xl"}  # beginnings of ss_base_model_version
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "xl"}  # of the text that a U-Net attends to
-SHOWN = 50  # keys that are listed
+SHOWN = 50  # lines of metadata in the text
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """What is at `path`: a model's folder or file, one part of it, a training run, a LoRA, or "default".
 
-    kind, format, family, prediction_type, dtypes, parameters and parts (where there are some), lora (rank, alpha), the
-    header's metadata, and `unapplied`: keys that loading would refuse, each with the reason. What is sound and none of
-    these has the kind "other" and says in `what` what it is. Raises ModelError: pickles, damaged and missing files.
+    The keys: kind, format, family, prediction_type, dtypes, parameters and parts (where there are some), lora (rank,
+    alpha), the header's metadata, and `unapplied`: keys that loading would refuse, each with the reason. A sound file
+    that is none of these has the kind "other" and a description in `what`. Raises ModelError: pickles, damaged and
+    missing files.
     """
-    place = default_folder() if str(path) == "default" else Path(path).expanduser()
-    if not place.exists():
-        raise ModelError("no such file or folder", where=place)
-    found = _folder(place) if place.is_dir() else _file(place)
-    return {"path": str(place), **found}
+    path = default_folder() if str(path) == "default" else Path(path).expanduser()
+    if not path.exists():
+        raise ModelError("no such file or folder", where=path)
+    info = _folder(path) if path.is_dir() else _file(path)
+    return {"path": str(path), **info}
 
 
 def _folder(folder: Path) -> dict[str, Any]:
@@ -65,16 +66,16 @@ def _folder(folder: Path) -> dict[str, Any]:
         return _component(folder)
     if (folder / "model").is_dir():
         return {**_folder(folder / "model"), "run": str(folder)}
-    for part in ("vae", "text_encoder"):  # what a stage of training leaves
+    for part in ("vae", "text_encoder"):  # a stage of training leaves this
         if (folder / part / "config.json").is_file():
             return _component(folder / part)
     weights = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".safetensors")
     if (folder / LORA_FILE).is_file() or len(weights) == 1:
         return _file(folder / LORA_FILE if (folder / LORA_FILE).is_file() else weights[0])
     if weights:
-        raise ModelError(f"holds {len(weights)} .safetensors files and no settings", where=folder, todo="name a file")
+        raise ModelError(f"holds {len(weights)} .safetensors files and no settings", where=folder, hint="name a file")
     if (folder / "checkpoints").is_dir():
-        raise ModelError("is a run that has no model yet", where=folder, todo="go on with --resume")
+        raise ModelError("is a run without a model yet", where=folder, hint="continue it with --resume")
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in PICKLES:
             refuse_pickle(path)
@@ -119,14 +120,14 @@ def _component(folder: Path) -> dict[str, Any]:
     weights = weight_files(folder, layouts.STEMS[part])
     layout = layouts.Layout(folder, {}, {part: config}, {part: weights}, {})
     tensors = _tensors(layout, part)
-    found = {"kind": kind, "format": f"{name} folder"}
+    info = {"kind": kind, "format": f"{name} folder"}
     if part == "unet":
-        found |= _named(_family({name: tensor.shape for name, tensor in tensors.items()}, folder))
+        info |= _named(_family({name: tensor.shape for name, tensor in tensors.items()}, folder))
     if part == "vae":
-        found |= {key: config[key] for key in ("latent_channels", "scaling_factor", "shift_factor") if config.get(key)}
+        info |= {key: config[key] for key in ("latent_channels", "scaling_factor", "shift_factor") if config.get(key)}
     if part == "text_encoder":
-        found["width"] = config.get("hidden_size") or config.get("d_model")
-    return {**found, **_total({part: _part(tensors.values(), name)}), "unapplied": []}
+        info["width"] = config.get("hidden_size") or config.get("d_model")
+    return {**info, **_total({part: _part(tensors.values(), name)}), "unapplied": []}
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -134,43 +135,43 @@ def _file(path: Path) -> dict[str, Any]:
         refuse_pickle(path)
         raise ModelError("is neither a model folder nor a weight file", where=path)
     header = read_header(path)
-    if single.own_settings(header, path) or any(key.startswith(UNET) for key in header.tensors):
+    if single.stored_settings(header, path) or any(key.startswith(UNET) for key in header.tensors):
         return _single(path, header)
     if any("lora" in key for key in header.tensors):
         return _lora(path, header)
-    found = {**_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
+    info = {**_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     try:
         family = family_of(shapes, path)
-        return {"kind": "U-Net", "format": "single file, diffusers' names", **_named(family), **found, "unapplied": []}
+        return {"kind": "U-Net", "format": "single file, diffusers' names", **_named(family), **info, "unapplied": []}
     except ModelError as error:
         what = error.what
     if "encoder.conv_in.weight" in {key.removeprefix("first_stage_model.").removeprefix("vae.") for key in shapes}:
-        return {"kind": "autoencoder", "format": "single file", **found, "unapplied": []}
+        return {"kind": "autoencoder", "format": "single file", **info, "unapplied": []}
     what = next((f"is {name}" for mark, name in ENCODERS.items() if any(mark in key for key in shapes)), what)
-    return {"kind": "other", "format": "single file", "what": what, **found}
+    return {"kind": "other", "format": "single file", "what": what, **info}
 
 
 def _single(path: Path, header: Header) -> dict[str, Any]:
-    """A whole model in one file; what loading would refuse is told in `unapplied` and `notes`."""
+    """A whole model in one file; `unapplied` and `notes` list what loading would refuse."""
     try:
         plan, notes = single.plan_of(path, strict=False), []
-    except ModelError as error:  # above all: nothing tells the prediction type
+    except ModelError as error:  # most often: the prediction type is unknown
         plan, notes = single.plan_of(path, "epsilon", strict=False), [error.what]
     parts = {}
     for part in (part for part in plan.configs if part != "scheduler"):
-        keys = [key for key, place in plan.places.items() if place.part == part]
+        keys = [key for key, destination in plan.destinations.items() if destination.part == part]
         parts[part] = _part((header.tensors[key] for key in keys), None)
     scheduler = plan.configs["scheduler"]
-    lacking = [part for part, found in parts.items() if not found["tensors"]]
-    notes += [f"holds no {part}" for part in lacking]
+    missing = [part for part, entry in parts.items() if not entry["tensors"]]
+    notes += [f"holds no {part}" for part in missing]
     return {
         "kind": "model",
         "format": "single file" + (" with our settings" if KEY in header.metadata else ""),
         **_named(FAMILIES.get(plan.family)),
-        "prediction_type": None if notes[: len(notes) - len(lacking)] else scheduler.get("prediction_type"),
+        "prediction_type": None if notes[: len(notes) - len(missing)] else scheduler.get("prediction_type"),
         **_sizes(plan.configs["unet"], plan.configs["vae"]),
-        **_total({part: found for part, found in parts.items() if part not in lacking}),
+        **_total({part: entry for part, entry in parts.items() if part not in missing}),
         "ignored": dict(plan.ignored),
         "metadata": {key: value for key, value in header.metadata.items() if key != KEY},
         "unapplied": _unapplied(dict.fromkeys(plan.unknown, "belongs to no part of the model")),
@@ -180,49 +181,49 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
 
 def _lora(path: Path, header: Header) -> dict[str, Any]:
     try:
-        found = lora.read_lora_header(path)
+        adapter = lora.read_lora_header(path)
     except ModelError as error:
         what = {"kind": "other", "format": "single file", "what": error.what}
         return {**what, **_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
-    family = _lora_family(found)
-    ranks = Counter(entry.rank for entry in found.entries.values())
-    alphas = Counter(entry.alpha for entry in found.entries.values())
-    keys = [key for entry in found.entries.values() for key in entry.keys.values()]
+    family = _lora_family(adapter)
+    ranks = Counter(entry.rank for entry in adapter.entries.values())
+    alphas = Counter(entry.alpha for entry in adapter.entries.values())
+    keys = [key for entry in adapter.entries.values() for key in entry.keys.values()]
     parts = Counter()
-    for layer, entry in found.entries.items():
+    for layer, entry in adapter.entries.items():
         parts[_lora_part(layer)] += sum(prod(shape) for role, shape in entry.shapes.items() if role != "alpha")
     return {
-        "kind": "DoRA" if found.dora else "LoRA",
-        "format": f"{found.format} keys",
+        "kind": "DoRA" if adapter.dora else "LoRA",
+        "format": f"{adapter.format} keys",
         **_named(family),
-        "base_model": next((found.metadata[key] for key in BASES if found.metadata.get(key)), None),
+        "base_model": next((adapter.metadata[key] for key in BASES if adapter.metadata.get(key)), None),
         "lora": {
-            "layers": len(found.entries),
+            "layers": len(adapter.entries),
             "rank": _one_or_all(ranks),
-            "alpha": None if found.assumed == len(found.entries) else _one_or_all(alphas),
-            "alpha_assumed": found.assumed,  # layers that tell none: alpha = rank
+            "alpha": None if adapter.assumed == len(adapter.entries) else _one_or_all(alphas),
+            "alpha_assumed": adapter.assumed,  # layers without an alpha in the file: alpha = rank
         },
         "parameters": sum(parts.values()),
         "dtypes": _dtypes(header.tensors[key] for key in keys),
         "parts": {part: {"parameters": count} for part, count in parts.items()},
-        "metadata": dict(found.metadata),
-        "unapplied": _unapplied(_unapplied_of(found, family)),
+        "metadata": dict(adapter.metadata),
+        "unapplied": _unapplied(_unapplied_of(adapter, family)),
     }
 
 
 BASES = ("ss_sd_model_name", "modelspec.title", "ss_base_model_version", "modelspec.architecture")
 
 
-def _unapplied_of(found: lora.LoraHeader, family: Family | None) -> dict[str, str]:
-    """Key -> why no model of the family has a place for it."""
+def _unapplied_of(adapter: lora.LoraHeader, family: Family | None) -> dict[str, str]:
+    """Key -> why no model of the family could apply it."""
 
-    reasons = dict.fromkeys(found.unknown, "is nothing of a low-rank update")
+    reasons = dict.fromkeys(adapter.unknown, "belongs to no low-rank update")
     if family is None:
         return reasons
     try:
-        left = lora.match_layers(found, target_for(family), allow_unapplied=True).unapplied
+        left = lora.match_layers(adapter, target_for(family), allow_unapplied=True).unapplied
     except ModelError as error:
-        return reasons | {key: error.what for entry in found.entries.values() for key in entry.keys.values()}
+        return reasons | {key: error.what for entry in adapter.entries.values() for key in entry.keys.values()}
     return {key: reasons.get(key, f"{family.title} has no such layer") for key in left}
 
 
@@ -232,24 +233,24 @@ def _lora_part(layer: str) -> str:
     return "text_encoder" if layer.startswith(("text_encoder.", "lora_te_", "lora_te1_")) else "unet"
 
 
-def _lora_family(found: lora.LoraHeader) -> Family | None:
-    """By the width of the text that its layers attend to, else by what the header says, else by its text encoders."""
-    layers = {layer.replace("_", "."): entry.shapes["down"] for layer, entry in found.entries.items()}
+def _lora_family(adapter: lora.LoraHeader) -> Family | None:
+    """The base model's family: by the width of the text, else by the header's metadata, else by its text encoders."""
+    layers = {layer.replace("_", "."): entry.shapes["down"] for layer, entry in adapter.entries.items()}
     cross = {shape[1] for layer, shape in layers.items() if layer.endswith(("attn2.to.k", "attn2.to.v"))}
     if cross:
         return FAMILIES.get(WIDTHS.get(min(cross), "")) if len(cross) == 1 else None
-    version = found.metadata.get("ss_base_model_version", "")
-    said = next((name for start, name in VERSIONS.items() if version.startswith(start)), None)
-    if said is None and any(layer.startswith(("text_encoder_2.", "lora_te2_")) for layer in found.entries):
-        said = "xl"
-    if said is None:
+    version = adapter.metadata.get("ss_base_model_version", "")
+    name = next((name for start, name in VERSIONS.items() if version.startswith(start)), None)
+    if name is None and any(layer.startswith(("text_encoder_2.", "lora_te2_")) for layer in adapter.entries):
+        name = "xl"
+    if name is None:
         widths = {shape[1] for layer, shape in layers.items() if "self.attn" in layer}
-        said = WIDTHS.get(min(widths)) if len(widths) == 1 else None
-    return FAMILIES.get(said or "")
+        name = WIDTHS.get(min(widths)) if len(widths) == 1 else None
+    return FAMILIES.get(name or "")
 
 
 def _one_or_all(counts: Mapping[float, int]) -> Any:
-    """The one value, or how many layers have which."""
+    """The one value, or value -> how many layers have it."""
     return next(iter(counts)) if len(counts) == 1 else {f"{value:g}": n for value, n in sorted(counts.items())}
 
 
@@ -265,7 +266,7 @@ def _family(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Family | None
 
 
 def _named(family: Family | None) -> dict[str, Any]:
-    return {"family": family and family.name, "title": family.title if family else OWN_WIDTH}
+    return {"family": family and family.name, "title": family.title if family else UNKNOWN_FAMILY}
 
 
 def _sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,9 +286,9 @@ def _tensors(layout: layouts.Layout, part: str) -> dict[str, Tensor]:
 
 def _part(tensors: Iterable[Tensor], kind: str | None) -> dict[str, Any]:
     tensors = list(tensors)
-    found = {"class": kind} if kind else {}
+    info = {"class": kind} if kind else {}
     return {
-        **found,
+        **info,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "tensors": len(tensors),
         "bytes": sum(tensor.size for tensor in tensors),
@@ -296,7 +297,7 @@ def _part(tensors: Iterable[Tensor], kind: str | None) -> dict[str, Any]:
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
-    """How many parameters are stored in which type, the commonest first."""
+    """Type -> how many parameters are stored in it, the most common first."""
     counts: Counter[str] = Counter()
     for tensor in tensors:
         counts[SHORT.get(tensor.dtype, tensor.dtype.lower())] += prod(tensor.shape)
@@ -304,33 +305,33 @@ def _dtypes(tensors: Iterable[Tensor]) -> dict[str, int]:
 
 
 def _total(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums over the parts, and the parts where there are names for them."""
+    """Sums over the parts, and the parts themselves where they have names."""
     dtypes: Counter[str] = Counter()
     for part in parts.values():
         dtypes.update(part["dtypes"])
-    found = {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")}
-    return {**found, "dtypes": dict(dtypes.most_common()), **({} if "all" in parts else {"parts": dict(parts)})}
+    totals = {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")}
+    return {**totals, "dtypes": dict(dtypes.most_common()), **({} if "all" in parts else {"parts": dict(parts)})}
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The same for people: one line for each thing, long lists and texts cut."""
-    lines = [("", found["path"])]
+def as_text(info: Mapping[str, Any]) -> str:
+    """The result of `inspect` as lines to read; long lists and texts are cut."""
+    lines = [("", info["path"])]
     for key in ("kind", "what", "format", "title", "prediction_type", "base_model", "resolution", "run"):
-        if found.get(key):
-            lines.append((key.replace("_", " ").replace("title", "family"), found[key]))
-    for key, value in found.get("lora", {}).items():
+        if info.get(key):
+            lines.append((key.replace("_", " ").replace("title", "family"), info[key]))
+    for key, value in info.get("lora", {}).items():
         lines.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
-    lines.append(("parameters", f"{found['parameters']:,} ({_list(found['dtypes'])})"))
-    for part, entry in found.get("parts", {}).items():
+    lines.append(("parameters", f"{info['parameters']:,} ({_list(info['dtypes'])})"))
+    for part, entry in info.get("parts", {}).items():
         lines.append(
             (f"  {part}", f"{entry['parameters']:,} {entry.get('class', '')} {_list(entry.get('dtypes', {}))}")
         )
-    for key, value in list(found.get("metadata", {}).items())[:SHOWN]:
+    for key, value in list(info.get("metadata", {}).items())[:SHOWN]:
         text = value if isinstance(value, str) else json.dumps(value)
         lines.append((f"  {key}", text if len(text) <= 100 else f"{text[:100]}… ({len(text):,} characters)"))
-    for note in found.get("notes", ()):
+    for note in info.get("notes", ()):
         lines.append(("note", note))
-    unapplied = found.get("unapplied", [])
+    unapplied = info.get("unapplied", [])
     if unapplied:
         lines.append(("unapplied", f"{len(unapplied)} keys would not be applied"))
     for entry in unapplied[:10]:

@@ -35,21 +35,21 @@ def check_model(
 ) -> Path | None:
     """The model's folder or file, after every check that needs no weight: a few milliseconds, no torch.
 
-    Of a hub id only the settings are fetched. Raises ModelError in one line; None for a loaded model without a folder.
+    Only the settings of a hub id are fetched. Raises ModelError; None for a loaded model without a folder.
     """
-    asked, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
+    override, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
     if isinstance(model, Model):
         return model.path
-    place = resolve(model, weights=False)
+    path = resolve(model, weights=False)
     if is_hub_id(str(model)):
-        layouts.check_index(place)
-    elif is_single(place):
-        single.plan_of(place, asked, skip)
+        layouts.check_index(path)
+    elif is_single(path):
+        single.plan_of(path, override, skip)
     else:
-        layouts.read_layout(place, skip)
+        layouts.read_layout(path, skip)
     if vae is not None and is_single(Path(vae)):
         single.vae_prefix(read_header(vae), Path(vae))
-    return place
+    return path
 
 
 def load_model(
@@ -62,40 +62,39 @@ def load_model(
 ) -> Model:
     """A model in eval mode, without gradients: "default", a diffusers folder, a single file or a hub id.
 
-    `vae` takes the autoencoder from elsewhere: its own folder or file, a whole model's, or a loaded one.
-    `prediction_type` (epsilon, v_prediction, sample) overrides what the model says of itself. A loaded model is given
-    back. Models are shared by (path, file identity, dtype, device); `cache=False` gives one of your own, to be trained.
+    `vae` replaces the autoencoder: a folder or file of an autoencoder or of a whole model, or a loaded one.
+    `prediction_type` (epsilon, v_prediction, sample) overrides the model's. A loaded model is returned as it is. Calls
+    with equal (path, file identity, dtype, device) share one model; `cache=False` loads a separate one, to be trained.
     Raises ModelError.
     """
     if isinstance(model, Model):
         return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
-
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    folder = resolve(model)
-    own_vae = vae if isinstance(vae, str | Path | None) else None
-    vae_folder = _resolve_vae(own_vae) if own_vae is not None else None
-    asked = single.check_prediction_type(prediction_type)
+    path = resolve(model)
+    vae_path = vae if isinstance(vae, str | Path | None) else None
+    vae_folder = _resolve_vae(vae_path) if vae_path is not None else None
+    override = single.check_prediction_type(prediction_type)
     read = _cached if cache else _load
-    loaded = read(folder, str(model), device, dtype, vae_folder, asked)
-    return loaded if vae is own_vae else _with_vae(loaded, vae, device, dtype)
+    loaded = read(path, str(model), device, dtype, vae_folder, override)
+    return loaded if vae is vae_path else _with_vae(loaded, vae, device, dtype)
 
 
 def clear_cache() -> None:
-    """Forget every loaded model, and which commit a hub id means; those in use stay with their users."""
+    """Drop every loaded model, and the commits of hub ids; models in use stay with their users."""
     forget()
     with _lock:
         _cache.clear()
 
 
-def _cached(folder: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
-    """The model from the cache, loaded once however many threads ask; older versions of the same files are dropped."""
-    place = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), asked)
+def _cached(folder: Path, name: str, device, dtype, vae: Path | None, override: str | None) -> Model:
+    """The model from the cache, loaded once for all threads; older versions of the same files are dropped."""
+    source = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), override)
     with _lock:
-        key = (place, layouts.identity(folder), vae and layouts.identity(vae))
+        key = (source, layouts.identity(folder), vae and layouts.identity(vae))
         if key not in _cache:
-            loaded = _load(folder, name, device, dtype, vae, asked)
-            for old in [old for old in _cache if old[0] == place]:
+            loaded = _load(folder, name, device, dtype, vae, override)
+            for old in [old for old in _cache if old[0] == source]:
                 del _cache[old]
             _cache[key] = loaded
         _cache.move_to_end(key)
@@ -105,58 +104,58 @@ def _cached(folder: Path, name: str, device, dtype, vae: Path | None, asked: str
 
 
 def resolve(model: str | Path, weights: bool = True) -> Path:
-    """Where a model's files are: the default one's, a hub id's snapshot (`weights=False`: settings alone), a path."""
+    """The path of a model: the default one, a hub id's snapshot (`weights=False`: settings alone), a folder or file."""
     if str(model) == "default":
         return default_folder()
     if not str(model):
-        raise ModelError("the model's name is empty", todo="name a folder, or leave --model out")
+        raise ModelError("the model's name is empty", hint="name a folder, or leave --model out")
     return snapshot(str(model), weights) if is_hub_id(str(model)) else Path(model).expanduser()
 
 
 def _resolve_vae(vae: str | Path) -> Path:
-    """The file, or the folder that holds the autoencoder's config.json: the one named, or `vae/` in it."""
+    """The autoencoder's file, or the folder with its config.json: this folder, or `vae/` in it."""
     folder = resolve(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
-def is_single(place: Path) -> bool:
-    """Whether this is (or is named like) a single file; any other file is left to the reader of folders to refuse."""
-    return place.is_file() and place.suffix.lower() == ".safetensors"
+def is_single(path: Path) -> bool:
+    """Whether this is a .safetensors file; the reader of folders refuses any other file."""
+    return path.is_file() and path.suffix.lower() == ".safetensors"
 
 
-def _load(place: Path, name: str, device, dtype, vae: Path | None, asked: str | None) -> Model:
-    """The model with every change that was asked for."""
+def _load(path: Path, name: str, device, dtype, vae: Path | None, override: str | None) -> Model:
+    """The model with another autoencoder and prediction type, where these are given."""
     import torch
 
     from ldm.nn.batch_invariant import layout
 
-    if is_single(place):
-        plan = single.plan_of(place, asked, ("vae",) if vae else ())
-        loaded = single.read_single(place, device, dtype, plan)
+    if is_single(path):
+        plan = single.plan_of(path, override, ("vae",) if vae else ())
+        loaded = single.read_single(path, device, dtype, plan)
     else:
-        loaded = _load_folder(place, name, device, dtype, vae)
+        loaded = _load_folder(path, name, device, dtype, vae)
     loaded.unet.to(memory_format=layout(loaded.device, loaded.dtype))
-    if asked is not None and asked != loaded.schedule.prediction_type:
-        loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=asked)
+    if override is not None and override != loaded.schedule.prediction_type:
+        loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=override)
     loaded = loaded if vae is None else _with_vae(loaded, vae, device, dtype)
     if loaded.device.type == "cpu":
         loaded.vae.to(memory_format=torch.channels_last)  # measured: decoding takes 0.84 of the time, in bf16 0.73
     return loaded
 
 
-def settings_of(place: Path | None) -> Mapping[str, Mapping[str, Any]]:
-    """Component -> settings of a model's folder or single file (`vae` of an autoencoder's), as far as can be read.
+def settings_of(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
+    """Component -> settings of a model's folder or single file (`vae` alone of an autoencoder's), where readable.
 
-    Reads no weight, imports no torch, and leaves it to loading to say what is wrong.
+    Reads no weight, imports no torch, and leaves errors to loading.
     """
-    if place is None:
+    if path is None:
         return {}
     try:
-        if is_single(place):
-            return single.plan_of(place, "epsilon", ("vae",)).configs
+        if is_single(path):
+            return single.plan_of(path, "epsilon", ("vae",)).configs
         names = {"vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
-        found = {part: place / name for part, name in names.items() if (place / name).is_file()}
-        return {part: read_json(path) for part, path in (found or {"vae": place / "config.json"}).items()}
+        paths = {part: path / name for part, name in names.items() if (path / name).is_file()}
+        return {part: read_json(file) for part, file in (paths or {"vae": path / "config.json"}).items()}
     except ModelError:
         return {}
 
@@ -166,18 +165,18 @@ def card_of(model: Model) -> str | None:
     if model.path is None:
         return None
     if is_single(model.path):
-        return (single.own_settings(read_header(model.path), model.path) or {}).get("card")
+        return (single.stored_settings(read_header(model.path), model.path) or {}).get("card")
     return layouts.read_card(model.path)
 
 
-def _load_folder(folder: Path, name: str, device, dtype, own_vae: Path | None) -> Model:
-    """Settings, checks, then weights, part by part; without the autoencoder where the user has one of his own."""
+def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) -> Model:
+    """Settings, checks, then weights, part by part; without the autoencoder where another one replaces it."""
     from ldm.diffusion.schedule import Schedule
 
-    layout = layouts.read_layout(folder, skip=("vae",) if own_vae else ())
+    layout = layouts.read_layout(folder, skip=("vae",) if vae_path else ())
     digests = layouts.check_settings(layout)
     schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
-    vae_config = settings_of(own_vae).get("vae", {}) if own_vae else layout.configs["vae"]
+    vae_config = settings_of(vae_path).get("vae", {}) if vae_path else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
     build.check_fit(build.unet_config(layout), vae_config.get("latent_channels", 4), width, folder, pooled)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
@@ -185,14 +184,14 @@ def _load_folder(folder: Path, name: str, device, dtype, own_vae: Path | None) -
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
     unet = build.build_unet(layout, state.pop("unet"))
     text = build.build_text(layout, {part: state.pop(part) for part in layout.texts()})
-    vae = None if own_vae else build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
+    vae = None if vae_path else build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
     for module in (unet, *text.modules, *(() if vae is None else (vae.module,))):
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
     info = {**layouts.card_settings(layouts.read_card(folder) or ""), **({"ignored": ignored} if ignored else {})}
     if layout.text_class("text_encoder") in layouts.T5:
         info["layout"] = layouts.T5_LAYOUT
-    info.pop("commit", None)  # a card's word for it is no proof
+    info.pop("commit", None)  # a card proves nothing
     if is_hub_id(name):
         info["commit"] = folder.name
     short = name if name == "default" or is_hub_id(name) else folder.resolve().name
@@ -200,26 +199,26 @@ def _load_folder(folder: Path, name: str, device, dtype, own_vae: Path | None) -
 
 
 def load_vae(
-    place: Path, device: torch.device, dtype: torch.dtype, like: Mapping[str, Any] | None = None
+    path: Path, device: torch.device, dtype: torch.dtype, like: Mapping[str, Any] | None = None
 ) -> tuple[VAE, dict[str, str]]:
-    """An autoencoder from its own folder (config.json and weights) or a file, and the sha256 of what was read.
+    """An autoencoder from its folder (config.json and weights) or a file, and the sha256 of each file read.
 
-    A file that holds nothing else has no settings: it gets those of `like`. Raises ModelError.
+    A file with an autoencoder alone has no settings: it gets `like`. Raises ModelError.
     """
 
-    if is_single(place):
-        vae, digest = single.read_vae(place, device, dtype, like)
+    if is_single(path):
+        vae, digest = single.read_vae(path, device, dtype, like)
         return vae, {"vae": digest}
-    layout = layouts.vae_layout(place)
+    layout = layouts.vae_layout(path)
     digests: dict[str, str] = {}
     state = build.read_part(layout, "vae", dtype, device, digests)
     digests |= layouts.check_settings(layout)
-    vae = build.build_vae(layout.configs["vae"], state, place)
+    vae = build.build_vae(layout.configs["vae"], state, path)
     return vae, {f"vae/{name}": digest for name, digest in digests.items()}
 
 
 def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
-    """The same model with another autoencoder; the first stays as it is."""
+    """A copy of the model with another autoencoder."""
 
     digests = {"model": model.hash, "vae": "of the caller"}
     if isinstance(vae, str | Path):

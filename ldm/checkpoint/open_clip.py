@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ldm.nn.text import OpenClipText
 
-SIZES = ("context_length", "vocab_size", "width", "heads", "layers")  # what a plain causal tower's text_cfg may say
+SIZES = ("context_length", "vocab_size", "width", "heads", "layers")  # the settings of a plain causal tower
 
 
 def load_open_clip(
@@ -22,8 +22,8 @@ def load_open_clip(
     """The text tower of an open_clip model ("ViT-H-14", …) from a safetensors file of the whole model or the tower.
 
     Stable Diffusion 2.x takes ViT-H-14 with `left_out` 1; XL takes ViT-bigG-14 with 0, as the second of XLText. The
-    image tower is passed over. Raises ModelError: no open_clip here, no such model, another kind of tower, weights that
-    do not fit.
+    image tower is ignored. Raises ModelError: open_clip is not installed, no such model, another kind of tower,
+    weights that do not fit.
     """
     from ldm.nn.text import OpenClipText
     from ldm.nn.weights import load_weights
@@ -43,7 +43,7 @@ def load_open_clip(
         names = {f"{prefix}{key}": key for key in build().state_dict() for prefix in ("", "text.")}
     state, _ = read_tensors(weights, dtype, device, wanted=names)
     tower = load_weights(build, {names[key]: tensor for key, tensor in state.items()}, weights)
-    tower.attn_mask = tower.build_causal_mask().to(device)  # in no file
+    tower.attn_mask = tower.build_causal_mask().to(device)  # not in the file
     return OpenClipText(tower.requires_grad_(False), open_clip.SimpleTokenizer(), left_out)
 
 
@@ -52,8 +52,8 @@ def _config(name: str) -> tuple[Any, dict[str, Any]]:
         import open_clip
     except ImportError as error:
         what = f"open_clip cannot be imported ({error})"
-        raise ModelError(what, todo="pip install 'ldm-pipeline[open-clip]', and a torchvision for this torch") from None
+        raise ModelError(what, hint="pip install 'ldm-pipeline[open-clip]', and a torchvision for this torch") from None
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ModelError(f"open_clip knows no model {name!r}", todo=nearest(name, open_clip.list_models()))
+        raise ModelError(f"open_clip knows no model {name!r}", hint=nearest(name, open_clip.list_models()))
     return open_clip, config

@@ -1,4 +1,4 @@
-"""Single parts of a model for training, in the folders that diffusers knows (`vae/`, `text_encoder/`, `tokenizer/`)."""
+"""Single parts of a model for training, in diffusers' folders (`vae/`, `text_encoder/`, `tokenizer/`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARD = 15_000_000  # bytes
 
 
 def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: TextEncoder | None = None) -> Path:
-    """Write the given parts and a manifest, atomically; what was there before is replaced."""
+    """Write these parts and a manifest, atomically; the folder's former content is replaced."""
     with atomic_folder(folder) as new:
         if vae is not None:
             write_vae(vae, new, dtype, SHARD)
@@ -34,7 +34,7 @@ def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: T
 
 
 def load_vae_from(folder: Path) -> VAE:
-    """The autoencoder of a run, a model folder or its own folder, fp32 on the CPU. Raises ModelError."""
+    """The autoencoder of a run, a model's folder or an autoencoder's folder, fp32 on the CPU. Raises ModelError."""
     import torch
 
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -46,7 +46,7 @@ def load_text_from(folder: Path) -> TextEncoder:
     import torch
 
     if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
-        raise ModelError("holds no text encoder with its tokenizer", where=folder, todo="give a run of the text stage")
+        raise ModelError("holds no text encoder with its tokenizer", where=folder, hint="give a run of the text stage")
     layout = layouts.text_layout(folder)
     layouts.check_settings(layout)
     state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {})

@@ -1,4 +1,4 @@
-"""What a weight file may be: safetensors whose header is sound. Pickles are named and refused, never opened as such."""
+"""The headers of safetensors files, read and checked; pickles are recognised and refused, never unpickled."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from ldm.errors import ModelError
 
-HEAD = 4096  # bytes of a suspicious file that are looked at, at most
+HEAD = 4096  # bytes that are read to recognise a file, at most
 MAX_HEADER = 16 << 20  # bytes; the header of SDXL's U-Net has 0.3 MB
-MAX_MARKS = 500_000  # of { [ and : in a header; a tensor has 8, so that reading the header stays within a second
+MAX_MARKS = 500_000  # of { [ and : in a header (a tensor has 8): it is parsed within a second
 MAX_NAME = 500  # characters of a tensor's name
 MAX_NUMBERS = 1 << 48  # in one tensor
 MAX_JSON = 16 << 20  # bytes of a config, index or vocabulary
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 ITEM_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
-USE_SAFETENSORS = "get the .safetensors version, or convert the file where it is trusted"
+USE_SAFETENSORS = "get the .safetensors version, or convert the file where you trust it"
 GET_AGAIN = "get the file again"
 
 
@@ -40,14 +40,14 @@ class Header:
 
 
 def refuse_pickle(path: str | Path) -> None:
-    """Raise ModelError if the file is a pickle by name or by its first bytes (of which at most 4 KB are read)."""
+    """Raise ModelError if the file is a pickle by its name or by its first 4 KB."""
     path = Path(path)
-    kind = _foreign(_head(path))
+    kind = _other_format(_head(path))
     if path.suffix.lower() in PICKLES:
         kind = kind if kind and "pickle" in kind else "is a pickle file by its name"
     if kind:
-        todo = USE_SAFETENSORS if "pickle" in kind else GET_AGAIN
-        raise ModelError(f"{kind}; only safetensors is opened" if "pickle" in kind else kind, where=path, todo=todo)
+        hint = USE_SAFETENSORS if "pickle" in kind else GET_AGAIN
+        raise ModelError(f"{kind}; only safetensors is opened" if "pickle" in kind else kind, where=path, hint=hint)
 
 
 def _head(path: Path) -> bytes:
@@ -62,16 +62,16 @@ def _head(path: Path) -> bytes:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise ModelError for a folder, and for a pipe or device, which could be read without end."""
+    """Raise ModelError for a folder, and for a pipe or device, which might never end."""
     if path.exists() and not path.is_file():
         raise ModelError("is a folder, not a file" if path.is_dir() else "is not an ordinary file", where=path)
 
 
-def _foreign(head: bytes) -> str | None:
-    """What else than safetensors these first bytes are, or None."""
+def _other_format(head: bytes) -> str | None:
+    """The format of these first bytes, if it is known and not safetensors; else None."""
     if head[:4] == b"PK\x03\x04":
         return "is a zip archive (PyTorch's pickle format)"
-    if head[8:9] == b"{":  # where a safetensors header starts; the eight bytes before it can be any number
+    if head[8:9] == b"{":  # a safetensors header starts here; the eight bytes before it are its length
         return None
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "is a Python pickle"
@@ -87,7 +87,7 @@ def _foreign(head: bytes) -> str | None:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of a safetensors file, and that the file is exactly as long as it says.
+    """Read the header of a safetensors file; check it, and that the file is exactly as long as it says.
 
     Raises ModelError (pickle, truncated, malformed) before any tensor is read, with bounded time and memory.
     """
@@ -131,8 +131,8 @@ def parse_header(raw: bytes, size: int, where: object) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed("its metadata is not text", where)
     start = position = 8 + len(raw)
-    found = ((name, _tensor(name, entry, start, where)) for name, entry in table.items())
-    tensors = dict(sorted(found, key=lambda item: (item[1].begin, item[1].size)))
+    entries = ((name, _tensor(name, entry, start, where)) for name, entry in table.items())
+    tensors = dict(sorted(entries, key=lambda item: (item[1].begin, item[1].size)))
     for name, tensor in tensors.items():
         if tensor.begin != position:
             problem = "overlaps another tensor" if tensor.begin < position else "follows a hole"
@@ -185,7 +185,7 @@ def _no_constant(name: str) -> None:
 
 
 def _malformed(reason: str, where: object) -> ModelError:
-    return ModelError(f"is not a sound safetensors file: {reason}", where=where, todo=GET_AGAIN)
+    return ModelError(f"is not a sound safetensors file: {reason}", where=where, hint=GET_AGAIN)
 
 
 def read_json(path: str | Path) -> dict:
@@ -197,7 +197,7 @@ def read_json(path: str | Path) -> dict:
             raise ModelError("is too large for a settings file", where=path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError("no such file", where=path, todo="get the whole model folder") from None
+        raise ModelError("no such file", where=path, hint="get the whole model folder") from None
     except json.JSONDecodeError as error:
         raise ModelError(f"is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:

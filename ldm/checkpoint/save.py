@@ -1,4 +1,4 @@
-"""A model written as a diffusers folder that diffusers, transformers and older tools read, all of it or nothing."""
+"""Write a model as a diffusers folder, whole or not at all, for diffusers, transformers and older tools."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def save_model(
     readme: str | None = None,
     advance: Advance = silent,
 ) -> Path:
-    """Write the complete diffusers folder with its manifest, atomically; what was there before is replaced.
+    """Write the complete diffusers folder with its manifest, atomically; the folder's former content is replaced.
 
     Weights become `dtype` (fp32, fp16, bf16) in files of at most `max_shard_mb` million bytes (unless one tensor alone
-    is larger); `readme` is the model card, `advance` hears of the bytes written. The model itself is not changed.
+    is larger); `readme` is the model card, `advance` is called with the number of bytes written. The model is not
+    changed.
     Raises ModelError for weights that are not finite in `dtype` and parts that do not belong together, ResourceError
     where the folder cannot be written.
     """
@@ -49,7 +50,7 @@ def save_model(
 
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ModelError(f"weights cannot be saved as {dtype!r}", todo=f"choose from: {', '.join(DTYPES)}")
+            raise ModelError(f"weights cannot be saved as {dtype!r}", hint=f"choose from: {', '.join(DTYPES)}")
         dtype = getattr(torch, DTYPES[dtype])
     folder, limit = Path(folder), int(max_shard_mb * 1e6)
     refuse_foreign(folder)
@@ -70,18 +71,18 @@ def save_model(
 
 
 def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
-    """The encoders by what their folders' names end with. Raises ModelError for open_clip's own."""
+    """Suffix of the folder's name -> encoder. Raises ModelError for open_clip's encoders."""
     from ldm.nn.text import OpenClipText, XLText
 
-    found = {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
-    if any(isinstance(one, OpenClipText) for one in found.values()):
-        todo = "load the text encoder in transformers' form, as Stable Diffusion's folders have it"
-        raise ModelError("a text encoder of open_clip cannot be saved", todo=todo)
-    return found
+    texts = {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
+    if any(isinstance(encoder, OpenClipText) for encoder in texts.values()):
+        hint = "load the text encoder in transformers' form, as Stable Diffusion's folders have it"
+        raise ModelError("a text encoder of open_clip cannot be saved", hint=hint)
+    return texts
 
 
 def _index(model: Model, scheduler: str) -> dict[str, Any]:
-    """model_index.json: the pipeline by the text encoders and by what the U-Net takes in."""
+    """model_index.json; the text encoders and the U-Net's inputs decide the pipeline."""
     from ldm.nn.text import T5Text, XLText
 
     if isinstance(model.text, T5Text):
@@ -98,9 +99,9 @@ def _index(model: Model, scheduler: str) -> dict[str, Any]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Replace a model or nothing: raise ModelError for a folder that holds something else, and for a file."""
+    """Raise ModelError for a folder that holds something else than a model, and for a file."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / layouts.INDEX).is_file()):
-        raise ModelError("is there already and no model", where=folder, todo="choose a new folder")
+        raise ModelError("exists and is no model", where=folder, hint="choose a new folder")
 
 
 def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
@@ -124,7 +125,7 @@ def vae_config(vae: VAE) -> dict[str, Any]:
 
 
 def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
-    """`text_encoder/` and `tokenizer/` in `folder`, of XL also the second ones; CLIP's keys begin with `text_model.`"""
+    """`text_encoder/` and `tokenizer/` in `folder`, also the second ones of XL; CLIP's keys begin with `text_model.`"""
     from ldm.nn.text import T5Text
 
     for suffix, one in encoders(text).items():
@@ -139,7 +140,7 @@ def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int, 
 
 
 def text_state(text: ClipText | T5Text) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors by the names in its file: CLIP's begin with `text_model.`, T5's has no tensor twice."""
+    """A text encoder's tensors by their names in files: CLIP's begin with `text_model.`, T5's has no tensor twice."""
     from ldm.nn.text import T5Text
 
     state = text.model.state_dict()
@@ -149,15 +150,15 @@ def text_state(text: ClipText | T5Text) -> dict[str, torch.Tensor]:
 
 
 def _prefixed(name: str) -> str:
-    """CLIP's key as every tool knows it; a projection stays beside the text model."""
+    """CLIP's key with the prefix that every tool expects; a projection has none."""
     return name if name.startswith((PREFIX, "text_projection.")) else PREFIX + name
 
 
 def text_config(text: ClipText | T5Text) -> dict:
     """The encoder's config.json.
 
-    Its dtype is float32 however the weights are stored, under transformers 4's name and 5's: transformers would load
-    this part alone as stored, and diffusers the others in fp32.
+    Its dtype is float32 whatever the weights' type is, under the names of transformers 4 and 5: otherwise transformers
+    would load this part as stored, while diffusers loads the others in fp32.
     """
     config = json.loads(text.model.config.to_json_string(use_diff=False))
     return {
@@ -169,9 +170,9 @@ def text_config(text: ClipText | T5Text) -> dict:
 
 
 def write_tokenizer(tokenizer, folder: Path, words: Iterable[str] | None = None) -> None:
-    """CLIP's tokenizer in both forms: tokenizer.json for fast ones, vocab.json and merges.txt for the older.
+    """CLIP's tokenizer in both forms: tokenizer.json for fast tokenizers, vocab.json and merges.txt for older ones.
 
-    `words`, where they are known, go beside it into words.json, which only we read.
+    `words`, where they are known, go into words.json, which only this package reads.
     """
     table = write_tokenizer_json(tokenizer, folder, "CLIPTokenizer", add_prefix_space=False)
     vocabulary = dict(table["model"]["vocab"])
@@ -185,7 +186,7 @@ def write_tokenizer(tokenizer, folder: Path, words: Iterable[str] | None = None)
 
 
 def write_tokenizer_json(tokenizer, folder: Path, kind: str, **settings: bool) -> dict[str, Any]:
-    """tokenizer.json, less the padding of its last call, and the settings for the class `kind`; returns the first."""
+    """tokenizer.json without the padding of its last call, and the settings for the class `kind`; returns the first."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
     if not (folder / "tokenizer.json").is_file():  # a slow tokenizer of transformers 4

@@ -1,4 +1,4 @@
-"""Tensors in and out of safetensors files: each byte read once and hashed on the way, written in small shards."""
+"""Read and write safetensors files: each byte is read once and hashed on the way, files are written in shards."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TORCH |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "
 TORCH |= {"U16": "uint16", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 HEADER_ROOM = 200  # bytes that one tensor's entry may take in a shard's header, beside its name
 
-Advance = Callable[[int], object]  # hears of the bytes that were read or written since the last time
+Advance = Callable[[int], object]  # called with the number of bytes that were just read or written
 
 
 def silent(size: int) -> None:
-    """Tells nobody."""
+    """Report nothing."""
 
 
 def read_tensors(
@@ -36,8 +36,8 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of one safetensors file (all, or those `wanted`), floating ones as `dtype` on `device`; its sha256.
 
-    Every byte is read once, straight into the tensor's own memory. `advance` hears of the bytes read. Raises
-    ModelError for a malformed header before any tensor is read, and naming a tensor that is not finite in `dtype`.
+    Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
+    tensor is read, and for a tensor that is not finite in `dtype`, which it names.
     """
     refuse_pickle(path)
     digest, tensors = hashlib.sha256(), {}
@@ -52,7 +52,7 @@ def read_tensors(
 
 
 def _pass_over(handle, size: int, digest, path: Path) -> None:
-    """Hash the next bytes and forget them."""
+    """Read and hash the next bytes without keeping them."""
     while size:
         block = handle.read(min(size, 1 << 20))
         if not block:
@@ -85,20 +85,20 @@ def _tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:
 
 
 def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: Path) -> torch.Tensor:
-    """The tensor on its device, in `dtype` if it is a floating one; refused unless it is finite there."""
+    """The tensor on `device`, a floating one as `dtype`. Raises ModelError unless it is finite there."""
     if not tensor.is_floating_point():
         return tensor.to(device)
     placed = tensor.to(device=device, dtype=dtype)
     if not placed.isfinite().all():
         if tensor.float().isfinite().all():
             short = str(dtype).removeprefix("torch.")
-            raise ModelError(f"{name!r} is too large for {short}", where=path, todo="load it with --dtype bf16 or fp32")
-        raise ModelError(f"{name!r} holds NaN or infinity", where=path, todo="get another copy of the model")
+            raise ModelError(f"{name!r} is too large for {short}", where=path, hint="load it with --dtype bf16 or fp32")
+        raise ModelError(f"{name!r} holds NaN or infinity", where=path, hint="get another copy of the model")
     return placed
 
 
 class Source(NamedTuple):
-    """One tensor to write: made when its turn comes, so that a file of any size needs no second copy in memory."""
+    """One tensor to write. `make` is called just before, so that a file of any size needs no second copy in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -110,7 +110,7 @@ class Source(NamedTuple):
 
 
 def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> Source:
-    """A tensor as it is written: as `dtype` if it is a floating one, refused while writing if it is not finite."""
+    """A tensor to write, a floating one as `dtype`; writing it raises ModelError if it is not finite."""
     kind = dtype if tensor.is_floating_point() else tensor.dtype
     return Source(kind, tuple(tensor.shape), lambda: _placed(name, tensor.detach(), dtype, "cpu", path))
 
@@ -118,10 +118,7 @@ def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> S
 def write_tensors(
     path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str], advance: Advance = silent
 ) -> None:
-    """Write a safetensors file, tensor by tensor, in the order and the bytes of the safetensors library.
-
-    `advance` hears of the bytes written.
-    """
+    """Write a safetensors file tensor by tensor; its bytes equal those of the safetensors library."""
     import torch
 
     names = {getattr(torch, name): code for code, name in TORCH.items()}
@@ -177,7 +174,7 @@ def _width(tensor: torch.Tensor, dtype: torch.dtype) -> int:
 
 
 def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in their order, cut wherever the next file would grow beyond `max_bytes`, header included."""
+    """The names in their order, in groups that each fit into `max_bytes`, header included."""
     shards, room = [[]], max_bytes
     for name, size in sizes.items():
         needed = size + HEADER_ROOM + len(name.encode())
@@ -206,17 +203,17 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     for name in sorted(names):
         if name.startswith((stem, "pytorch_model")):
             refuse_pickle(folder / name)
-    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", todo="get the whole model folder")
+    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", hint="get the whole model folder")
 
 
 def _shards(index: Path) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise ModelError("has no weight_map", where=index, todo="get the file again")
+        raise ModelError("has no weight_map", where=index, hint="get the file again")
     shards = [index.parent / file for file in sorted(set(places.values()))]
     for shard in shards:
         if shard.parent != index.parent or shard.suffix != ".safetensors" or shard.name in ("", ".."):
             raise ModelError(f"names {shard.name!r}, which is no safetensors file beside it", where=index)
         if not shard.is_file():
-            raise ModelError(f"names {shard.name!r}, which is missing", where=index, todo="get the whole model folder")
+            raise ModelError(f"names {shard.name!r}, which is missing", where=index, hint="get the whole model folder")
     return shards

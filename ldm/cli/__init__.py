@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str):
-        raise ConfigError(message, todo=f"see `{self.prog} --help`")
+        raise ConfigError(message, hint=f"see `{self.prog} --help`")
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -99,9 +99,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
     if first in PLANNED:
-        raise ConfigError(f"`ldm {first}` is not built yet", todo=f"there are {', '.join(commands)}")
+        raise ConfigError(f"`ldm {first}` is not built yet", hint=f"there are {', '.join(commands)}")
     if first is not None and first not in commands:
-        raise ConfigError(f"unknown command {first!r}", todo=f'{nearest(first, commands)} (ldm generate "a cat" draws)')
+        raise ConfigError(f"unknown command {first!r}", hint=f'{nearest(first, commands)} (ldm generate "a cat" draws)')
     args, unknown = parser.parse_known_args(list(words))
     if hasattr(args, "overrides"):  # KEY=VALUE may stand after options too
         args.overrides += [word for word in unknown if _is_override(word)]
@@ -147,9 +147,9 @@ def common_options() -> Parser:
 
 def _refuse(word: str, parser: Parser) -> NoReturn:
     if not word.startswith("-"):
-        raise ConfigError(f"unexpected argument {word!r}", todo="put a text of several words in quotes")
+        raise ConfigError(f"unexpected argument {word!r}", hint="put a text of several words in quotes")
     options = [option for action in parser._actions for option in action.option_strings]
-    raise ConfigError(f"unknown option {word.split('=')[0]}", todo=nearest(word.split("=")[0], options))
+    raise ConfigError(f"unknown option {word.split('=')[0]}", hint=nearest(word.split("=")[0], options))
 
 
 def _report(line: str, debug: bool, code: int) -> int:

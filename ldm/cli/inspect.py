@@ -1,12 +1,12 @@
-"""Tell what a model, a part of one or a LoRA is, from its settings and headers.
+"""Show what a model, a part of one or a LoRA is, from its settings and headers.
 
 examples:
   ldm inspect model.safetensors                    family, prediction type, parts, dtypes, metadata
-  ldm inspect lora.safetensors                     base, rank, alpha, and which keys would not apply
+  ldm inspect lora.safetensors                     base model, rank, alpha, keys that would not apply
   ldm inspect runs/unet                            the model of a training run
   ldm inspect default --json                       everything, as one JSON document
 
-No weight is read, so it takes no longer for a large file. Exit code 0 also where the keys of a LoRA would not apply.
+No weights are read, so a large file takes no longer. The exit code is 0 even if keys of a LoRA would not apply.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="FILE_OR_FOLDER", help="a folder, a .safetensors file, or default")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing cut")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, with nothing cut")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm.checkpoint.inspect import as_text, inspect
 
-    found = inspect(args.path)
-    print(json.dumps(found, indent=1) if args.json else as_text(found))
+    info = inspect(args.path)
+    print(json.dumps(info, indent=1) if args.json else as_text(info))
     return 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.checkpoint.families import FAMILIES, SD1, SD2, XL, family_of
-from ldm.checkpoint.single.names import originals, parts_of, place
+from ldm.checkpoint.single.names import destination_of, originals, parts_of
 from ldm.errors import ModelError
 from ldm.nn.unet_config import UNetConfig
 
@@ -141,8 +141,8 @@ def test_every_tensor_finds_its_place(family):
     file = {}
     for part, names in of_folder.items():
         for key, found in originals(parts[part], names):
-            assert found is not None and found == place(parts[part], key)
-            assert not any(place(other, key) for other in parts.values() if other.name != part)
+            assert found is not None and found == destination_of(parts[part], key)
+            assert not any(destination_of(other, key) for other in parts.values() if other.name != part)
             first = names[found.names[0]]
             shape = {"flat": (*first, 1, 1), "transposed": first[::-1]}.get(found.change, first)
             file[key] = (len(found.names) * shape[0], *shape[1:])

@@ -207,7 +207,7 @@ def test_keys_that_would_not_apply_are_told_with_the_reason(tmp_path):
     found = ldm.inspect(tmp_path / "l.safetensors")
     why = {entry["key"]: entry["why"] for entry in found["unapplied"]}
     missing = "Stable Diffusion 1.x has no such layer"
-    assert why == {**dict.fromkeys([*stranger, *te], missing), "emb": "is nothing of a low-rank update"}
+    assert why == {**dict.fromkeys([*stranger, *te], missing), "emb": "belongs to no low-rank update"}
     assert found["lora"]["alpha"] is None and found["lora"]["alpha_assumed"] == 3
     text = lines(found)
     assert "5 keys would not be applied" in text and missing in text

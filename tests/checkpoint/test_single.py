@@ -388,7 +388,7 @@ def test_an_autoencoder_comes_from_files_of_every_shape(models, saved, tmp_path)
     with pytest.raises(ModelError, match="holds no autoencoder"):
         Pipeline("a cat", folder, vae=tmp_path / "none.safetensors")
     save_file({**bare, "decoder.extra": torch.ones(1)}, tmp_path / "extra.safetensors")
-    with pytest.raises(ModelError, match=r"1 keys of no autoencoder .decoder.extra"):
+    with pytest.raises(ModelError, match=r"1 keys that no autoencoder has .decoder.extra"):
         load_model(folder, "cpu", "fp32", vae=tmp_path / "extra.safetensors")
 
 

@@ -50,9 +50,9 @@ def test_only_a_model_is_overwritten(tiny_folder, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     (tmp_path / "dir.safetensors").mkdir()
     for out, said in {
-        "notes": "there already and no model",
-        "text.safetensors": "there already and no model",
-        "other.safetensors": "there already and no model",
+        "notes": "exists and is no model",
+        "text.safetensors": "exists and is no model",
+        "other.safetensors": "exists and is no model",
         "dir.safetensors": "is a folder",
         "model.ckpt": "only safetensors is written",
     }.items():

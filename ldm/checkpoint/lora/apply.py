@@ -15,7 +15,7 @@ from ldm.checkpoint.lora.target import Target, networks, target_of
 from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
 
-CROSS = ("attn2.to_k", "attn2.to_v")  # the layers that take the text's states
+CROSS = ("attn2.to_k", "attn2.to_v")  # the layers that read the text's states
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The names of layers in LoRA files: what a key means, and every spelling that a model's layer has.
+"""The names of layers in LoRA files: what a key means, and every way to spell a layer of a model.
 
-Spellings are made from the model's own layers and looked up, never taken apart: kohya's `_` for `.` cannot be undone.
+Spellings are made from the names of the model's layers and looked up, never parsed: kohya's `_` for `.` is ambiguous.
 No torch here.
 """
 
@@ -15,7 +15,7 @@ from ldm.nn.unet_config import UNetConfig
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 KOHYA = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
-CLIP = "text_model."  # in files since ever; transformers 5 leaves it out of CLIPTextModel
+CLIP = "text_model."  # files have it; transformers 5 leaves it out of CLIPTextModel
 ROLES = {  # how a key ends -> what the tensor is
     ".lora_A.weight": "down",  # PEFT
     ".lora_B.weight": "up",
@@ -41,7 +41,7 @@ OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(the layer as the file names it, what the tensor is); None for a key that is nothing of a low-rank update."""
+    """(the layer as the file names it, what the tensor is); None for a key that belongs to no low-rank update."""
     end = max((end for end in ROLES if key.endswith(end)), key=len, default=None)
     if end is None:
         return None
@@ -58,15 +58,15 @@ def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str
 
     Raises ModelError where two layers would share a name.
     """
-    found: dict[str, tuple[str, str]] = {}
+    table: dict[str, tuple[str, str]] = {}
     for part, names in shapes.items():
         names = list(names)
         originals = sgm_names(names, unet) if part == "unet" else {}
         for name in names:
             for spelt in dict.fromkeys(_spellings(part, name, originals.get(name))):
-                if found.setdefault(spelt, (part, name)) != (part, name):
-                    raise ModelError(f"{name} and {found[spelt][1]} would both be {spelt} in a LoRA file", where=part)
-    return found
+                if table.setdefault(spelt, (part, name)) != (part, name):
+                    raise ModelError(f"{name} and {table[spelt][1]} would both be {spelt} in a LoRA file", where=part)
+    return table
 
 
 def _spellings(part: str, name: str, original: str | None) -> list[str]:
@@ -89,7 +89,7 @@ def peft_name(part: str, name: str) -> str:
 
 
 def kohya_name(part: str, name: str, originals: Mapping[str, str], xl: bool) -> str:
-    """A layer's name in kohya's files: of XL the original code's (`originals`, see sgm_names), else diffusers'."""
+    """A layer's name in kohya's files: diffusers', for XL's U-Net the original code's (`originals`, see sgm_names)."""
     prefix = "lora_te1" if xl and part == "text_encoder" else KOHYA[part][0]
     return f"{prefix}_{flattened(originals[name] if xl and part == 'unet' else _in_files(part, name))}"
 
@@ -99,7 +99,7 @@ def _in_files(part: str, name: str) -> str:
 
 
 def sgm_names(names: Iterable[str], unet: UNetConfig) -> dict[str, str]:
-    """diffusers' names of a U-Net's layers -> those of the original code, which kohya's XL files have."""
+    """diffusers' names of a U-Net's layers -> the original code's, which kohya's XL files use."""
     back = {new: old for old, new in unet_modules(unet).items()}
-    found = {name: translated(name, back) for name in names}
-    return {name: original for name, original in found.items() if original is not None}
+    renamed = {name: translated(name, back) for name in names}
+    return {name: original for name, original in renamed.items() if original is not None}

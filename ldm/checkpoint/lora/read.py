@@ -1,4 +1,4 @@
-"""LoRA files read: the header first (no torch), every fault of it found there, then the tensors."""
+"""Read LoRA files: the header first (no torch), with every check that it allows, then the tensors."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """What a LoRA file says before any weight is read."""
+    """What a LoRA file holds, known before any weight is read."""
 
     path: Path
     format: str  # "kohya", "peft" (lora_A, lora_B) or "diffusers" (its older names)
     entries: Mapping[str, Entry]  # by the file's own names of the layers
-    unknown: tuple[str, ...]  # keys of nothing that is applied
+    unknown: tuple[str, ...]  # keys that belong to no low-rank update
     metadata: Mapping[str, str]
-    assumed: int  # layers whose alpha is nowhere in the file, and taken to be the rank
+    assumed: int  # layers without an alpha in the file: theirs is the rank
 
     @property
     def name(self) -> str:
-        """As a prompt's <lora:name:1> has it."""
+        """The name by which a prompt's <lora:name:1> finds it."""
         return self.path.parent.name if self.path.name == FILE else self.path.stem
 
     @property
     def words(self) -> frozenset[str]:
-        """Those of the captions that it was trained on, where the file tells."""
+        """The words of the captions that it was trained on, where the file lists them."""
         try:
-            found = json.loads(self.metadata.get(WORDS, "[]"))
+            words = json.loads(self.metadata.get(WORDS, "[]"))
         except (ValueError, RecursionError):
             return frozenset()
-        return frozenset(word for word in found if isinstance(word, str)) if isinstance(found, list) else frozenset()
+        return frozenset(word for word in words if isinstance(word, str)) if isinstance(words, list) else frozenset()
 
     @property
     def dora(self) -> bool:
@@ -76,11 +76,11 @@ class LoraFile:
     header: LoraHeader
     layers: Mapping[str, LowRank]  # by the file's own names of the layers
     hash: str  # sha256 of the file
-    short_hash: str  # the first 12 digits of what A1111 calls a LoRA's hash: sha256 without the header
+    short_hash: str  # the first 12 digits of A1111's hash of a LoRA: sha256 without the header
 
 
 def lora_path(path: str | Path) -> Path:
-    """The file that is meant: `path` itself, or the one in the folder that it names. Raises ModelError."""
+    """The LoRA's file: `path` itself, or the one inside that folder. Raises ModelError."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return path
@@ -89,11 +89,11 @@ def lora_path(path: str | Path) -> Path:
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
     if len(files) == 1:
         return files[0]
-    for other in sorted(path.iterdir()):
-        if other.is_file() and not files:
-            refuse_pickle(other)
+    for file in sorted(path.iterdir()):
+        if file.is_file() and not files:
+            refuse_pickle(file)
     what = f"holds {len(files)} .safetensors files" if files else f"has no {FILE}"
-    raise ModelError(what, where=path, todo="name the LoRA's file")
+    raise ModelError(what, where=path, hint="name the LoRA's file")
 
 
 def find_lora(name: str, folder: str | Path) -> Path:
@@ -109,21 +109,21 @@ def find_lora(name: str, folder: str | Path) -> Path:
         if path.stem == path.parent.name and (path.parent / FILE).is_file():
             continue  # the same in kohya's layout, as fine-tuning leaves it beside the other
         known.setdefault(path.parent.name if path.name == FILE else path.stem, []).append(path)
-    found = known.get(name, [])
-    if not found:
-        todo = nearest(name, list(known)[:50]) if known else "there is no LoRA in this folder"
-        raise ConfigError(f"no LoRA is named {name!r:.80}", where=folder, todo=todo)
-    if len(found) > 1:
-        places = ", ".join(str(path.relative_to(folder)) for path in found[:3])
-        raise ConfigError(f"{len(found)} LoRAs are named {name!r}: {places}", where=folder, todo="rename one")
-    return found[0]
+    matches = known.get(name, [])
+    if not matches:
+        hint = nearest(name, list(known)[:50]) if known else "there is no LoRA in this folder"
+        raise ConfigError(f"no LoRA is named {name!r:.80}", where=folder, hint=hint)
+    if len(matches) > 1:
+        places = ", ".join(str(path.relative_to(folder)) for path in matches[:3])
+        raise ConfigError(f"{len(matches)} LoRAs are named {name!r}: {places}", where=folder, hint="rename one")
+    return matches[0]
 
 
 def read_lora_header(path: str | Path) -> LoraHeader:
     """Check all about a LoRA file that needs no weight.
 
-    Raises ModelError: no file, a pickle, malformed, no LoRA at all, layers of which half is missing, an alpha or rank
-    that is none.
+    Raises ModelError: no file, a pickle, malformed, no LoRA at all, half of a layer is missing, an alpha or rank that
+    is no number.
     """
     path = lora_path(path)
     header = read_header(path)
@@ -139,7 +139,7 @@ def read_lora_header(path: str | Path) -> LoraHeader:
         unknown += layers.pop(layer).values()
     _check_kind(layers, unknown, path)
     shapes = {layer: {role: header.tensors[key].shape for role, key in keys.items()} for layer, keys in layers.items()}
-    ranks = {layer: _rank(layer, layers[layer], found, path) for layer, found in shapes.items()}
+    ranks = {layer: _rank(layer, layers[layer], its_shapes, path) for layer, its_shapes in shapes.items()}
     alphas, assumed = _alphas(header, layers, ranks, path)
     entries = {layer: Entry(keys, shapes[layer], alphas[layer]) for layer, keys in layers.items()}
     return LoraHeader(path, _format(layers), entries, tuple(unknown), header.metadata, assumed)
@@ -169,16 +169,16 @@ def read_lora(path: str | Path) -> LoraFile:
 def _check_kind(layers: Mapping[str, Any], unknown: list[str], path: Path) -> None:
     kind = next((kind for mark, kind in OTHER_KINDS.items() if any(mark in key for key in unknown)), None)
     if kind:
-        raise ModelError(f"is an adapter of the kind {kind}, which is not supported", where=path, todo="use LoRA, DoRA")
+        raise ModelError(f"is an adapter of the kind {kind}, which is not supported", where=path, hint="use LoRA, DoRA")
     if not layers:
         first = ", ".join(unknown[:3])
         raise ModelError(f"holds no LoRA layer ({len(unknown)} other tensors: {first})", where=path)
 
 
 def _rank(layer: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
-    """The rank, after the shapes of the layer's tensors have been found to go together."""
+    """The layer's rank. Raises ModelError where the shapes of its tensors do not belong together."""
     if missing := {"down", "up"} - shapes.keys():
-        raise ModelError(f"{layer} has no {missing.pop()} weight", where=path, todo="get the file again")
+        raise ModelError(f"{layer} has no {missing.pop()} weight", where=path, hint="get the file again")
     down, up = shapes["down"], shapes["up"]
     flat = math.prod(up[2:]) == 1
     if not (len(down) in (2, 4) and len(up) in (2, 4) and flat and down[0] == up[1] and 0 not in (*down, *up)):
@@ -189,7 +189,7 @@ def _rank(layer: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, .
     peft = len(magnitude) > 1 and "_magnitude_vector" in keys["magnitude"]  # (1, out, 1, 1)
     if (magnitude[1:2] if peft else magnitude[:1]) != (up[0],) or math.prod(magnitude) != up[0]:
         what = f"{layer} has DoRA magnitudes of shape {list(magnitude)}, not one for each of {up[0]} outputs"
-        raise ModelError(what, where=path, todo="those along the inputs are not supported")
+        raise ModelError(what, where=path, hint="those along the inputs are not supported")
     return down[0]
 
 
@@ -202,18 +202,18 @@ def _format(layers: Mapping[str, Mapping[str, str]]) -> str:
 def _alphas(
     header: Header, layers: Mapping[str, Mapping[str, str]], ranks: Mapping[str, int], path: Path
 ) -> tuple[dict[str, float], int]:
-    """Each layer's alpha: its own tensor's, else the header's, else the rank; and for how many it was the last."""
-    own = _scalars(header, {layer: keys["alpha"] for layer, keys in layers.items() if "alpha" in keys}, path)
-    told = _from_metadata(header.metadata, ranks, path)
-    found = {**told, **own}
-    for layer, alpha in found.items():
+    """Each layer's alpha: from its tensor, else the header, else the rank; and how many layers take the rank."""
+    from_tensors = _scalars(header, {layer: keys["alpha"] for layer, keys in layers.items() if "alpha" in keys}, path)
+    from_header = _from_metadata(header.metadata, ranks, path)
+    alphas = {**from_header, **from_tensors}
+    for layer, alpha in alphas.items():
         if not math.isfinite(alpha):
-            raise ModelError(f"the alpha of {layer} is {alpha}", where=path, todo="get the file again")
-    return {layer: found.get(layer, float(rank)) for layer, rank in ranks.items()}, len(ranks.keys() - found.keys())
+            raise ModelError(f"the alpha of {layer} is {alpha}", where=path, hint="get the file again")
+    return {layer: alphas.get(layer, float(rank)) for layer, rank in ranks.items()}, len(ranks.keys() - alphas.keys())
 
 
 def _scalars(header: Header, keys: Mapping[str, str], path: Path) -> dict[str, float]:
-    """The numbers in single-element tensors, read from their places in the file."""
+    """The numbers in single-element tensors, each read where the header says it is."""
     values = {}
     with path.open("rb") as handle:
         for layer, key in keys.items():
@@ -231,38 +231,38 @@ def _scalars(header: Header, keys: Mapping[str, str], path: Path) -> dict[str, f
 
 
 def _from_metadata(metadata: Mapping[str, str], ranks: Mapping[str, int], path: Path) -> dict[str, float]:
-    """The alphas that the header tells, for as many layers as it does."""
+    """The alphas in the header's metadata, for the layers that it covers."""
     if METADATA in metadata:
         try:
             settings = json.loads(metadata[METADATA])
             return _peft_alphas(settings, ranks, path) if settings else {}
         except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ModelError(f"its {METADATA} cannot be understood", where=path, todo="get the file again") from None
+            raise ModelError(f"its {METADATA} cannot be understood", where=path, hint="get the file again") from None
     try:  # of the layers with the file's main rank; convolutions have their own, in their tensors
         alpha, rank = float(metadata["ss_network_alpha"]), int(metadata["ss_network_dim"])
     except (KeyError, ValueError):
         return {}
-    return {layer: alpha for layer, its in ranks.items() if its == rank}
+    return {layer: alpha for layer, its_rank in ranks.items() if its_rank == rank}
 
 
 def _peft_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Path) -> dict[str, float]:
-    """lora_alpha, or alpha_pattern's for the layers that it names; with rank-stabilised scaling, what amounts to it."""
-    found = {}
+    """lora_alpha, or alpha_pattern's for the layers that it names; times sqrt(rank) with rank-stabilised scaling."""
+    alphas = {}
     for part in PARTS:
         names = {layer: layer.removeprefix(f"{part}.") for layer in ranks if layer.startswith(f"{part}.")}
         alpha = settings.get(f"{part}.lora_alpha")
         if alpha is None or not names:
             continue
-        found |= dict.fromkeys(names, float(alpha))
+        alphas |= dict.fromkeys(names, float(alpha))
         for pattern, value in (settings.get(f"{part}.alpha_pattern") or {}).items():
             plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-            meant = [layer for layer, name in names.items() if name == plain or name.endswith(f".{plain}")]
-            if not meant:
+            matching = [layer for layer, name in names.items() if name == plain or name.endswith(f".{plain}")]
+            if not matching:
                 raise ModelError(f"its alpha_pattern {pattern!r:.80} names no layer", where=path)
-            found |= dict.fromkeys(meant, float(value))
+            alphas |= dict.fromkeys(matching, float(value))
         if settings.get(f"{part}.use_rslora"):  # scale alpha / sqrt(rank)
-            found |= {layer: found[layer] * math.sqrt(ranks[layer]) for layer in names}
-    return found
+            alphas |= {layer: alphas[layer] * math.sqrt(ranks[layer]) for layer in names}
+    return alphas
 
 
 def _check_manifest(path: Path, digest: str) -> None:
@@ -270,7 +270,7 @@ def _check_manifest(path: Path, digest: str) -> None:
     if manifest.is_file():
         entry = (read_json(manifest).get("files") or {}).get(path.name)
         if entry and entry.get("sha256") != digest:
-            raise ModelError("does not match the manifest's sha256", where=path, todo="get the file again")
+            raise ModelError("does not match the manifest's sha256", where=path, hint="get the file again")
 
 
 def _short_hash(path: Path) -> str:

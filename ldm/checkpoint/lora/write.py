@@ -1,4 +1,4 @@
-"""LoRA files written: for PEFT and diffusers, or for kohya's relatives (A1111, ComfyUI), each with a model card."""
+"""Write LoRA files for PEFT and diffusers or for A1111 and ComfyUI (kohya's layout), with a model card."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def write_lora(
             <folder's name>.safetensors, alphas in tensors and in the header, XL's layers by the original code's names
     dtype   of the weights; None leaves them as they are
     note    a paragraph for the card: what it was trained on
-    Raises ModelError for NaN and infinity, layers that the model has not, and what a layout cannot hold.
+    Raises ModelError for NaN and infinity, layers that the model does not have, and what a layout cannot hold.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file()):
-        raise ModelError("is there already and no LoRA's folder", where=folder, todo="choose a new folder")
+        raise ModelError("exists and is no LoRA's folder", where=folder, hint="choose a new folder")
     if layout not in LAYOUTS:
-        raise ModelError(f"unknown layout {layout!r}", todo=f"choose from: {', '.join(LAYOUTS)}")
+        raise ModelError(f"unknown layout {layout!r}", hint=f"choose from: {', '.join(LAYOUTS)}")
     name = folder.resolve().name
     files = {layout: FILE if layout == "peft" else f"{name}.safetensors"}
     contents = _contents(folder, model, layers, files, dtype)
@@ -70,16 +70,16 @@ def write_lora_into(
     note: str = "",
     words: Iterable[str] = (),
 ) -> Path:
-    """Write updates into a folder that holds other things too, such as a run's: pytorch_lora_weights.safetensors in
+    """Write updates into a folder that also holds other files, such as a run's: pytorch_lora_weights.safetensors in
     PEFT's layout, name.safetensors in kohya's, a model card, and a manifest of the two; returns the first one's path.
 
-    Each file is written whole or not at all; `words` are those of the captions, where the model knows few. Raises as
-    `write_lora`.
+    Each file is written whole or not at all. `words` are the words of the captions, for models that know few. Raises
+    ModelError like `write_lora`.
     """
     folder = Path(folder)
     files = {"peft": FILE, "kohya": f"{name}.safetensors"}
     contents = _contents(folder, model, layers, files, dtype, {WORDS: json.dumps(sorted(words))} if words else {})
-    (folder / MANIFEST).unlink(missing_ok=True)  # else it vouches for the old files while the new ones come
+    (folder / MANIFEST).unlink(missing_ok=True)  # it must not vouch for the old files while new ones are written
     for file, content in contents.items():
         atomic_write(folder / file, lambda path, content=content: write_tensors(path, *content))
     write_manifest(folder, list(contents))
@@ -112,8 +112,8 @@ def _check(layers: Layers, model: Model, folder: Path) -> None:
     if not layers:
         raise ModelError("there is no layer to write", where=folder)
     known = {part: layers_of(module) for part, module in networks(model).items()}
-    for part, found in layers.items():
-        if missing := [name for name in found if name not in known.get(part, {})]:
+    for part, updates in layers.items():
+        if missing := [name for name in updates if name not in known.get(part, {})]:
             raise ModelError(f"the model has no layer {part}.{missing[0]}", where=folder)
 
 
@@ -131,53 +131,53 @@ def _peft(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]
     cannot tell the newer ones in every case.
     """
     tensors, settings = {}, {}
-    for part, found in layers.items():
+    for part, updates in layers.items():
         down, up, magnitude = UNET_NAMES if part == "unet" else TEXT_NAMES
-        for name, update in found.items():
+        for name, update in updates.items():
             key = peft_name(part, name)
             tensors |= {f"{key}.{down}": update.down, f"{key}.{up}": update.up}
             if update.magnitude is not None:
                 wide = (1, -1, 1, 1) if update.down.ndim == 4 else (-1,)
                 tensors[f"{key}.{magnitude}"] = update.magnitude.reshape(wide)
-        settings |= {f"{part}.{key}": value for key, value in _peft_settings(part, found).items()}
+        settings |= {f"{part}.{key}": value for key, value in _peft_settings(part, updates).items()}
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
 
-def _peft_settings(part: str, found: Mapping[str, LowRank]) -> dict[str, Any]:
-    """PEFT's LoraConfig, as far as needed; layers without `text_model.`, which it finds in both forms."""
-    found = {name.removeprefix(CLIP): update for name, update in found.items()}
-    if len({update.magnitude is None for update in found.values()}) > 1:
-        raise ModelError("PEFT's layout cannot hold LoRA and DoRA in one part", where=part, todo="use layout 'kohya'")
-    ranks = {name: update.rank for name, update in found.items()}
-    alphas = {name: _plain(update.alpha) for name, update in found.items()}
+def _peft_settings(part: str, updates: Mapping[str, LowRank]) -> dict[str, Any]:
+    """PEFT's LoraConfig, as far as needed; layers without `text_model.`, because PEFT finds them in both forms."""
+    updates = {name.removeprefix(CLIP): update for name, update in updates.items()}
+    if len({update.magnitude is None for update in updates.values()}) > 1:
+        raise ModelError("PEFT's layout cannot hold LoRA and DoRA in one part", where=part, hint="use layout 'kohya'")
+    ranks = {name: update.rank for name, update in updates.items()}
+    alphas = {name: _plain(update.alpha) for name, update in updates.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(found),
-        "rank_pattern": {name: its for name, its in ranks.items() if its != rank},
-        "alpha_pattern": {name: its for name, its in alphas.items() if its != alpha},
-        "use_dora": any(update.magnitude is not None for update in found.values()),
+        "target_modules": sorted(updates),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_dora": any(update.magnitude is not None for update in updates.values()),
         "lora_bias": False,
         "bias": "none",
     }
 
 
 def _kohya(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata as sd-scripts writes them."""
+    """Tensors and metadata as kohya's sd-scripts writes them."""
     import torch
 
     xl = is_xl(model)
     originals = sgm_names(layers.get("unet", {}), model.unet.config) if xl else {}
     tensors = {}
-    for part, found in layers.items():
-        for name, update in found.items():
+    for part, updates in layers.items():
+        for name, update in updates.items():
             key = kohya_name(part, name, originals, xl)
             tensors |= {f"{key}.lora_down.weight": update.down, f"{key}.lora_up.weight": update.up}
             tensors[f"{key}.alpha"] = torch.tensor(float(update.alpha))
             if update.magnitude is not None:
                 tensors[f"{key}.dora_scale"] = update.magnitude.reshape(-1, *[1] * (update.down.ndim - 1))
-    every = [update for found in layers.values() for update in found.values()]
+    every = [update for updates in layers.values() for update in updates.values()]
     version = "sdxl_base_v1-0" if xl else {768: "sd_v1", 1024: "sd_v2"}.get(model.unet.config.cross_attention_dim)
     metadata = {
         "ss_network_module": "networks.lora",
@@ -206,13 +206,13 @@ def _plain(number: float) -> int | float:
 
 def _card(name: str, files: Mapping[str, str], model: Model, layers: Layers, note: str) -> str:
     """A short model card, its head as the hub reads it; `files`: layout -> name."""
-    every = [update for found in layers.values() for update in found.values()]
+    every = [update for updates in layers.values() for update in updates.values()]
     kind = "DoRA" if any(update.magnitude is not None for update in every) else "LoRA"
     ranks, alphas = ({f"{v:g}" for v in values} for values in ([u.rank for u in every], [u.alpha for u in every]))
-    parts = ", ".join(f"{len(found)} layers of {part}" for part, found in layers.items() if found)
+    parts = ", ".join(f"{len(updates)} layers of {part}" for part, updates in layers.items() if updates)
     base = f"{model.name or 'a model'}{f' (sha256 {model.hash[:12]})' if model.hash else ''}"
-    own = {"kind": kind.lower(), "layout": "both" if len(files) > 1 else next(iter(files))}
-    head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": own}
+    settings = {"kind": kind.lower(), "layout": "both" if len(files) > 1 else next(iter(files))}
+    head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": settings}
     first, there = next(iter(files.values())), " and ".join(f"`{file}`" for file in files.values())
     other = f'pipe.load_lora_weights(".", weight_name="{first}")'
     kohya = f", or put `{files['kohya']}` into A1111's or ComfyUI's folder of LoRAs" if "kohya" in files else ""

@@ -1,6 +1,6 @@
 """Single files: a whole model in one .safetensors under Stable Diffusion's original names, read and written."""
 
-from ldm.checkpoint.single.header import check_prediction_type, own_settings
+from ldm.checkpoint.single.header import check_prediction_type, stored_settings
 from ldm.checkpoint.single.read import Plan, plan_of, read_single, read_vae, vae_prefix
 from ldm.checkpoint.single.write import SUFFIX, check_target, save_single
 
@@ -9,10 +9,10 @@ __all__ = [
     "Plan",
     "check_prediction_type",
     "check_target",
-    "own_settings",
     "plan_of",
     "read_single",
     "read_vae",
     "save_single",
+    "stored_settings",
     "vae_prefix",
 ]

@@ -1,7 +1,7 @@
-"""Where each tensor of a single file belongs: Stable Diffusion's original names against those of diffusers' folders.
+"""The names of tensors: Stable Diffusion's original names in a single file, and those of diffusers' folders.
 
-All maps are made by rule from the parts' settings, so that they hold for networks of any width and depth. An entry maps
-a module (or a whole name) of the file to the same in the folder; what follows it in a name stays as it is. No torch.
+All tables are computed from the parts' settings, so that they hold for networks of any width and depth. An entry maps
+a module (or a whole name) of the file to that of the folder; the rest of a name stays as it is. No torch.
 """
 
 from __future__ import annotations
@@ -32,42 +32,42 @@ class Part:
     """One component of a model inside a single file."""
 
     name: str  # unet, vae, text_encoder, text_encoder_2
-    prefixes: tuple[str, ...]  # that its tensors may have in a file; the first one is written
+    prefixes: tuple[str, ...]  # of its tensors in a file; the first one is written
     modules: Mapping[str, str]  # module in the file -> module in the folder; {} for equal names
     form: str = "same"  # how tensors differ: same, vae (1x1 convolutions in attention), open_clip (stacked q, k, v)
-    unused: tuple[str, ...] = ()  # of what the file may hold beyond the folder: beginnings of names
+    unused: tuple[str, ...] = ()  # beginnings of names that a file may have and a folder has not
 
     def inner(self, key: str) -> str | None:
-        """The key without this part's prefix; None for another part's."""
+        """The key without this part's prefix; None for the key of another part."""
         prefix = next((prefix for prefix in self.prefixes if key.startswith(prefix)), None)
         return None if prefix is None else key[len(prefix) :]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of a single file goes: its name in the folder, or three for q, k, v that are stacked."""
+class Destination:
+    """Where a tensor of a single file goes: its name in the folder, or three names for stacked q, k, v."""
 
     part: str
     names: tuple[str, ...]
     change: str = ""  # transposed, flat (a 1x1 convolution as a matrix), or nothing
 
 
-def place(part: Part, key: str) -> Place | None:
-    """The place of one tensor of a file; None for a name that `part` does not have."""
+def destination_of(part: Part, key: str) -> Destination | None:
+    """Where one tensor of a file goes; None for a name that `part` does not have."""
     name = translated(part.inner(key) or "", part.modules)
     if name is None:
         return None
     module, _, kind = name.rpartition(".")
     if part.form == "open_clip" and kind in ("in_proj_weight", "in_proj_bias"):
-        return Place(part.name, tuple(f"{module}.{one}.{kind.removeprefix('in_proj_')}" for one in QKV))
+        return Destination(part.name, tuple(f"{module}.{one}.{kind.removeprefix('in_proj_')}" for one in QKV))
     if part.form == "open_clip" and name == "text_projection.weight":
-        return Place(part.name, (name,), "transposed")
+        return Destination(part.name, (name,), "transposed")
     flat = part.form == "vae" and ".attentions." in name and kind == "weight" and "group_norm" not in name
-    return Place(part.name, (name,), "flat" if flat else "")
+    return Destination(part.name, (name,), "flat" if flat else "")
 
 
-def originals(part: Part, names: Iterable[str]) -> Iterator[tuple[str, Place | None]]:
-    """(key in the file, its place) for a component's tensors; None as the place of a name that has no counterpart."""
+def originals(part: Part, names: Iterable[str]) -> Iterator[tuple[str, Destination | None]]:
+    """(key in the file, where it goes) for a component's tensors; (name, None) where the file has no such name."""
     back, prefix, done = {new: old for old, new in part.modules.items()}, part.prefixes[0], set()
     for name in names:
         old = translated(name, back)
@@ -78,11 +78,11 @@ def originals(part: Part, names: Iterable[str]) -> Iterator[tuple[str, Place | N
             yield name, None
         elif old not in done:
             done.add(old)
-            yield prefix + old, place(part, prefix + old)
+            yield prefix + old, destination_of(part, prefix + old)
 
 
 def translated(name: str, modules: Mapping[str, str]) -> str | None:
-    """`name` with its longest beginning that is a module replaced; None where there is none."""
+    """`name` with the longest module at its beginning replaced; None where no module matches."""
     if not modules:
         return name or None
     head, tail = name, ""
@@ -110,7 +110,7 @@ def vae_part(config: Config, prefix: str = VAE) -> Part:
 
 
 def text_part(name: str, config: Config, unet: UNetConfig) -> Part:
-    """A text encoder: as transformers names it in 1.x and as XL's first, as OpenCLIP does in 2.x and as XL's second."""
+    """A text encoder: with transformers' names in 1.x and as XL's first, with OpenCLIP's in 2.x and as XL's second."""
     xl = unet.addition_embed_type == "text_time"
     clip = "CLIP" in (config.get("architectures") or ("CLIP",))[0]
     if not clip or (name == "text_encoder" and (xl or not unet.use_linear_projection)):
@@ -136,7 +136,7 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     if config.addition_embed_type == "text_time":
         table |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     else:
-        table["add_embedding"] = "add_embedding"  # pooled text, of which the original code knows nothing
+        table["add_embedding"] = "add_embedding"  # pooled text, which the original code does not know
     levels, number = len(config.block_out_channels), 1
     for level in range(levels):
         down = f"down_blocks.{level}"
@@ -189,7 +189,7 @@ def vae_modules(config: Config) -> dict[str, str]:
 
 
 def open_clip_modules(config: Config) -> dict[str, str]:
-    """OpenCLIP's text tower, as transformers names it."""
+    """OpenCLIP's text tower -> transformers' names."""
     table = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
     table["positional_embedding"] = "text_model.embeddings.position_embedding.weight"
     if _projects(config):

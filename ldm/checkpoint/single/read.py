@@ -1,4 +1,4 @@
-"""A single file as a Model: planned from its header, checked on the meta device, then each byte read once."""
+"""Read a single file as a Model: plan from its header, check on the meta device, then read each byte once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ldm.checkpoint.build import check_fit, clip_text, t5_text
 from ldm.checkpoint.families import SCHEDULE_BUFFERS, family_of
 from ldm.checkpoint.folder import card_settings
 from ldm.checkpoint.safety import Header, read_header
-from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, own_settings, prediction_type, zero_snr
-from ldm.checkpoint.single.names import UNET, VAE, Part, Place, parts_of, place, vae_part
+from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, find_prediction_type, stored_settings, zero_snr
+from ldm.checkpoint.single.names import UNET, VAE, Destination, Part, destination_of, parts_of, vae_part
 from ldm.checkpoint.single.tokenizers import clips, unpack
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.types import Model
@@ -35,81 +35,81 @@ SHOWN = 5  # names of unknown keys that an error lists
 
 @dataclass(frozen=True)
 class Plan:
-    """A single file, understood from its header: which settings, and where each tensor goes."""
+    """What a single file's header says: the model's settings, and where each tensor goes."""
 
     path: Path
     header: Header
-    family: str | None  # None: a width of our own
+    family: str | None  # None: sizes of no known family
     configs: Mapping[str, Mapping[str, Any]]  # component -> config.json, `scheduler` included
     tokenizers: Mapping[str, Mapping[str, Any]]  # text encoder -> as in single/write.py
-    places: Mapping[str, Place]  # key in the file -> part and names
-    ignored: Mapping[str, int]  # group of names that are known and not needed -> how many
+    destinations: Mapping[str, Destination]  # by key in the file
+    ignored: Mapping[str, int]  # group of known tensors that are not needed -> how many
     zero_empty: bool = True  # XL: None as a prompt is zeros
     card: str | None = None  # the model card
-    unknown: tuple[str, ...] = ()  # keys that have no place; only where `plan_of` was not strict
+    unknown: tuple[str, ...] = ()  # keys that belong to no part; only where `plan_of` is not strict
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Name in the folder -> shape, of one component."""
-        found = {}
-        for key, goes in self.places.items():
-            if goes.part == part:
+        shapes = {}
+        for key, destination in self.destinations.items():
+            if destination.part == part:
                 shape = self.header.tensors[key].shape
-                found |= dict.fromkeys(goes.names, _shape_in_folder(shape, goes, key, self.path))
-        return found
+                shapes |= dict.fromkeys(destination.names, _shape_in_folder(shape, destination, key, self.path))
+        return shapes
 
 
-def plan_of(path: Path, asked: str | None = None, skip: tuple[str, ...] = (), strict: bool = True) -> Plan:
+def plan_of(path: Path, override: str | None = None, skip: tuple[str, ...] = (), strict: bool = True) -> Plan:
     """Understand a file from its header alone: a few milliseconds, no torch.
 
-    `asked` is the prediction type that the user gives; parts in `skip` may lack. Raises ModelError: a pickle, a
-    malformed header, no family that is known, a prediction type that nothing tells; if `strict`, keys that have no
-    place and parts that lack.
+    `override` is the prediction type that the user gives; parts in `skip` may be missing. Raises ModelError: a pickle,
+    a malformed header, no known family, no prediction type; if `strict`, keys that belong to no part, missing parts.
     """
     header = read_header(path)
-    own = own_settings(header, path)
-    if own is None:
+    settings = stored_settings(header, path)
+    if settings is None:
         family = family_of({name: tensor.shape for name, tensor in header.tensors.items()}, path)
         if not any(name.startswith(UNET) for name in header.tensors):
             what = f"holds the U-Net of {family.title} alone, by diffusers' names"
-            raise ModelError(what, where=path, todo="give the model's folder")
-        configs = family.configs(prediction_type(header, family, path, asked), zero_snr(header))
+            raise ModelError(what, where=path, hint="give the model's folder")
+        configs = family.configs(find_prediction_type(header, family, path, override), zero_snr(header))
         tokenizers: Mapping = {part: {"pad_token": pad} for part, pad in family.pads.items()}
-        return _placed(Plan(path, header, family.name, configs, tokenizers, {}, {}), skip, strict)
-    told = (own.get("family"), own["configs"], own["tokenizers"], {}, {}, own.get("zero_empty", True), own.get("card"))
-    return _placed(Plan(path, header, *told), skip, strict)
+        return _with_destinations(Plan(path, header, family.name, configs, tokenizers, {}, {}), skip, strict)
+    family, configs, tokenizers = settings.get("family"), settings["configs"], settings["tokenizers"]
+    zero_empty, card = settings.get("zero_empty", True), settings.get("card")
+    return _with_destinations(Plan(path, header, family, configs, tokenizers, {}, {}, zero_empty, card), skip, strict)
 
 
-def _placed(plan: Plan, skip: tuple[str, ...], strict: bool) -> Plan:
-    """The same plan with a place for every tensor. Raises ModelError for parts that lack and keys that are unknown."""
+def _with_destinations(plan: Plan, skip: tuple[str, ...], strict: bool) -> Plan:
+    """The same plan with a destination for every tensor. If `strict`, raises ModelError as `plan_of` does."""
     with named(plan.path):
         parts = parts_of(plan.configs)
-    places, ignored, unknown = {}, Counter(), []
+    destinations, ignored, unknown = {}, Counter(), []
     for key in (key for key in plan.header.tensors if key not in FLAGS):
         part = next((part for part in parts.values() if part.inner(key) is not None), None)
         group = _group(key, part)
-        found = place(part, key) if part is not None and group is None else None
-        if found is not None and found.part in skip:
-            group = f"{found.part} (another one is used)"
+        destination = destination_of(part, key) if part is not None and group is None else None
+        if destination is not None and destination.part in skip:
+            group = f"{destination.part} (another one is used)"
         if group is not None:
             ignored[group] += 1
-        elif found is not None:
-            places[key] = found
+        elif destination is not None:
+            destinations[key] = destination
         else:
             unknown.append(key)
     if not strict:
-        return replace(plan, places=places, ignored=dict(ignored), unknown=tuple(unknown))
+        return replace(plan, destinations=destinations, ignored=dict(ignored), unknown=tuple(unknown))
     if unknown:
         names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
         raise ModelError(f"has {len(unknown)} keys that belong to no part of the model ({names})", where=plan.path)
-    lacking = [name for name in parts if name not in skip and not any(p.part == name for p in places.values())]
-    if lacking:
-        todo = "give one with --vae" if lacking == ["vae"] else "get the whole model"
-        raise ModelError(f"holds no {' and no '.join(lacking)}", where=plan.path, todo=todo)
-    return replace(plan, places=places, ignored=dict(ignored))
+    missing = [name for name in parts if name not in skip and not any(p.part == name for p in destinations.values())]
+    if missing:
+        hint = "give one with --vae" if missing == ["vae"] else "get the whole model"
+        raise ModelError(f"holds no {' and no '.join(missing)}", where=plan.path, hint=hint)
+    return replace(plan, destinations=destinations, ignored=dict(ignored))
 
 
 def _group(key: str, part: Part | None) -> str | None:
-    """What a tensor that is known and not needed counts as; None for all others."""
+    """The group of a known tensor that is not needed; None for all others."""
     if key.startswith("model_ema."):
         return "model_ema.*"
     if key in SCHEDULE_BUFFERS:
@@ -119,32 +119,32 @@ def _group(key: str, part: Part | None) -> str | None:
     return next((f"{part.prefixes[0]}{start}*" for start in unused if inner.startswith(start)), None)
 
 
-def _shape_in_folder(shape: tuple[int, ...], goes: Place, key: str, path: Path) -> tuple[int, ...]:
-    if len(goes.names) > 1:
-        if not shape or shape[0] % len(goes.names):
+def _shape_in_folder(shape: tuple[int, ...], destination: Destination, key: str, path: Path) -> tuple[int, ...]:
+    if len(destination.names) > 1:
+        if not shape or shape[0] % len(destination.names):
             raise ModelError(f"{key!r} of shape {list(shape)} does not hold q, k and v", where=path)
-        return (shape[0] // len(goes.names), *shape[1:])
-    if goes.change == "transposed":
+        return (shape[0] // len(destination.names), *shape[1:])
+    if destination.change == "transposed":
         return shape[::-1]
-    return shape[:2] if goes.change == "flat" and set(shape[2:]) <= {1} else shape
+    return shape[:2] if destination.change == "flat" and set(shape[2:]) <= {1} else shape
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """What goes wrong with settings or parts of a file names the file."""
+    """Errors inside the block name the file."""
     try:
         yield
     except LdmError as error:
         if error.where == path:
             raise
         inside = f"{error.where}: " if error.where is not None and not Path(str(error.where)).is_absolute() else ""
-        raise ModelError(inside + error.what, where=path, todo=error.todo) from None
+        raise ModelError(inside + error.what, where=path, hint=error.hint) from None
 
 
 def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan) -> Model:
-    """The model of a planned file (its `vae` is None where the plan leaves it out), with the file's sha256 as its hash.
+    """The model of a file with this plan; `vae` is None where the plan skips it, `hash` is the file's sha256.
 
-    Raises ModelError for tensors that do not fit before any is read, and for weights that are not finite.
+    Raises ModelError for shapes that do not fit, before any tensor is read, and for weights that are not finite.
     """
     from ldm.diffusion.schedule import Schedule
 
@@ -161,23 +161,23 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
     for module in (unet, *(() if vae is None else (vae.module,)), *text.modules):
         module.requires_grad_(False)
     info = {**card_settings(plan.card or ""), "family": plan.family}
-    info.pop("commit", None)  # of models from the hub alone; a card's word for it is no proof
+    info.pop("commit", None)  # models from the hub alone have one, and a card proves nothing
     info |= {"ignored_keys": dict(plan.ignored)} if plan.ignored else {}
     return Model(unet, vae, text, schedule, path.stem, path.resolve(), digest, info)
 
 
 def _on_meta(plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
-    """The file's tensors without memory, to find out whether they fit."""
+    """The file's tensors without memory, to check whether they fit."""
     import torch
 
-    names = {goes.part for goes in plan.places.values()}
+    names = {destination.part for destination in plan.destinations.values()}
     return {
         part: {name: torch.empty(shape, device="meta") for name, shape in plan.shapes(part).items()} for part in names
     }
 
 
 def _build(plan: Plan, states: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[UNet, Autoencoder, TextEncoder]:
-    """The networks with the tensors of `states` (part -> name -> tensor) themselves. Raises ModelError."""
+    """The networks that hold the tensors of `states` (part -> name -> tensor). Raises ModelError."""
     from ldm.nn.unet import UNetConfig, load_unet
     from ldm.nn.vae import VAE as Autoencoder
 
@@ -204,50 +204,52 @@ def _read(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
     """(part -> name in the folder -> tensor, the file's sha256); every byte is read once."""
 
-    tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.places)
-    states: dict[str, dict[str, torch.Tensor]] = {goes.part: {} for goes in plan.places.values()}
-    for key, goes in plan.places.items():
-        states[goes.part] |= dict(zip(goes.names, _pieces(tensors.pop(key), goes)))
+    tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.destinations)
+    states: dict[str, dict[str, torch.Tensor]] = {destination.part: {} for destination in plan.destinations.values()}
+    for key, destination in plan.destinations.items():
+        states[destination.part] |= dict(zip(destination.names, _pieces(tensors.pop(key), destination)))
     return states, digest
 
 
-def _pieces(tensor: torch.Tensor, goes: Place) -> list[torch.Tensor]:
-    """The tensor as the folder has it: cut into q, k and v (memory of their own), turned, or flat."""
-    if len(goes.names) > 1:
-        return [piece.clone() for piece in tensor.chunk(len(goes.names))]
-    if goes.change == "transposed":
+def _pieces(tensor: torch.Tensor, destination: Destination) -> list[torch.Tensor]:
+    """The tensor in the folder's form: cut into q, k and v (each with memory of its own), transposed, or flat."""
+    if len(destination.names) > 1:
+        return [piece.clone() for piece in tensor.chunk(len(destination.names))]
+    if destination.change == "transposed":
         return [tensor.t().contiguous()]
-    return [tensor.flatten(1) if goes.change == "flat" else tensor]
+    return [tensor.flatten(1) if destination.change == "flat" else tensor]
 
 
 def read_vae(
     path: Path, device: torch.device, dtype: torch.dtype, like: Mapping[str, Any] | None
 ) -> tuple[Autoencoder, str]:
-    """(the autoencoder in a file, the file's sha256): a whole model's, or alone by its original or diffusers' names.
+    """(the autoencoder in a file, the file's sha256). The file holds a whole model or an autoencoder alone.
 
-    Names and shapes do not tell the scale of its latents: an autoencoder alone gets the settings `like`, those of the
-    model that it is for. Raises ModelError.
+    An autoencoder alone may have its original names or diffusers'. They do not tell the scale of its latents, so it
+    gets the settings `like`: those of the model that it is for. Raises ModelError.
     """
     from ldm.nn.vae import VAE as Autoencoder
 
     header = read_header(path)
     prefix = vae_prefix(header, path)
-    own = own_settings(header, path)
-    if own is not None:
-        config = own["configs"]["vae"]
+    settings = stored_settings(header, path)
+    if settings is not None:
+        config = settings["configs"]["vae"]
     elif any(key.startswith(UNET) for key in header.tensors):
         config = family_of({name: tensor.shape for name, tensor in header.tensors.items()}, path).vae
     elif like is not None:
         config = like
     else:
-        raise ModelError("is an autoencoder without settings", where=path, todo="give its folder, with config.json")
-    theirs = any(key.startswith(f"{prefix}decoder.up_blocks.") for key in header.tensors)
-    part = Part("vae", (prefix,), {}) if theirs else vae_part(config, prefix)
-    inside = {key: place(part, key) for key in header.tensors if key.startswith(prefix) and not _group(key, part)}
-    if unknown := [key for key, goes in inside.items() if goes is None]:
-        raise ModelError(f"has {len(unknown)} keys of no autoencoder ({', '.join(unknown[:SHOWN])})", where=path)
+        raise ModelError("is an autoencoder without settings", where=path, hint="give its folder, with config.json")
+    diffusers_names = any(key.startswith(f"{prefix}decoder.up_blocks.") for key in header.tensors)
+    part = Part("vae", (prefix,), {}) if diffusers_names else vae_part(config, prefix)
+    inside = {
+        key: destination_of(part, key) for key in header.tensors if key.startswith(prefix) and not _group(key, part)
+    }
+    if unknown := [key for key, destination in inside.items() if destination is None]:
+        raise ModelError(f"has {len(unknown)} keys that no autoencoder has ({', '.join(unknown[:SHOWN])})", where=path)
     tensors, digest = read_tensors(path, dtype, device, wanted=inside)
-    state = {goes.names[0]: _pieces(tensors.pop(key), goes)[0] for key, goes in inside.items()}
+    state = {destination.names[0]: _pieces(tensors.pop(key), destination)[0] for key, destination in inside.items()}
     with named(path):
         vae = Autoencoder.from_state(config, state, "the VAE")
     vae.module.requires_grad_(False)
@@ -255,7 +257,7 @@ def read_vae(
 
 
 def vae_prefix(header: Header, path: Path) -> str:
-    """What stands before the names of the autoencoder in a file. Raises ModelError where there is none."""
+    """The prefix of the autoencoder's names in a file. Raises ModelError where there is no autoencoder."""
     found = (p for p in (VAE, "vae.", "") if any(key.startswith(f"{p}decoder.") for key in header.tensors))
     prefix = next(found, None)
     if prefix is None:

@@ -1,4 +1,4 @@
-"""A Model written as one file under Stable Diffusion's original names, which A1111, ComfyUI and diffusers read."""
+"""Write a Model as one file with Stable Diffusion's original names, which A1111, ComfyUI and diffusers read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ldm.checkpoint.families import family_of
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.save import encoders, text_config, text_state, vae_config
 from ldm.checkpoint.single.header import FORMAT, V_KEY, ZERO_SNR_KEY, metadata_of
-from ldm.checkpoint.single.names import UNET, Part, Place, originals, parts_of
+from ldm.checkpoint.single.names import UNET, Destination, Part, originals, parts_of
 from ldm.checkpoint.single.tokenizers import stored
 from ldm.checkpoint.tensors import Advance, Source, silent, source, write_tensors
 from ldm.checkpoint.types import Model
@@ -35,20 +35,20 @@ def save_single(
 ) -> Path:
     """Write the whole model into one file, atomically; only another single-file model is replaced.
 
-    Weights become `dtype`; `card`, the model card, goes into the header with all settings. `advance` hears of the bytes
-    written. Raises ModelError for weights that are not finite in `dtype` and parts that do not belong together,
-    ResourceError where the file cannot be written.
+    Weights become `dtype`; `card`, the model card, goes into the header with all settings. `advance` is called with
+    the number of bytes written. Raises ModelError for weights that are not finite in `dtype` and parts that do not
+    belong together, ResourceError where the file cannot be written.
     """
 
     path = Path(path)
     check_target(path)
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)
-    own, states = _settings(model, card), _states(model)
+    settings, states = _settings(model, card), _states(model)
     sources: dict[str, Source] = {}
-    for part in parts_of(own["configs"]).values():
+    for part in parts_of(settings["configs"]).values():
         sources |= _sources(part, states[part.name], dtype, path)
-    sources |= _flags(own["configs"]["scheduler"])
-    metadata = metadata_of(own, model.name or path.stem)
+    sources |= _flags(settings["configs"]["scheduler"])
+    metadata = metadata_of(settings, model.name or path.stem)
     require_space(path.parent, sum(one.size for one in sources.values()) + 10_000_000)
     return atomic_write(path, lambda temporary: write_tensors(temporary, sources, metadata, advance))
 
@@ -56,9 +56,9 @@ def save_single(
 def check_target(path: Path) -> None:
     """Raise ModelError unless `path` can become a single-file model: a new file, or one that holds such a model."""
     if path.suffix != SUFFIX:
-        raise ModelError(f"is no name of a single file, which ends with {SUFFIX}", where=path)
+        raise ModelError(f"is not the name of a single file: it must end with {SUFFIX}", where=path)
     if path.is_dir():
-        raise ModelError("is a folder", where=path, todo="choose another name")
+        raise ModelError("is a folder", where=path, hint="choose another name")
     if not path.exists():
         return
     try:
@@ -66,11 +66,11 @@ def check_target(path: Path) -> None:
     except LdmError:
         replaceable = False
     if not replaceable:
-        raise ModelError("is there already and no model", where=path, todo="choose another name")
+        raise ModelError("exists and is no model", where=path, hint="choose another name")
 
 
 def _settings(model: Model, card: str | None) -> dict[str, Any]:
-    """The table for the header: component -> config as a folder has it, tokenizers, and what else a folder tells."""
+    """The table for the header: every config of the model's folder, tokenizers, family, model card."""
     from ldm.nn.text import XLText
 
     configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
@@ -81,10 +81,10 @@ def _settings(model: Model, card: str | None) -> dict[str, Any]:
             part = f"text_encoder{suffix}"
             configs[part], tokenizers[part] = text_config(text), stored(text, Path(files) / part)
     configs["vae"].pop("_diffusers_version")  # the same model, the same bytes
-    own = {"format": FORMAT, "family": _family(model), "configs": configs, "tokenizers": tokenizers}
+    settings = {"format": FORMAT, "family": _family(model), "configs": configs, "tokenizers": tokenizers}
     if isinstance(model.text, XLText):
-        own["zero_empty"] = model.text.zero_empty
-    return own if card is None else {**own, "card": card}
+        settings["zero_empty"] = model.text.zero_empty
+    return settings if card is None else {**settings, "card": card}
 
 
 def _family(model: Model) -> str | None:
@@ -101,33 +101,33 @@ def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _sources(part: Part, state: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path) -> dict[str, Source]:
-    """Key in the file -> what is written there."""
+    """Key in the file -> the tensor to write there."""
 
-    def one(key: str, place: Place) -> Source:
-        pieces = [source(state[name], dtype, key, path) for name in place.names]
+    def one(key: str, destination: Destination) -> Source:
+        pieces = [source(state[name], dtype, key, path) for name in destination.names]
         first = pieces[0]
         shape = (len(pieces) * first.shape[0], *first.shape[1:])
-        shape = {"transposed": shape[::-1], "flat": (*shape, 1, 1)}.get(place.change, shape)
-        return Source(first.dtype, shape, lambda: _joined([piece.make() for piece in pieces], shape, place))
+        shape = {"transposed": shape[::-1], "flat": (*shape, 1, 1)}.get(destination.change, shape)
+        return Source(first.dtype, shape, lambda: _joined([piece.make() for piece in pieces], shape, destination))
 
-    found = {}
-    for key, place in originals(part, state):
-        if place is None:
+    sources = {}
+    for key, destination in originals(part, state):
+        if destination is None:
             raise ModelError(f"the tensor {key!r} of {part.name} has no name in a single file", where=path)
-        found[key] = one(key, place)
-    return found
+        sources[key] = one(key, destination)
+    return sources
 
 
-def _joined(tensors: list[torch.Tensor], shape: tuple[int, ...], place: Place) -> torch.Tensor:
-    """The folder's tensors as the file has them: q, k and v one under the other, turned, or as a 1x1 convolution."""
+def _joined(tensors: list[torch.Tensor], shape: tuple[int, ...], destination: Destination) -> torch.Tensor:
+    """The folder's tensors in the file's form: q, k and v stacked, transposed, or as a 1x1 convolution."""
     import torch
 
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return whole.t() if place.change == "transposed" else whole.reshape(shape)
+    return whole.t() if destination.change == "transposed" else whole.reshape(shape)
 
 
 def _flags(scheduler: Mapping[str, Any]) -> dict[str, Source]:
-    """Empty tensors by which other programs know a v-prediction model, and one with zero terminal SNR."""
+    """Empty tensors that mark a v-prediction model, and one with zero terminal SNR, for other programs."""
     import torch
 
     v = scheduler["prediction_type"] == "v_prediction"
