@@ -11,10 +11,10 @@ import os
 import re
 import shutil
 import stat
-import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ldm.errors import ModelError, ResourceError
 
@@ -207,32 +207,51 @@ def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Pa
     return atomic_write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
 
 
-def verify_manifest(folder: str | Path, advance: Callable[[int], object] = lambda size: None) -> dict[str, dict]:
-    """Check every file that `manifest.json` lists; {} where there is no manifest.
+def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Path in the folder -> sha256 and size, as `manifest.json` lists them; {} where there is no manifest.
 
-    Raises ModelError that names the first file that is missing or differs in size or content.
+    Raises ModelError for a damaged manifest, and one that names files outside the folder.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST
+    path = Path(folder) / MANIFEST
     if not path.exists():
         return {}
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in files.items()}
+        table = json.loads(path.read_text(encoding="utf-8"))["files"].items()
+        files = {str(name): {"sha256": str(entry["sha256"]), "size": int(entry["size"])} for name, entry in table}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ModelError("the manifest is damaged", where=path, hint="get the folder again") from None
-    for name, (digest, size) in listed.items():
-        file = folder / name
+    for name in files:
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
+    return files
+
+
+def check_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Like `read_manifest`, but raises ModelError for the first file that is missing or differs in size."""
+    files = read_manifest(folder)
+    for name, entry in files.items():
+        file = Path(folder, name)
         if not file.is_file():
             raise ModelError("listed in the manifest, but missing", where=file, hint="get the folder again")
+        if file.stat().st_size != entry["size"]:
+            raise ModelError("does not match the manifest's size", where=file, hint="get the file again")
+    return files
+
+
+def verify_manifest(
+    folder: str | Path, advance: Callable[[int], object] = lambda size: None
+) -> dict[str, dict[str, Any]]:
+    """Like `check_manifest`, but raises ModelError also for the first file whose content differs."""
+    files = check_manifest(folder)
+    for name, entry in files.items():
         try:
-            right = file.stat().st_size == size and sha256(file, advance) == digest
+            digest = sha256(Path(folder, name), advance)
         except OSError as error:
-            raise ModelError(f"cannot be read ({error.strerror or error})", where=file) from None
-        if not right:
-            raise ModelError("does not match the manifest's sha256", where=file, hint="get the file again")
+            raise ModelError(f"cannot be read ({error.strerror or error})", where=Path(folder, name)) from None
+        if digest != entry["sha256"]:
+            raise ModelError(
+                "does not match the manifest's sha256", where=Path(folder, name), hint="get the file again"
+            )
     return files
 
 
@@ -293,7 +312,7 @@ class Lock:
     anywhere else. Raises ResourceError that names the process that holds the lock.
     """
 
-    _held: typing.ClassVar[dict[Path, int]] = {}  # path -> pid; record locks never exclude their own process
+    _held: ClassVar[dict[Path, int]] = {}  # path -> pid; record locks never exclude their own process
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder).resolve() / ".lock"

@@ -14,7 +14,7 @@ from typing import Any
 from ldm.checkpoint.safety import PICKLES, read_header, read_json, refuse_pickle
 from ldm.checkpoint.tensors import weight_files
 from ldm.errors import ModelError
-from ldm.files import MANIFEST, sha256
+from ldm.files import check_manifest, sha256
 
 INDEX = "model_index.json"
 CARD = "README.md"  # not in the manifest, so that it can be edited
@@ -106,7 +106,7 @@ def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     """
     layout = read_configs(folder, skip)
     weights = {part: weight_files(folder / part, STEMS[part]) for part in layout.configs if part in STEMS}
-    return _checked(dataclasses.replace(layout, weights=weights, manifest=_manifest(folder)))
+    return _checked(dataclasses.replace(layout, weights=weights, manifest=check_manifest(folder)))
 
 
 def read_configs(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
@@ -123,7 +123,7 @@ def text_layout(folder: Path) -> Layout:
         raise ModelError("has two text encoders, which is not supported for training yet", where=folder)
     config = read_json(folder / "text_encoder" / "config.json")
     weights = weight_files(folder / "text_encoder", STEMS["text_encoder"])
-    return _checked(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, _manifest(folder)))
+    return _checked(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, check_manifest(folder)))
 
 
 def _checked(layout: Layout) -> Layout:
@@ -156,9 +156,9 @@ def vae_layout(folder: Path) -> Layout:
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ModelError(f"is {config['_class_name']}, not AutoencoderKL", where=folder / "config.json")
     weights = weight_files(folder, STEMS["vae"])
-    manifest = _manifest(folder)
+    manifest = check_manifest(folder)
     if not manifest and folder.name == "vae":  # a part of a whole model
-        whole = _manifest(folder.parent).items()
+        whole = check_manifest(folder.parent).items()
         manifest = {name.removeprefix("vae/"): entry for name, entry in whole if name.startswith("vae/")}
     return _checked(Layout(folder, {}, {"vae": config}, {"vae": weights}, manifest))
 
@@ -215,26 +215,6 @@ def _check_tokenizer(folder: Path, t5: bool) -> None:
         raise ModelError("no vocab.json and merges.txt, nor tokenizer.json", where=folder, hint="get the whole folder")
     for name in has - {"merges.txt"}:
         read_json(folder / name)
-
-
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's entries, each file there and of the listed size (contents are hashed while they are read)."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and {"sha256", "size"} <= set(e) for e in files.values()
-    ):
-        raise ModelError("the manifest is damaged", where=path, hint="get the folder again")
-    for name, entry in files.items():
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
-        if not (folder / name).is_file():
-            raise ModelError("listed in the manifest, but missing", where=folder / name, hint="get the folder again")
-        if (folder / name).stat().st_size != entry["size"]:
-            raise ModelError("differs in size from the manifest", where=folder / name, hint="get the file again")
-    return files
 
 
 def check_digest(layout: Layout, name: str, digest: str) -> str:

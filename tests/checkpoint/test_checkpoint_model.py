@@ -338,7 +338,7 @@ def breaks(name):
         "no config": (lambda f: (f / "unet/config.json").unlink(), "config.json: no such file"),
         "no tokenizer": (no_tokenizer, "no vocab.json"),
         "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json: no such file"),
-        "size": (cut, "not the size that the manifest says"),
+        "size": (cut, "does not match the manifest's size"),
         "truncated": (cut_without_manifest, "is truncated"),
         "missing shard": (drop_shard, "which is missing"),
         "pickle": (pickled, "pickle"),

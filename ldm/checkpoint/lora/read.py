@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.lora.names import OTHER_KINDS, PARTS, split_key
-from ldm.checkpoint.safety import Header, read_header, read_json, refuse_pickle
+from ldm.checkpoint.safety import Header, read_header, refuse_pickle
 from ldm.checkpoint.tensors import read_tensors
 from ldm.errors import ConfigError, ModelError, nearest
-from ldm.files import MANIFEST
+from ldm.files import read_manifest
 
 if TYPE_CHECKING:
     from ldm.nn.lora import LowRank
@@ -266,11 +266,8 @@ def _peft_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Pa
 
 
 def _check_manifest(path: Path, digest: str) -> None:
-    manifest = path.parent / MANIFEST
-    if manifest.is_file():
-        entry = (read_json(manifest).get("files") or {}).get(path.name)
-        if entry and entry.get("sha256") != digest:
-            raise ModelError("does not match the manifest's sha256", where=path, hint="get the file again")
+    if read_manifest(path.parent).get(path.name, {"sha256": digest})["sha256"] != digest:
+        raise ModelError("does not match the manifest's sha256", where=path, hint="get the file again")
 
 
 def _short_hash(path: Path) -> str:
