@@ -216,7 +216,6 @@ BASES = ("ss_sd_model_name", "modelspec.title", "ss_base_model_version", "models
 
 def _unapplied_of(adapter: lora.LoraHeader, family: Family | None) -> dict[str, str]:
     """Key -> why no model of the family could apply it."""
-
     reasons = dict.fromkeys(adapter.unknown, "belongs to no low-rank update")
     if family is None:
         return reasons

@@ -205,7 +205,6 @@ def load_vae(
 
     A file with an autoencoder alone has no settings: it gets `like`. Raises ModelError.
     """
-
     if is_single(path):
         vae, digest = single.read_vae(path, device, dtype, like)
         return vae, {"vae": digest}
@@ -219,7 +218,6 @@ def load_vae(
 
 def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
     """A copy of the model with another autoencoder."""
-
     digests = {"model": model.hash, "vae": "of the caller"}
     if isinstance(vae, str | Path):
         vae, extra = load_vae(_resolve_vae(vae), device, dtype, settings_of(model.path).get("vae"))

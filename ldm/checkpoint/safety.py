@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ldm.errors import ModelError
 
@@ -95,27 +96,26 @@ def read_header(path: str | Path) -> Header:
     refuse_pickle(path)
     try:
         with path.open("rb", buffering=0) as handle:
-            size = path.stat().st_size
-            start = handle.read(8)
-            length = header_length(start, size, path)
-            return parse_header(handle.read(length), size, path)
+            return read_header_bytes(handle, path)[0]
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=path) from None
 
 
-def header_length(start: bytes, size: int, where: object) -> int:
-    """The header's length in bytes, from the first eight; `size` is the file's."""
+def read_header_bytes(handle: BinaryIO, path: Path) -> tuple[Header, bytes]:
+    """The header at the start of an open file, and its bytes; the first tensor is read next. Raises ModelError."""
+    size, start = path.stat().st_size, handle.read(8)
     if len(start) < 8:
-        raise _malformed("has no header", where)
+        raise _malformed("has no header", path)
     length = int.from_bytes(start, "little")
     if length > size - 8:
-        raise _malformed(f"its header of {length} bytes does not fit into {size} bytes", where)
+        raise _malformed(f"its header of {length} bytes does not fit into {size} bytes", path)
     if length > MAX_HEADER:
-        raise _malformed(f"its header of {length} bytes is larger than any model's", where)
-    return length
+        raise _malformed(f"its header of {length} bytes is larger than any model's", path)
+    raw = handle.read(length)
+    return _parse(raw, size, path), start + raw
 
 
-def parse_header(raw: bytes, size: int, where: object) -> Header:
+def _parse(raw: bytes, size: int, where: object) -> Header:
     """Check the header's JSON against the format; `size` is the whole file's. Raises ModelError with the reason."""
     if sum(raw.count(mark) for mark in (b"{", b"[", b":")) > MAX_MARKS:
         raise _malformed("its header lists more than any model's", where)

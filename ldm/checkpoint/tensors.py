@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.checkpoint.safety import Header, Tensor, header_length, parse_header, read_json, refuse_pickle
+from ldm.checkpoint.safety import Tensor, read_header_bytes, read_json, refuse_pickle
 from ldm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def read_tensors(
     refuse_pickle(path)
     digest, tensors = hashlib.sha256(), {}
     with path.open("rb") as handle:
-        for name, entry in _header(handle, path, digest).tensors.items():
+        header, raw = read_header_bytes(handle, path)
+        digest.update(raw)
+        for name, entry in header.tensors.items():
             if wanted is None or name in wanted:
                 tensors[name] = _placed(name, _tensor(handle, entry, digest, path), dtype, device, path)
             else:
@@ -59,14 +61,6 @@ def _pass_over(handle, size: int, digest, path: Path) -> None:
             raise ModelError("became shorter while it was read", where=path)
         digest.update(block)
         size -= len(block)
-
-
-def _header(handle, path: Path, digest) -> Header:
-    size = path.stat().st_size
-    start = handle.read(8)
-    raw = handle.read(header_length(start, size, path))
-    digest.update(start + raw)
-    return parse_header(raw, size, path)
 
 
 def _tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:

@@ -205,23 +205,23 @@ def _plain(number: float) -> int | float:
 
 
 def _card(name: str, files: Mapping[str, str], model: Model, layers: Layers, note: str) -> str:
-    """A short model card, its head as the hub reads it; `files`: layout -> name."""
+    """A short model card with front matter for the hub; `files`: layout -> name."""
     every = [update for updates in layers.values() for update in updates.values()]
     kind = "DoRA" if any(update.magnitude is not None for update in every) else "LoRA"
-    ranks, alphas = ({f"{v:g}" for v in values} for values in ([u.rank for u in every], [u.alpha for u in every]))
+    rank, alpha = (", ".join(sorted({f"{getattr(u, field):g}" for u in every})) for field in ("rank", "alpha"))
     parts = ", ".join(f"{len(updates)} layers of {part}" for part, updates in layers.items() if updates)
     base = f"{model.name or 'a model'}{f' (sha256 {model.hash[:12]})' if model.hash else ''}"
     settings = {"kind": kind.lower(), "layout": "both" if len(files) > 1 else next(iter(files))}
     head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": settings}
-    first, there = next(iter(files.values())), " and ".join(f"`{file}`" for file in files.values())
-    other = f'pipe.load_lora_weights(".", weight_name="{first}")'
-    kohya = f", or put `{files['kohya']}` into A1111's or ComfyUI's folder of LoRAs" if "kohya" in files else ""
+    first = next(iter(files.values()))
+    kohya = f", or put `{files['kohya']}` into the LoRA folder of A1111 or ComfyUI" if "kohya" in files else ""
     return f"""---
 {json.dumps(head)}
 ---
 # {name}
 
-A {kind} for {base}: {parts}; rank {", ".join(sorted(ranks))}, alpha {", ".join(sorted(alphas))}.
+A {kind} for {base}: {parts}; rank {rank}, alpha {alpha}.
 {note and f"{chr(10)}{note}{chr(10)}"}
-In this folder: {there}. To use it: `ldm generate "…" --lora {first}:0.8`, or `{other}` in diffusers{kohya}.
+This folder holds {" and ".join(f"`{file}`" for file in files.values())}. To use it:
+`ldm generate "…" --lora {first}:0.8`, or `pipe.load_lora_weights(".", weight_name="{first}")` in diffusers{kohya}.
 """

@@ -203,7 +203,6 @@ def _read(
     plan: Plan, device: torch.device, dtype: torch.dtype, advance: Callable[[int], object]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
     """(part -> name in the folder -> tensor, the file's sha256); every byte is read once."""
-
     tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.destinations)
     states: dict[str, dict[str, torch.Tensor]] = {destination.part: {} for destination in plan.destinations.values()}
     for key, destination in plan.destinations.items():

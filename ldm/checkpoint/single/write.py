@@ -39,7 +39,6 @@ def save_single(
     the number of bytes written. Raises ModelError for weights that are not finite in `dtype` and parts that do not
     belong together, ResourceError where the file cannot be written.
     """
-
     path = Path(path)
     check_target(path)
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)

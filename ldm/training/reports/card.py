@@ -1,4 +1,4 @@
-"""The model card of a trained model: what it was made of and how, as far as the run itself knows."""
+"""The model card of a trained model: what it was made from and how, as far as the run knows."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from torch import nn
 from ldm.checkpoint import Model
 from ldm.training.settings import FinetuneSettings, UNetSettings, as_dict
 
-EMOJI = """Scenes drawn by this package from the font Noto Color Emoji (SIL Open Font License 1.1), captioned from
+EMOJI = """Scenes that this package draws from the font Noto Color Emoji (SIL Open Font License 1.1), with captions from
 Unicode's names and CLDR's keywords (Unicode licence). Every combination whose sha256 modulo 10 is 0 is held out."""
-FOLDER = "Captioned pictures of the user's own (`{}`); whoever shares the model answers for their licences."
-FINETUNED = """# {title}
+FOLDER = "The user's captioned images (`{}`); whoever shares the model answers for their licences."
+CARD = """---
+{head}
+---
+
+# {title}
 
 ```python
 from ldm import Pipeline
 
-Pipeline("…", model="this/folder").generate()[0].save("picture.png")
+Pipeline("{prompt}", model="this/folder").generate()[0].save("image.png")
 ```
 
-The folder has the layout of diffusers. It was fine-tuned by `ldm finetune` from {base}, whose licence holds on.
+The folder has the layout of diffusers{origin}
 
 ## Data
 
@@ -32,50 +36,17 @@ The folder has the layout of diffusers. It was fine-tuned by `ldm finetune` from
 
 {parts}
 
-Weights are the exponential moving average of the training's, in {dtype}.
+Weights are the exponential moving average of the training weights, in {dtype}.
 
 ## Recipe
 
-```json
 {recipe}
-```
 
 ## Scores
 
 {scores}
 """
-TEXT = """# A latent text-to-image model trained by `ldm train`
-
-```python
-from ldm import Pipeline
-
-Pipeline("a cat", model="this/folder").generate()[0].save("cat.png")
-```
-
-The folder has the layout of diffusers: `StableDiffusionPipeline.from_pretrained("this/folder")` loads it too.
-
-## Data
-
-{data}
-
-## Parts
-
-{parts}
-
-Weights are the exponential moving average of the training's, in bfloat16.
-
-## Recipe
-
-The last of the runs that made it; `init` names the one before, `vae` and `text` those of the other two stages.
-
-```json
-{recipe}
-```
-
-## Scores
-
-{scores}
-"""
+RUNS = "The last run that made it; `init` names the one before, `vae` and `text` those of the other two stages.\n\n"
 
 
 def unet_card(
@@ -83,52 +54,63 @@ def unet_card(
 ) -> str:
     """README.md of a complete model: front matter with `trained_on` and the defaults of Pipeline, then the text."""
     s = settings
-    head = {"library_name": "ldm", "pipeline_tag": "text-to-image", "trained_on": "cpu" if device == "cpu" else "gpu"}
-    head["ldm"] = {"sampler": s.sampler, "num_inference_steps": s.sample_steps, "guidance_scale": s.guidance_scale}
-    matter = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
-    text = TEXT.format(
+    return CARD.format(
+        head=_head(device, sampler=s.sampler, num_inference_steps=s.sample_steps, guidance_scale=s.guidance_scale),
+        title="A latent text-to-image model trained by `ldm train`",
+        prompt="a cat",
+        origin=': `StableDiffusionPipeline.from_pretrained("this/folder")` loads it too.',
         data=FOLDER.format(s.data.folder) if s.data.folder else EMOJI,
         parts=_parts(modules),
-        recipe=json.dumps(as_dict(s), indent=1),
+        dtype="bfloat16",
+        recipe=RUNS + _recipe(s),
         scores=_scores(scores),
     )
-    return f"---\n{matter}\n---\n\n{text}"
 
 
 def finetune_card(
     settings: FinetuneSettings, base: Model, device: str, modules: Mapping[str, nn.Module], scores: Mapping[str, float]
 ) -> str:
-    """README.md of a model that was fine-tuned as a whole; how it is best drawn with is what its base says."""
+    """README.md of a model that was fine-tuned as a whole, with its base's defaults of Pipeline."""
     s = settings
-    head: dict[str, Any] = {"library_name": "ldm", "pipeline_tag": "text-to-image"}
-    head |= {"trained_on": "cpu" if device == "cpu" else "gpu"}
-    head |= {"ldm": base.info["ldm"]} if isinstance(base.info.get("ldm"), dict) else {}
-    matter = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
-    text = FINETUNED.format(
+    base_hash = f" (sha256 {base.hash[:12]})" if base.hash else ""
+    defaults = base.info.get("ldm")
+    return CARD.format(
+        head=_head(device, **(defaults if isinstance(defaults, dict) else {})),
         title=f"{base.name or 'A model'}, fine-tuned",
-        base=f"`{s.model}`{f' (sha256 {base.hash[:12]})' if base.hash else ''}",
+        prompt="…",
+        origin=f". It was fine-tuned by `ldm finetune` from `{s.model}`{base_hash}, whose licence still applies.",
         data=FOLDER.format(s.data.folder),
         parts=_parts(modules),
         dtype=s.save_dtype or "bf16",
-        recipe=json.dumps(as_dict(s), indent=1),
+        recipe=_recipe(s),
         scores=_scores(scores),
     )
-    return f"---\n{matter}\n---\n\n{text}"
 
 
 def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:
-    """A paragraph for a LoRA's card: what it was trained on, how long, and how well it did."""
+    """A paragraph for a LoRA's card: what it was trained on, how long, and its scores."""
     s = settings
-    told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    counts = lines[1] if len(lines) > 1 else ""  # the first names the layout
-    steps = f"{s.steps} steps of {s.batch_size * s.accumulation} pictures, learning rate {s.learning_rate:g}"
-    return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' In the end: {told}.' if told else ''}"
+    last = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    counts = lines[1] if len(lines) > 1 else ""  # the first line names the layout
+    steps = f"{s.steps} steps of {s.batch_size * s.accumulation} images, learning rate {s.learning_rate:g}"
+    return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' Scores: {last}.' if last else ''}"
+
+
+def _head(device: str, **defaults: Any) -> str:
+    """The front matter, as YAML; `defaults` are those of Pipeline for this model."""
+    head: dict[str, Any] = {"library_name": "ldm", "pipeline_tag": "text-to-image"}
+    head |= {"trained_on": "cpu" if device == "cpu" else "gpu", **({"ldm": defaults} if defaults else {})}
+    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
 
 
 def _parts(modules: Mapping[str, nn.Module]) -> str:
     counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     rows = [f"| {name} | {count / 1e6:.2f} M |" for name, count in {**counts, "all": sum(counts.values())}.items()]
     return "\n".join(["| part | parameters |", "|---|---|", *rows])
+
+
+def _recipe(settings: UNetSettings | FinetuneSettings) -> str:
+    return f"```json\n{json.dumps(as_dict(settings), indent=1)}\n```"
 
 
 def _scores(scores: Mapping[str, float]) -> str:
