@@ -65,7 +65,7 @@ def fresh(family):
 
 
 def theirs(pipe):
-    """diffusers' pictures (2, H, W, 3), 0..255."""
+    """diffusers' images (2, H, W, 3), 0..255."""
     import diffusers
 
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **DDIM)
@@ -96,7 +96,7 @@ class Trained:
         self.folder, self.kind = folder / "model", kind
         train(pipe, KINDS[kind])
         self.file = save_as_diffusers_does(pipe, folder / "theirs")
-        self.pictures = theirs(pipe)
+        self.images = theirs(pipe)
         self.model = load_model(self.folder, "cpu", "fp32")
         self.plain = ours(self.folder)[0]
 

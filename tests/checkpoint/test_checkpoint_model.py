@@ -41,7 +41,7 @@ def edit(path, **changes):
     (path.parent.parent / "manifest.json").unlink(missing_ok=True)
 
 
-def our_picture(model, prompt, latents, steps, scale):
+def our_image(model, prompt, latents, steps, scale):
     """DDIM under guidance, written with ldm.diffusion alone: (1, H, W, 3) in [0, 1]."""
     from ldm.diffusion.denoiser import denoiser
     from ldm.diffusion.guidance import cfg
@@ -80,17 +80,17 @@ def diffusers_pipeline(folder, caplog, **kwargs):
     return pipe, [line for line in said if "torchvision" not in line]  # of image processors, once per process
 
 
-def test_diffusers_loads_the_folder_without_a_warning_and_draws_the_same_picture(saved, caplog, recwarn):
+def test_diffusers_loads_the_folder_without_a_warning_and_draws_the_same_image(saved, caplog, recwarn):
     pipe, warnings = diffusers_pipeline(saved, caplog, torch_dtype=torch.float32)
     assert warnings == [] and [w for w in map(str, recwarn) if "torch_dtype" not in w] == []
     model = load_model(saved, "cpu", "fp32")
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
     theirs = pipe("a cat", latents=latents, num_inference_steps=6, guidance_scale=5.0, output_type="np").images
-    ours = our_picture(model, "a cat", latents, steps=6, scale=5.0)
+    ours = our_image(model, "a cat", latents, steps=6, scale=5.0)
     assert ours.shape == theirs.shape == (1, 32, 32, 3) and theirs.std() > 0.02
     assert np.abs(ours - theirs).max() <= 1 / 255
     other = pipe("dog", latents=latents, num_inference_steps=6, guidance_scale=5.0, output_type="np").images
-    assert np.abs(other - theirs).max() > 2 / 255  # the words reach the picture
+    assert np.abs(other - theirs).max() > 2 / 255  # the words reach the image
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
@@ -135,7 +135,7 @@ def test_diffusers_draws_from_a_bf16_folder_without_being_told_a_dtype(tiny, tmp
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(7))
     theirs = pipe("a cat", latents=latents, num_inference_steps=4, guidance_scale=5.0, output_type="np").images
-    ours = our_picture(load_model(folder, "cpu", "fp32"), "a cat", latents, steps=4, scale=5.0)
+    ours = our_image(load_model(folder, "cpu", "fp32"), "a cat", latents, steps=4, scale=5.0)
     assert np.abs(ours - theirs).max() <= 1 / 255
 
 

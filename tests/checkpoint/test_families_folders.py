@@ -1,4 +1,4 @@
-"""Folders of Stable Diffusion 1.5, 2.1-v and XL as diffusers writes them, at a small width: our pictures are theirs."""
+"""Folders of Stable Diffusion 1.5, 2.1-v and XL as diffusers writes them, at a small width: our images are theirs."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def text_encoder(act, width, seed, projected=False, **ids):
 
 
 def networks(**settings):
-    """A U-Net and a VAE, scaled until text matters and pictures have contrast."""
+    """A U-Net and a VAE, scaled until text matters and images have contrast."""
     import diffusers
 
     torch.manual_seed(1)
@@ -137,7 +137,7 @@ def noise():
 
 
 def theirs(pipe, sampler, negatives=NEGATIVES):
-    """(pictures (B, H, W, 3) in 0..255, final latents) of diffusers' pipeline."""
+    """(images (B, H, W, 3) in 0..255, final latents) of diffusers' pipeline."""
     import diffusers
 
     own = DDIM if sampler == "ddim" else {}
@@ -172,32 +172,32 @@ def pixels(images):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_pictures_are_those_of_diffusers(families, family, sampler):
+def test_the_images_are_those_of_diffusers(families, family, sampler):
     pipe, _, model = families[family]
-    pictures, latents = theirs(pipe, sampler)
+    images, latents = theirs(pipe, sampler)
     mine, final = ours(model, sampler)
-    assert np.abs(mine - pictures).max() <= 1
+    assert np.abs(mine - images).max() <= 1
     assert (final - latents).norm() <= 1e-4 * latents.norm()
-    # that could not be by chance: pictures have contrast, and what is wrong shows
-    assert pictures.std() > 25 and np.abs(pictures[0] - pictures[1]).max() > 5
+    # that could not be by chance: images have contrast, and what is wrong shows
+    assert images.std() > 25 and np.abs(images[0] - images[1]).max() > 5
     swapped, _ = ours(model, sampler, NEGATIVES[::-1])
-    assert all(np.abs(a - b).max() > 5 for a, b in zip(swapped, pictures))
+    assert all(np.abs(a - b).max() > 5 for a, b in zip(swapped, images))
     schedule = model.schedule
     other = "epsilon" if schedule.prediction_type == "v_prediction" else "v_prediction"
     wrong = dataclasses.replace(model, schedule=dataclasses.replace(schedule, prediction_type=other))
-    assert all(np.abs(a - b).max() > 5 for a, b in zip(ours(wrong, sampler)[0], pictures))
+    assert all(np.abs(a - b).max() > 5 for a, b in zip(ours(wrong, sampler)[0], images))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_negative_prompt_and_an_empty_one_differ_for_xl_as_in_diffusers(families, sampler):
     pipe, _, model = families["xl"]
-    pictures = {}
+    images = {}
     for negatives in (None, ""):
         expected, latents = theirs(pipe, sampler, None if negatives is None else [""] * len(PROMPTS))
-        pictures[negatives], final = ours(model, sampler, negatives)
-        assert np.abs(pictures[negatives] - expected).max() <= 1
+        images[negatives], final = ours(model, sampler, negatives)
+        assert np.abs(images[negatives] - expected).max() <= 1
         assert (final - latents).norm() <= 1e-4 * latents.norm()
-    assert np.abs(pictures[None] - pictures[""]).max() > 5
+    assert np.abs(images[None] - images[""]).max() > 5
 
 
 def test_where_the_folder_says_so_no_negative_prompt_is_the_empty_one(families, tmp_path):
@@ -222,7 +222,7 @@ def test_the_text_of_xl_is_that_of_diffusers(families, clip_skip):
         model.text.encode(PROMPTS, 2)  # of three layers
 
 
-def test_an_xl_picture_is_the_same_alone_in_a_batch_and_from_the_folder(families):
+def test_an_xl_image_is_the_same_alone_in_a_batch_and_from_the_folder(families):
     _, folder, model = families["xl"]
     settings = {"num_inference_steps": 3, "guidance_scale": SCALE, "seed": 7, "num_images": 2}
     several = Pipeline(PROMPTS, model, negative_prompt=None).generate(**settings)

@@ -107,7 +107,7 @@ def test_loading_at_full_width_reads_once_and_peaks_at_the_weights(full, small, 
 
 
 @pytest.mark.slow
-def test_a_full_width_picture_of_512_pixels_fits_into_6_gb(full):
+def test_a_full_width_image_of_512_pixels_fits_into_6_gb(full):
     found = child(DRAW, full)
     print(found)
     assert found["size"] == [512, 512] and found["peak"] < 6e9
@@ -134,11 +134,11 @@ def test_transformers_4_and_the_diffusers_of_its_time_read_our_folders(family, t
 
     build(family).save_pretrained(tmp_path / "theirs")
     folder = ldm.convert(ldm.convert(tmp_path / "theirs", tmp_path / "m.safetensors"), tmp_path / "ours")
-    pictures = {}
+    images = {}
     for name, python in (("old", os.environ["LDM_OLD_PYTHON"]), ("new", sys.executable)):
         out = tmp_path / f"{name}.pt"
         done = subprocess.run([python, "-c", OLD, folder, out, family], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "not used when initializing" not in done.stderr and "newly initialized" not in done.stderr
-        pictures[name] = torch.load(out, weights_only=True)
-    assert (pictures["old"] - pictures["new"]).abs().max() <= 1 / 255 and pictures["new"].std() > 0.1
+        images[name] = torch.load(out, weights_only=True)
+    assert (images["old"] - images["new"]).abs().max() <= 1 / 255 and images["new"].std() > 0.1

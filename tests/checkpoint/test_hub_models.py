@@ -242,7 +242,7 @@ def test_settings_without_weights_are_not_taken_for_a_model(served, cache):
     assert str(cache) in str(error.value)
 
 
-def test_the_command_draws_from_the_hub_and_writes_the_commit_into_the_picture(served, tmp_path):
+def test_the_command_draws_from_the_hub_and_writes_the_commit_into_the_image(served, tmp_path):
     """The library as it is, told of server and cache by its own environment variables."""
     environment = {**os.environ, "HF_ENDPOINT": served.url, "HF_HUB_CACHE": str(tmp_path / "other")}
     words = ["generate", "a cat", "--model", "someone/model", "--steps", "1", "--seed", "3", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Single files: names by literal rules, back and forth without loss, and diffusers' pictures from what we write."""
+"""Single files: names by literal rules, back and forth without loss, and diffusers' images from what we write."""
 
 import dataclasses
 import hashlib
@@ -168,17 +168,17 @@ def test_names_and_tensors_are_those_of_the_original_code(models, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_draws_our_picture_from_the_file(models, family):
+def test_diffusers_draws_our_image_from_the_file(models, family):
     import diffusers
 
     _, folder, file = models[family]
     kind = diffusers.StableDiffusionXLPipeline if family == "xl" else diffusers.StableDiffusionPipeline
     pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    pictures, latents = theirs(pipe, "ddim")
+    images, latents = theirs(pipe, "ddim")
     model = load_model(file, "cpu", "fp32", cache=False)
     mine, final = ours(model, "ddim")
-    assert np.abs(mine - pictures).max() <= 1 and pictures.std() > 25
+    assert np.abs(mine - images).max() <= 1 and images.std() > 25
     assert (final - latents).norm() <= 1e-4 * latents.norm()
 
 
@@ -227,7 +227,7 @@ def test_a_model_with_t5_comes_back_whole(tmp_path):
     assert torch.equal(one.states, other.states) and torch.equal(one.mask, other.mask)
 
 
-def test_the_record_of_a_picture_names_the_file(models):
+def test_the_metadata_of_an_image_names_the_file(models):
     _, _, file = models["1.5"]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     clear_cache()

@@ -95,7 +95,7 @@ def test_a_tokenizer_of_another_model_is_refused(text):
         T5Text(text.model, many)
 
 
-def test_what_follows_the_text_does_not_reach_the_picture(model):
+def test_what_follows_the_text_does_not_reach_the_image(model):
     """Neither through attention nor through the text in the time embedding."""
     cond = model.text.encode(["a red cat", "a dog"])
     changed = torch.where(cond.mask[..., None], cond.states, torch.randn_like(cond.states))
@@ -121,10 +121,10 @@ def test_a_saved_folder_loads_and_draws_the_same(model, folder):
     pairs = list(zip(model.text.model.state_dict().items(), again.text.model.state_dict().items(), strict=True))
     assert all(n == m and torch.equal(a, b) for (n, a), (m, b) in pairs)
     assert not any(t.is_meta for t in (*again.text.model.parameters(), *again.text.model.buffers()))
-    pictures, images = draw(folder, ["a red cat", "a dog", "a zebra"], device="cpu", dtype="fp32")
-    assert np.array_equal(pictures, draw(model, ["a red cat", "a dog", "a zebra"])[0])
-    assert np.array_equal(pictures[1:2], draw(again, ["a dog"])[0])
-    assert np.abs(pictures[0].astype(int) - pictures[1]).max() > 5  # the words reach the picture
+    pixels, images = draw(folder, ["a red cat", "a dog", "a zebra"], device="cpu", dtype="fp32")
+    assert np.array_equal(pixels, draw(model, ["a red cat", "a dog", "a zebra"])[0])
+    assert np.array_equal(pixels[1:2], draw(again, ["a dog"])[0])
+    assert np.abs(pixels[0].astype(int) - pixels[1]).max() > 5  # the words reach the image
     assert images.metadata[2]["unknown_words"] == ["zebra"]
     saved = save_model(again, folder.parent / "again", dtype="fp32")
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -132,7 +132,7 @@ def test_a_saved_folder_loads_and_draws_the_same(model, folder):
     assert [name for name in names if (folder / name).read_bytes() != (saved / name).read_bytes()] == []
 
 
-def test_a_picture_tells_what_t5_did_not_see(model):
+def test_an_image_tells_what_t5_did_not_see(model):
     _, images = draw(model, ["a red cat on a blue card and a dog"])
     assert images.metadata[0]["truncated"] == "and a dog"
 
@@ -201,7 +201,7 @@ def test_the_unet_trains_on_t5_and_the_run_draws(model, folder, tmp_path):
         "sample_steps": 2,
         "vae": str(folder),
         "text": str(folder),
-        "data": {"resolution": 32, "folder": str(picture_folder(tmp_path / "pictures", 8))},
+        "data": {"resolution": 32, "folder": str(picture_folder(tmp_path / "images", 8))},
         "schedule": SCHEDULE,
         "model": TINY_UNET,
     }
@@ -212,9 +212,9 @@ def test_the_unet_trains_on_t5_and_the_run_draws(model, folder, tmp_path):
     assert isinstance(trained.text, T5Text) and isinstance(load_text_from(tmp_path / "run/model"), T5Text)
     expected = model.text.encode(["a cat"]).states
     assert torch.allclose(trained.text.encode(["a cat"]).states, expected, atol=0.05)  # saved in bf16
-    pictures, _ = draw(trained, ["a red cat", "a dog"])
+    pixels, _ = draw(trained, ["a red cat", "a dog"])
     masked = dataclasses.replace(trained, text=Unmasked(trained.text))
-    assert pictures.shape == (2, 32, 32, 3) and not np.array_equal(pictures, draw(masked, ["a red cat", "a dog"])[0])
+    assert pixels.shape == (2, 32, 32, 3) and not np.array_equal(pixels, draw(masked, ["a red cat", "a dog"])[0])
 
 
 class Unmasked(T5Text):

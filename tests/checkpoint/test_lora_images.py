@@ -1,4 +1,4 @@
-"""LoRA and DoRA in pictures: trained by PEFT, drawn here and in diffusers; several at once; tags in prompts."""
+"""LoRA and DoRA in images: trained by PEFT, drawn here and in diffusers; several at once; tags in prompts."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_what_peft_trained_is_drawn_as_diffusers_draws_it(trained, kind):
     assert {(e.rank, e.alpha) for e in lora.header.entries.values()} == {(4, 9.0), (3, 5.0)}
     assert lora.header.dora == KINDS[kind] and lora.header.assumed == 0
     drawn, images = ours(case.folder, lora=case.file)
-    assert apart(drawn, case.pictures) <= 1
+    assert apart(drawn, case.images) <= 1
     assert apart(drawn, case.plain) > 5  # off
     (told,) = images.metadata[0]["lora"]
     assert (told["path"], told["weight"], told["hash"]) == (str(case.file), 1.0, lora.hash)
@@ -39,7 +39,7 @@ def test_alpha_matters(trained, kind, tmp_path):
     case = trained(kind)
     tensors = load_file(case.file)
     save_file(tensors, tmp_path / "bare.safetensors", {"format": "pt"})
-    assert apart(ours(case.folder, lora=tmp_path / "bare.safetensors")[0], case.pictures) > 5
+    assert apart(ours(case.folder, lora=tmp_path / "bare.safetensors")[0], case.images) > 5
 
 
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
@@ -48,7 +48,7 @@ def test_what_we_write_diffusers_draws_as_we_do(trained, kind, layout, tmp_path,
     case = trained(kind)
     file = case.written(tmp_path / "mine", layout)
     drawn, _ = ours(case.folder, lora=file.parent)
-    assert apart(drawn, case.pictures) <= 1
+    assert apart(drawn, case.images) <= 1
     if layout == "kohya" and KINDS[kind]:
         return  # diffusers drops dora_scale
     pipe = fresh(kind)
@@ -109,7 +109,7 @@ def test_two_pipelines_of_one_model_do_not_disturb_each_other(trained, lora_file
 def test_weights_add_up_and_cancel(trained):
     case = trained("1.5")
     assert apart(ours(case.folder, lora=[(case.file, 0.8), (case.file, -0.8)])[0], case.plain) <= 1
-    assert apart(ours(case.folder, lora=[(case.file, 0.6), (case.file, 0.4)])[0], case.pictures) <= 1
+    assert apart(ours(case.folder, lora=[(case.file, 0.6), (case.file, 0.4)])[0], case.images) <= 1
     assert apart(ours(case.folder, lora=(case.file, -1.0))[0], case.plain) > 5
 
 
@@ -120,7 +120,7 @@ def test_a_weight_is_diffusers_adapter_weight(trained, kind, tmp_path):
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="one")
     pipe.set_adapters(["one"], [0.5])
     drawn, _ = ours(case.folder, lora=(case.file, 0.5))
-    assert apart(drawn, theirs(pipe)) <= 1 and apart(drawn, case.pictures) > 5
+    assert apart(drawn, theirs(pipe)) <= 1 and apart(drawn, case.images) > 5
 
 
 def test_unmerging_gives_back_the_bits_of_the_model(trained):
@@ -137,7 +137,7 @@ def test_unmerging_gives_back_the_bits_of_the_model(trained):
 def test_a_loaded_model_stays_as_it_is_and_a_saved_pipeline_has_the_lora_in_it(trained, tmp_path):
     case = trained("1.5")
     drawn, _ = ours(case.model, lora=case.file)
-    assert apart(drawn, case.pictures) <= 1 and apart(ours(case.model)[0], case.plain) == 0
+    assert apart(drawn, case.images) <= 1 and apart(ours(case.model)[0], case.plain) == 0
     Pipeline("", case.folder, lora=case.file, dtype="fp32", device="cpu").save(tmp_path / "merged")
     assert apart(ours(tmp_path / "merged")[0], drawn) == 0
 
@@ -197,7 +197,7 @@ def test_names_are_looked_up_and_never_guessed(lora_dir):
 def test_single_files_take_loras_and_are_fitted_before_any_weight_is_read(trained, lora_file, tmp_path, monkeypatch):
     case = trained("1.5")
     model = save_single(case.model, tmp_path / "model.safetensors", torch.float32)
-    assert apart(ours(model, lora=case.file)[0], case.pictures) <= 1
+    assert apart(ours(model, lora=case.file)[0], case.images) <= 1
     monkeypatch.setattr("ldm.checkpoint.load_model", None)
     with pytest.raises(ModelError, match="this LoRA is for cross_attention_dim 1024, this model has 32"):
         Pipeline("a cat", model, lora=lora_file(pair(Q.replace("attn1.to_q", "attn2.to_k"), inputs=1024)))
