@@ -18,8 +18,8 @@ class LdmError(Exception):
 
     def __init__(self, what: str, *, where: object = None, hint: str | None = None, todo: str | None = None):
         self.what, self.where, self.hint = what, where, hint or todo
-        place = "" if where is None else " ".join(str(where).splitlines()) + ": "
-        super().__init__(place + "; ".join(one_line(text) for text in (what, self.hint) if text))
+        prefix = "" if where is None else " ".join(str(where).splitlines()) + ": "
+        super().__init__(prefix + "; ".join(one_line(text) for text in (what, self.hint) if text))
 
     @property
     def todo(self) -> str | None:

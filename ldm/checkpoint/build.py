@@ -94,10 +94,10 @@ def clip_text(
     from ldm.nn.weights import load_weights
 
     projected = (config.get("architectures") or ("",))[0] == "CLIPTextModelWithProjection"
-    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    encoder_class = CLIPTextModelWithProjection if projected else CLIPTextModel
     settings = _checked(lambda: CLIPTextConfig.from_dict(dict(config)), where)
-    names = _checked(lambda: list(_on_meta(lambda: kind(settings)).state_dict()), where)
-    encoder = load_weights(lambda: kind(settings), named_as(state, names), where)
+    names = _checked(lambda: list(_on_meta(lambda: encoder_class(settings)).state_dict()), where)
+    encoder = load_weights(lambda: encoder_class(settings), named_as(state, names), where)
     for name, buffer in list(encoder.named_buffers()):  # not in the files: the positions 0, 1, 2, …
         if buffer.is_meta and name.endswith("position_ids"):
             device = next(encoder.parameters()).device

@@ -67,12 +67,12 @@ def convert(
 def stored_dtype(path: Path, skip: tuple[str, ...] = ()) -> str:
     """fp32, fp16 or bf16: the smallest that holds every weight of a model's folder or file without loss."""
     if is_single(path):
-        kinds = _kinds(read_header(path), single.plan_of(path, "epsilon", skip).places)
+        stored = _kinds(read_header(path), single.plan_of(path, "epsilon", skip).destinations)
     else:
         layout = layouts.read_layout(path, skip)
         headers = [read_header(path) for part in layout.weights for path in layout.shards(part)]
-        kinds = set().union(*(_kinds(header, header.tensors) for header in headers))
-    names = {HALVES.get(kind, "fp32") for kind in kinds}
+        stored = set().union(*(_kinds(header, header.tensors) for header in headers))
+    names = {HALVES.get(dtype, "fp32") for dtype in stored}
     return names.pop() if len(names) == 1 else "fp32"
 
 

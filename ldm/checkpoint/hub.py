@@ -40,13 +40,13 @@ def snapshot(name: str, weights: bool = True) -> Path:
     from huggingface_hub import constants
 
     repo, _, revision = name.partition("@")
-    place = (constants.HF_HUB_CACHE, constants.ENDPOINT, name)
-    revision = _commits.get(place) or revision or None
-    wanted = [*SETTINGS, *WEIGHTS] if weights else SETTINGS
-    folder = _download(repo, revision, wanted, [*HALF, *NEVER])
-    _commits[place] = folder.name
+    key = (constants.HF_HUB_CACHE, constants.ENDPOINT, name)
+    revision = _commits.get(key) or revision or None
+    patterns = [*SETTINGS, *WEIGHTS] if weights else SETTINGS
+    folder = _download(repo, revision, patterns, [*HALF, *NEVER])
+    _commits[key] = folder.name
     if weights and missing_weights(folder):
-        folder = _download(repo, folder.name, wanted, NEVER)
+        folder = _download(repo, folder.name, patterns, NEVER)
     if weights and (file := missing_weights(folder)):
         what = f"the repository has no {file}, and pickles are never fetched (cache: {constants.HF_HUB_CACHE})"
         raise ModelError(what, where=name, hint="choose a repository with safetensors")
@@ -112,5 +112,5 @@ def missing_weights(folder: Path) -> str | None:
     except LdmError:  # an autoencoder alone, or no model: reported when the folder is read
         return None
     parts = [part for part in STEMS if index.get(part) not in (None, [None, None])]
-    lacking = (part for part in parts if not any((folder / part).glob(f"{STEMS[part]}*.safetensors")))
-    return next((f"{part}/{STEMS[part]}.safetensors" for part in lacking), None)
+    missing = (part for part in parts if not any((folder / part).glob(f"{STEMS[part]}*.safetensors")))
+    return next((f"{part}/{STEMS[part]}.safetensors" for part in missing), None)

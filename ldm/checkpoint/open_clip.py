@@ -41,7 +41,7 @@ def load_open_clip(
 
     with torch.device("meta"):
         names = {f"{prefix}{key}": key for key in build().state_dict() for prefix in ("", "text.")}
-    state, _ = read_tensors(weights, dtype, device, wanted=names)
+    state, _ = read_tensors(weights, dtype, device, names=names)
     tower = load_weights(build, {names[key]: tensor for key, tensor in state.items()}, weights)
     tower.attn_mask = tower.build_causal_mask().to(device)  # not in the file
     return OpenClipText(tower.requires_grad_(False), open_clip.SimpleTokenizer(), left_out)

@@ -128,15 +128,15 @@ def write_text(text: TextEncoder, folder: Path, dtype: torch.dtype, limit: int, 
     """`text_encoder/` and `tokenizer/` in `folder`, also the second ones of XL; CLIP's keys begin with `text_model.`"""
     from ldm.nn.text import T5Text
 
-    for suffix, one in encoders(text).items():
-        place = folder / f"text_encoder{suffix}"
-        layouts.write_json(place / "config.json", text_config(one))
+    for suffix, encoder in encoders(text).items():
+        target = folder / f"text_encoder{suffix}"
+        layouts.write_json(target / "config.json", text_config(encoder))
         tokenizer = folder / f"tokenizer{suffix}"
-        if isinstance(one, T5Text):
-            write_tokenizer_json(one.tokenizer, tokenizer, "PreTrainedTokenizerFast")
+        if isinstance(encoder, T5Text):
+            write_tokenizer_json(encoder.tokenizer, tokenizer, "PreTrainedTokenizerFast")
         else:
-            write_tokenizer(one.tokenizer, tokenizer, one.words)
-        write_shards(place, layouts.STEMS["text_encoder"], text_state(one), dtype, limit, advance)
+            write_tokenizer(encoder.tokenizer, tokenizer, encoder.words)
+        write_shards(target, layouts.STEMS["text_encoder"], text_state(encoder), dtype, limit, advance)
 
 
 def text_state(text: ClipText | T5Text) -> dict[str, torch.Tensor]:

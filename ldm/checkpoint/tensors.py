@@ -32,9 +32,9 @@ def read_tensors(
     dtype: torch.dtype,
     device: torch.device | str,
     advance: Advance = silent,
-    wanted: Container[str] | None = None,
+    names: Container[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of one safetensors file (all, or those `wanted`), floating ones as `dtype` on `device`; its sha256.
+    """The tensors of one safetensors file (all, or those in `names`), floating ones as `dtype` on `device`; its sha256.
 
     Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
     tensor is read, and for a tensor that is not finite in `dtype`, which it names.
@@ -45,7 +45,7 @@ def read_tensors(
         header, raw = read_header_bytes(handle, path)
         digest.update(raw)
         for name, entry in header.tensors.items():
-            if wanted is None or name in wanted:
+            if names is None or name in names:
                 tensors[name] = _placed(name, _tensor(handle, entry, digest, path), dtype, device, path)
             else:
                 _pass_over(handle, entry.size, digest, path)
@@ -155,8 +155,8 @@ def write_shards(
         write_tensors(folder / file, content, {"format": "pt"}, advance)
     if len(shards) > 1:
         total = sum(t.numel() * _width(t, dtype) for t in tensors.values())
-        places = {name: file for file, shard in zip(names, shards) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         path = folder / f"{stem}.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return [path, *(folder / name for name in names)]
@@ -201,10 +201,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    weight_map = read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(file, str) for file in files):
         raise ModelError("has no weight_map", where=index, hint="get the file again")
-    shards = [index.parent / file for file in sorted(set(places.values()))]
+    shards = [index.parent / file for file in sorted(set(files))]
     for shard in shards:
         if shard.parent != index.parent or shard.suffix != ".safetensors" or shard.name in ("", ".."):
             raise ModelError(f"names {shard.name!r}, which is no safetensors file beside it", where=index)

@@ -42,9 +42,9 @@ def match_layers(header: LoraHeader, target: Target, allow_unapplied: bool = Fal
         what = f"not one of its {len(header.entries)} layers is in this model ({', '.join(list(header.entries)[:3])})"
         raise ModelError(what, where=header.path, hint="it was made for another model")
     seen: dict[tuple[str, str], str] = {}
-    for layer, place in layers.items():
-        if seen.setdefault(place, layer) != layer:
-            raise ModelError(f"{seen[place]} and {layer} are the same layer of this model", where=header.path)
+    for layer, model_layer in layers.items():
+        if seen.setdefault(model_layer, layer) != layer:
+            raise ModelError(f"{seen[model_layer]} and {layer} are the same layer of this model", where=header.path)
     if unapplied and not allow_unapplied:
         total = sum(len(entry.keys) for entry in header.entries.values()) + len(header.unknown)
         what = f"{len(unapplied)} of {total} keys match no layer of this model: {_shorten(unapplied)}"

@@ -114,8 +114,8 @@ def find_lora(name: str, folder: str | Path) -> Path:
         hint = nearest(name, list(known)[:50]) if known else "there is no LoRA in this folder"
         raise ConfigError(f"no LoRA is named {name!r:.80}", where=folder, hint=hint)
     if len(matches) > 1:
-        places = ", ".join(str(path.relative_to(folder)) for path in matches[:3])
-        raise ConfigError(f"{len(matches)} LoRAs are named {name!r}: {places}", where=folder, hint="rename one")
+        paths = ", ".join(str(path.relative_to(folder)) for path in matches[:3])
+        raise ConfigError(f"{len(matches)} LoRAs are named {name!r}: {paths}", where=folder, hint="rename one")
     return matches[0]
 
 
@@ -134,7 +134,7 @@ def read_lora_header(path: str | Path) -> LoraHeader:
         if split is None:
             unknown.append(key)
         elif layers.setdefault(split[0], {}).setdefault(split[1], key) != key:
-            raise ModelError(f"{key} is there twice under different names", where=path)
+            raise ModelError(f"{key} occurs twice under different names", where=path)
     for layer in [layer for layer, keys in layers.items() if not {"down", "up"} & keys.keys()]:
         unknown += layers.pop(layer).values()
     _check_kind(layers, unknown, path)

@@ -57,12 +57,12 @@ def destination_of(part: Part, key: str) -> Destination | None:
     name = translated(part.inner(key) or "", part.modules)
     if name is None:
         return None
-    module, _, kind = name.rpartition(".")
-    if part.form == "open_clip" and kind in ("in_proj_weight", "in_proj_bias"):
-        return Destination(part.name, tuple(f"{module}.{one}.{kind.removeprefix('in_proj_')}" for one in QKV))
+    module, _, tensor_name = name.rpartition(".")
+    if part.form == "open_clip" and tensor_name in ("in_proj_weight", "in_proj_bias"):
+        return Destination(part.name, tuple(f"{module}.{proj}.{tensor_name.removeprefix('in_proj_')}" for proj in QKV))
     if part.form == "open_clip" and name == "text_projection.weight":
         return Destination(part.name, (name,), "transposed")
-    flat = part.form == "vae" and ".attentions." in name and kind == "weight" and "group_norm" not in name
+    flat = part.form == "vae" and ".attentions." in name and tensor_name == "weight" and "group_norm" not in name
     return Destination(part.name, (name,), "flat" if flat else "")
 
 

@@ -203,7 +203,7 @@ def _read(
     plan: Plan, device: torch.device, dtype: torch.dtype, advance: Callable[[int], object]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], str]:
     """(part -> name in the folder -> tensor, the file's sha256); every byte is read once."""
-    tensors, digest = read_tensors(plan.path, dtype, device, advance, wanted=plan.destinations)
+    tensors, digest = read_tensors(plan.path, dtype, device, advance, names=plan.destinations)
     states: dict[str, dict[str, torch.Tensor]] = {destination.part: {} for destination in plan.destinations.values()}
     for key, destination in plan.destinations.items():
         states[destination.part] |= dict(zip(destination.names, _pieces(tensors.pop(key), destination)))
@@ -247,7 +247,7 @@ def read_vae(
     }
     if unknown := [key for key, destination in inside.items() if destination is None]:
         raise ModelError(f"has {len(unknown)} keys that no autoencoder has ({', '.join(unknown[:SHOWN])})", where=path)
-    tensors, digest = read_tensors(path, dtype, device, wanted=inside)
+    tensors, digest = read_tensors(path, dtype, device, names=inside)
     state = {destination.names[0]: _pieces(tensors.pop(key), destination)[0] for key, destination in inside.items()}
     with named(path):
         vae = Autoencoder.from_state(config, state, "the VAE")
@@ -257,8 +257,7 @@ def read_vae(
 
 def vae_prefix(header: Header, path: Path) -> str:
     """The prefix of the autoencoder's names in a file. Raises ModelError where there is no autoencoder."""
-    found = (p for p in (VAE, "vae.", "") if any(key.startswith(f"{p}decoder.") for key in header.tensors))
-    prefix = next(found, None)
-    if prefix is None:
-        raise ModelError("holds no autoencoder", where=path)
-    return prefix
+    for prefix in (VAE, "vae.", ""):
+        if any(key.startswith(f"{prefix}decoder.") for key in header.tensors):
+            return prefix
+    raise ModelError("holds no autoencoder", where=path)
