@@ -209,7 +209,7 @@ def test_half_precision_is_taken_where_there_is_nothing_else(served, saved, tmp_
     ("name", "said"),
     [
         ("someone/nothing", r"model_index.json of the repository someone/nothing .*there is none of this name"),
-        ("someone/model@v9", r"someone/model@v9: .*it has no such revision\); check what stands after the @"),
+        ("someone/model@v9", r"someone/model@v9: .*it has no such revision\); check what follows the @"),
         ("someone/pickled", r"has no vae/diffusion_pytorch_model.safetensors, and pickles are never fetched"),
     ],
 )

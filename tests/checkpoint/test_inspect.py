@@ -110,7 +110,7 @@ def test_parts_and_runs(saved, tmp_path):
         shutil.copytree(saved / part, tmp_path / f"{part}-run/model/{part}")
         assert ldm.inspect(tmp_path / f"{part}-run")["parts"].keys() == {part}
     (tmp_path / "begun/checkpoints").mkdir(parents=True)
-    with pytest.raises(ModelError, match="a run that has no model yet"):
+    with pytest.raises(ModelError, match="is a run without a model yet"):
         ldm.inspect(tmp_path / "begun")
 
 
