@@ -1,4 +1,4 @@
-"""What is known of a model from its configs and headers alone, before a weight is read."""
+"""Describe a model by its configs and headers alone, before any weight is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIP_LAYERS = 12  # transformers' default
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What settings are checked against and completed from."""
+    """The facts about a model that settings are checked against and completed from."""
 
     name: str  # "default", a folder's or file's name, a hub id
     path: Path | None  # the folder or file; None for a model made in memory
@@ -36,12 +36,12 @@ class ModelInfo:
     latent_channels: int
     factor: int  # pixels per latent
     clip_layers: tuple[int, ...]  # of each of CLIP's text encoders; () for T5
-    card: Mapping[str, Any]  # how the model is best drawn with: sampler, num_inference_steps, guidance_scale, spacing
-    hash: str = ""  # that of the loaded model; "" where nobody asked for it
+    card: Mapping[str, Any]  # its defaults: sampler, num_inference_steps, guidance_scale, spacing
+    hash: str = ""  # of the loaded model; "" unless it was asked for
 
     @property
     def inpaints(self) -> bool:
-        """Whether the U-Net has channels for a mask and the latents of what it does not cover."""
+        """Whether the U-Net has channels for a mask and the latents of the masked image."""
         return self.unet.in_channels == 2 * self.latent_channels + 1
 
 
@@ -51,75 +51,75 @@ def describe(
     prediction_type: str | None = None,
     hashed: bool = False,
 ) -> ModelInfo:
-    """A model after every check that needs no weight; of a hub id only the settings are fetched.
+    """A description of the model after every check that needs no weight; only the settings of a hub id are fetched.
 
-    `vae` and `prediction_type` stand in place of the model's own. `hashed`: with the hash that the loaded model would
-    have; it comes from the manifest where there is one, else all weights are read for it; another VAE is left out of
-    it. Raises ModelError in one line, as loading does.
+    `vae` and `prediction_type` replace the model's. `hashed` adds the hash that the loaded model would have (without
+    another VAE): from the manifest where there is one, else by reading all weights. Raises ModelError as loading does.
     """
     if isinstance(model, Model):
         return _of_loaded(model)
-    asked, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
-    place = resolve(model, weights=hashed)
-    if is_single(place):
-        plan = single.plan_of(place, asked, skip)
-        name, configs, card, t5 = place.stem, plan.configs, plan.card, False
-        with named(place):
-            unet = UNetConfig.from_diffusers(configs["unet"], place)
+    override, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
+    path = resolve(model, weights=hashed)
+    if is_single(path):
+        plan = single.plan_of(path, override, skip)
+        name, configs, card = path.stem, plan.configs, plan.card
+        t5 = configs["text_encoder"].get("model_type") == "t5"
+        with named(path):
+            unet = UNetConfig.from_diffusers(configs["unet"], path)
             schedule = Schedule.from_diffusers(dict(configs["scheduler"]))
     else:
         hub = is_hub_id(str(model))
-        layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(place, skip)
-        name = str(model) if hub or str(model) == "default" else place.resolve().name
-        configs, card = layout.configs, layouts.read_card(place)
+        layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
+        name = str(model) if hub or str(model) == "default" else path.resolve().name
+        configs, card = layout.configs, layouts.read_card(path)
         t5 = layout.text_class("text_encoder") in layouts.T5
         unet, schedule = build.unet_config(layout), Schedule.from_diffusers(dict(configs["scheduler"]))
     if vae is not None and is_single(Path(vae)):
         single.vae_prefix(read_header(vae), Path(vae))
-    if asked is not None:
-        schedule = dataclasses.replace(schedule, prediction_type=asked)
-    of_vae = {} if vae is None else settings_of(resolve(vae, weights=hashed)).get("vae", {})
-    of_vae = of_vae or configs.get("vae", {})
+    if override is not None:
+        schedule = dataclasses.replace(schedule, prediction_type=override)
+    vae_config = {} if vae is None else settings_of(resolve(vae, weights=hashed)).get("vae", {})
+    vae_config = vae_config or configs.get("vae", {})
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
     return ModelInfo(
         name=name,
-        path=place.resolve(),
+        path=path.resolve(),
         unet=unet,
         schedule=schedule,
-        latent_channels=of_vae.get("latent_channels", 4),
-        factor=2 ** (len(of_vae.get("block_out_channels", (0,))) - 1),
+        latent_channels=vae_config.get("latent_channels", 4),
+        factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
         clip_layers=() if t5 else tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in texts),
-        card=_own_settings(layouts.card_settings(card or "")),
-        hash=_hash(place, skip) if hashed else "",
+        card=_drawing_settings(layouts.card_settings(card or "")),
+        hash=_hash(path, skip) if hashed else "",
     )
 
 
 def _of_loaded(model: Model) -> ModelInfo:
-    vae, unet, card = model.vae, model.unet.config, _own_settings(model.info)
+    vae, unet, card = model.vae, model.unet.config, _drawing_settings(model.info)
     channels, layers = vae.latent_channels, model.text.clip_layers
     return ModelInfo(model.name, model.path, unet, model.schedule, channels, vae.factor, layers, card, hash=model.hash)
 
 
-def _own_settings(card: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a card's settings that says how to draw."""
-    found = card.get("ldm")
-    return found if isinstance(found, Mapping) else {}
+def _drawing_settings(card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a card that are the model's defaults for drawing."""
+    settings = card.get("ldm")
+    return settings if isinstance(settings, Mapping) else {}
 
 
-def _hash(place: Path, skip: tuple[str, ...]) -> str:
-    """The hash of the loaded model: a file's own sha256, or one over all files of a folder that are read."""
-    if is_single(place):
-        size = place.stat().st_size
-        with progress(total=size, desc=f"hashing {place.name}", unit="B", disable=size < LARGE) as bar:
-            return sha256(place, bar.update)
-    layout = layouts.read_layout(place, skip)
+def _hash(root: Path, skip: tuple[str, ...]) -> str:
+    """The hash of the loaded model: a file's sha256, or one over all files of a folder that loading reads."""
+    if is_single(root):
+        size = root.stat().st_size
+        with progress(total=size, desc=f"hashing {root.name}", unit="B", disable=size < LARGE) as bar:
+            return sha256(root, bar.update)
+    layout = layouts.read_layout(root, skip)
     weights = [path for part in layout.weights for path in layout.shards(part)]
-    names = [*layout.settings(), *(path.relative_to(place).as_posix() for path in weights)]
-    unlisted = [place / name for name in names if name not in layout.manifest]
-    total = sum(path.stat().st_size for path in unlisted)
-    with progress(total=total, desc=f"hashing {place.name}", unit="B", disable=total < LARGE) as bar:
-        hashed = {path.relative_to(place).as_posix(): sha256(path, bar.update) for path in unlisted}
-    return layouts.digest_of({name: hashed.get(name) or layout.manifest[name]["sha256"] for name in names})
+    names = [*layout.settings(), *(path.relative_to(root).as_posix() for path in weights)]
+    unlisted = [name for name in names if name not in layout.manifest]
+    total = sum((root / name).stat().st_size for name in unlisted)
+    with progress(total=total, desc=f"hashing {root.name}", unit="B", disable=total < LARGE) as bar:
+        digests = {name: sha256(root / name, bar.update) for name in unlisted}
+    return layouts.digest_of({name: digests.get(name) or layout.manifest[name]["sha256"] for name in names})
 
 
 def hash_of(path: str | Path) -> str:

@@ -9,6 +9,8 @@ import torch
 
 from ldm import Pipeline
 from ldm.checkpoint import Model, check_model, load_model, save_model
+from ldm.checkpoint.convert import convert
+from ldm.checkpoint.describe import describe
 from ldm.checkpoint.parts import load_text_from
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.text import T5Text
@@ -130,6 +132,14 @@ def test_a_saved_folder_loads_and_draws_the_same(model, folder):
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(saved) for path in saved.rglob("*") if path.is_file())
     assert [name for name in names if (folder / name).read_bytes() != (saved / name).read_bytes()] == []
+
+
+def test_a_description_knows_t5_in_a_folder_and_in_a_single_file(folder, tmp_path):
+    """It has no layers that --clip-skip could leave out."""
+    file = convert(folder, tmp_path / "m.safetensors")
+    for path in (folder, file):
+        assert describe(path, hashed=True) == describe(load_model(path, "cpu", "fp32", cache=False))
+        assert describe(path).clip_layers == ()
 
 
 def test_an_image_tells_what_t5_did_not_see(model):
