@@ -1,4 +1,4 @@
-"""Us against diffusers, side by side: pictures compared first, then times in alternation; and samplers, compared."""
+"""Benchmarks: against diffusers, images compared first and then timed in alternation; and all samplers compared."""
 
 _LAZY = {"bench": "report", "BENCHES": "report", "alternate": "timing", "Timing": "timing"}
 

@@ -1,4 +1,4 @@
-"""A prompt file to PNG files: `ldm.render` against loops over diffusers' pipeline, one by one and in batches."""
+"""A prompt file rendered to PNGs: `ldm.render` against loops over diffusers' pipeline, one by one and in batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.bench.timing import Timing, alternate
-from ldm.bench.warm import APART, peer, require_peer, settled
+from ldm.bench.warm import MAX_DIFFERENCE, peer, require_peer, resolve_device
 from ldm.console import hushed
 from ldm.errors import NumericsError
 
-THINGS = ("cat", "dog", "red apple", "car", "tree", "fish", "house", "rocket")
-GROUNDS = ("red", "blue", "yellow", "green")
+OBJECTS = ("cat", "dog", "red apple", "car", "tree", "fish", "house", "rocket")
+BACKGROUNDS = ("red", "blue", "yellow", "green")
 NEGATIVE = "a clock"
 
 
@@ -29,66 +29,75 @@ def rendering(
     guidance_scale: float = 4.0,
     dtype: str = "fp32",
     device: str = "cpu",
-    pictures: int = 16,
+    images: int = 16,
     batch_size: int = 8,
 ) -> Timing:
-    """Time a file of `pictures` lines by turns: same folder, noise, sampler, steps, dtype, threads; all write PNGs.
+    """Time a file of `images` lines in alternation; folder, noise, sampler, steps, dtype and threads are equal.
 
-    We and diffusers have a process each, with the model in memory: `ldm.render` tells its process how to keep memory,
-    from which diffusers shall not gain. Every line has a seed, every other one a negative prompt of its own. Raises
-    ConfigError for a sampler that diffusers has no equal of, ModelError where `model` is no folder, and NumericsError
-    where a picture in fp32 is more than 2 levels of 255 apart: then there is nothing to time.
+    Each side has a process with the model in memory, because `ldm.render` changes how its process allocates memory,
+    which would help diffusers too. Every line has a seed, every other line a negative prompt. All sides write PNGs.
+    Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no folder, and
+    NumericsError where images in fp32 differ by more than 2 levels of 255.
     """
     import torch
 
     require_peer(sampler)
-    device, dtype = settled(device, dtype)
-    lines = _lines(pictures)
+    device, dtype = resolve_device(device, dtype)
+    lines = _lines(images)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    whose = (model, dtype, device, sampler)
-    with tempfile.TemporaryDirectory() as place, hushed(), _process() as ours, _process() as peers:
-        peers(_ready, whose)
-        folders = _Folders(Path(place))
-        words = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
-        sides: dict[str, Callable[[], Path]] = {
-            "ldm.render": lambda: ours(_ours, lines, folders.new(), words),
-            f"diffusers in batches of {batch_size}": lambda: peers(
-                _theirs, whose, lines, folders.new(), batch_size, call
-            ),
-            "diffusers one by one": lambda: peers(_theirs, whose, lines, folders.new(), 1, call),
+    peer_arguments = (model, dtype, device, sampler)
+    with tempfile.TemporaryDirectory() as root, hushed(), _process() as ldm_process, _process() as diffusers_process:
+        diffusers_process(_load_pipe, peer_arguments)
+        folders = _Folders(Path(root))
+        render_settings = {
+            "model": model,
+            "dtype": dtype,
+            "device": device,
+            "sampler": sampler,
+            "batch_size": batch_size,
+            **call,
         }
-        apart = _largest_difference([draw() for draw in sides.values()], APART[dtype])
+        sides: dict[str, Callable[[], Path]] = {
+            "ldm.render": lambda: ldm_process(_render_ldm, lines, folders.new(), render_settings),
+            f"diffusers in batches of {batch_size}": lambda: diffusers_process(
+                _render_diffusers, peer_arguments, lines, folders.new(), batch_size, call
+            ),
+            "diffusers one by one": lambda: diffusers_process(
+                _render_diffusers, peer_arguments, lines, folders.new(), 1, call
+            ),
+        }
+        difference = _largest_difference([draw() for draw in sides.values()], MAX_DIFFERENCE[dtype])
         seconds = alternate(sides, repeats, warmup=0)  # each has run once
-    told = {"model": model, "pictures": pictures, "batch_size": batch_size, "sampler": sampler, **call, "dtype": dtype}
-    told |= {"device": device, "threads": torch.get_num_threads()}
-    found = Timing("render", seconds, told, {"largest difference of 255": apart})
-    ours, batches, loop = found.medians.values()
+    settings = {"model": model, "images": images, "batch_size": batch_size, "sampler": sampler, **call, "dtype": dtype}
+    settings |= {"device": device, "threads": torch.get_num_threads()}
+    timing = Timing("render", seconds, settings, {"largest difference of 255": difference})
+    ours, batches, loop = timing.medians.values()
     faster = {"times as fast as one by one": loop / ours, "times as fast as in batches": batches / ours}
-    return Timing("render", seconds, told, {**found.agreement, **faster})
+    return Timing("render", seconds, settings, {**timing.agreement, **faster})
 
 
 def _lines(count: int) -> list[dict[str, Any]]:
-    texts = (f"a {THINGS[i % 8]} on a {GROUNDS[i // 8 % 4]} background" for i in range(count))
+    texts = (f"a {OBJECTS[i % 8]} on a {BACKGROUNDS[i // 8 % 4]} background" for i in range(count))
     lines = [{"prompt": text, "seed": 100 + i, "name": f"{i:03d}"} for i, text in enumerate(texts)]
     return [line | ({"negative_prompt": NEGATIVE} if i % 2 else {}) for i, line in enumerate(lines)]
 
 
 class _Folders:
-    """A new folder for every run."""
+    """Creates a new folder for every run."""
 
-    def __init__(self, place: Path):
-        self._place, self._count = place, 0
+    def __init__(self, root: Path):
+        self._root, self._count = root, 0
 
     def new(self) -> Path:
         self._count += 1
-        folder = self._place / str(self._count)
+        folder = self._root / str(self._count)
         folder.mkdir()
         return folder
 
 
 @contextmanager
 def _process() -> Iterator[Callable[..., Any]]:
-    """What calls a function in a process that lives as long as this context, with as many threads as here."""
+    """A function that calls others in one process, which lives as long as this context and has as many threads."""
     import torch
 
     kind = multiprocessing.get_context("spawn")
@@ -96,54 +105,57 @@ def _process() -> Iterator[Callable[..., Any]]:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-def _ours(lines: Sequence[dict[str, Any]], folder: Path, words: dict[str, Any]) -> Path:
+def _render_ldm(lines: Sequence[dict[str, Any]], folder: Path, settings: dict[str, Any]) -> Path:
     from ldm.render.drawing.runner import render
 
     with hushed():
-        render(lines, folder, **words)
+        render(lines, folder, **settings)
     return folder
 
 
-def _theirs(
-    whose: tuple[str, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]
+def _render_diffusers(
+    peer_arguments: tuple[str, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]
 ) -> Path:
-    """A loop as one writes it: a call for every `size` lines, then their pictures saved."""
+    """The usual loop: one call for every `size` lines, then their images are saved."""
     import torch
 
-    pipe = _pipe(*whose)
+    pipe = _pipe(*peer_arguments)
     for start in range(0, len(lines), size):
-        some = lines[start : start + size]
-        drawn = pipe(
-            [line["prompt"] for line in some],
-            negative_prompt=[line.get("negative_prompt", "") for line in some],
-            generator=[torch.Generator("cpu").manual_seed(line["seed"]) for line in some],
+        batch = lines[start : start + size]
+        output = pipe(
+            [line["prompt"] for line in batch],
+            negative_prompt=[line.get("negative_prompt", "") for line in batch],
+            generator=[torch.Generator("cpu").manual_seed(line["seed"]) for line in batch],
             **call,
         )
-        for line, image in zip(some, drawn.images):
+        for line, image in zip(batch, output.images):
             image.save(folder / f"{line['name']}.png")
     return folder
 
 
 @functools.cache
-def _pipe(*whose: str) -> Any:
+def _pipe(*peer_arguments: str) -> Any:
     with hushed():
-        return peer(*whose)
+        return peer(*peer_arguments)
 
 
-def _ready(whose: tuple[str, ...]) -> None:
-    """Raises what `peer` raises, before anything is drawn."""
-    _pipe(*whose)
+def _load_pipe(peer_arguments: tuple[str, ...]) -> None:
+    """Load the pipeline before anything is drawn; raises what `peer` raises."""
+    _pipe(*peer_arguments)
 
 
 def _largest_difference(folders: Sequence[Path], limit: float) -> float:
-    """Between the first folder's pictures and those of the others, in levels of 255. Raises NumericsError above it."""
+    """The largest difference between the first folder's images and the others', in levels of 255.
+
+    Raises NumericsError above the limit.
+    """
     import numpy as np
     from PIL import Image
 
     largest = 0.0
     for path in sorted(folders[0].glob("*.png")):
-        one, *others = (np.asarray(Image.open(folder / path.name)).astype(float) for folder in folders)
-        largest = max(largest, *(float(np.abs(one - other).max()) for other in others))
+        first, *others = (np.asarray(Image.open(folder / path.name)).astype(float) for folder in folders)
+        largest = max(largest, *(float(np.abs(first - pixels).max()) for pixels in others))
     if largest > limit:
-        raise NumericsError(f"the pictures differ by {largest:.0f} of 255", where="render")
+        raise NumericsError(f"the images differ by {largest:.0f} of 255", where="render")
     return largest

@@ -1,4 +1,4 @@
-"""All benches by name, and running them."""
+"""All benches by name, and the function that runs them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ldm.errors import ConfigError, nearest
 
 BENCHES: dict[str, Callable[..., Timing | Comparison]] = {"cold": cold, "warm": warm, "render": rendering}
 BENCHES["samplers"] = samplers
-TIMINGS = ("cold", "warm")  # what runs where nothing is named; the others take minutes
+TIMINGS = ("cold", "warm")  # run by default; the others take minutes
 
 
 def bench(names: Sequence[str] = (), **settings: Any) -> list[Timing | Comparison]:
-    """Run benches (the timings without names) and return what they found; `settings` go to those that take them.
+    """Run benches by name (by default the timings) and return their results; each gets the settings that it has.
 
     Raises ConfigError for an unknown bench or setting.
     """
@@ -26,16 +26,17 @@ def bench(names: Sequence[str] = (), **settings: Any) -> list[Timing | Compariso
 
     for name in names:
         if name not in BENCHES:
-            raise ConfigError(f"unknown bench {name!r}", where="bench", todo=nearest(name, BENCHES))
+            raise ConfigError(f"unknown bench {name!r}", where="bench", hint=nearest(name, BENCHES))
     repeats = settings.get("repeats", 1)
     if repeats < 1:
         raise ConfigError(f"must be at least 1, got {repeats}", where="repeats")
     chosen = {name: call for name, call in BENCHES.items() if name in (names or TIMINGS)}
-    taken = {name: inspect.signature(call).parameters for name, call in chosen.items()}
+    accepted = {name: inspect.signature(call).parameters for name, call in chosen.items()}
     for key in settings:
-        if not any(key in parameters for parameters in taken.values()):
-            known = [name for parameters in taken.values() for name in parameters]
-            raise ConfigError(f"unknown setting {key!r}", where="bench", todo=nearest(key, known))
+        if not any(key in parameters for parameters in accepted.values()):
+            known = [name for parameters in accepted.values() for name in parameters]
+            raise ConfigError(f"unknown setting {key!r}", where="bench", hint=nearest(key, known))
     return [
-        call(**{key: value for key, value in settings.items() if key in taken[name]}) for name, call in chosen.items()
+        call(**{key: value for key, value in settings.items() if key in accepted[name]})
+        for name, call in chosen.items()
     ]

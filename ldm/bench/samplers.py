@@ -1,20 +1,20 @@
-"""Samplers beside each other: a picture by each at few steps, and how far each is from what it comes nearer to.
+"""All samplers compared: the images of each at few steps, and their distance from the image they converge to.
 
-Samplers that add no noise solve one differential equation, so that a seed has one picture that all of them come nearer
-to; a solver of third order with 1,000 steps stands for it. Samplers that add noise have no such picture (with other
-steps they draw other noise), and are given no distance.
+Samplers that add no noise solve one differential equation: for a seed they all converge to one image, which a solver of
+third order with 1,000 steps approximates. Samplers that add noise draw other noise with other steps and converge to no
+such image, so they have no distance.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm import console
+from ldm.bench.comparison import Comparison, Row
+from ldm.bench.sheet import plot, sheet
 from ldm.config import require
 from ldm.diffusion.names import check, resolve
 from ldm.diffusion.samplers import SAMPLERS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ldm.pipeline.result import Images
 
 STEPS = (4, 8, 16, 32)
-REFERENCE, CONTROL, REFERENCE_STEPS = "unipc", "dpmpp_2m", 1000  # both go with every kind of model
+REFERENCE, CONTROL, REFERENCE_STEPS = "unipc", "dpmpp_2m", 1000  # every kind of model supports both
 PROMPTS = (
     "a cat on a red background",
     "an apple on a blue background",
@@ -41,79 +41,6 @@ PROMPTS = (
     "a rocket on a black background",
 )
 MAX_PROMPTS = 1000
-RULE = (
-    "the lowest geometric mean, over budgets of {budgets} evaluations of the network, of the least distance within the "
-    "budget, among samplers that add no noise"
-)
-NEIGHBOURS = "detail: mean difference of neighbouring pixels by the reference's; below 1 is blurred, above 1 is noisy"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sampler at one number of steps; means over the pictures."""
-
-    sampler: str
-    steps: int
-    evaluations: int  # of the network, guidance's two halves being one
-    adds_noise: bool
-    distance: float | None  # from the reference, RMS over pixels in levels of 255; None where the sampler adds noise
-    detail: float  # difference of neighbouring pixels, by the reference's
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was measured, and the pictures of the first prompt by (sampler, steps)."""
-
-    settings: dict[str, Any]
-    rows: tuple[Row, ...]
-    reference_error: float  # of 255: how far another solver with as many steps is from the reference (first picture)
-    pictures: Mapping[tuple[str, int], Image]
-    reference: Image
-
-    @property
-    def rule(self) -> str:
-        """How `recommended` is chosen, in words."""
-        return RULE.format(budgets=", ".join(map(str, self.budgets)))
-
-    @property
-    def budgets(self) -> list[int]:
-        """Evaluations that are compared: all numbers of steps but the least, at which two-stage samplers have none."""
-        steps = sorted({row.steps for row in self.rows})
-        return steps[1:] or steps
-
-    @property
-    def recommended(self) -> str | None:
-        """A sampler's name, by `rule`; None where none has a distance within each budget."""
-        means = {}
-        for name in dict.fromkeys(row.sampler for row in self.rows if row.distance is not None):
-            own = [row for row in self.rows if row.sampler == name]
-            least = [min((r.distance for r in own if r.evaluations <= b), default=math.inf) for b in self.budgets]
-            means[name] = sum(math.log(max(d, 1e-9)) for d in least)
-        best = min(means, key=means.get, default=None)
-        return best if best is not None and math.isfinite(means[best]) else None
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        told = {"bench": "samplers", "recommended": self.recommended, "rule": self.rule, "settings": self.settings}
-        return {**told, "reference_error": self.reference_error, "rows": [asdict(row) for row in self.rows]}
-
-    def text(self) -> str:
-        """Lines for people: the settings, a line a sampler with what was measured, and which to take."""
-        steps = sorted({row.steps for row in self.rows})
-        found = {(row.sampler, row.steps): row for row in self.rows}
-        lines = ["samplers: " + ", ".join(f"{name} {value}" for name, value in self.settings.items())]
-        heads = ("evaluations", "distance", "detail")
-        lines.append(f"  {'':20}" + "".join(f"{head:>{7 * len(steps)}} " for head in heads))
-        lines.append(f"  {'steps':20}" + ("".join(f"{n:7}" for n in steps) + " ") * len(heads))
-        for name in dict.fromkeys(row.sampler for row in self.rows):
-            rows = [found.get((name, n)) for n in steps]
-            cells = [*(_cell(r and r.evaluations, "7d") for r in rows), " "]
-            cells += [*(_cell(r and r.distance, "7.2f") for r in rows), " "]
-            cells += [_cell(r and r.detail, "7.2f") for r in rows]
-            lines.append(f"  {name:20}" + "".join(cells))
-        lines.append("  distance: RMS over pixels, levels of 255, from the reference; none where noise is added")
-        lines += [f"  {NEIGHBOURS}", f"  the reference itself is uncertain by {self.reference_error:.2f} of 255"]
-        return "\n".join([*lines, f"  take {self.recommended or 'no one of these'}: {self.rule}"])
 
 
 def samplers(
@@ -125,11 +52,11 @@ def samplers(
     device: str = "cpu",
     out: str | Path | None = None,
 ) -> Comparison:
-    """Draw `prompts` pictures, the i-th with seed i, with every sampler that goes with the model, and compare them.
+    """Draw `prompts` images, the i-th with seed i, with every sampler that the model supports, and compare them.
 
     steps    numbers of steps
-    sampler  names, or one text with commas, in place of all samplers
-    out      a folder for samplers.png (the first prompt's pictures), samplers.svg (the distances) and samplers.json
+    sampler  names, or one text with commas; None: all samplers
+    out      a folder for samplers.png (the first prompt's images), samplers.svg (the distances) and samplers.json
 
     Raises ConfigError before anything is drawn, ResourceError where `out` cannot be written, ModelError for the model.
     """
@@ -142,15 +69,15 @@ def samplers(
     steps = sorted({check_int(n, "steps", 1, REFERENCE_STEPS) for n in listed})
     if out is not None:
         require_writable(out)
-    texts, place = [PROMPTS[i % len(PROMPTS)] for i in range(prompts)], {"dtype": dtype, "device": device}
-    pipe = Pipeline(texts, model=model, **place)
+    texts, placement = [PROMPTS[i % len(PROMPTS)] for i in range(prompts)], {"dtype": dtype, "device": device}
+    pipe = Pipeline(texts, model=model, **placement)
     schedule = load_model(model, device=pipe.device, dtype=pipe.dtype).schedule  # the pipeline's own: loaded once
     plan = [(name, n) for name in _chosen(sampler, schedule) for n in steps if _possible(schedule, name, n)]
     require(len(plan) > 0, f"no sampler can take {', '.join(map(str, steps))} steps with this model", "steps")
-    found = _compare(model, texts, schedule, plan, **place)
+    comparison = _compare(model, texts, schedule, plan, **placement)
     if out is not None:
-        _write(Path(out), found)
-    return found
+        _write(Path(out), comparison)
+    return comparison
 
 
 def cost(sampler: str, sigmas: Tensor) -> tuple[int, int]:
@@ -172,7 +99,7 @@ def cost(sampler: str, sigmas: Tensor) -> tuple[int, int]:
 
 
 def _chosen(sampler: str | Sequence[str] | None, schedule: Schedule) -> list[str]:
-    """Our names of the samplers asked for, or of all that go with the model; ConfigError for one that does not."""
+    """Our names of the chosen samplers, or of all that the model supports. Raises ConfigError for any other."""
     if sampler is None:
         return [name for name in SAMPLERS if _fits(name, schedule.prediction_type)]
     names = []
@@ -193,7 +120,7 @@ def _fits(sampler: str, prediction_type: str) -> bool:
 
 
 def _possible(schedule: Schedule, sampler: str, steps: int) -> bool:
-    """Whether the model's schedule has so many steps for a sampler (lcm has 50)."""
+    """Whether the model's schedule has this many steps for a sampler (lcm has 50)."""
     try:
         schedule.sigmas(steps, sampler)
     except ConfigError:
@@ -201,22 +128,18 @@ def _possible(schedule: Schedule, sampler: str, steps: int) -> bool:
     return True
 
 
-def _cell(value: float | None, form: str) -> str:
-    return format("-", ">7") if value is None else format(value, form)
-
-
 def _compare(
-    model: str | Path, texts: Sequence[str], schedule: Schedule, plan: Sequence[tuple[str, int]], **place: str
+    model: str | Path, texts: Sequence[str], schedule: Schedule, plan: Sequence[tuple[str, int]], **placement: str
 ) -> Comparison:
-    """One run of the bench: the reference, the control of the first picture, then the plan, under one bar."""
+    """Draw the reference, the control of the first image, and the plan, under one progress bar."""
     import torch
 
     from ldm.pipeline import Pipeline
 
-    # Of the betas' spacings the one that visits every timestep that the model was trained with, whatever its own is
+    # The one spacing of the betas that visits every timestep of the training, whatever the model's own spacing is
     spacing = None if schedule.is_flow else "trailing"
     most = REFERENCE_STEPS if schedule.is_flow else min(REFERENCE_STEPS, schedule.num_train_timesteps)
-    pipe, first = Pipeline(texts, model=model, **place), Pipeline(texts[0], model=model, **place)
+    pipe, sampled = Pipeline(texts, model=model, **placement), Pipeline(texts[0], model=model, **placement)
     total = len(texts) * (most + sum(n for _, n in plan)) + most
     with console.progress(total=total, desc="drawing", unit="step") as bar, console.hushed():
 
@@ -226,46 +149,48 @@ def _compare(
             return pipe.generate(num_images=1, seed=seeds, callback=lambda i, x, x0: bar.update(len(x)), **settings)
 
         reference = draw(pipe, REFERENCE, most, spacing)
-        error = apart(draw(first, CONTROL, most, spacing), reference[:1])
+        error = rms_difference(draw(sampled, CONTROL, most, spacing), reference[:1])
         drawn = {(name, n): draw(pipe, name, n) for name, n in plan}
-    rows = tuple(_row(name, n, schedule, pictures, reference) for (name, n), pictures in drawn.items())
-    record = reference.metadata[0]
-    told = {"model": str(model), "pictures": len(texts), "prompt": texts[0], "seed": 1}
-    told |= {"guidance_scale": record["guidance_scale"], "reference": f"{REFERENCE} with {most} steps"}
-    told |= {"dtype": record["dtype"], "device": record["device"], "threads": torch.get_num_threads()}
-    return Comparison(told, rows, error, {key: pictures[0] for key, pictures in drawn.items()}, reference[0])
+    rows = tuple(_row(name, n, schedule, images, reference) for (name, n), images in drawn.items())
+    metadata = reference.metadata[0]
+    settings = {"model": str(model), "images": len(texts), "prompt": texts[0], "seed": 1}
+    settings |= {"guidance_scale": metadata["guidance_scale"], "reference": f"{REFERENCE} with {most} steps"}
+    settings |= {"dtype": metadata["dtype"], "device": metadata["device"], "threads": torch.get_num_threads()}
+    return Comparison(settings, rows, error, {key: images[0] for key, images in drawn.items()}, reference[0])
 
 
-def _row(sampler: str, steps: int, schedule: Schedule, pictures: Images, reference: Images) -> Row:
+def _row(sampler: str, steps: int, schedule: Schedule, images: Images, reference: Images) -> Row:
     import torch
 
     evaluations, _ = cost(sampler, schedule.sigmas(steps, sampler))
-    adds_noise = cost(sampler, torch.tensor([10.0, 1.0, 0.0]))[1] > 0  # not of one step, where none adds any
-    distance = None if adds_noise else apart(pictures, reference)
-    return Row(sampler, steps, evaluations, adds_noise, distance, detail(pictures) / max(detail(reference), 1e-9))
+    adds_noise = cost(sampler, torch.tensor([10.0, 1.0, 0.0]))[1] > 0  # two steps: with one, no sampler adds noise
+    distance = None if adds_noise else rms_difference(images, reference)
+    return Row(sampler, steps, evaluations, adds_noise, distance, detail(images) / max(detail(reference), 1e-9))
 
 
-def apart(pictures: Sequence[Image], others: Sequence[Image]) -> float:
-    """How far pictures are from others of the same size: RMS over pixels in levels of 255, the mean of all pairs."""
+def rms_difference(images: Sequence[Image], references: Sequence[Image]) -> float:
+    """RMS difference over pixels in levels of 255 between images and references of the same size: mean of all pairs."""
     import numpy as np
 
-    both = [(np.asarray(one, np.float64), np.asarray(other, np.float64)) for one, other in zip(pictures, others)]
-    return float(np.mean([np.sqrt(np.mean((one - other) ** 2)) for one, other in both]))
+    both = [
+        (np.asarray(image, np.float64), np.asarray(reference, np.float64))
+        for image, reference in zip(images, references)
+    ]
+    return float(np.mean([np.sqrt(np.mean((image - reference) ** 2)) for image, reference in both]))
 
 
-def detail(pictures: Sequence[Image]) -> float:
+def detail(images: Sequence[Image]) -> float:
     """Mean absolute difference of neighbouring pixels, in levels of 255."""
     import numpy as np
 
-    pixels = np.stack([np.asarray(picture, np.float64) for picture in pictures])  # (N, H, W, 3)
+    pixels = np.stack([np.asarray(image, np.float64) for image in images])  # (N, H, W, 3)
     return float((np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean()) / 2)
 
 
-def _write(folder: Path, found: Comparison) -> None:
-    from ldm.bench.sheet import plot, sheet
+def _write(folder: Path, comparison: Comparison) -> None:
     from ldm.images import encode
 
-    atomic_write(folder / "samplers.png", encode(sheet(found)))
-    atomic_write(folder / "samplers.svg", plot(found))
-    text = json.dumps(found.record(), indent=1) + "\n"
+    atomic_write(folder / "samplers.png", encode(sheet(comparison)))
+    atomic_write(folder / "samplers.svg", plot(comparison))
+    text = json.dumps(comparison.as_json(), indent=1) + "\n"
     console.say(f"wrote {atomic_write(folder / 'samplers.json', text)}, samplers.png and samplers.svg")

@@ -1,4 +1,4 @@
-"""Taking times in alternation, so that what else the machine does falls on every side alike."""
+"""Timing in alternation, so that other load on the machine slows all sides equally."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Side = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured: seconds of every repetition of every side; the first side is ours, the last the other's."""
+    """Seconds of every repetition of every side; the first side is ours, the last one the one we compare with."""
 
     name: str
     seconds: dict[str, list[float]]
     settings: dict[str, Any] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)  # how far the results of the sides are apart
+    agreement: dict[str, float] = field(default_factory=dict)  # differences between the results of the sides
 
     @property
     def medians(self) -> dict[str, float]:
-        """Seconds a side."""
+        """Seconds of each side."""
         return {name: statistics.median(values) for name, values in self.seconds.items()}
 
     @property
     def ratio(self) -> float:
-        """Our median by the other's: below 1 we are faster."""
+        """Our median divided by the last side's: below 1 we are faster."""
         medians = list(self.medians.values())
         return medians[0] / medians[-1]
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        found = {"bench": self.name, "ratio": round(self.ratio, 4), "medians": self.medians, "seconds": self.seconds}
-        return {**found, "agreement": self.agreement, "settings": self.settings}
+    def as_json(self) -> dict[str, Any]:
+        """The timing as JSON values."""
+        report = {"bench": self.name, "ratio": round(self.ratio, 4), "medians": self.medians, "seconds": self.seconds}
+        return {**report, "agreement": self.agreement, "settings": self.settings}
 
     def text(self) -> str:
-        """Lines for people: the settings, a line a side with median and range, the ratio."""
-        told = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        """The timing as text: the settings, a line for each side with median and range, the ratio."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         width = max(map(len, self.seconds))
-        lines = [f"{self.name}: {told}" if told else self.name]
+        lines = [f"{self.name}: {settings}" if settings else self.name]
         for name, values in self.seconds.items():
             middle, low, high = statistics.median(values), min(values), max(values)
             lines.append(f"  {name:{width}}  {middle:8.3f} s  ({low:.3f} to {high:.3f}, {len(values)} times)")
@@ -51,9 +51,9 @@ class Timing:
 
 
 def alternate(sides: Mapping[str, Side], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each side, one after the other by turns, after `warmup` untimed rounds.
+    """Seconds of `repeats` calls of each side, in alternation, after `warmup` untimed rounds.
 
-    A side has to wait for its own device, as those do that end with a picture on disk: nothing is synchronised here.
+    Each side has to wait for its own device, for example by writing an image to the disk: nothing is synchronised here.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in console.progress(range(warmup + repeats), desc="measuring", unit="round"):

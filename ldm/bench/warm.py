@@ -1,4 +1,4 @@
-"""One picture from models in memory to a file, by our pipeline and by diffusers', from the same folder and noise."""
+"""One image with the models in memory, by our pipeline and by diffusers', from the same folder and noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.errors import ConfigError, ModelError, NumericsError, one_line
 PEERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 FLOW_PEERS = tuple(PEERS)  # StableDiffusionPipeline can use these with flow models, and not the next two
 PEERS |= {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
-APART = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; in 16 bits the way is another, so it is reported
+MAX_DIFFERENCE = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; in 16 bits it is only reported
 PROMPT, SEED = "a cat on a red background", 7
 
 
@@ -27,58 +27,63 @@ def warm(
     device: str = "cpu",
     profile: bool = False,
 ) -> Timing:
-    """Time our pipeline and diffusers' by turns: same folder, noise, sampler, steps, dtype, threads; both write PNGs.
+    """Time our pipeline and diffusers' in alternation; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Raises ConfigError for a sampler that diffusers has no equal of, ModelError where `model` is no folder, and
-    NumericsError where the two pictures in fp32 are more than 2 levels of 255 apart: then there is nothing to time.
+    Both write PNGs. Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no
+    folder, and NumericsError where the two images in fp32 differ by more than 2 levels of 255.
     """
     import numpy as np
     import torch
     from PIL import Image
 
     require_peer(sampler)
-    device, dtype = settled(device, dtype)
+    device, dtype = resolve_device(device, dtype)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     with tempfile.TemporaryDirectory() as folder:
         files = {"ldm": Path(folder) / "ours.png", "diffusers": Path(folder) / "theirs.png"}
-        ours = _ours(files["ldm"], model, dtype, device, sampler, settings)
-        theirs = _theirs(files["diffusers"], model, dtype, device, sampler, settings)
-        ours(), theirs()
-        one, other = (np.asarray(Image.open(path)).astype(float) for path in files.values())
-        apart = np.abs(one - other)
-        if apart.max() > APART[dtype]:
-            raise NumericsError(f"the pictures differ by {apart.max():.0f} of 255", where=f"{sampler}, {dtype}")
-        seconds = alternate({"ldm": ours, "diffusers": theirs}, repeats)
+        draw_ldm = _ldm_call(files["ldm"], model, dtype, device, sampler, settings)
+        draw_diffusers = _diffusers_call(files["diffusers"], model, dtype, device, sampler, settings)
+        draw_ldm(), draw_diffusers()
+        ldm_pixels, diffusers_pixels = (np.asarray(Image.open(path)).astype(float) for path in files.values())
+        difference = np.abs(ldm_pixels - diffusers_pixels)
+        if difference.max() > MAX_DIFFERENCE[dtype]:
+            raise NumericsError(f"the images differ by {difference.max():.0f} of 255", where=f"{sampler}, {dtype}")
+        seconds = alternate({"ldm": draw_ldm, "diffusers": draw_diffusers}, repeats)
         if profile:
-            print(_profile(ours, device))
-    agreement = {"largest difference of 255": float(apart.max()), "mean difference of 255": float(apart.mean())}
-    told = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
-    return Timing("warm", seconds, {**told, "threads": torch.get_num_threads()}, agreement)
+            print(_profile(draw_ldm, device))
+    agreement = {
+        "largest difference of 255": float(difference.max()),
+        "mean difference of 255": float(difference.mean()),
+    }
+    report_settings = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
+    return Timing("warm", seconds, {**report_settings, "threads": torch.get_num_threads()}, agreement)
 
 
 def require_peer(sampler: str) -> None:
-    """Raise ConfigError for a sampler that diffusers has no equal of."""
+    """Raise ConfigError for a sampler that diffusers does not have."""
     if sampler not in PEERS:
-        raise ConfigError(f"no equal of {sampler!r} in diffusers", where="sampler", todo=f"one of {', '.join(PEERS)}")
+        raise ConfigError(f"diffusers has no equal of {sampler!r}", where="sampler", hint=f"one of {', '.join(PEERS)}")
 
 
-def settled(device: str, dtype: str) -> tuple[str, str]:
-    """Names of the device and the dtype that these stand for here, `auto` once for both sides. Raises ConfigError."""
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """The names of the device and the dtype, `auto` resolved once for both sides. Raises ConfigError."""
     from ldm.device import pick_device, pick_dtype
     from ldm.pipeline.metadata import dtype_name
 
-    place = pick_device(device)
-    return str(place), dtype_name(pick_dtype(dtype, place))
+    torch_device = pick_device(device)
+    return str(torch_device), dtype_name(pick_dtype(dtype, torch_device))
 
 
-def _ours(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
+def _ldm_call(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
     from ldm.pipeline import Pipeline
 
     pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
     return lambda: pipe.generate(seed=SEED, sampler=sampler, **settings).save(path)
 
 
-def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
+def _diffusers_call(
+    path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]
+) -> Callable:
     import torch
 
     pipe = peer(model, dtype, device, sampler)
@@ -91,7 +96,7 @@ def _theirs(path: Path, model: str, dtype: str, device: str, sampler: str, setti
 
 
 def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
-    """diffusers' pipeline of a model's folder, with its own of our samplers.
+    """diffusers' pipeline of a model's folder, with its own version of our sampler.
 
     Raises ModelError if it cannot read the folder, ConfigError if its sampler does not go with the model.
     """
@@ -116,10 +121,10 @@ def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
 
 
 def _profile(call: Callable, device: str) -> str:
-    """The operators that take longest where the networks work, as torch's profiler tells them."""
+    """The operators that take longest on the device, as a table of torch's profiler."""
     import torch
 
-    with torch.profiler.profile() as found:
+    with torch.profiler.profile() as profile:
         call()
     by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    return found.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)
+    return profile.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)

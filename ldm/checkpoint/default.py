@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).resolve().parents[1]  # …/ldm, through the links of a
 
 
 def shipped(name: str) -> Path:
-    """The folder `weights` or `configs`: the copy that the wheel carries as `ldm/_<name>`, else the checkout's.
+    """The folder `weights`, `configs` or `docs/prompts`: the wheel's copy `ldm/_<name>`, else the checkout's.
 
     The path is returned whether it exists or not.
     """
-    packaged = PACKAGE / f"_{name}"
+    packaged = PACKAGE / f"_{name.rpartition('/')[2]}"
     return packaged if packaged.is_dir() else PACKAGE.parent / name
 
 

@@ -1,4 +1,4 @@
-"""The build step that puts `weights/` and `configs/`, which lie beside `ldm/`, into the wheel; see pyproject.toml.
+"""The build step that puts `weights/`, `configs/` and `docs/prompts/` into the wheel; see pyproject.toml.
 
 setuptools loads this file by its path while it builds; the package itself never imports it.
 """
@@ -10,7 +10,11 @@ from pathlib import Path
 
 from setuptools.command.build_py import build_py
 
-SHIPPED = {"weights": "ldm/_weights", "configs": "ldm/_configs"}  # in the checkout: in the wheel
+SHIPPED = {
+    "weights": "ldm/_weights",
+    "configs": "ldm/_configs",
+    "docs/prompts": "ldm/_prompts",
+}  # in the checkout: in the wheel
 
 
 class BuildWithData(build_py):

@@ -1,18 +1,18 @@
-"""Measure speed beside diffusers, in alternation, after checking that the pictures agree; or compare the samplers.
+"""Time ldm against diffusers, after checking that their images agree; or compare all samplers.
 
 examples:
   ldm bench                                        cold and warm
-  ldm bench cold --repeats 5                       from a new process to a picture, against bare imports
-  ldm bench warm --sampler unipc --steps 25        a picture from models in memory, against diffusers
-  ldm bench warm --dtype bf16 --profile            and where the time goes
+  ldm bench cold --repeats 5                       from a new process to an image, against bare imports
+  ldm bench warm --sampler unipc --steps 25        an image with the models in memory, against diffusers
+  ldm bench warm --dtype bf16 --profile            the same, and which operators take the time
   ldm bench warm --json > warm.json
-  ldm bench render --pictures 32 --batch-size 8    a prompt file to PNGs, against loops over diffusers' pipeline
-  ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: pictures, distances, a plot
+  ldm bench render --images 32 --batch-size 8      a prompt file to PNGs, against loops over diffusers' pipeline
+  ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: images, distances, a plot
   ldm bench samplers --steps 10,20 --sampler euler,dpmpp_2m --prompts 2
 
-Times: a ratio below 1 means that we are faster; nothing else should run on the machine meanwhile. Samplers: how far
-pictures are from those of 1,000 steps, and which sampler comes nearest with the same work; minutes, and the machine's
-load does not matter.
+Timings: a ratio below 1 means that ldm is faster; nothing else should run on the machine meanwhile. Samplers: the
+distance of their images from those of 1,000 steps, and the sampler that comes nearest with the same work. This takes
+minutes, and the load of the machine does not matter.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import argparse
 from ldm.errors import ConfigError
 
 SETTINGS = ("repeats", "model", "steps", "sampler", "guidance_scale", "dtype", "device", "profile", "prompts", "out")
-SETTINGS += ("pictures", "batch_size")
+SETTINGS += ("images", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", metavar="BENCH", nargs="*", help="cold, warm, render, samplers (the first two)")
-    add("--repeats", type=int, metavar="N", help="timed rounds; the median is told (5; render: 3)")
+    add("--repeats", type=int, metavar="N", help="timed rounds, of which the median counts (5; render: 3)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
     add("--steps", type=_steps, metavar="N", help="warm, render: one number (25); samplers: 4,8,16,32")
     add("--sampler", metavar="NAME", help="dpmpp_2m, unipc, ddim, euler (dpmpp_2m); samplers: names with commas (all)")
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32)")
     add("--device", metavar="NAME", help="cpu, cuda (cpu)")
     add("--profile", action="store_true", default=None, help="warm: print the operators that take longest")
-    add("--prompts", type=int, metavar="N", help="samplers: pictures that distances are the means of (8)")
-    add("--pictures", type=int, metavar="N", help="render: lines of the file (16)")
-    add("--batch-size", type=int, metavar="N", help="render: pictures drawn together, ours and theirs (8)")
+    add("--prompts", type=int, metavar="N", help="samplers: images to average the distances over (8)")
+    add("--images", "--pictures", type=int, metavar="N", help="render: lines of the file (16)")
+    add("--batch-size", type=int, metavar="N", help="render: images drawn together, on both sides (8)")
     out = "samplers: write samplers.png, samplers.svg and samplers.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
-    add("--json", action="store_true", help="print one JSON document in place of the table")
+    add("--json", action="store_true", help="print one JSON document instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
 
     from ldm.bench import bench
 
-    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    found = bench(args.names, **given)
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    results = bench(args.names, **settings)
     if args.json:
-        print(json.dumps([one.record() for one in found], indent=1))
+        print(json.dumps([result.as_json() for result in results], indent=1))
     else:
-        print("\n".join(one.text() for one in found))
+        print("\n".join(result.text() for result in results))
     return 0
 
 

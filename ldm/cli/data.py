@@ -2,14 +2,14 @@
 
 examples:
   ldm data emoji -o scenes/ -n 2000 --seed 1       draws captioned emoji scenes as an imagefolder
-  ldm data check pictures/                         layout, counts, copies, sizes; what to mend, and how
-  ldm data check pictures/ --page check.html       the same with pictures, as one HTML file
-  ldm data check pictures/ --captions names --json
-  ldm data check owner/name --first 500            of a set on the hub the first pictures, without downloading it
+  ldm data check images/                           layout, counts, copies, sizes; what to mend, and how
+  ldm data check images/ --page check.html         the same with images, as one HTML file
+  ldm data check images/ --captions names --json
+  ldm data check owner/name --first 500            the first images of a set on the hub, without downloading it
 
-`ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. Last it
-takes two steps of a training on made-up numbers and says what `ldm finetune` would take here. Exit code 3 when
-something should be mended.
+`ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. At the end
+it runs two training steps on random numbers and estimates what `ldm finetune` would take on this machine. The exit
+code is 3 when something should be mended.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder to write")
     emoji.add_argument("-n", "--num-images", metavar="N", type=int, default=1000, help="scenes to draw (1000)")
     emoji.add_argument("--seed", metavar="N", type=int, default=0, help="scene i is a function of (seed, i) alone (0)")
-    emoji.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf, where it is not installed")
-    check = kinds.add_parser("check", help="say what a set holds and what is wrong with it", parents=[common_options()])
+    emoji.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf, if it is not installed")
+    check = kinds.add_parser("check", help="describe a set and find its faults", parents=[common_options()])
     check.add_argument("data", metavar="DATA", help="a folder, a .tar, a .parquet, or owner/name on the hub")
     check.add_argument("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files) (auto)")
     check.add_argument(
-        "--split", metavar="NAME", default="train", help="train, validation, test, where there are (train)"
+        "--split", metavar="NAME", default="train", help="train, validation or test, if the set has splits (train)"
     )
-    check.add_argument("--resolution", metavar="N", type=int, help="of the training in mind (512)")
-    check.add_argument("--model", metavar="MODEL", default="default", help="that a training is tried with (default)")
-    check.add_argument("--no-estimate", action="store_true", help="try no step of a training")
+    check.add_argument("--resolution", metavar="N", type=int, help="resolution of the intended training (512)")
+    check.add_argument("--model", metavar="MODEL", default="default", help="model of the estimated training (default)")
+    check.add_argument("--no-estimate", action="store_true", help="run no training step")
     check.add_argument(
-        "--first", metavar="N", type=int, help="of a set on the hub: look at the first N (1000); 0 downloads all"
+        "--first", metavar="N", type=int, help="for a set on the hub: check the first N images (1000); 0 downloads all"
     )
-    check.add_argument("--page", metavar="FILE", help="write one HTML file with pictures")
-    check.add_argument("--json", action="store_true", help="print one JSON document, nothing cut")
+    check.add_argument("--page", metavar="FILE", help="write one HTML file with images")
+    check.add_argument("--json", action="store_true", help="print one JSON document with the complete lists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,15 +61,15 @@ def _check(args: argparse.Namespace) -> int:
 
     from ldm.data.doctor import check_data
 
-    asked = (args.data, args.captions, args.split, 512 if args.resolution is None else args.resolution)
+    options = (args.data, args.captions, args.split, 512 if args.resolution is None else args.resolution)
     estimate = None if args.no_estimate else functools.partial(_estimate, args.model, args.resolution)
-    found = check_data(*asked, _beyond_clip, args.page, args.first, estimate)
-    print(json.dumps(found.as_json(), indent=1, ensure_ascii=False) if args.json else found.as_text())
-    return 0 if found.sound else 3
+    diagnosis = check_data(*options, _beyond_clip, args.page, args.first, estimate)
+    print(json.dumps(diagnosis.as_json(), indent=1, ensure_ascii=False) if args.json else diagnosis.as_text())
+    return 0 if diagnosis.sound else 3
 
 
 def _estimate(model: str, resolution: int | None, samples: int) -> tuple[str, ...]:
-    """What a training would take here, or why that cannot be said: the data can be looked at all the same."""
+    """What a training would take on this machine, or why that is unknown; the check itself goes on."""
     from ldm.errors import LdmError
     from ldm.training.finetuning.forecast import forecast
 
@@ -80,11 +80,11 @@ def _estimate(model: str, resolution: int | None, samples: int) -> tuple[str, ..
 
 
 def _beyond_clip(text: str) -> str:
-    """The end of a caption that CLIP, the text encoder of Stable Diffusion 1.x to XL, does not see."""
+    """The end of a caption that CLIP, the text encoder of Stable Diffusion 1.x to XL, does not see; "" if none."""
     from ldm.checkpoint.vocabulary import LENGTH
 
     room = LENGTH - 2  # less start and end
-    if len(text.encode("utf-8")) <= room:  # a token has a byte at least
+    if len(text.encode("utf-8")) <= room:  # a token has at least one byte
         return ""
     tokenizer = _tokenizer()
     return tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[room:]).strip()

@@ -1,14 +1,15 @@
-"""Measure what a model draws: objects and grounds named by a judge that has no network of ours in it.
+"""Measure what a model draws: a judge without a network names the objects and backgrounds of its images.
 
 examples:
   ldm evaluate                                         the shipped model, 100 held-out prompts of everyday objects
   ldm evaluate runs/unet/model --prompts tuning -n 30  the list to tune with, its first 30 prompts
-  ldm evaluate --prompts pairs-20 -o scores/           writes scores.json and sheet.png, a picture of every verdict
+  ldm evaluate --prompts pairs-20 -o scores/           writes scores.json and sheet.png, a sheet of all verdicts
   ldm evaluate --prompts mine.tsv --guidance-scale 3   a list of your own, in the form of docs/prompts/
 
-Printed: how often everything asked for is the first guess of all 849 objects, is among the first five, and the ground's
-colour; below it the same for true scenes, for those under shuffled captions, and for those passed through the model's
-autoencoder, which is what the judge itself can do.
+It prints how often all that a prompt asks for is the judge's first guess among the 849 objects, how often it is among
+the first five, and how often the background has the right colour. Below come the same numbers for true scenes, for true
+scenes with shuffled captions, and for true scenes that the model's autoencoder encoded and decoded: they show what the
+judge itself can do.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", nargs="?", default="default", help="a folder or a hub id (the shipped model)")
     lists = "everyday, all, tuning, small, everyday-30, pairs-20, counts-20, cards-20, unknown, or a file"
     add("--prompts", metavar="LIST", default="everyday", help=f"{lists} (everyday)")
-    add("-o", "--output", metavar="DIR", help="where to write scores.json and sheet.png (nowhere)")
+    add("-o", "--output", metavar="DIR", help="folder for scores.json and sheet.png (none)")
     add("-n", "--num-prompts", dest="n", type=int, metavar="N", help="only the first N prompts")
-    add("--seed", type=int, metavar="N", default=0, help="picture i, from 1, is drawn with seed N + i (0)")
+    add("--seed", type=int, metavar="N", default=0, help="image i, from 1, is drawn with seed N + i (0)")
     add("--steps", dest="num_inference_steps", type=int, metavar="N", help="(the model's)")
     add("--guidance-scale", type=float, metavar="X", help="(the model's)")
     add("--sampler", metavar="NAME", help="(the model's)")
     add("--spacing", metavar="NAME", help="(the model's)")
-    add("--batch-size", type=int, metavar="N", help="pictures drawn together; changes no picture")
+    add("--batch-size", type=int, metavar="N", help="images drawn together; changes no image")
     add("--vae", metavar="FOLDER", help="another VAE")
     add("--device", metavar="NAME", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16")
-    add("--font", metavar="FILE", help="NotoColorEmoji.ttf, where it is not installed")
-    add("--no-controls", dest="controls", action="store_false", help="leave out the judge's own measurement")
+    add("--font", metavar="FILE", help="NotoColorEmoji.ttf, if it is not installed")
+    add("--no-controls", dest="controls", action="store_false", help="leave out the scores of true scenes")
 
 
 def run(args: argparse.Namespace) -> int:
     from ldm.evaluation import evaluate
 
-    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    evaluate(args.model, args.prompts, args.output, **{name: getattr(args, name) for name in FROM_CALL}, **given)
+    settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    evaluate(args.model, args.prompts, args.output, **{name: getattr(args, name) for name in FROM_CALL}, **settings)
     return 0

@@ -1,1 +1,1 @@
-"""Captioned pictures: folders of the user, and scenes drawn from an emoji font."""
+"""Captioned images: folders of the user, and scenes drawn from an emoji font."""

@@ -1,4 +1,4 @@
-"""Aspect buckets: sizes of about equal area, the nearest for each picture, and batches that hold one size each."""
+"""Aspect buckets: sizes of about equal area, the nearest for each image, and batches that hold one size each."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class BucketConfig:
     step: int = 64  # pixels; every side is a multiple
     min_side: int | None = None  # pixels; None: resolution / 2
     max_side: int | None = None  # pixels; None: 2 * resolution
-    upscale: bool = True  # False: a picture smaller than its bucket gets a bucket of its own, below min_side too
+    upscale: bool = True  # False: an image smaller than its bucket gets a bucket of its own, below min_side too
 
     def __post_init__(self):
         require(self.step >= 1, f"must be at least 1, got {self.step}", "step")
-        near = f"use {max(self.step, self.resolution // self.step * self.step)}"
+        hint = f"use {max(self.step, self.resolution // self.step * self.step)}"
         fits = self.resolution >= self.step and self.resolution % self.step == 0
-        require(fits, f"{self.resolution} is not a multiple of the step {self.step}; {near}", "resolution")
+        require(fits, f"{self.resolution} is not a multiple of the step {self.step}; {hint}", "resolution")
         low, high = self.sides
         require(low >= self.step, f"must be at least the step {self.step}, got {low}", "min_side")
         require(low <= self.resolution, f"must be at most the resolution {self.resolution}, got {low}", "min_side")
@@ -62,19 +62,19 @@ def buckets(config: BucketConfig) -> tuple[Size, ...]:
     The areas are at most resolution², so that no batch needs more memory than one of squares (as in kohya's scripts).
     """
     low, high = config.sides
-    found = {Size(config.resolution, config.resolution)}
+    sizes = {Size(config.resolution, config.resolution)}
     for side in range(low, high + 1, config.step):
-        other = min(config.resolution**2 // side // config.step * config.step, high)
-        if other >= low:
-            found |= {Size(side, other), Size(other, side)}
-    return tuple(sorted(found, key=lambda size: (size.height / size.width, size)))
+        longest = min(config.resolution**2 // side // config.step * config.step, high)
+        if longest >= low:
+            sizes |= {Size(side, longest), Size(longest, side)}
+    return tuple(sorted(sizes, key=lambda size: (size.height / size.width, size)))
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def bucket_of(size: Size, config: BucketConfig) -> Size:
     """The bucket nearest in aspect, which is the one that cropping loses fewest pixels for; of equals the largest.
 
-    Without `upscale` a picture that is smaller than it on either side gets its own sides, rounded down to the step.
+    Without `upscale` an image that is smaller than it on either side gets its own sides, rounded down to the step.
     """
 
     def order(bucket: Size) -> tuple[float, int, Size]:
@@ -91,7 +91,7 @@ def bucket_of(size: Size, config: BucketConfig) -> Size:
 
 
 def resized(size: Size, bucket: Size) -> Size:
-    """The picture's size after resizing by the one factor that covers the bucket, its aspect kept."""
+    """The image's size after resizing by the one factor that covers the bucket, its aspect kept."""
     if bucket.height * size.width >= bucket.width * size.height:  # height needs the larger factor
         return Size(bucket.height, max(bucket.width, _rounded(size.width * bucket.height, size.height)))
     return Size(max(bucket.height, _rounded(size.height * bucket.width, size.width)), bucket.width)
@@ -103,16 +103,16 @@ def _rounded(numerator: int, denominator: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One line of the histogram: a bucket and the pictures in it."""
+    """One line of the histogram: a bucket and the images in it."""
 
     bucket: Size
-    pictures: int
-    lost: float  # mean over the pictures of the part of their pixels that is cropped away, 0 to 1
-    enlarged: int  # pictures that are smaller than the bucket on a side
+    images: int
+    lost: float  # mean over the images of the part of their pixels that is cropped away, 0 to 1
+    enlarged: int  # images that are smaller than the bucket on a side
 
 
 def histogram(sizes: Iterable[Size], config: BucketConfig) -> list[Share]:
-    """How pictures of these sizes spread over the buckets; the fullest first. The counts add up to the pictures."""
+    """How images of these sizes spread over the buckets; the fullest first. The counts add up to the images."""
     groups: dict[Size, Counter[Size]] = {}
     for size, count in Counter(sizes).items():
         groups.setdefault(bucket_of(size, config), Counter())[size] = count
@@ -121,16 +121,16 @@ def histogram(sizes: Iterable[Size], config: BucketConfig) -> list[Share]:
         lost = sum(count * (1 - bucket.area / resized(size, bucket).area) for size, count in members.items())
         enlarged = sum(n for size, n in members.items() if size.height < bucket.height or size.width < bucket.width)
         shares.append(Share(bucket, members.total(), lost / members.total(), enlarged))
-    return sorted(shares, key=lambda share: (-share.pictures, share.bucket))
+    return sorted(shares, key=lambda share: (-share.images, share.bucket))
 
 
 class Batches:
     """The order of training: batches of one bucket each, a pure function of (seed, epoch, buckets, batch size).
 
-    In an epoch every position comes exactly once: pictures are shuffled inside their bucket and cut into batches, and
+    In an epoch every position comes exactly once: images are shuffled inside their bucket and cut into batches, and
     the batches are shuffled. What is left of a bucket is a smaller batch, never filled up and never dropped; which
-    pictures it holds changes from epoch to epoch. To repeat a picture, list its bucket at several positions.
-    Raises DataError where there are no pictures.
+    images it holds changes from epoch to epoch. To repeat an image, list its bucket at several positions.
+    Raises DataError where there are no images.
     """
 
     def __init__(self, buckets: Sequence[Size], batch_size: int, seed: int):
@@ -138,7 +138,7 @@ class Batches:
 
         require(batch_size >= 1, f"must be at least 1, got {batch_size}", "batch_size")
         if not buckets:
-            raise DataError("there are no pictures to make batches of")
+            raise DataError("there are no images to make batches of")
         self.seed = seed
         _, self._bucket, counts = np.unique(np.asarray(buckets), axis=0, return_inverse=True, return_counts=True)
         self._bucket = self._bucket.reshape(-1)
@@ -155,20 +155,20 @@ class Batches:
 
     def at(self, step: int) -> tuple[int, list[int]]:
         """(epoch, positions) of the step-th batch since the beginning: to go on, ask for the next number."""
-        epoch, place = divmod(step, len(self))
+        epoch, number = divmod(step, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, *self._orders(epoch))
         _, order, batches = self._epoch
-        begin, end = self._spans[batches[place]]
+        begin, end = self._spans[batches[number]]
         return epoch, order[begin:end].tolist()
 
     def _orders(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions by bucket, shuffled in each, and the batches' order."""
         import numpy as np
 
-        pictures = shuffle_keys(len(self._bucket), self.seed, "pictures", epoch)
+        images = shuffle_keys(len(self._bucket), self.seed, "pictures", epoch)
         batches = shuffle_keys(len(self), self.seed, "batches", epoch)
-        return np.lexsort((pictures, self._bucket)), np.argsort(batches, kind="stable")
+        return np.lexsort((images, self._bucket)), np.argsort(batches, kind="stable")
 
 
 def shuffle_keys(count: int, *parts: object) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures of other people's making: their header without decoding, their pixels upright in RGB, or one line why not.
+"""Images of other people's making: their header without decoding, their pixels upright in RGB, or one line why not.
 
 `file` is always a binary file that can seek. Nothing is asked of a file but its pixels and which way is up: texts,
 colour profiles and thumbnails are passed over, whatever their size or state.
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WHITE = (255, 255, 255)
-MAX_MEMORY = 198_000_000  # bytes that reading one picture may take
+MAX_MEMORY = 198_000_000  # bytes that reading one image may take
 MAX_PIXELS = 64_000_000
-DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # bytes a pixel while the whole picture is decoded, measured
+DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # bytes a pixel while the whole image is decoded, measured
 STORED = {
     "1": 1,
     "L": 1,
@@ -37,7 +37,7 @@ MAX_FILE = 200_000_000  # bytes
 BAND = 250_000  # pixels that are turned into RGB at once
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
-OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of pictures and not read
+OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of images and not read
     (0, b"%PDF", "PDF"),
     (0, b"8BPS", "PSD"),
     (0, b"\0\0\1\0", "ICO"),
@@ -54,17 +54,17 @@ OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of 
 )
 
 
-class PictureError(DataError):
+class ImageError(DataError):
     """A file whose pixels cannot be had; `reason` is the same for all that fail in one way, for counting."""
 
-    def __init__(self, reason: str, detail: str = "", *, where: object = None, todo: str | None = None):
+    def __init__(self, reason: str, detail: str = "", *, where: object = None, hint: str | None = None):
         self.reason, self.detail = reason, one_line(detail)
-        super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, todo=todo)
+        super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, hint=hint)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its picture before anything is decoded."""
+    """What a file says of its image before anything is decoded."""
 
     format: str  # Pillow's name: PNG, JPEG, …
     mode: str  # Pillow's name: RGB, P, CMYK, I;16, …
@@ -76,19 +76,19 @@ class Header:
 
 
 def read_header(file: BinaryIO, where: object = None) -> Header:
-    """Size and kind without decoding. Raises PictureError for what is no picture of ours or too large to decode."""
+    """Size and kind without decoding. Raises ImageError for what is no image of ours or too large to decode."""
     with _opened(file, where) as (image, header):
         _scale(image, header, 1)
         return header
 
 
-def read_picture(
-    file: BinaryIO, where: object = None, at_least: int | None = None, ground: tuple[int, int, int] = WHITE
+def read_image(
+    file: BinaryIO, where: object = None, at_least: int | None = None, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """The picture in RGB, upright, the first frame, transparency laid on `ground`, 16 bits scaled to 8.
+    """The image in RGB, upright, the first frame, transparency laid on `background`, 16 bits scaled to 8.
 
-    With `at_least` the shorter side of a large picture may come out smaller by a whole factor, never below twice
-    `at_least` pixels. Raises PictureError, and nothing else, for whatever cannot be read or would take too much memory.
+    With `at_least` the shorter side of a large image may come out smaller by a whole factor, never below twice
+    `at_least` pixels. Raises ImageError, and nothing else, for whatever cannot be read or would take too much memory.
     """
     from PIL import Image
 
@@ -97,25 +97,25 @@ def read_picture(
         levels = _levels(image)
         if image.mode == "RGB" and factor == 1 and "transparency" not in image.info:
             image.load()
-            picture = image
+            result = image
         else:
-            picture = _in_bands(image, factor, ground, levels)
+            result = _in_bands(image, factor, background, levels)
         turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
-        return picture if turn is None else picture.transpose(Image.Transpose(turn))
+        return result if turn is None else result.transpose(Image.Transpose(turn))
 
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
-    """The picture, not decoded yet, and its header; whatever goes wrong inside of the block becomes PictureError."""
+    """The image, not decoded yet, and its header; whatever goes wrong inside of the block becomes ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         start = file.read(512)
         size = file.seek(0, io.SEEK_END)
         if not size:
-            raise PictureError("is empty", "0 bytes", where=where)
+            raise ImageError("is empty", "0 bytes", where=where)
         if size > MAX_FILE:
-            raise PictureError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
+            raise ImageError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
         file.seek(0)
         animated = False
         if start.startswith(PNG):
@@ -124,22 +124,22 @@ def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header
             warnings.simplefilter("ignore")  # Pillow's own about sizes and damaged EXIF
             with Image.open(file, formats=READABLE) as image:
                 yield image, _header(image, animated)
-    except PictureError as error:
-        raise PictureError(error.reason, error.detail, where=where, todo=error.todo) from None
+    except ImageError as error:
+        raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
     except UnidentifiedImageError:
-        raise PictureError(*_told_by(start), where=where) from None
+        raise ImageError(*_told_by(start), where=where) from None
     except Image.DecompressionBombError:
-        raise PictureError("is too large a picture", "its header declares a bomb", where=where) from None
+        raise ImageError("is too large an image", "its header declares a bomb", where=where) from None
     except MemoryError:
-        raise PictureError("is too large a picture", "out of memory", where=where) from None
+        raise ImageError("is too large an image", "out of memory", where=where) from None
     except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, IndexError, …
-        raise PictureError("is damaged or cut short", str(error) or type(error).__name__, where=where) from None
+        raise ImageError("is damaged or cut short", str(error) or type(error).__name__, where=where) from None
 
 
 def _header(image: Image.Image, animated: bool) -> Header:
     width, height = image.size
     orientation = 1
-    with contextlib.suppress(Exception):  # broken EXIF: the picture is taken as it lies
+    with contextlib.suppress(Exception):  # broken EXIF: the image is taken as it lies
         if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded in search of it
             value = image.getexif().get(ORIENTATION)
             orientation = value if value in UPRIGHT else 1
@@ -159,16 +159,16 @@ def _told_by(start: bytes) -> tuple[str, str]:
             return "is of a kind that is not read", name
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
-        return "is no picture", "SVG" if b"<svg" in text else "a page of HTML or XML"
+        return "is no image", "SVG" if b"<svg" in text else "a page of HTML or XML"
     if start.isascii() and not any(byte < 9 for byte in start):
-        return "is no picture", "text"
-    return "is no picture", "the first bytes are of no known format, or damaged"
+        return "is no image", "text"
+    return "is no image", "the first bytes are of no known format, or damaged"
 
 
 def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
-    """The whole factor by which to make the picture smaller while decoding; a JPEG is told to decode at a fraction.
+    """The whole factor by which to make the image smaller while decoding; a JPEG is told to decode at a fraction.
 
-    Raises PictureError where reading would take more than MAX_MEMORY.
+    Raises ImageError where reading would take more than MAX_MEMORY.
     """
     width, height = image.size
     each = DECODING.get(header.format) or STORED.get(image.mode, 4)
@@ -187,12 +187,12 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
         detail = f"{width}x{height} {header.format} takes {needed / 1e6:.0f} MB, {MAX_MEMORY / 1e6:.0f} at most"
         if width * height > MAX_PIXELS:
             detail = f"{width}x{height}, {MAX_PIXELS / 1e6:.0f} megapixels at most"
-        raise PictureError("is too large a picture", detail, todo="make it smaller")
+        raise ImageError("is too large an image", detail, hint="make it smaller")
     return factor
 
 
 def _levels(image: Image.Image) -> tuple[float, float] | None:
-    """(black, white) of a picture of 32-bit numbers; None for the other modes.
+    """(black, white) of an image of 32-bit numbers; None for the other modes.
 
     Whole numbers within 16 bits are those, floats within 0 to 1 too; others are stretched from least to most.
     """
@@ -200,28 +200,28 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
         return None
     low, high = image.getextrema()
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise PictureError("is damaged or cut short", "its pixels are not finite numbers")
+        raise ImageError("is damaged or cut short", "its pixels are not finite numbers")
     white = 65535.0 if image.mode == "I" else 1.0
     return (0.0, white) if low >= 0 and high <= white else (low, max(high, low + 1e-6))
 
 
 def _in_bands(
-    image: Image.Image, factor: int, ground: tuple[int, int, int], levels: tuple[float, float] | None
+    image: Image.Image, factor: int, background: tuple[int, int, int], levels: tuple[float, float] | None
 ) -> Image.Image:
-    """The picture in RGB, `factor` times smaller, worked off in bands of about BAND pixels to spare memory."""
+    """The image in RGB, `factor` times smaller, worked off in bands of about BAND pixels to spare memory."""
     from PIL import Image
 
     image.load()
     width, height = image.size
     rows = max(factor, BAND // width // factor * factor)
-    picture = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
+    result = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
     for top in range(0, height, rows):
-        band = _rgb(image.crop((0, top, width, min(height, top + rows))), ground, levels)
-        picture.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
-    return picture
+        band = _rgb(image.crop((0, top, width, min(height, top + rows))), background, levels)
+        result.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
+    return result
 
 
-def _rgb(band: Image.Image, ground: tuple[int, int, int], levels: tuple[float, float] | None) -> Image.Image:
+def _rgb(band: Image.Image, background: tuple[int, int, int], levels: tuple[float, float] | None) -> Image.Image:
     import numpy as np
     from PIL import Image
 
@@ -234,12 +234,12 @@ def _rgb(band: Image.Image, ground: tuple[int, int, int], levels: tuple[float, f
         grey = np.repeat((numbers / 257).round().astype(np.uint8)[:, :, None], 3, axis=2)
         clear = band.info.get("transparency")
         if isinstance(clear, int):
-            grey[numbers == clear] = ground
+            grey[numbers == clear] = background
         return Image.fromarray(grey)
-    return flatten(band, ground)
+    return flatten(band, background)
 
 
-# PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the picture.
+# PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the image.
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 MAX_EXIF = 1 << 16  # bytes

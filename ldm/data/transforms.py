@@ -1,4 +1,4 @@
-"""What becomes of a picture and its captions at an epoch: resized, cropped, flipped, one caption chosen.
+"""What becomes of an image and its captions at an epoch: resized, cropped, flipped, one caption chosen.
 
 Every choice is a function of (seed, epoch, sample), made when it is needed: nothing has to be saved to resume.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """How a picture fills its bucket. Raises ConfigError."""
+    """How an image fills its bucket. Raises ConfigError."""
 
     crop: Literal["center", "random"] = "center"
-    flip: float = 0.0  # probability of a mirrored picture
+    flip: float = 0.0  # probability of a mirrored image
 
     def __post_init__(self):
         require(self.crop in ("center", "random"), f"must be center or random, got {self.crop!r}", "crop")
@@ -34,11 +34,11 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class View:
-    """All that is done to one picture: resized, mirrored where `flipped`, then cropped."""
+    """All that is done to one image: resized, mirrored where `flipped`, then cropped."""
 
-    original: Size  # of the upright picture
+    original: Size  # of the upright image
     resized: Size
-    top: int  # of the crop, in the resized and mirrored picture
+    top: int  # of the crop, in the resized and mirrored image
     left: int
     size: Size  # of the crop: the bucket
     flipped: bool = False
@@ -75,35 +75,35 @@ def fixed_views(original: Size, bucket: Size, config: TransformConfig) -> tuple[
     Raises ConfigError for random crops, which are without end.
     """
     if config.crop != "center":
-        raise ConfigError("random crops cannot be cached", where="crop", todo="use crop=center, or no cache")
+        raise ConfigError("random crops cannot be cached", where="crop", hint="use crop=center, or no cache")
     chances = [0.0] * (config.flip < 1) + [1.0] * (config.flip > 0)
     return tuple(draw_view(original, bucket, TransformConfig(flip=chance), 0, 0, 0) for chance in chances)
 
 
-def pixels(picture: Image.Image, view: View) -> torch.Tensor:
-    """The view of an upright picture as uint8 (3, H, W), through Lanczos' filter, antialiased.
+def pixels(image: Image.Image, view: View) -> torch.Tensor:
+    """The view of an upright image as uint8 (3, H, W), through Lanczos' filter, antialiased.
 
-    The picture may have been decoded at a fraction of its size. Only the part that is kept is resized: a line of 1x5000
-    needs no more memory than any other picture. Raises DataError where the view was made for another shape.
+    The image may have been decoded at a fraction of its size. Only the part that is kept is resized: a line of 1x5000
+    needs no more memory than any other image. Raises DataError where the view was made for another shape.
     """
     import numpy
     import torch
     from PIL import Image
 
     height, width = view.original
-    larger = picture.height > height or picture.width > width
-    if larger or abs(picture.width * height - picture.height * width) >= height + width:  # sides rounded to a pixel
+    larger = image.height > height or image.width > width
+    if larger or abs(image.width * height - image.height * width) >= height + width:  # sides rounded to a pixel
         was = f"{view.original.width}x{view.original.height}"
-        raise DataError(f"is {picture.width}x{picture.height} now, it was {was}", todo="read the dataset again")
+        raise DataError(f"is {image.width}x{image.height} now, it was {was}", hint="read the dataset again")
     left = view.resized.width - view.size.width - view.left if view.flipped else view.left
-    across, down = picture.width / view.resized.width, picture.height / view.resized.height
+    across, down = image.width / view.resized.width, image.height / view.resized.height
     right, bottom = (left + view.size.width) * across, (view.top + view.size.height) * down
-    box = (left * across, view.top * down, min(right, picture.width), min(bottom, picture.height))
+    box = (left * across, view.top * down, min(right, image.width), min(bottom, image.height))
     size = (view.size.width, view.size.height)
-    part = images.flatten(picture).resize(size, Image.Resampling.LANCZOS, box=box)
+    part = images.flatten(image).resize(size, Image.Resampling.LANCZOS, box=box)
     if view.flipped:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # not by torch, which would start threads of its own beside each thread that reads pictures
+    # not by torch, which would start threads of its own beside each thread that reads images
     return torch.from_numpy(numpy.ascontiguousarray(numpy.asarray(part).transpose(2, 0, 1)))
 
 

@@ -2,7 +2,7 @@
 
 _LAZY = {  # name -> module; heavy libraries are imported when one is asked for
     "evaluate": "scores",
-    "judge_pictures": "scores",
+    "judge_images": "judged",
     "judge_scenes": "scores",
     "summary": "scores",
     "Judge": "judge",
@@ -10,12 +10,14 @@ _LAZY = {  # name -> module; heavy libraries are imported when one is asked for
     "LISTS": "lists",
     "Prompt": "lists",
     "open_list": "lists",
-    "real_pictures": "real",
+    "real_images": "real",
     "shared_judge": "judge",
 }
+_RENAMED = {"judge_pictures": "judge_images", "real_pictures": "real_images"}  # old names
 
 
 def __getattr__(name: str):
+    name = _RENAMED.get(name, name)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""Judging pairs, counts and cards: the single-object judge, looking at the places where things are expected."""
+"""Judging pairs, counts and cards: the judge of single objects, applied where objects are expected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.data.emoji import layout
-from ldm.evaluation.judge import FRAME, Ground, Judge, Verdict, around, commonest, ground_of
+from ldm.evaluation.judge import FRAME, Background, Judge, Verdict, around, background_of, commonest
 from ldm.evaluation.lists import Prompt
 
 H, T = FRAME / 2, FRAME / 3
@@ -33,24 +33,24 @@ LAYOUTS: tuple[tuple[Box, ...], ...] = (  # where several of the same may stand;
     tuple(_QUARTERS),
 )
 PAIR_SIZES, COUNT_SIZES, ROW_SIZES, ALONE_SIZES = (46, 53, 60), (43, 49, 56), (34, 38), (90, 102)
-CARD_PX = 24.0  # RGB distance from the ground from which a pixel may belong to a card
+CARD_PX = 24.0  # RGB distance from the background from which a pixel may belong to a card
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an arranged picture shows: its ground, and in the prompt's order what was found where each object belongs.
+class Arrangement:
+    """What an image of several objects shows: its background, and the verdict at each object's place, in prompt order.
 
-    `number` is how many of the same there are (counts), `cards` the colours under the things (cards).
+    `number` is the number of equal objects (counts), `cards` the colours under the objects (cards).
     """
 
-    ground: Ground
+    background: Background
     verdicts: tuple[Verdict, ...]
     ranks: tuple[int, ...]
     number: int | None = None
     cards: tuple[str, ...] = ()
 
-    def right(self, prompt: Prompt, within: int = 1) -> bool:
-        """Whether all that the prompt asks for was found, objects among the first `within` guesses."""
+    def matches_prompt(self, prompt: Prompt, within: int = 1) -> bool:
+        """Whether the image shows all that the prompt asks for, each object among the first `within` guesses."""
         objects = all(rank < within for rank in self.ranks)
         if prompt.family == "count":
             return objects and self.number == int(prompt.detail)
@@ -58,101 +58,103 @@ class Found:
 
     @property
     def match(self) -> float:
-        """The worst of the matches: near 1 on a drawn scene, near 0 on noise."""
-        return min(v.clear for v in self.verdicts) * self.ground.share
+        """The lowest match of its objects: near 1 on a drawn scene, near 0 on noise."""
+        return min(v.clear for v in self.verdicts) * self.background.share
 
 
-def look_at(judge: Judge, pixels: np.ndarray, prompt: Prompt) -> Found:
-    """Judge uint8 (128, 128, 3) by what the prompt asks for: a pair, a count or cards."""
-    ground = ground_of(pixels)
+def judge_arrangement(judge: Judge, pixels: np.ndarray, prompt: Prompt) -> Arrangement:
+    """Judge uint8 (128, 128, 3) against a prompt for a pair, a count or cards."""
+    background = background_of(pixels)
     if prompt.family == "pair":
-        return _pair(judge, pixels, ground, prompt)
+        return _pair(judge, pixels, background, prompt)
     if prompt.family == "count":
-        return _count(judge, pixels, ground, prompt)
-    return _cards(judge, pixels, ground, prompt)
+        return _count(judge, pixels, background, prompt)
+    return _cards(judge, pixels, background, prompt)
 
 
-def _cell(judge: Judge, pixels: np.ndarray, ground: Ground, box: Box, sizes: Sequence[float]) -> Verdict:
-    """The object in a part of the picture; the rest is taken for ground."""
+def _cell(judge: Judge, pixels: np.ndarray, background: Background, box: Box, sizes: Sequence[float]) -> Verdict:
+    """The object in a part of the image; the rest counts as background."""
     left, top, right, bottom = (round(v) for v in box)
     only = np.empty_like(pixels)
-    only[:] = np.round(ground.rgb)
+    only[:] = np.round(background.rgb)
     only[top:bottom, left:right] = pixels[top:bottom, left:right]
-    small = np.mean(sizes)
-    reach = [max(4.0, min(10.0, (side - small) / 2)) for side in (right - left, bottom - top)]
+    mean_size = np.mean(sizes)
+    reach = [max(4.0, min(10.0, (side - mean_size) / 2)) for side in (right - left, bottom - top)]
     shifts = [np.linspace(-r, r, 2 * int(np.ceil(r / 3.5)) + 1).tolist() for r in reach]
-    return judge.look(only, ground, around((left + right) / 2, (top + bottom) / 2, sizes, *shifts))
+    return judge.judge_windows(only, background, around((left + right) / 2, (top + bottom) / 2, sizes, *shifts))
 
 
-def _pair(judge: Judge, pixels: np.ndarray, ground: Ground, prompt: Prompt) -> Found:
-    """Each object in the half where it belongs; for "and", any of the four arrangements will do."""
-    stands = tuple(SIDES) if prompt.detail == "and" else (prompt.detail,)
-    seen: dict[str, Verdict] = {}
-    for side in (s for first in stands for s in (first, OPPOSITE[first])):
-        if side not in seen:
-            seen[side] = _cell(judge, pixels, ground, SIDES[side], PAIR_SIZES)
-    ways = [(seen[side], seen[OPPOSITE[side]]) for side in stands]
-    return _best([Found(ground, way, _ranks(way, prompt)) for way in ways])
+def _pair(judge: Judge, pixels: np.ndarray, background: Background, prompt: Prompt) -> Arrangement:
+    """Each object in the half where it belongs; for "and", any of the four arrangements is right."""
+    sides = tuple(SIDES) if prompt.detail == "and" else (prompt.detail,)
+    verdicts: dict[str, Verdict] = {}
+    for side in (s for first in sides for s in (first, OPPOSITE[first])):
+        if side not in verdicts:
+            verdicts[side] = _cell(judge, pixels, background, SIDES[side], PAIR_SIZES)
+    splits = [(verdicts[side], verdicts[OPPOSITE[side]]) for side in sides]
+    return _best([Arrangement(background, split, _ranks(split, prompt)) for split in splits])
 
 
 def _ranks(verdicts: Sequence[Verdict], prompt: Prompt) -> tuple[int, ...]:
     return tuple(v.rank(thing) for v, thing in zip(verdicts, prompt.objects))
 
 
-def _best(ways: Sequence[Found]) -> Found:
-    """Of the ways of splitting a picture that fit it best, the one nearest to the prompt.
+def _best(splits: Sequence[Arrangement]) -> Arrangement:
+    """The best-fitting split of an image; of equal ones the nearest to the prompt.
 
     A split through the middle of an object leaves halves that fit nothing well.
     """
-    fits = [np.mean([v.matches[0] for v in way.verdicts]) for way in ways]
-    likely = [way for way, fit in zip(ways, fits) if fit > max(fits) - 1e-6]
-    return min(likely, key=lambda way: (sum(way.ranks), max(way.ranks)))
+    fits = [np.mean([v.matches[0] for v in split.verdicts]) for split in splits]
+    likely = [split for split, fit in zip(splits, fits) if fit > max(fits) - 1e-6]
+    return min(likely, key=lambda split: (sum(split.ranks), max(split.ranks)))
 
 
-def _count(judge: Judge, pixels: np.ndarray, ground: Ground, prompt: Prompt) -> Found:
-    """The layout in whose cells one object fits best, all cells together; that object, and the number of cells."""
-    seen: dict[Box, Verdict] = {}
+def _count(judge: Judge, pixels: np.ndarray, background: Background, prompt: Prompt) -> Arrangement:
+    """The layout in whose cells one object fits best on average: that object, and the number of cells."""
+    verdicts: dict[Box, Verdict] = {}
     best = (-1.0, LAYOUTS[0], "")
     for cells in LAYOUTS:
         sizes = ALONE_SIZES if len(cells) == 1 else ROW_SIZES if cells == LAYOUTS[5] else COUNT_SIZES
         total: dict[str, float] = {}
         for box in cells:
-            if box not in seen:
-                seen[box] = _cell(judge, pixels, ground, box, sizes)
-            for guess, match in zip(seen[box].guesses, seen[box].matches):
-                total[guess.looks] = total.get(guess.looks, 0.0) + match / len(cells)
-        looks = max(total, key=total.get)
-        best = max(best, (total[looks], cells, looks), key=lambda found: found[0])
+            if box not in verdicts:
+                verdicts[box] = _cell(judge, pixels, background, box, sizes)
+            for guess, match in zip(verdicts[box].guesses, verdicts[box].matches):
+                total[guess.lookalike_class] = total.get(guess.lookalike_class, 0.0) + match / len(cells)
+        kind = max(total, key=total.get)
+        best = max(best, (total[kind], cells, kind), key=lambda fit: fit[0])
         if cells == best[1]:
             ranks = sorted(total, key=total.get, reverse=True)
-            place = ranks.index(prompt.objects[0].looks)
-    verdicts = tuple(seen[box] for box in best[1])
-    return Found(ground, verdicts, (place,), number=len(best[1]))
+            rank = ranks.index(prompt.objects[0].lookalike_class)
+    cell_verdicts = tuple(verdicts[box] for box in best[1])
+    return Arrangement(background, cell_verdicts, (rank,), number=len(best[1]))
 
 
-def _cards(judge: Judge, pixels: np.ndarray, ground: Ground, prompt: Prompt) -> Found:
-    """Each thing on its card; two cards may stand in any of the four arrangements."""
+def _cards(judge: Judge, pixels: np.ndarray, background: Background, prompt: Prompt) -> Arrangement:
+    """Each object on its card; two cards may have any of the four arrangements."""
     if len(prompt.objects) == 1:
-        verdict, colour = _card(judge, pixels, ground, (0, 0, FRAME, FRAME))
-        return Found(ground, (verdict,), _ranks((verdict,), prompt), cards=(colour,))
-    seen = {side: _card(judge, pixels, ground, box) for side, box in SIDES.items()}
-    ways = []
+        verdict, colour = _card(judge, pixels, background, (0, 0, FRAME, FRAME))
+        return Arrangement(background, (verdict,), _ranks((verdict,), prompt), cards=(colour,))
+    cards = {side: _card(judge, pixels, background, box) for side, box in SIDES.items()}
+    splits = []
     for side in SIDES:
-        way = (seen[side], seen[OPPOSITE[side]])
-        verdicts = tuple(verdict for verdict, _ in way)
-        ways.append(Found(ground, verdicts, _ranks(verdicts, prompt), cards=tuple(colour for _, colour in way)))
-    return _best(ways)
+        split = (cards[side], cards[OPPOSITE[side]])
+        verdicts = tuple(verdict for verdict, _ in split)
+        splits.append(
+            Arrangement(background, verdicts, _ranks(verdicts, prompt), cards=tuple(colour for _, colour in split))
+        )
+    return _best(splits)
 
 
-def _card(judge: Judge, pixels: np.ndarray, ground: Ground, box: Box) -> tuple[Verdict, str]:
-    """The thing on the one card inside a part of the picture, and the card's colour."""
+def _card(judge: Judge, pixels: np.ndarray, background: Background, box: Box) -> tuple[Verdict, str]:
+    """The object on the one card in a part of the image, and the card's colour."""
     left, top, right, bottom = (round(v) for v in box)
     part = np.zeros(pixels.shape[:2], bool)
     part[top:bottom, left:right] = (
-        np.linalg.norm(pixels[top:bottom, left:right].astype(np.float32) - ground.rgb, axis=2) > CARD_PX
+        np.linalg.norm(pixels[top:bottom, left:right].astype(np.float32) - background.rgb, axis=2) > CARD_PX
     )
-    if part.sum() < 64:  # no card: look at the part as it is
-        return _cell(judge, pixels, ground, box, PAIR_SIZES), ground.colour
+    if part.sum() < 64:  # no card: judge the part as it is
+        return _cell(judge, pixels, background, box, PAIR_SIZES), background.colour
     x, y, side = _extent(part)
     inner = side * layout.CARD_SHARE
     down, along = np.mgrid[: len(pixels), : len(pixels)] + 0.5
@@ -163,7 +165,7 @@ def _card(judge: Judge, pixels: np.ndarray, ground: Ground, box: Box) -> tuple[V
     only[:] = np.round(card.rgb)
     only[inside] = pixels[inside]
     sizes = [inner * k for k in (0.92, 0.97, 1.02, 1.07)]
-    return judge.look(only, card, around(x, y, sizes, (-3, 0, 3), (-3, 0, 3))), card.colour
+    return judge.judge_windows(only, card, around(x, y, sizes, (-3, 0, 3), (-3, 0, 3))), card.colour
 
 
 def _extent(part: np.ndarray) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""True pictures of prompts, drawn as the training scenes are: what a perfect model would draw."""
+"""True images of prompts, drawn like the training scenes: the images of a perfect model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MIDDLE = places.FRAME // 2
 BESIDE = ("left", "right", "above", "below")
 
 
-def real_picture(prompt: Prompt, seed: int, font: str | Path | None = None) -> np.ndarray:
+def real_image(prompt: Prompt, seed: int, font: str | Path | None = None) -> np.ndarray:
     """uint8 (128, 128, 3), a function of (prompt, seed). Raises DataError where the font is missing."""
     return render(_spec(prompt, seed), find_font(font))
 
 
-def real_pictures(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> list[np.ndarray]:
-    """One true picture of each prompt."""
-    return [real_picture(prompt, seed, font) for prompt, seed in zip(prompts, seeds)]
+def real_images(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> list[np.ndarray]:
+    """One true image of each prompt."""
+    return [real_image(prompt, seed, font) for prompt, seed in zip(prompts, seeds)]
 
 
 def _spec(prompt: Prompt, seed: int) -> Spec:
@@ -43,16 +43,16 @@ def _spec(prompt: Prompt, seed: int) -> Spec:
             for thing, card in zip(prompt.objects, cards)
         ]
     else:
-        usual = SceneConfig()
-        size = draw.integer(*usual.size)
-        objects = [Placed(prompt.objects[0], *places.jittered(draw, MIDDLE, MIDDLE, size, usual.jitter), size)]
+        defaults = SceneConfig()
+        size = draw.integer(*defaults.size)
+        objects = [Placed(prompt.objects[0], *places.jittered(draw, MIDDLE, MIDDLE, size, defaults.jitter), size)]
     return Spec(prompt.family, prompt.text, COLOURS[colour], colour, True, tuple(objects), cards=tuple(cards))
 
 
 def _two(draw: Draw, prompt: Prompt, relation: str) -> list[Placed]:
-    stands = draw.pick(BESIDE) if relation == "and" else relation
+    position = draw.pick(BESIDE) if relation == "and" else relation
     sizes = (draw.integer(*places.PAIR_SIZE), draw.integer(*places.PAIR_SIZE))
-    points = places.two(draw, stands, sizes)
+    points = places.two(draw, position, sizes)
     return [Placed(thing, *point, size) for thing, point, size in zip(prompt.objects, points, sizes)]
 
 

@@ -143,7 +143,7 @@ def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image
     """(the picture in RGB, upright, transparency laid on `ground`; its absolute path, or "given")."""
     from PIL import Image, ImageOps
 
-    from ldm.data.images import read_picture
+    from ldm.data.images import read_image
     from ldm.images import flatten
 
     if isinstance(value, Image.Image):
@@ -153,7 +153,7 @@ def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image
     path = Path(value).expanduser()
     try:
         with path.open("rb") as file:
-            return read_picture(file, path, ground=ground), str(path.resolve())
+            return read_image(file, path, background=ground), str(path.resolve())
     except DataError as error:
         raise ConfigError(f"{path}: {error.what}", where=where, todo=error.todo) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character

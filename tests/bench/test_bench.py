@@ -40,7 +40,7 @@ def test_medians_and_ratio():
     timing = Timing("x", {"ours": [1.0, 9.0, 2.0], "theirs": [4.0, 4.0, 5.0]}, {"steps": 3})
     assert timing.medians == {"ours": 2.0, "theirs": 4.0} and timing.ratio == 0.5
     assert "steps 3" in timing.text() and "ratio 0.50" in timing.text()
-    assert json.loads(json.dumps(timing.record()))["ratio"] == 0.5
+    assert json.loads(json.dumps(timing.as_json()))["ratio"] == 0.5
 
 
 def test_warm_against_diffusers(tiny_folder, capsys):
@@ -77,18 +77,20 @@ def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
     lines = [{"prompt": f"a {('red', 'blue')[i % 2]} cat", "seed": i, "name": str(i)} for i in range(3)]
     lines[1]["negative_prompt"] = "a dog"
     monkeypatch.setattr(rendering, "_lines", lambda count: lines[:count])
-    words = ["--model", str(tiny_folder), "--steps", "2", "--pictures", "3", "--batch-size", "2", "--repeats", "1"]
+    words = ["--model", str(tiny_folder), "--steps", "2", "--images", "3", "--batch-size", "2", "--repeats", "1"]
     assert main(["bench", "render", *words, "--dtype", "auto", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
-    apart = found["agreement"]
-    assert apart["largest difference of 255"] <= 1 and apart["times as fast as one by one"] > 0
+    agreement = found["agreement"]
+    assert agreement["largest difference of 255"] <= 1 and agreement["times as fast as one by one"] > 0
     monkeypatch.setattr(rendering, "_process", lambda: nullcontext(lambda function, *args: function(*args)))
-    monkeypatch.setattr(rendering, "_theirs", lambda whose, some, folder, size, call: _other_pictures(folder))
-    assert main(["bench", "render", *words]) == 5 and "the pictures differ by" in capsys.readouterr().err
+    monkeypatch.setattr(
+        rendering, "_render_diffusers", lambda arguments, lines, folder, size, call: _other_images(folder)
+    )
+    assert main(["bench", "render", *words]) == 5 and "the images differ by" in capsys.readouterr().err
 
 
-def _other_pictures(folder):
+def _other_images(folder):
     from PIL import Image
 
     for i in range(3):
@@ -106,17 +108,17 @@ def test_the_largest_difference_of_folders(tmp_path):
         folder.mkdir()
         Image.new("RGB", (32, 32), (7, int(folder.name), 7)).save(folder / "a.png")
     assert _largest_difference(folders, 3.0) == 3
-    with pytest.raises(NumericsError, match="the pictures differ by 3 of 255"):
+    with pytest.raises(NumericsError, match="the images differ by 3 of 255"):
         _largest_difference(folders, 2.0)
 
 
-def test_pictures_that_differ_are_not_timed(tiny_folder, monkeypatch):
+def test_images_that_differ_are_not_timed(tiny_folder, monkeypatch):
     from PIL import Image
 
     monkeypatch.setattr(
-        "ldm.bench.warm._theirs", lambda path, *_: lambda: Image.new("RGB", (32, 32), (255, 0, 255)).save(path)
+        "ldm.bench.warm._diffusers_call", lambda path, *_: lambda: Image.new("RGB", (32, 32), (255, 0, 255)).save(path)
     )
-    with pytest.raises(NumericsError, match="the pictures differ by"):
+    with pytest.raises(NumericsError, match="the images differ by"):
         warm(1, str(tiny_folder), steps=1)
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ldm.bench import samplers as bench_of_samplers
-from ldm.bench.samplers import Comparison, Row, apart, cost, detail
+from ldm.bench.comparison import Comparison, Row
+from ldm.bench.samplers import cost, detail, rms_difference
 from ldm.bench.sheet import GAP, GROUP, HEAD, LABELS, SIDE, plot, sheet
 from ldm.checkpoint import load_model
 from ldm.cli import main
@@ -32,8 +33,8 @@ def test_the_cost_of_every_sampler(name):
 def test_distance_and_detail_are_what_they_say():
     grey, brighter = (Image.new("RGB", (4, 6), (value,) * 3) for value in (100, 103))
     other = Image.new("RGB", (4, 6), (100, 100, 104))
-    assert apart([grey], [grey]) == 0 and apart([grey], [brighter]) == 3
-    assert apart([grey, grey], [brighter, other]) == pytest.approx((3 + 4 / 3**0.5) / 2)
+    assert rms_difference([grey], [grey]) == 0 and rms_difference([grey], [brighter]) == 3
+    assert rms_difference([grey, grey], [brighter, other]) == pytest.approx((3 + 4 / 3**0.5) / 2)
     stripes = np.zeros((4, 4, 3), np.uint8)
     stripes[:, ::2] = 90
     assert detail([Image.fromarray(stripes)]) == 45 and detail([grey]) == 0
@@ -50,9 +51,9 @@ def rows_of(distances):
 
 def comparison(distances, size=(32, 32)):
     rows = rows_of(distances)
-    pictures = {(r.sampler, r.steps): Image.new("RGB", size, (10 * i, 90, 200)) for i, r in enumerate(rows)}
-    told = {"model": "m", "pictures": 3, "prompt": "a cat", "seed": 1, "guidance_scale": 4.0, "reference": "unipc"}
-    return Comparison(told, rows, 0.05, pictures, Image.new("RGB", size, "red"))
+    images = {(r.sampler, r.steps): Image.new("RGB", size, (10 * i, 90, 200)) for i, r in enumerate(rows)}
+    told = {"model": "m", "images": 3, "prompt": "a cat", "seed": 1, "guidance_scale": 4.0, "reference": "unipc"}
+    return Comparison(told, rows, 0.05, images, Image.new("RGB", size, "red"))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def comparison(distances, size=(32, 32)):
 def test_the_rule_compares_at_equal_evaluations(distances, best):
     found = comparison(distances)
     assert found.recommended == best and f"take {best or 'no one of these'}" in found.text()
-    assert json.loads(json.dumps(found.record()))["recommended"] == best
+    assert json.loads(json.dumps(found.as_json()))["recommended"] == best
 
 
-def test_the_sheet_holds_each_picture_in_its_place_and_says_where_there_is_none():
+def test_the_sheet_holds_each_image_in_its_place_and_says_where_there_is_none():
     found = comparison({"euler": {(4, 4): 2.0, (8, 8): 1.0}, "lcm": {(4, 4): None}}, size=(64, 32))
     paper = sheet(found)
     wide, tall = SIDE, SIDE // 2
@@ -110,7 +111,7 @@ def short(monkeypatch):
     return 40
 
 
-def test_the_command_measures_the_pictures_that_the_pipeline_draws(tiny_folder, tmp_path, short, capsys):
+def test_the_command_measures_the_images_that_the_pipeline_draws(tiny_folder, tmp_path, short, capsys):
     from ldm import Pipeline
 
     words = ["bench", "samplers", "--model", str(tiny_folder), "--prompts", "1", "--steps", "2,8"]
@@ -127,7 +128,9 @@ def test_the_command_measures_the_pictures_that_the_pipeline_draws(tiny_folder, 
     pipe = Pipeline(found["settings"]["prompt"], model=tiny_folder, dtype="fp32", device="cpu")
     drawn = pipe.generate(seed=1, sampler="heun", num_inference_steps=8)
     reference = pipe.generate(seed=1, sampler="unipc", num_inference_steps=short, spacing="trailing")
-    assert rows["heun", 8]["distance"] == pytest.approx(apart(drawn, reference)) and found["reference_error"] < 2
+    assert (
+        rows["heun", 8]["distance"] == pytest.approx(rms_difference(drawn, reference)) and found["reference_error"] < 2
+    )
     assert rows["heun", 8]["detail"] == pytest.approx(detail(drawn) / detail(reference))
     paper = Image.open(tmp_path / "out" / "samplers.png")
     place = LABELS + SIDE + GAP, HEAD + GROUP + SIDE + GAP  # second column, second row
@@ -150,7 +153,7 @@ def test_a_flow_model_is_compared_over_its_own_noise_levels(tiny_folder, tmp_pat
     assert [by["heun_flow", n].evaluations for n in (2, 8)] == [3, 15]
     for name in ("heun_flow", "euler"):
         assert found.reference_error < by[name, 8].distance < by[name, 2].distance
-    json.dumps(found.record())
+    json.dumps(found.as_json())
 
 
 def test_all_samplers_that_go_with_the_model_are_drawn(tiny_folder):

@@ -1,4 +1,4 @@
-"""The wheel carries weights/ and configs/; a checkout and an editable install read the checkout's."""
+"""The wheel carries weights/, configs/ and docs/prompts/; a checkout and an editable install read the checkout's."""
 
 import re
 import shutil
@@ -41,6 +41,8 @@ def checkout(tmp_path_factory, saved):
     (root / "weights/.cache/partial").write_text("not for others")
     (root / "configs/emoji").mkdir(parents=True)
     (root / "configs/emoji/unet.yaml").write_text("steps: 1\n")
+    (root / "docs/prompts").mkdir(parents=True)
+    (root / "docs/prompts/everyday-30.tsv").write_text("a cat\t1F408\t-\tsingle\t0\n")
     for name in ("README.md", "LICENSE", "NOTICE"):
         (root / name).write_text(name)
     return root
@@ -60,11 +62,11 @@ def build(checkout, what):
 
 def test_the_wheel_holds_the_default_model_and_the_configs(checkout, saved, tmp_path):
     names = zipfile.ZipFile(wheel := build(checkout, "build_wheel")).namelist()
-    shipped_names = {name for name in names if name.startswith(("ldm/_weights/", "ldm/_configs/"))}
+    shipped_names = {name for name in names if name.startswith(("ldm/_weights/", "ldm/_configs/", "ldm/_prompts/"))}
     model = {f"ldm/_weights/default/{p.relative_to(saved).as_posix()}" for p in saved.rglob("*") if p.is_file()}
-    assert shipped_names == model | {"ldm/_configs/emoji/unet.yaml"}
+    assert shipped_names == model | {"ldm/_configs/emoji/unet.yaml", "ldm/_prompts/everyday-30.tsv"}
     assert {"ldm/checkpoint/clip_merges.txt.xz", "ldm/checkpoint/LICENSE-CLIP.txt"} <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "weights", "configs"))]
+    assert not [name for name in names if name.startswith(("tests", "weights", "configs", "docs"))]
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")  # as pip installs it
     code = "import ldm.checkpoint as c; print(c.check_model('default')); print(c.shipped('configs'))"
@@ -82,7 +84,8 @@ def test_an_editable_install_carries_no_copy(checkout):
 
 
 def test_where_the_default_model_is(tmp_path, monkeypatch):
-    assert shipped("weights") == ROOT / "weights" and shipped("configs") == ROOT / "configs"
+    for name in ("weights", "configs", "docs/prompts"):
+        assert shipped(name) == ROOT / name and shipped(name).is_dir()
     monkeypatch.setattr(default, "PACKAGE", tmp_path / "ldm")
     for act in (default_folder, check_model):
         with pytest.raises(ModelError, match="default model is not there; install the package again"):

@@ -67,9 +67,9 @@ def test_the_buckets_of_xl_are_those_of_its_paper():
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_each_picture_gets_the_bucket_that_loses_fewest_pixels(config):
+def test_each_image_gets_the_bucket_that_loses_fewest_pixels(config):
     def lost(size, bucket):
-        """Of the picture, scaled without rounding until it covers the bucket."""
+        """Of the image, scaled without rounding until it covers the bucket."""
         scale = max(Fraction(bucket.height, size.height), Fraction(bucket.width, size.width))
         return 1 - bucket.area / (size.area * scale**2)
 
@@ -91,7 +91,7 @@ def test_each_picture_gets_the_bucket_that_loses_fewest_pixels(config):
         assert abs(full.width - size.width * full.height / size.height) <= max(1, size.width / size.height)
 
 
-def test_the_bucket_of_a_turned_picture_is_turned():
+def test_the_bucket_of_a_turned_image_is_turned():
     for size, config in itertools.product(sizes(300, seed=1), CONFIGS):
         assert resized(Size(*size[::-1]), Size(1, 1)) == Size(*resized(size, Size(1, 1))[::-1])
         here, there = bucket_of(size, config), bucket_of(Size(*size[::-1]), config)
@@ -101,7 +101,7 @@ def test_the_bucket_of_a_turned_picture_is_turned():
 
 
 @pytest.mark.parametrize("config", [BucketConfig(512, 64, upscale=False), BucketConfig(128, 8, upscale=False)])
-def test_no_picture_is_enlarged_by_choice(config):
+def test_no_image_is_enlarged_by_choice(config):
     seen = Counter()
     for size in sizes(2000):
         found = bucket_of(size, config)
@@ -120,18 +120,18 @@ def test_no_picture_is_enlarged_by_choice(config):
 
 def test_histogram_adds_up_and_tells_what_cropping_costs():
     config = BucketConfig(512, 64)
-    pictures = [Size(512, 512)] * 5 + [Size(512, 640), Size(100, 100)] + sizes(500, seed=2)
-    shares = histogram(pictures, config)
-    assert sum(share.pictures for share in shares) == len(pictures)
-    assert [s.pictures for s in shares] == sorted((s.pictures for s in shares), reverse=True)
+    images = [Size(512, 512)] * 5 + [Size(512, 640), Size(100, 100)] + sizes(500, seed=2)
+    shares = histogram(images, config)
+    assert sum(share.images for share in shares) == len(images)
+    assert [s.images for s in shares] == sorted((s.images for s in shares), reverse=True)
     for share in shares:
-        members = [size for size in pictures if bucket_of(size, config) == share.bucket]
-        assert share.pictures == len(members)
+        members = [size for size in images if bucket_of(size, config) == share.bucket]
+        assert share.images == len(members)
         kept = [share.bucket.area / resized(size, share.bucket).area for size in members]
         assert share.lost == pytest.approx(1 - sum(kept) / len(kept), abs=1e-12)
         assert share.enlarged == sum(any(a < b for a, b in zip(size, share.bucket)) for size in members)
     (only,) = histogram([Size(1000, 2000)] * 3, BucketConfig(256, 64, 256, 256))
-    assert (only.pictures, only.lost, only.enlarged) == (3, 0.5, 0)
+    assert (only.images, only.lost, only.enlarged) == (3, 0.5, 0)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def epoch_of(batches, epoch):
     return [positions for _, positions in found]
 
 
-def test_an_epoch_holds_every_picture_once_in_batches_of_one_bucket():
+def test_an_epoch_holds_every_image_once_in_batches_of_one_bucket():
     members, size = many(), 8
     batches = Batches(members, size, seed=5)
     counts = Counter(members)
@@ -191,7 +191,7 @@ def test_the_order_is_a_function_of_seed_and_step_alone():
 
 
 def test_every_order_is_as_likely():
-    """Of three pictures the six orders, over 6,000 epochs: chi-squared with 5 degrees of freedom."""
+    """Of three images the six orders, over 6,000 epochs: chi-squared with 5 degrees of freedom."""
     batches = Batches([Size(64, 64)] * 3, 1, seed=0)
     seen = Counter(tuple(i for (i,) in epoch_of(batches, epoch)) for epoch in range(6000))
     assert len(seen) == 6 and sum((n - 1000) ** 2 / 1000 for n in seen.values()) < 20.5  # p = 0.001
@@ -212,9 +212,9 @@ def test_shuffle_keys_are_splitmix64():
     assert found.dtype == np.uint64 and found.tolist() == expected
 
 
-def test_one_picture_makes_one_batch_and_none_are_refused():
+def test_one_image_makes_one_batch_and_none_are_refused():
     assert [Batches([Size(8, 8)], 16, seed=0).at(step) for step in (0, 7)] == [(0, [0]), (7, [0])]
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         Batches([], 4, seed=0)
     with pytest.raises(ConfigError, match="batch_size: must be at least 1, got 0"):
         Batches([Size(8, 8)], 0, seed=0)

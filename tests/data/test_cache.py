@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of
-from ldm.data.cache import Cache, Prepared, Wanted
+from ldm.data.cache import Cache, CachedSample, CacheReport
 from ldm.data.transforms import TransformConfig, choose_caption, draw_view, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, NumericsError, ResourceError
 from tests.children import in_child, status_of
@@ -40,27 +40,27 @@ def embed(texts):
 
 
 class Data:
-    """Pictures and captions that a test may edit, counting how often each is encoded."""
+    """Images and captions that a test may edit, counting how often each is encoded."""
 
     def __init__(self, count=6):
         sizes = [Size(32, 32), Size(40, 25), Size(90, 64)]
-        self.pictures = [self.picture(i, sizes[i % 3]) for i in range(count)]
+        self.images = [self.image(i, sizes[i % 3]) for i in range(count)]
         self.captions = [(f"number {i}", f"the {i}-th") for i in range(count)]
         self.calls = {"encode": 0, "embed": 0, "open": 0}
 
     @staticmethod
-    def picture(seed, size):
+    def image(seed, size):
         return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
     def identity(self, i):
-        return hashlib.sha256(self.pictures[i].tobytes()).hexdigest()
+        return hashlib.sha256(self.images[i].tobytes()).hexdigest()
 
     def size(self, i):
-        return Size(*self.pictures[i].size[::-1])
+        return Size(*self.images[i].size[::-1])
 
     def samples(self):
         return [
-            Wanted(f"{i}.png", self.identity(i), self.views(i), self.captions[i]) for i in range(len(self.pictures))
+            CachedSample(f"{i}.png", self.identity(i), self.views(i), self.captions[i]) for i in range(len(self.images))
         ]
 
     def views(self, i):
@@ -68,7 +68,7 @@ class Data:
 
     def open(self, i):
         self.calls["open"] += 1
-        return self.pictures[i], self.identity(i)
+        return self.images[i], self.identity(i)
 
     def encode(self, images):
         self.calls["encode"] += 1
@@ -83,10 +83,10 @@ class Data:
         return cache.prepare(self.samples(), self.open, self.encode, self.embed, **options)
 
     def check(self, cache):
-        """Every entry that training may ask for is what encoding the picture or caption alone gives."""
-        for i in range(len(self.pictures)):
+        """Every entry that training may ask for is what encoding the image or caption alone gives."""
+        for i in range(len(self.images)):
             for view in self.views(i):
-                expected = encode(to_float(pixels(self.pictures[i], view))[None])
+                expected = encode(to_float(pixels(self.images[i], view))[None])
                 found = cache.latents(self.identity(i), view)
                 assert all(torch.equal(a, b[0]) and a.dtype == torch.float32 for a, b in zip(found, expected))
             for caption in ("", *self.captions[i]):
@@ -116,12 +116,14 @@ def prepared(data, folder):
 def test_entries_are_the_bits_of_encoding_alone_and_are_made_once(data, folder):
     with Cache(folder, "vae", "text") as cache:
         found = data.prepare(cache)
-        assert found == Prepared(kept=0, made=25, damaged=0, failed=0, bytes=found.bytes, others=0)
+        assert found == CacheReport(kept=0, made=25, damaged=0, failed=0, bytes=found.bytes, unused=0)
         assert data.calls == {"encode": 12, "embed": 13, "open": 6}  # one decoding for both views
         data.check(cache)
     with Cache(folder, "vae", "text") as cache:
         found = data.prepare(cache)
-        assert found == Prepared(kept=25, made=0, damaged=0, failed=0, bytes=(folder / NAME).stat().st_size, others=0)
+        assert found == CacheReport(
+            kept=25, made=0, damaged=0, failed=0, bytes=(folder / NAME).stat().st_size, unused=0
+        )
         assert data.calls == {"encode": 0, "embed": 0, "open": 0}
         data.check(cache)
 
@@ -137,20 +139,20 @@ def test_an_epoch_from_the_cache_is_the_epoch_without_it(data, prepared):
                 view = draw_view(data.size(i), buckets[i], TRANSFORM, 1, epoch, i)
                 caption = choose_caption(data.captions[i], 0.2, 1, epoch, i)
                 mean, std = cache.latents(data.identity(i), view)
-                expected = encode(to_float(pixels(data.pictures[i], view))[None])
+                expected = encode(to_float(pixels(data.images[i], view))[None])
                 assert torch.equal(mean, expected[0][0]) and torch.equal(std, expected[1][0]) and std.min() > 0
                 assert torch.equal(cache.text(caption)["states"], embed([caption])["states"][0])
                 seen.add((i, view.flipped, caption))
     assert len(seen) == 6 * 2 * 3
 
 
-def edit_picture(data):
-    data.pictures[2] = data.picture(77, data.size(2))
+def edit_image(data):
+    data.images[2] = data.image(77, data.size(2))
     return 2, 0
 
 
 def edit_size(data):
-    data.pictures[2] = data.pictures[2].resize((50, 50))
+    data.images[2] = data.images[2].resize((50, 50))
     return 2, 0
 
 
@@ -160,18 +162,18 @@ def edit_caption(data):
 
 
 def add_sample(data):
-    data.pictures.append(data.picture(99, Size(32, 32)))
+    data.images.append(data.image(99, Size(32, 32)))
     data.captions.append(("new", "number 1"))
     return 2, 1
 
 
 def swap(data):
-    data.pictures[0], data.pictures[3] = data.pictures[3], data.pictures[0]
+    data.images[0], data.images[3] = data.images[3], data.images[0]
     data.captions.reverse()
     return 0, 0
 
 
-@pytest.mark.parametrize("edit", [edit_picture, edit_size, edit_caption, add_sample, swap])
+@pytest.mark.parametrize("edit", [edit_image, edit_size, edit_caption, add_sample, swap])
 def test_an_edit_renews_its_own_entries_alone(data, prepared, edit):
     encoded, embedded = edit(data)
     with Cache(prepared, "vae", "text") as cache:
@@ -188,7 +190,7 @@ def test_an_edit_renews_its_own_entries_alone(data, prepared, edit):
 def test_other_encoders_have_other_entries(data, prepared, changed, encoded, embedded):
     with Cache(prepared, **{"vae_id": "vae", "text_id": "text", **changed}) as cache:
         found = data.prepare(cache)
-        assert (data.calls["encode"], data.calls["embed"], found.others) == (encoded, embedded, encoded + embedded)
+        assert (data.calls["encode"], data.calls["embed"], found.unused) == (encoded, embedded, encoded + embedded)
     with Cache(prepared, "vae", "text") as cache:
         assert data.prepare(cache).kept == 25  # the first are still there
 
@@ -204,7 +206,7 @@ def test_every_part_of_a_view_is_part_of_the_key(data, prepared):
             {"left": view.left + 1},
             {"size": Size(8, 8)},
         ):
-            with pytest.raises(DataError, match=r"has no entry of the picture .*; prepare the cache again"):
+            with pytest.raises(DataError, match=r"has no entry of the image .*; prepare the cache again"):
                 cache.latents(data.identity(1), dataclasses.replace(view, **change))
         straight, mirrored = (cache.latents(data.identity(1), view)[0] for view in data.views(1))
         assert not torch.equal(straight, mirrored)
@@ -258,29 +260,29 @@ def test_what_is_damaged_after_the_check_is_refused(data, prepared):
         whole = (prepared / NAME).read_bytes()
         start = 8 + int.from_bytes(whole[:8], "little")
         (prepared / NAME).write_bytes(whole[:start] + bytes(len(whole) - start))
-        with pytest.raises(DataError, match=r"the picture .* was damaged after it had been checked; prepare the cache"):
+        with pytest.raises(DataError, match=r"the image .* was damaged after it had been checked; prepare the cache"):
             cache.latents(data.identity(0), data.views(0)[0])
 
 
-def test_pictures_that_cannot_be_used_are_named_once_and_the_others_go_on(data, folder):
+def test_images_that_cannot_be_used_are_named_once_and_the_others_go_on(data, folder):
     class Broken(Data):
         def open(self, i):
             if i == 1:
-                raise DataError("no such file", where="/pictures/1.png")
-            picture, identity = super().open(i)
-            return picture, "changed" if i == 4 else identity
+                raise DataError("no such file", where="/images/1.png")
+            image, identity = super().open(i)
+            return image, "changed" if i == 4 else identity
 
         def encode(self, images):
             mean, std = super().encode(images)
-            here = to_float(pixels(self.pictures[2], self.views(2)[1]))
+            here = to_float(pixels(self.images[2], self.views(2)[1]))
             return mean, std * torch.nan if images[0].shape == here.shape and torch.equal(images[0], here) else std
 
     broken, told = Broken(), []
     with Cache(folder, "vae", "text") as cache:
         found = broken.prepare(cache, failed=lambda position, error: told.append((position, str(error))))
-        assert (found.kept, found.made, found.failed) == (0, 20, 5)  # of picture 2 only the flipped view
+        assert (found.kept, found.made, found.failed) == (0, 20, 5)  # of image 2 only the flipped view
         assert told == [
-            (1, "/pictures/1.png: no such file"),
+            (1, "/images/1.png: no such file"),
             (2, "2.png: encoding gave NaN or infinity; encode in fp32"),
             (4, "4.png: was changed while the cache was prepared; run the same again"),
         ]
@@ -291,10 +293,10 @@ def test_pictures_that_cannot_be_used_are_named_once_and_the_others_go_on(data, 
         data.check(cache)
 
 
-def test_without_a_judge_the_first_bad_picture_ends_the_work_and_what_was_made_stays(data, folder):
+def test_without_a_judge_the_first_bad_image_ends_the_work_and_what_was_made_stays(data, folder):
     def failing(images):
         if data.calls["encode"] == 5:
-            raise NumericsError("the VAE gave NaN or infinity in encoding", todo="try --dtype fp32")
+            raise NumericsError("the VAE gave NaN or infinity in encoding", hint="try --dtype fp32")
         return Data.encode(data, images)
 
     said = r"2\.png: the VAE gave NaN .*; try --dtype fp32"
@@ -304,8 +306,8 @@ def test_without_a_judge_the_first_bad_picture_ends_the_work_and_what_was_made_s
         assert data.prepare(cache).kept == 13 + 5
 
 
-def test_equal_pictures_share_an_entry_and_either_will_do(data, folder):
-    data.pictures[5] = data.pictures[0].copy()
+def test_equal_images_share_an_entry_and_either_will_do(data, folder):
+    data.images[5] = data.images[0].copy()
 
     def opened(i):
         if i == 0:
@@ -333,7 +335,7 @@ def test_disk_use_is_announced_and_asked_for_before_the_work(data, folder, capsy
 
 
 def test_the_announced_size_is_that_of_the_shards(folder, monkeypatch):
-    """Pictures of several sizes: told from the first of them, by their areas, within the headers' room."""
+    """Images of several sizes: told from the first of them, by their areas, within the headers' room."""
     data, told = Data(30), {}
     monkeypatch.setattr(Cache, "_announce", lambda cache, what, count, needed: told.update({what: needed}))
     with Cache(folder, "vae", "text") as cache:
@@ -342,7 +344,7 @@ def test_the_announced_size_is_that_of_the_shards(folder, monkeypatch):
 
 
 def test_memory_is_bounded_by_the_shards_size(folder):
-    """150 pictures of 60 KB of latents each, 9 MB, through shards of half a MB."""
+    """150 images of 60 KB of latents each, 9 MB, through shards of half a MB."""
 
     def wide(images):
         mean = images.mean().expand(1, 120, 8, 8) + torch.arange(120.0)[:, None, None]
@@ -350,7 +352,7 @@ def test_memory_is_bounded_by_the_shards_size(folder):
 
     size = Size(32, 32)
     views = fixed_views(size, size, TransformConfig())
-    samples = [Wanted(f"{i}", f"{i}", views, (f"{i}",)) for i in range(150)]
+    samples = [CachedSample(f"{i}", f"{i}", views, (f"{i}",)) for i in range(150)]
     with Cache(folder, "vae", "text", shard_bytes=1 << 19) as cache:
         tracemalloc.start()
         cache.prepare(samples, lambda i: (Image.new("RGB", (32, 32), (i % 256, 0, 0)), f"{i}"), wide, embed)
@@ -361,7 +363,7 @@ def test_memory_is_bounded_by_the_shards_size(folder):
 
 
 def slowly(data, folder, seconds):
-    """Prepare with a shard each `seconds`, 20 ms a picture; the first one leaves a file `begun` beside the folder."""
+    """Prepare with a shard each `seconds`, 20 ms an image; the first one leaves a file `begun` beside the folder."""
 
     def work():
         def slow(images):

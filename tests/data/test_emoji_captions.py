@@ -10,7 +10,7 @@ import pytest
 from ldm.data.emoji import SceneConfig, Scenes, canonical, held_out, vocabulary
 
 COLOURS = "white|black|red|green|blue|yellow|orange|purple|pink|gray|grey|brown|teal"
-BACKGROUND = rf"(?:(?:an?|the) )?(?:plain )?(?P<ground>{COLOURS})(?: background| ground)?"
+BACKGROUND = rf"(?:(?:an?|the) )?(?:plain )?(?P<background>{COLOURS})(?: background| ground)?"
 NUMBER = {"two": 2, "2": 2, "three": 3, "3": 3, "four": 4, "4": 4}
 MIXED = {"single": 1.0, "pair": 1.0, "count": 1.0, "card": 1.0}
 
@@ -81,7 +81,7 @@ def read_objects(text):
 
 
 def read(caption):
-    """Every combination that a caption tells, as (kind, a, b), and the colour of the ground, or an error."""
+    """Every combination that a caption tells, as (kind, a, b), and the colour of the background, or an error."""
     text = re.sub(r"^(a picture of|a drawing of|an image of|a photo of) ", "", caption)
     readings = []
     for pattern in (
@@ -91,13 +91,13 @@ def read(caption):
     ):
         found = re.fullmatch(pattern, text)
         if found and (told := read_objects(found["s"])):
-            readings.append((*told, found["ground"].replace("grey", "gray")))
+            readings.append((*told, found["background"].replace("grey", "gray")))
     if not readings and (told := read_objects(text)):
         readings.append((*told, None))
     assert readings, f"cannot be read: {caption!r}"
-    combinations, things, ground = readings[0]
-    on = [("on", o, ground) for o in dict.fromkeys(things)] if ground else []
-    return combinations + on, ground
+    combinations, things, background = readings[0]
+    on = [("on", o, background) for o in dict.fromkeys(things)] if background else []
+    return combinations + on, background
 
 
 def kept(kind, a, b):
@@ -118,8 +118,8 @@ def specs():
 def test_100_000_captions_tell_no_held_out_combination(specs):
     rule, kinds = {}, Counter()
     for spec in specs:
-        told, ground = read(spec.caption)
-        assert ground == (spec.colour if spec.mentioned else None), spec.caption
+        told, background = read(spec.caption)
+        assert background == (spec.colour if spec.mentioned else None), spec.caption
         assert set(told) <= set(spec.combinations), (spec.caption, told, spec.combinations)
         assert len(told) >= len(spec.judged) or not spec.mentioned
         for combination in spec.combinations:
@@ -135,8 +135,8 @@ def test_held_out_scenes_are_about_held_out_combinations_only():
         scenes = Scenes(SceneConfig(kinds={kind: 1.0}, held_out=True), seed=1)
         for i in range(100):
             spec = scenes.spec(i)
-            told, ground = read(spec.caption)
-            assert ground == spec.colour and spec.judged and all(kept(*c) for c in spec.judged)
+            told, background = read(spec.caption)
+            assert background == spec.colour and spec.judged and all(kept(*c) for c in spec.judged)
             about = [c for c in told if c[0] in {"single": ["on"], "pair": [spec.relation]}.get(kind, [kind])]
             assert sorted(map(str, about)) == sorted(map(str, spec.judged))
 

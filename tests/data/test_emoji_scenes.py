@@ -39,13 +39,13 @@ def test_captions_are_pinned():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "61d0bfeee40e0c82"
 
 
-def test_grounds_and_cards_have_exactly_the_named_colours():
+def test_backgrounds_and_cards_have_exactly_the_named_colours():
     scenes, seen = Scenes(SceneConfig(kinds={"single": 1.0, "card": 1.0}), seed=1), set()
     for i in range(150):
         scene = scenes[i]
         assert scene.image.shape == (128, 128, 3) and scene.image.dtype == np.uint8
         spec, pixels = scene.spec, scene.image.reshape(-1, 3)
-        assert spec.ground == COLOURS[spec.colour] and (pixels == spec.ground).all(1).sum() > 400
+        assert spec.background == COLOURS[spec.colour] and (pixels == spec.background).all(1).sum() > 400
         for card in spec.cards:
             assert card.colour != spec.colour and (pixels == COLOURS[card.colour]).all(1).sum() > 100
         seen.add(spec.colour)
@@ -63,9 +63,9 @@ def test_objects_are_where_the_spec_says():
                 left, top = round(x - size / 2), round(y - size / 2)
                 area = np.s_[top : top + size, left : left + size]
                 allowed[area] = True
-                changed = (scene.image[area] != scene.spec.ground).any(-1)
+                changed = (scene.image[area] != scene.spec.background).any(-1)
                 assert changed.mean() > 0.02
-            assert not (scene.image != scene.spec.ground).any(-1)[~allowed].any()
+            assert not (scene.image != scene.spec.background).any(-1)[~allowed].any()
 
 
 def test_sizes_and_places_follow_the_settings():
@@ -85,7 +85,7 @@ def test_relations_are_true():
         spec = scenes.spec(i)
         seen.add(spec.relation)
         a, b = spec.objects
-        assert a.object.looks != b.object.looks
+        assert a.object.lookalike_class != b.object.lookalike_class
         offset = np.array([a.x - b.x, a.y - b.y])
         if spec.relation in SIGN:
             assert offset @ SIGN[spec.relation] > 2 * abs(offset @ SIGN[spec.relation][::-1])
@@ -107,14 +107,14 @@ def test_counts_are_right_and_apart():
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_other_resolutions_and_any_ground():
-    scene = Scenes(SceneConfig(resolution=64, grounds="any"), 0)[0]
+def test_other_resolutions_and_any_background():
+    scene = Scenes(SceneConfig(resolution=64, backgrounds="any"), 0)[0]
     assert scene.image.shape == (64, 64, 3)
-    assert scene.spec.colour is None and not set(scene.caption.split()) & {"background", "on", "ground"}
-    assert len({Scenes(SceneConfig(grounds="any"), 0).spec(i).ground for i in range(50)}) == 50
+    assert scene.spec.colour is None and not set(scene.caption.split()) & {"background", "on"}
+    assert len({Scenes(SceneConfig(backgrounds="any"), 0).spec(i).background for i in range(50)}) == 50
 
 
-def test_share_of_everyday_objects_and_of_told_grounds():
+def test_share_of_everyday_objects_and_of_told_backgrounds():
     specs = [Scenes(only("single", everyday_share=0.5), 0).spec(i) for i in range(3000)]
     share = np.mean([s.objects[0].object.everyday for s in specs])
     assert abs(share - (0.5 + 0.5 * 150 / 849)) < 0.03
@@ -122,29 +122,29 @@ def test_share_of_everyday_objects_and_of_told_grounds():
     assert all(s.objects[0].object.everyday for s in (Scenes(SceneConfig(), 0).spec(i) for i in range(300)))
 
 
-def test_favourites_are_drawn_as_often_as_they_are_told_to_be():
+def test_oversampled_are_drawn_as_often_as_they_are_told_to_be():
     words, config = ("cat", "🐶", "🦊"), {"objects": "all", "everyday_share": 0.0}
-    scenes = Scenes(SceneConfig(favourites=words, favourites_share=0.6, **config), 0)
+    scenes = Scenes(SceneConfig(oversampled=words, oversampled_share=0.6, **config), 0)
     names = [scenes.spec(i).objects[0].object.word for i in range(2000)]
     for word in ("cat", "dog face", "fox"):
         assert abs(names.count(word) / 2000 - (0.2 + 0.4 / 849)) < 0.03, word
-    without, never = (Scenes(SceneConfig(favourites_share=share, **config), 0) for share in (0.6, 0.0))
+    without, never = (Scenes(SceneConfig(oversampled_share=share, **config), 0) for share in (0.6, 0.0))
     assert all(without.spec(i) == never.spec(i) for i in range(50))
-    counted = Scenes(SceneConfig(favourites=("bread",), favourites_share=0.99, kinds={"count": 1.0}), 0)
+    counted = Scenes(SceneConfig(oversampled=("bread",), oversampled_share=0.99, kinds={"count": 1.0}), 0)
     assert counted.spec(0).objects[0].object.countable  # bread is not
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"favourites": ("a catt",)}, "no object is called 'a catt'"),
-        ({"favourites_share": 1.0}, "must be 0 to less than 1"),
+        ({"oversampled": ("a catt",)}, "no object is called 'a catt'"),
+        ({"oversampled_share": 1.0}, "must be 0 to less than 1"),
         ({"kinds": {"singel": 1.0}}, "did you mean 'single'"),
         ({"kinds": {"single": 0.0}}, "all weights are zero"),
         ({"kinds": {"single": -1.0}}, "cannot be negative"),
         ({"size": (90, 80)}, "size: needs"),
         ({"mention": 1.5}, "mention: must be 0 to 1"),
-        ({"held_out": True, "grounds": "any"}, "held-out scenes need named grounds"),
+        ({"held_out": True, "backgrounds": "any"}, "held-out scenes need named backgrounds"),
     ],
 )
 def test_refuses_senseless_settings(settings, said):
@@ -164,12 +164,12 @@ def test_missing_font_says_how_to_get_it(tmp_path, monkeypatch):
         Scenes()[0]
 
 
-def test_every_object_has_a_picture():
+def test_every_object_has_a_image():
     font = emoji.find_font()
     for thing in emoji.objects():
-        picture = emoji.sprite(thing.char, font)
-        assert picture.size[0] == picture.size[1] >= 60
-        assert np.asarray(picture.getchannel("A")).mean() > 10, thing.name
+        image = emoji.sprite(thing.char, font)
+        assert image.size[0] == image.size[1] >= 60
+        assert np.asarray(image.getchannel("A")).mean() > 10, thing.name
 
 
 def test_export_writes_an_imagefolder(tmp_path):
@@ -215,11 +215,11 @@ def test_a_grid_leaves_few_sizes_and_places():
 
 
 def test_a_share_of_single_objects_stands_still_in_the_middle():
-    scenes = Scenes(SceneConfig(size=(88, 104), jitter=8, grid=8, still=0.7))
+    scenes = Scenes(SceneConfig(size=(88, 104), jitter=8, grid=8, fixed_layout=0.7))
     placed = [scenes.spec(i).objects[0] for i in range(400)]
     middle = sum((p.x, p.y, p.size) == (64, 64, 96) for p in placed) / 400
     assert 0.65 < middle < 0.82  # and those of the others that happen to be there
-    free, none = Scenes(SceneConfig(size=(88, 104))), Scenes(SceneConfig(size=(88, 104), still=0.0))
+    free, none = Scenes(SceneConfig(size=(88, 104))), Scenes(SceneConfig(size=(88, 104), fixed_layout=0.0))
     assert all(free.spec(i) == none.spec(i) for i in range(50))
     assert {p.size for p in placed} == {88, 96, 104}
 
@@ -227,7 +227,7 @@ def test_a_share_of_single_objects_stands_still_in_the_middle():
 @pytest.mark.parametrize(("kind", "ways"), [("pair", 4), ("count", 3), ("card", 5)])
 def test_a_still_scene_has_one_place_for_each_arrangement(kind, ways):
     """Pairs: four sides; counts: two, three and four; cards: one, or two on four sides."""
-    still, free = (Scenes(SceneConfig(kinds={kind: 1.0}, still=share), 1) for share in (1.0, 0.0))
+    still, free = (Scenes(SceneConfig(kinds={kind: 1.0}, fixed_layout=share), 1) for share in (1.0, 0.0))
 
     def seen(scenes):
         return {tuple(sorted((p.x, p.y, p.size) for p in scenes.spec(i).objects)) for i in range(150)}

@@ -26,9 +26,9 @@ from ldm.errors import DataError
 for name, stream in json.loads(sys.argv[1]):
     try:
         source = open_source(name, stream=stream)
-        samples = [(s.id, s.captions, s.picture().size, s.picture().getpixel((0, 0))) for s in source]
+        samples = [(s.id, s.captions, s.image().size, s.image().getpixel((0, 0))) for s in source]
         source.require(max_bad=0)
-        assert list(source.sift()) and (stream or source[2].captions == samples[2][1])
+        assert list(source.validate()) and (stream or source[2].captions == samples[2][1])
         print(json.dumps([source.layout, samples, source.counts.found, source.lines()[-3:]]))
     except DataError as error:
         print(json.dumps(str(error)))
@@ -173,8 +173,8 @@ def answers(hub, cache):
 def test_a_set_on_the_hub_is_read(answers, name, stream):
     layout, samples, found, lines = answers[name, stream]
     expected = [[f"#{i}", [text], [8 + i, 8], [40 * i, 9, 200]] for i, text in enumerate(CAPTIONS)]
-    assert samples == expected and found == 3 and layout.startswith("hub set, split train, pictures in 'image'")
-    assert layout.endswith("read as it comes") == stream and lines[0] == "  #0: a red square"
+    assert samples == expected and found == 3 and layout.startswith("hub set, split train, images in 'image'")
+    assert layout.endswith("read as a stream") == stream and lines[0] == "  #0: a red square"
 
 
 def test_what_the_hub_has_not_is_one_line(answers):
@@ -186,7 +186,7 @@ def test_what_the_hub_has_not_is_one_line(answers):
             "holds no captions: the columns are 'image', 'label'; name one of them 'text'"
             in (answers["someone/silent", stream])
         )
-    assert "someone/outward#0: holds a path in place of a picture" in answers["someone/outward", False]
+    assert "someone/outward#0: holds a path in place of an image" in answers["someone/outward", False]
 
 
 def test_without_network_the_cache_or_one_line(answers, hub, cache):
@@ -201,15 +201,15 @@ def test_the_doctor_looks_at_the_first_of_a_set_and_says_so(hub, cache, answers,
     page = tmp_path / "check.html"
     tasks = [("someone/table", 2, str(page)), ("someone/folder", 3, None), ("someone/folder", None, None)]
     first, whole, few = read(hub, tmp_path / "home", tasks, code=CHECK)
-    assert first[0].endswith("read as it comes, the first 2") and first[1:4] == [2, 2, 2]
-    assert first[5]["sample"] == "only the first 2 pictures were looked at" and "few" in first[5]
+    assert first[0].endswith("read as a stream, the first 2") and first[1:4] == [2, 2, 2]
+    assert first[5]["sample"] == "only the first 2 images were looked at" and "few" in first[5]
     assert "  #0: a red square" in first[6] and page.read_text().count("<img") >= 2
     assert whole[1:4] == few[1:4] == [3, 3, 3] and "sample" in whole[5] and "sample" not in few[5]
     assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".arrow", ".png", ".parquet")]
     (offline,) = read(hub, cache, [("someone/folder", None, None)], code=CHECK, HF_HUB_OFFLINE="1")
     assert offline[1:4] == [3, 3, 3]
     (all_of_it,) = read(hub, cache, [("someone/folder", 0, None)], code=CHECK)
-    assert all_of_it[1:4] == [3, 3, 3] and "read as it comes" not in all_of_it[0]
+    assert all_of_it[1:4] == [3, 3, 3] and "read as a stream" not in all_of_it[0]
     with pytest.raises(ConfigError, match="first: is for a set on the hub"):
         check_data(tmp_path, first=3)
 

@@ -1,4 +1,4 @@
-"""The same pictures and captions in every layout become the same samples; what each layout has of its own is kept."""
+"""The same images and captions in every layout become the same samples; what each layout has of its own is kept."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def layout(function):
     return function
 
 
-def pictures():
+def five_images():
     """{name: bytes}, in the order of their names."""
     files = {}
     for i in range(len(CAPTIONS)):
@@ -35,7 +35,7 @@ def pictures():
     return files
 
 
-def write_pictures(folder, files):
+def write_images(folder, files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -43,7 +43,7 @@ def write_pictures(folder, files):
 
 @layout
 def txt(folder, files, captions):
-    write_pictures(folder, files)
+    write_images(folder, files)
     for name, text in zip(files, captions):
         (folder / name).with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     return folder
@@ -51,7 +51,7 @@ def txt(folder, files, captions):
 
 @layout
 def caption(folder, files, captions):
-    write_pictures(folder, files)
+    write_images(folder, files)
     for name, text in zip(files, captions):
         (folder / name).with_suffix(".caption").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
     return folder
@@ -59,7 +59,7 @@ def caption(folder, files, captions):
 
 @layout
 def jsonl(folder, files, captions):
-    write_pictures(folder, files)
+    write_images(folder, files)
     rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(files, captions)]
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
@@ -69,9 +69,9 @@ def jsonl(folder, files, captions):
 def csv_below_train_and_test(folder, files, captions):
     import csv
 
-    write_pictures(folder / "train" / "pictures", files)
-    write_pictures(folder / "test", {"other.png": next(iter(files.values()))})
-    for split, rows in (("train", zip([f"pictures/{n}" for n in files], captions)), ("test", [("other.png", "no")])):
+    write_images(folder / "train" / "images", files)
+    write_images(folder / "test", {"other.png": next(iter(files.values()))})
+    for split, rows in (("train", zip([f"images/{n}" for n in files], captions)), ("test", [("other.png", "no")])):
         with (folder / split / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("image_file_name", "prompt"), *rows])
     return folder
@@ -82,7 +82,7 @@ def metadata_parquet(folder, files, captions):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    write_pictures(folder, files)
+    write_images(folder, files)
     pq.write_table(pa.table({"file_name": list(files), "caption": list(captions)}), folder / "metadata.parquet")
     return folder
 
@@ -185,7 +185,7 @@ def state(folder):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_layout_yields_the_same_samples(tmp_path, name):
     """Fault C 36 too: nothing of the user's is changed."""
-    files = pictures()
+    files = five_images()
     data = LAYOUTS[name](tmp_path / "set", files, CAPTIONS)
     before = state(tmp_path)
     source = open_source(data)
@@ -194,14 +194,14 @@ def test_each_layout_yields_the_same_samples(tmp_path, name):
     for i in (0, 4, 2, 1, 3):  # in any order
         with source[i].open() as file:
             assert file.read() == list(files.values())[i]
-        assert np.asarray(source[i].picture())[0, 0].tolist() == [40 * i, 9, 200]
+        assert np.asarray(source[i].image())[0, 0].tolist() == [40 * i, 9, 200]
         assert (source[i].header().width, source[i].header().height) == (8 + i, 8)
     again = pickle.loads(pickle.dumps(source)) if "saved" not in name else open_source(data)
     assert [(s.id, s.captions, s.repeats) for s in again] == [(s.id, s.captions, s.repeats) for s in source]
     assert len({sample.id for sample in source}) == 5 and not any(str(tmp_path) in s.id for s in source)
     counts = source.counts
     assert counts.found == counts.used + len(counts.skipped) + counts.aside.total() and counts.captions == 5
-    assert [sample for sample, _ in source.sift()] == list(source)
+    assert [sample for sample, _ in source.validate()] == list(source)
     assert {sample.repeats for sample in source} == {10 if name == "kohya" else 1}
     assert state(tmp_path) == before
     lines = source.lines(cut=lambda text: text[12:])
@@ -211,7 +211,7 @@ def test_each_layout_yields_the_same_samples(tmp_path, name):
 
 
 def test_several_captions_are_alternatives(tmp_path):
-    files = pictures()
+    files = five_images()
     several = [["one", "two"], ["a"], ["b", " ", "c"], [], ["d"]]
     txt(tmp_path / "txt", files, ["\n".join(texts) + "\n\n" for texts in several])
     import pyarrow as pa
@@ -227,35 +227,33 @@ def test_several_captions_are_alternatives(tmp_path):
         source = open_source(tmp_path / data)
         assert [s.captions for s in source] == [("one", "two"), ("a",), ("b", "c"), (), ("d",)], data
         assert (source.counts.captions, source.counts.empty, source.counts.missing) == (6, 1, 0)
-        with pytest.raises(
-            DataError, match=r"1 of 5 pictures have no caption \(0 missing, 1 empty\): .*3.*allow empty"
-        ):
+        with pytest.raises(DataError, match=r"1 of 5 images have no caption \(0 missing, 1 empty\): .*3.*allow empty"):
             source.require()
         source.require(allow_empty_captions=True)
 
 
-def test_a_row_more_for_a_picture_is_an_alternative(tmp_path):
-    jsonl(tmp_path, pictures(), CAPTIONS)
+def test_a_row_more_for_an_image_is_an_alternative(tmp_path):
+    jsonl(tmp_path, five_images(), CAPTIONS)
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write('\n{"file_name": "0000.png", "text": "another"}\n{"file_name": "0000.png", "text": "another"}')
     source = open_source(tmp_path)
     assert source[0].captions == (CAPTIONS[0], "another") and len(source) == 5
-    assert "2 rows name a picture again: their captions are alternatives" in source.counts.notes
+    assert "2 rows name an image again: their captions are alternatives" in source.counts.notes
 
 
 def test_metadata_beats_sidecars_with_a_counted_warning(tmp_path):
-    files = pictures()
+    files = five_images()
     txt(tmp_path, files, ["from a file"] * 5)
     jsonl(tmp_path, dict(list(files.items())[:3]), CAPTIONS)
-    write_pictures(tmp_path, files)
+    write_images(tmp_path, files)
     source = open_source(tmp_path)
     assert [s.captions[0] for s in source] == CAPTIONS[:3]
-    assert "3 caption files beside pictures with a row are ignored: the row counts" in source.counts.notes
+    assert "3 caption files beside images with a row are ignored: the row counts" in source.counts.notes
     assert source.counts.aside == {"without a row in the metadata": 2} and source.counts.found == 5
 
 
 def test_the_split_that_is_asked_for_is_read(tmp_path):
-    files = pictures()
+    files = five_images()
     for name, expected in (("csv_below_train_and_test", "no"), ("parquet_of_structs", "held out")):
         data = LAYOUTS[name](tmp_path / name, files, CAPTIONS)
         assert [s.captions for s in open_source(data, split="test")] == [(expected,)]
@@ -270,19 +268,19 @@ def test_the_split_that_is_asked_for_is_read(tmp_path):
 
 
 def test_kohya_s_repeats_and_class_names(tmp_path):
-    files = list(pictures().items())
-    write_pictures(tmp_path / "10_red cat", dict(files[:2]))
-    write_pictures(tmp_path / "3_dog" / "more", dict(files[2:4]))
+    files = list(five_images().items())
+    write_images(tmp_path / "10_red cat", dict(files[:2]))
+    write_images(tmp_path / "3_dog" / "more", dict(files[2:4]))
     (tmp_path / "10_red cat" / "0001.txt").write_text("its own")
     source = open_source(tmp_path)
     assert [(s.captions, s.repeats) for s in source] == [(("red cat",), 10), (("its own",), 10)] + [(("dog",), 3)] * 2
     assert "repeats 3, 10" in source.layout and "3 captions are the names of kohya's folders" in source.counts.notes
-    write_pictures(tmp_path / "others", dict(files[4:]))  # not kohya's any more: numbers may mean anything
+    write_images(tmp_path / "others", dict(files[4:]))  # not kohya's any more: numbers may mean anything
     assert {s.repeats for s in open_source(tmp_path)} == {1}
 
 
-def test_one_stem_with_two_suffixes_is_two_pictures(tmp_path):  # fault C 33
-    data = txt(tmp_path, pictures(), CAPTIONS)
+def test_one_stem_with_two_suffixes_is_two_images(tmp_path):  # fault C 33
+    data = txt(tmp_path, five_images(), CAPTIONS)
     Image.new("RGB", (9, 9)).save(data / "0000.JPG")
     source = open_source(data)
     assert [s.id for s in source][:2] == ["0000.JPG", "0000.png"] and len(source) == 6
@@ -291,7 +289,7 @@ def test_one_stem_with_two_suffixes_is_two_pictures(tmp_path):  # fault C 33
 
 def test_the_order_is_that_of_the_names_whatever_the_file_system_says(tmp_path, monkeypatch):
     names = ["b.png", "a/z.png", "a.png", "Z.png", "é.png", "e.png", "a/b/c.png", "ab.png"]
-    data = next(iter(pictures().values()))
+    data = next(iter(five_images().values()))
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -331,16 +329,16 @@ def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
     for i in [*range(60), 59, 3, 31, 30, 0]:
         with source[i].open() as file:
             assert file.read() == blobs[i]
-        assert len(source.files[0].pictures.values) <= 4 and source[i].captions == (f"t{i}",)
+        assert len(source.files[0].images.values) <= 4 and source[i].captions == (f"t{i}",)
 
 
 @pytest.mark.parametrize("name", ["tars_with_txt", "parquet_of_structs", "txt"])
 def test_workers_read_at_the_same_time_after_a_fork(tmp_path, name):
     import multiprocessing
 
-    files = pictures()
+    files = five_images()
     source = open_source(LAYOUTS[name](tmp_path / "set", files, CAPTIONS))
-    source[1].picture()
+    source[1].image()
     with multiprocessing.get_context("fork").Pool(2) as pool:
         sizes = pool.map(_width, [(source, i) for i in [0, 1, 2, 3, 4] * 4])
     assert sizes == [8, 9, 10, 11, 12] * 4
@@ -348,7 +346,7 @@ def test_workers_read_at_the_same_time_after_a_fork(tmp_path, name):
 
 def _width(task):
     source, index = task
-    return source[index].picture().width
+    return source[index].image().width
 
 
 def test_what_is_no_set_is_said_in_one_line(tmp_path):
@@ -359,7 +357,7 @@ def test_what_is_no_set_is_said_in_one_line(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no parquet PAR1")
     pq.write_table(pa.table({"url": ["http://x"], "text": ["a"]}), tmp_path / "urls.parquet")
-    write_tar(tmp_path / "silent.tar", [("1.png", next(iter(pictures().values())))])
+    write_tar(tmp_path / "silent.tar", [("1.png", next(iter(five_images().values())))])
     (tmp_path / "saved").mkdir()
     for name in ("dataset_info.json", "state.json"):
         (tmp_path / "saved" / name).write_text("{")
@@ -370,10 +368,10 @@ def test_what_is_no_set_is_said_in_one_line(tmp_path):
         "a.zip": "is a file; give a folder",
         "bad.tar": "is not a sound tar",
         "bad.parquet": "is not a sound parquet file",
-        "urls.parquet": "has no column of pictures: the columns are 'url', 'text'",
+        "urls.parquet": "has no column of images: the columns are 'url', 'text'",
         "silent.tar": "holds no captions: no .txt and no .json",
         "saved": "cannot be read as a saved set",
-        "docs": "holds no pictures (.pdf)",
+        "docs": "holds no images (.pdf)",
     }.items():
         with pytest.raises(DataError) as error:
             open_source(tmp_path / name).require()
@@ -384,21 +382,21 @@ def test_bad_rows_of_tars_and_tables_are_counted(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = pictures()
+    files = five_images()
     images = [{"bytes": data, "path": None} for data in files.values()]
     images[1], images[2] = None, {"bytes": None, "path": "/etc/passwd"}
     images[3] = {"bytes": b"<html>", "path": None}
     pq.write_table(pa.table({"image": images, "text": ["a", "b", "c", "d", "e\0"]}), tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
-    assert len(source) == 4 and len(list(source.sift())) == 1 == len(source)
-    reasons = {"holds no picture", "holds a path in place of a picture", "is no picture", "caption holds a NUL"}
+    assert len(source) == 4 and len(list(source.validate())) == 1 == len(source)
+    reasons = {"holds no image", "holds a path in place of an image", "is no image", "caption holds a NUL"}
     assert set(source.counts.reasons()) == reasons and source.counts.found == 5
     members = [("1.jpg", b""), ("1.txt", b"a"), ("2.png", files["0000.png"]), ("2.txt", b"caf\xe9")]
     members += [("3.png", files["0000.png"]), ("3.seg.png", files["0000.png"]), ("3.json", b"{"), ("4.txt", b"alone")]
     members += [("5.png", files["0000.png"]), ("5.txt", b"good")]
     write_tar(tmp_path / "a.tar", members)
     source = open_source(tmp_path / "a.tar")
-    assert [sample.captions for sample, _ in source.sift()] == [("good",)]
+    assert [sample.captions for sample, _ in source.validate()] == [("good",)]
     assert source.counts.found == 5 and sum(source.counts.reasons().values()) == 4
     assert {str(skip).rpartition("/")[2] for skip in source.counts.skipped} == {
         "1.jpg: is empty (0 bytes)",

@@ -14,7 +14,7 @@ from ldm.errors import DataError
 COUNT = 200  # of each layout
 
 
-def picture():
+def image():
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), "teal").save(buffer, "PNG")
     return buffer.getvalue()
@@ -40,7 +40,7 @@ def metadata_parquet(folder):
 def parquet(folder):
     for path in folder.glob("*.png"):
         path.unlink()
-    rows = [{"bytes": picture(), "path": None}] * 3
+    rows = [{"bytes": image(), "path": None}] * 3
     return folder / "a.parquet", table({"image": rows, "text": ["a", "b", None]})
 
 
@@ -49,7 +49,7 @@ def tar(folder):
         path.unlink()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as file:
-        for name, data in (("1.png", picture()), ("1.txt", b"a"), ("2.png", picture()), ("2.json", b'{"text": "b"}')):
+        for name, data in (("1.png", image()), ("1.txt", b"a"), ("2.png", image()), ("2.json", b'{"text": "b"}')):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
@@ -103,14 +103,14 @@ def mutant(draw, data):
 @pytest.mark.parametrize("layout", [jsonl, csv, caption, metadata_parquet, parquet, tar])
 def test_damaged_files_give_samples_that_add_up_or_one_line(tmp_path, layout):
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(picture())
+        (tmp_path / f"{i}.png").write_bytes(image())
     path, data = layout(tmp_path)
     draw, outcomes = random.Random(0), {"read": 0, "refused": 0}
     for _ in range(COUNT):
         path.write_bytes(mutant(draw, data))
         try:
             source = open_source(tmp_path)
-            samples = [sample for sample, _ in source.sift()]
+            samples = [sample for sample, _ in source.validate()]
             counts = source.counts
             assert counts.found == counts.used + len(counts.skipped) + counts.aside.total()
             assert counts.used == len(samples) == len(source)

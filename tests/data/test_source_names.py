@@ -82,12 +82,12 @@ def test_names_are_asked_for_and_nothing_else_is_read_then(tmp_path):
     (tmp_path / "red_cat_1.txt").write_text("from a file")
     source = open_source(tmp_path, captions="names")
     assert [s.captions for s in source] == [(), ("blue dog",), ("red cat",)]
-    assert "1 files with captions are ignored: captions come from names, as asked" in source.counts.notes
-    with pytest.raises(DataError, match=r"1 of 3 pictures have no caption \(1 missing, 0 empty\): 0003.png"):
+    assert "1 files with captions are ignored: captions come from names, as requested" in source.counts.notes
+    with pytest.raises(DataError, match=r"1 of 3 images have no caption \(1 missing, 0 empty\): 0003.png"):
         source.require()
     for path in tmp_path.glob("*_*"):
         path.unlink()
-    with pytest.raises(DataError, match="no name says anything"):
+    with pytest.raises(DataError, match="no name of a file or folder holds words"):
         open_source(tmp_path, captions="names").require(allow_empty_captions=True)
 
 
@@ -104,6 +104,6 @@ def test_eight_thousand_drawings_by_many_hands():
     authors = ("architetto", "nicu", "buculei", "ganson", "juliane", "mateya", "jarno", "peterm", "benji", "gerhards")
     left = [c for c in captions.values() if any(author in c.split() for author in authors)]
     assert len(left) < 10 and len(set(captions.values())) > 5000
-    assert sum(1 for _ in source.sift()) == source.counts.used
-    assert set(source.counts.reasons()) == {"is too large a picture"} and len(source.counts.skipped) == 16
+    assert sum(1 for _ in source.validate()) == source.counts.used
+    assert set(source.counts.reasons()) == {"is too large an image"} and len(source.counts.skipped) == 16
     source.require()

@@ -10,7 +10,7 @@ from ldm.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures: a wide one of three stripes, a transparent one, one that EXIF turns by 90 degrees."""
+    """Three images: a wide one of three stripes, a transparent one, one that EXIF turns by 90 degrees."""
     wide = Image.new("RGB", (192, 64), "red")
     wide.paste((0, 0, 255), (64, 0, 128, 64))
     wide.save(tmp_path / "wide.png")
@@ -54,7 +54,7 @@ def test_reads_csv_with_commas_and_bom(folder):
         ({"file_name": 3, "text": "a"}, ":2: file_name is not text (3)"),
         ({"file_name": "clear.png", "label": "a"}, ":2: has no caption (the columns are 'file_name', 'label')"),
         ({"file_name": "clear.png", "text": 5}, ":2: caption is not text (text: 5)"),
-        ({"file_name": "clear.png", "text": " "}, "1 of 2 pictures have no caption (0 missing, 1 empty): clear.png"),
+        ({"file_name": "clear.png", "text": " "}, "1 of 2 images have no caption (0 missing, 1 empty): clear.png"),
         ({"file_name": "nowhere.png", "text": "a"}, ":2: no such image ('nowhere.png')"),
         ({"file_name": "sub/../../x.png", "text": "a"}, ":2: file_name leads out of the folder"),
         ({"file_name": "/etc/passwd", "text": "a"}, ":2: file_name leads out of the folder"),
@@ -73,7 +73,7 @@ def test_refuses_folders_without_captions(folder):
     with pytest.raises(DataError, match="no such folder"):
         CaptionedFolder(folder / "missing")
     with pytest.raises(
-        DataError, match=r"has no captions: 3 pictures, no metadata and no .txt or .caption beside them; write"
+        DataError, match=r"has no captions: 3 images, no metadata and no .txt or .caption beside them; write"
     ):
         CaptionedFolder(folder)
     (folder / "metadata.json1").write_text("")
@@ -90,7 +90,7 @@ def test_refuses_folders_without_captions(folder):
         CaptionedFolder(folder)
 
 
-def test_names_text_that_is_not_utf8_and_pictures_that_are_none(folder):
+def test_names_text_that_is_not_utf8_and_images_that_are_none(folder):
     (folder / "metadata.jsonl").write_bytes(b'\n{"file_name": "wide.png", "text": "caf\xe9"}')
     with pytest.raises(DataError, match=r"metadata.jsonl:2: is not UTF-8"):
         CaptionedFolder(folder)
@@ -98,7 +98,7 @@ def test_names_text_that_is_not_utf8_and_pictures_that_are_none(folder):
     whole = (folder / "wide.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     write(folder, *({"file_name": f, "text": "a"} for f in ("fake.png", "cut.png")))
-    for index, (name, said) in enumerate({"fake.png": "no picture", "cut.png": "damaged or cut short"}.items()):
+    for index, (name, said) in enumerate({"fake.png": "no image", "cut.png": "damaged or cut short"}.items()):
         with pytest.raises(DataError, match=rf"{name}: is {said}"):
             CaptionedFolder(folder)[index]
 

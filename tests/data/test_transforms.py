@@ -26,14 +26,14 @@ from tests.children import in_child, status_of
 
 
 def noise(height, width, seed=0):
-    """A picture no two parts of which are alike, smooth enough to be told after resizing."""
+    """An image no two parts of which are alike, smooth enough to be told after resizing."""
     small = np.random.default_rng(seed).integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def plain(picture, view):
-    """The same by the book: the whole picture resized, mirrored, then cropped where the time ids say."""
-    whole = picture.resize(view.resized[::-1], Image.Resampling.LANCZOS)
+def plain(image, view):
+    """The same by the book: the whole image resized, mirrored, then cropped where the time ids say."""
+    whole = image.resize(view.resized[::-1], Image.Resampling.LANCZOS)
     whole = ImageOps.mirror(whole) if view.flipped else whole
     _, _, top, left, height, width = view.time_ids
     return np.asarray(whole.crop((left, top, left + width, top + height)))
@@ -43,27 +43,27 @@ def plain(picture, view):
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (300, 100), (64, 64), (40, 40), (1, 200)])
 def test_pixels_are_those_of_resizing_flipping_and_cropping(size, crop):
     size, config = Size(*size), TransformConfig(crop, flip=0.5)
-    picture, bucket, flips = noise(*size), bucket_of(size, BucketConfig(64, 16)), set()
+    image, bucket, flips = noise(*size), bucket_of(size, BucketConfig(64, 16)), set()
     for sample in range(8):
         view = draw_view(size, bucket, config, seed=1, epoch=0, sample=sample)
-        found = pixels(picture, view)
+        found = pixels(image, view)
         assert found.dtype == torch.uint8 and found.shape == (3, *bucket) and found.is_contiguous()
-        expected = plain(picture, view).astype(int)
+        expected = plain(image, view).astype(int)
         assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1  # fixed-point coefficients, rounded twice
         assert view.time_ids == (*size, view.top, view.left, *bucket)
         flips.add(view.flipped)
     assert flips == {True, False}
 
 
-def test_a_picture_of_the_buckets_size_is_kept_bit_by_bit():
-    picture, size = noise(64, 48), Size(64, 48)
+def test_an_image_of_the_buckets_size_is_kept_bit_by_bit():
+    image, size = noise(64, 48), Size(64, 48)
     straight, mirrored = fixed_views(size, size, TransformConfig(flip=0.5))
-    assert (pixels(picture, straight).permute(1, 2, 0).numpy() == np.asarray(picture)).all()
-    assert torch.equal(pixels(picture, mirrored), pixels(picture, straight).flip(-1))
+    assert (pixels(image, straight).permute(1, 2, 0).numpy() == np.asarray(image)).all()
+    assert torch.equal(pixels(image, mirrored), pixels(image, straight).flip(-1))
 
 
-def test_a_flipped_picture_is_the_mirror_image_and_its_crop_is_counted_from_the_other_side():
-    """As where the picture is mirrored before it is cropped (diffusers' XL script): also where margins are odd."""
+def test_a_flipped_image_is_the_mirror_image_and_its_crop_is_counted_from_the_other_side():
+    """As where the image is mirrored before it is cropped (diffusers' XL script): also where margins are odd."""
     size, bucket = Size(64, 131), Size(64, 64)
     straight, mirrored = fixed_views(size, bucket, TransformConfig(flip=0.5))
     full = resized(size, bucket)
@@ -82,28 +82,28 @@ def test_shrinking_is_antialiased():
 
 
 def test_a_line_needs_no_more_memory_than_a_square():
-    """A picture of 1x5000 at 512 px would be 328 million pixels, 1.3 GB, if it was resized as a whole."""
+    """An image of 1x5000 at 512 px would be 328 million pixels, 1.3 GB, if it was resized as a whole."""
     size = Size(1, 5000)
     view = draw_view(size, bucket_of(size, BucketConfig(512)), TransformConfig(), 0, 0, 0)
     assert view.resized.area > 3e8
-    picture = Image.new("RGB", (5000, 1), (9, 20, 30))
+    image = Image.new("RGB", (5000, 1), (9, 20, 30))
 
     def work():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100_000_000,) * 2)
-        return pixels(picture, view).float().mean((1, 2)).tolist() != [9, 20, 30]
+        return pixels(image, view).float().mean((1, 2)).tolist() != [9, 20, 30]
 
     assert status_of(in_child(work)) == 0
 
 
-def test_a_picture_that_was_decoded_at_a_fraction_keeps_its_place():
+def test_an_image_that_was_decoded_at_a_fraction_keeps_its_place():
     """Large JPEGs are decoded at a half or a quarter: the sides are rounded, what is cut out stays the same."""
     size, bucket = Size(801, 1203), Size(64, 64)
-    picture, view = noise(*size), draw_view(Size(801, 1203), Size(64, 64), TransformConfig("random"), 0, 0, 1)
+    image, view = noise(*size), draw_view(Size(801, 1203), Size(64, 64), TransformConfig("random"), 0, 0, 1)
     assert view.size == bucket and view.left > 5
-    whole = pixels(picture, view).float()
+    whole = pixels(image, view).float()
     for factor in (2, 4):
-        part = pixels(picture.reduce(factor), view).float()
+        part = pixels(image.reduce(factor), view).float()
         assert (part - whole).abs().mean() < 8 < 20 < (part.roll(4, 2) - whole).abs().mean()
 
 
@@ -162,9 +162,9 @@ def test_what_cannot_be_done_is_refused():
 def test_to_float_is_what_the_autoencoder_takes():
     from ldm import images
 
-    picture = noise(16, 16)
+    image = noise(16, 16)
     view = draw_view(Size(16, 16), Size(16, 16), TransformConfig(), 0, 0, 0)
-    assert torch.equal(to_float(pixels(picture, view))[None], images.to_tensor(picture))
+    assert torch.equal(to_float(pixels(image, view))[None], images.to_tensor(image))
 
 
 def test_captions_and_dropout_are_drawn_evenly_and_anew_each_epoch():

@@ -12,39 +12,39 @@ from ldm.cli import main
 from ldm.config import build
 from ldm.data.emoji import SceneConfig, Scenes, find, held_out, objects
 from ldm.errors import ConfigError, DataError, LdmError, ModelError
-from ldm.evaluation import LISTS, Prompt, evaluate, open_list, real_pictures
-from ldm.evaluation.lists import FOLDER, _parse, file_text
+from ldm.evaluation import LISTS, Prompt, evaluate, open_list, real_images
+from ldm.evaluation.lists import _parse, folder
 from ldm.evaluation.scores import shuffle
 from ldm.training import read_settings
+from tests.make_prompt_lists import DRAWN, file_text
 
 
 def perfect(prompts):
     """Draws the true scene of each caption."""
     by_text = {p.text: p for p in prompts}
-    return lambda texts, seeds: real_pictures([by_text[t] for t in texts], seeds)
+    return lambda texts, seeds: real_images([by_text[t] for t in texts], seeds)
 
 
 def noise(texts, seeds):
     return [np.random.default_rng(s).integers(0, 256, (128, 128, 3)).astype(np.uint8) for s in seeds]
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_drawing_a_list_again_gives_the_committed_file(name):
-    path = FOLDER / f"{name}.tsv"
+    path = folder() / f"{name}.tsv"
     assert path.read_text(encoding="utf-8") == file_text(name)
-    assert open_list(path)[1] == open_list(name)[1] == LISTS[name][1]()
+    assert open_list(path)[1] == open_list(name)[1] == DRAWN[name][1]()
     assert len(open_list(name)[1]) == int(name.rpartition("-")[2])
 
 
-def test_lists_are_found_without_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr("ldm.evaluation.lists.FOLDER", tmp_path)
-    assert open_list("everyday") == ("everyday-100", LISTS["everyday-100"][1]())
+def test_the_lists_are_those_of_the_folder():
+    assert set(LISTS) == {path.stem for path in folder().glob("*.tsv")} == {*DRAWN, "strangers-100"}
 
 
 def test_the_list_of_strangers_words_asks_for_a_hundred_different_things():
     name, prompts = open_list("strangers")
     assert name == "strangers-100" and len(prompts) == len({p.text for p in prompts}) == 100
-    assert len({p.objects[0].looks for p in prompts}) >= 95 and {p.kind for p in prompts} == {"single"}
+    assert len({p.objects[0].lookalike_class for p in prompts}) >= 95 and {p.kind for p in prompts} == {"single"}
     for p in prompts:
         assert p.held_out == bool(p.colour and held_out(("on", p.objects[0].codepoints, p.colour)))
         assert p.text.endswith(f"{p.colour} background") == (p.colour is not None)
@@ -69,7 +69,7 @@ def test_the_small_list_asks_for_what_the_small_settings_train():
     prompts = open_list("small")[1]
     small, whole = (read_settings(f"emoji/{name}", ["vae=x", "text=x"]) for name in ("small", "unet"))
     scenes = build(SceneConfig, small.data.scenes)
-    assert {p.objects for p in prompts} == {(find(word),) for word in scenes.favourites}
+    assert {p.objects for p in prompts} == {(find(word),) for word in scenes.oversampled}
     assert set(Counter(p.objects for p in prompts).values()) == {4} and len(set(prompts)) == 60
     assert set(Counter(p.objects[0].group for p in prompts).values()) == {12}
     assert not any(p.held_out for p in prompts) and scenes.kinds == {"single": 1.0}
@@ -99,14 +99,14 @@ def test_arranged_lists_are_held_out():
             assert p.held_out and all(map(held_out, said))
 
 
-def test_unknown_things_are_judged_by_clearness_and_ground_alone(capsys):
+def test_unknown_things_are_judged_by_clearness_and_background_alone(capsys):
     prompts = open_list("unknown")[1]
     words = {word for thing in objects() for name in thing.words for word in name.lower().split()}
     assert len(prompts) == 30 and not any(p.text.split()[1] in words for p in prompts)
-    stand_ins = real_pictures([Prompt("", (find("cat"),), p.colour) for p in prompts], range(30))
+    stand_ins = real_images([Prompt("", (find("cat"),), p.colour) for p in prompts], range(30))
     report = evaluate(prompts="unknown", n=4, renderer=lambda texts, seeds: stand_ins[: len(texts)])
     score = report["score"]
-    assert (score["named"], score["first"], score["ground"]) == (0, 0, 4) and score["match_p05"] > 0.8
+    assert (score["named"], score["first"], score["background"]) == (0, 0, 4) and score["match_p05"] > 0.8
     assert report["real"] is None and report["shuffled"] is None
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[:5] == ["all", "-", "-", "4/4", "100"]
@@ -132,10 +132,10 @@ def test_a_perfect_renderer_and_its_report(tmp_path, capsys):
     prompts = open_list("everyday-30")[1]
     report = evaluate(prompts="everyday-30", out=tmp_path / "new", n=15, renderer=perfect(prompts))
     score = report["score"]
-    assert score["n"] == score["first"] == score["five"] == score["ground"] == 15
+    assert score["n"] == score["first"] == score["five"] == score["background"] == 15
     assert report["real"]["first"] == 15 and report["shuffled"]["first"] == 0 and report["autoencoder"] is None
     assert len(report["groups"]) == 5 and sum(g["n"] for g in report["groups"].values()) == 15
-    assert [p["seed"] for p in report["pictures"]] == list(range(1, 16))
+    assert [p["seed"] for p in report["images"]] == list(range(1, 16))
     assert json.loads((tmp_path / "new" / "scores.json").read_text()) == report
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 10 * 128 and sheet.height > 2 * 128
@@ -159,8 +159,8 @@ def test_the_command_hands_its_options_on(tiny_folder, tmp_path, capsys):
     assert report["settings"] == {
         "num_inference_steps": 1, "guidance_scale": 1.0, "sampler": "euler", "dtype": "fp32"
     }  # fmt: skip
-    assert [p["seed"] for p in report["pictures"]] == [51, 52] and report["list"] == "tuning-60"
-    assert "tuning-60, 2 pictures" in capsys.readouterr().out
+    assert [p["seed"] for p in report["images"]] == [51, 52] and report["list"] == "tuning-60"
+    assert "tuning-60, 2 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_seeds_and_texts_reach_the_renderer():
 
     def renderer(texts, seeds):
         asked.extend(zip(texts, seeds))
-        return real_pictures(prompts[: len(texts)], seeds)
+        return real_images(prompts[: len(texts)], seeds)
 
     report = evaluate(prompts="cards-20", n=3, seed=100, renderer=renderer, controls=False)
     assert asked == [(p.text, s) for p, s in zip(prompts, (101, 102, 103))]
@@ -203,7 +203,7 @@ def test_prompts_given_in_python_and_in_a_file(tmp_path):
     path.write_text("# mine\n\n" + "\n".join(p.line() for p in prompts) + "\n", encoding="utf-8")
     assert open_list(path)[1] == prompts
     report = evaluate(prompts=given, renderer=perfect(prompts))
-    assert report["score"]["first"] == 2 and report["score"]["ground_n"] == 1
+    assert report["score"]["first"] == 2 and report["score"]["background_n"] == 1
     assert report["real"]["n"] == 2 and report["shuffled"]["first"] == 0
 
 
@@ -264,9 +264,9 @@ def test_files_that_are_no_lists(line, said, tmp_path):
         open_list(path)
 
 
-def test_a_file_that_is_no_text_and_a_renderer_that_loses_pictures(tmp_path):
+def test_a_file_that_is_no_text_and_a_renderer_that_loses_images(tmp_path):
     (tmp_path / "list.tsv").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(DataError, match="cannot be read"):
         open_list(tmp_path / "list.tsv")
-    with pytest.raises(ConfigError, match="0 pictures for 2 prompts"):
+    with pytest.raises(ConfigError, match="0 images for 2 prompts"):
         evaluate(prompts="everyday-30", n=2, renderer=lambda texts, seeds: [])

@@ -1,4 +1,4 @@
-"""The judge on pictures whose content is known: true scenes, weak reconstructions of them, and noise."""
+"""The judge on images whose content is known: true scenes, weak reconstructions of them, and noise."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,9 @@ from PIL import Image, ImageFilter
 
 from ldm.data.emoji import COLOURS, SceneConfig, Scenes, find, find_font
 from ldm.errors import DataError
-from ldm.evaluation import Judge, Prompt, judge_pictures, judge_scenes, real_pictures, shared_judge
-from ldm.evaluation.judge import FRAME, commonest, ground_of
-from ldm.evaluation.lists import LISTS
+from ldm.evaluation import Judge, Prompt, judge_images, judge_scenes, real_images, shared_judge
+from ldm.evaluation.judge import FRAME, background_of, commonest
+from ldm.evaluation.lists import open_list
 from ldm.evaluation.scores import judge_by, shuffle, summary
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -19,9 +19,9 @@ def singles(count, seed, **config):
     return [scenes[i] for i in range(count)]
 
 
-def weakened(picture, seed):
+def weakened(image, seed):
     """As seen through a weak autoencoder (about 24 dB): blurred, mixed with an 8 times smaller copy, blotched."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(image)
     low = np.asarray(image.resize((16, 16), Image.Resampling.BOX).resize((FRAME, FRAME), BICUBIC), float)
     blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(2.2)), float)
     blotches = np.random.default_rng(seed).normal(0, 7, (3, 32, 32)).astype(np.float32)
@@ -30,7 +30,7 @@ def weakened(picture, seed):
 
 
 def blob(number):
-    """A round patch of meaningless colours on a plain ground."""
+    """A round patch of meaningless colours on a plain background."""
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (FRAME, FRAME), list(COLOURS.values())[number % 12])
     patch = Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).resize((96, 96), BICUBIC)
@@ -46,23 +46,23 @@ def scenes():
 
 
 def test_true_scenes_are_named_and_shuffled_captions_are_not(scenes):
-    prompts, pictures = [Prompt.of(scene.spec) for scene in scenes], [scene.image for scene in scenes]
+    prompts, images = [Prompt.of(scene.spec) for scene in scenes], [scene.image for scene in scenes]
     other = shuffle(prompts)
     assert sorted(p.text for p in other) == sorted(p.text for p in prompts)
-    assert all(a.objects[0].looks != b.objects[0].looks for a, b in zip(prompts, other))
-    score, wrong = (summary(judged) for judged in judge_by(pictures, [prompts, other]))
-    assert score["first"] >= 59 and score["five"] == 60 and score["ground"] == 60
+    assert all(a.objects[0].lookalike_class != b.objects[0].lookalike_class for a, b in zip(prompts, other))
+    score, wrong = (summary(judged) for judged in judge_by(images, [prompts, other]))
+    assert score["first"] >= 59 and score["five"] == 60 and score["background"] == 60
     assert score["match_p05"] > 0.85
     assert wrong["first"] == 0
 
 
 def test_weak_reconstructions_are_named(scenes):
     scenes = scenes[5:45]
-    pictures = [weakened(scene.image, i) for i, scene in enumerate(scenes)]
-    errors = [np.mean((a / 255.0 - b.image / 255.0) ** 2) for a, b in zip(pictures, scenes)]
+    images = [weakened(scene.image, i) for i, scene in enumerate(scenes)]
+    errors = [np.mean((a / 255.0 - b.image / 255.0) ** 2) for a, b in zip(images, scenes)]
     assert 23 < np.mean(-10 * np.log10(errors)) < 25.5
-    score = judge_scenes(pictures, scenes)
-    assert score["first"] >= 38 and score["ground"] == 40
+    score = judge_scenes(images, scenes)
+    assert score["first"] >= 38 and score["background"] == 40
     assert score["match_p05"] > 0.7
 
 
@@ -74,25 +74,25 @@ def test_noise_and_blobs_match_less_than_anything_known():
 
 
 @pytest.mark.parametrize("name, colour", [("snowman", "white"), ("apple", "red"), ("frog", "green"), ("bat", "brown")])
-def test_an_object_of_its_ground_s_colour(name, colour):
-    (picture,) = real_pictures([Prompt("", (find(name),), colour)], [3])
-    verdict = shared_judge()(picture)
-    assert verdict.rank(find(name)) == 0 and verdict.ground.colour == colour
+def test_an_object_of_its_background_s_colour(name, colour):
+    (image,) = real_images([Prompt("", (find(name),), colour)], [3])
+    verdict = shared_judge()(image)
+    assert verdict.rank(find(name)) == 0 and verdict.background.colour == colour
 
 
-def test_other_sizes_and_kinds_of_picture():
-    (picture,) = real_pictures([Prompt("", (find("cat"),), "teal")], [1])
+def test_other_sizes_and_kinds_of_image():
+    (image,) = real_images([Prompt("", (find("cat"),), "teal")], [1])
     for size in (64, 512):
-        verdict = shared_judge()(Image.fromarray(picture).convert("RGBA").resize((size, size), BICUBIC))
-        assert verdict.guesses[0].looks == find("cat").looks and verdict.ground.colour == "teal"
+        verdict = shared_judge()(Image.fromarray(image).convert("RGBA").resize((size, size), BICUBIC))
+        assert verdict.guesses[0].lookalike_class == find("cat").lookalike_class and verdict.background.colour == "teal"
     with pytest.raises(DataError, match="expected uint8"):
-        shared_judge()(picture / 255.0)
+        shared_judge()(image / 255.0)
 
 
 def test_a_verdict_ranks_every_class_once():
-    (picture,) = real_pictures([Prompt("", (find("dog"),), "blue")], [2])
-    verdict = shared_judge()(picture)
-    assert len({guess.looks for guess in verdict.guesses}) == len(verdict.guesses) == 733
+    (image,) = real_images([Prompt("", (find("dog"),), "blue")], [2])
+    verdict = shared_judge()(image)
+    assert len({guess.lookalike_class for guess in verdict.guesses}) == len(verdict.guesses) == 733
     assert list(verdict.matches[:5]) == sorted(verdict.matches[:5], reverse=True)
     assert min(verdict.matches) >= 0 and max(verdict.matches) <= 1
     assert verdict.rank(verdict.guesses[7]) == 7
@@ -107,13 +107,13 @@ def test_the_place_found_is_the_place_drawn():
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_grounds_through_noise_and_intruders(colour):
+def test_backgrounds_through_noise_and_intruders(colour):
     rng = np.random.default_rng(5)
-    picture = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, (FRAME, FRAME, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(np.array(COLOURS[colour]) + rng.normal(0, 8, (FRAME, FRAME, 3)), 0, 255).astype(np.uint8)
     other = "white" if colour == "black" else "black"
-    picture[40:88, :60] = COLOURS[other]  # reaches over a part of the border
-    ground = ground_of(picture)
-    assert ground.colour == colour and ground.distance < 8 and 0.8 < ground.share < 1
+    image[40:88, :60] = COLOURS[other]  # reaches over a part of the border
+    background = background_of(image)
+    assert background.colour == colour and background.distance < 8 and 0.8 < background.share < 1
 
 
 def test_the_commonest_colour_is_that_of_the_greater_part():
@@ -124,9 +124,9 @@ def test_the_commonest_colour_is_that_of_the_greater_part():
 
 @pytest.mark.parametrize("name, least", [("pairs-20", 9), ("counts-20", 5), ("cards-20", 9)])
 def test_pairs_counts_and_cards(name, least):
-    prompts = LISTS[name][1]()[: 5 if name == "counts-20" else 9]
-    pictures = real_pictures(prompts, range(len(prompts)))
-    assert sum(j.first and j.ground_right for j in judge_pictures(pictures, prompts)) >= least
+    prompts = open_list(name)[1][: 5 if name == "counts-20" else 9]
+    images = real_images(prompts, range(len(prompts)))
+    assert sum(j.first and j.background_right for j in judge_images(images, prompts)) >= least
 
 
 CAT, DOG = find("cat"), find("dog")
@@ -145,16 +145,16 @@ CAT, DOG = find("cat"), find("dog")
     ],
 )
 def test_what_is_arranged_otherwise_is_wrong(drawn, asked):
-    (picture,) = real_pictures([drawn], [4])
-    (right,), (wrong,) = judge_pictures([picture], [drawn]), judge_pictures([picture], [asked])
+    (image,) = real_images([drawn], [4])
+    (right,), (wrong,) = judge_images([image], [drawn]), judge_images([image], [asked])
     assert right.first and not wrong.first
 
 
 def test_and_takes_any_arrangement():
     asked = Prompt("", (CAT, DOG), "blue", "pair:and")
     for relation in ("left", "right", "above", "below"):
-        (picture,) = real_pictures([Prompt("", (CAT, DOG), "blue", f"pair:{relation}")], [1])
-        assert judge_pictures([picture], [asked])[0].first
+        (image,) = real_images([Prompt("", (CAT, DOG), "blue", f"pair:{relation}")], [1])
+        assert judge_images([image], [asked])[0].first
 
 
 def test_a_missing_font_is_told():

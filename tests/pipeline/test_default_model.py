@@ -6,7 +6,7 @@ import torch
 
 from ldm import Pipeline
 from ldm.checkpoint import default_folder, load_model
-from ldm.evaluation.judge import ground_of, to_array
+from ldm.evaluation.judge import background_of, to_array
 from tests.checkpoint.test_checkpoint_model import diffusers_pipeline
 
 PROMPTS = ["a cat", "a dog on a red background", "two pizzas", "a blue car on a white background"]
@@ -89,5 +89,5 @@ def test_diffusers_draws_the_same_picture(sampler, in_diffusers):
 def test_the_ground_has_the_colour_that_was_asked_for(colour):
     """Black and white too: they need a schedule that ends in pure noise."""
     (picture,) = Pipeline(f"a cat on a {colour} background").generate(seed=1)
-    ground = ground_of(to_array(picture))
+    ground = background_of(to_array(picture))
     assert ground.colour == colour and ground.share > 0.9

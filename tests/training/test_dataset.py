@@ -244,7 +244,7 @@ def test_bad_pictures_are_counted_by_reason_and_refused_above_the_limit(opened, 
     dataset = opened(max_bad=3, run="bad", **settings)
     counts = dataset.pictures.source.counts
     assert (counts.found, counts.used, len(counts.skipped)) == (20, 17, 3)
-    assert counts.reasons() == {"is damaged or cut short": 1, "is no picture": 1, "is empty": 1}
+    assert counts.reasons() == {"is damaged or cut short": 1, "is no image": 1, "is empty": 1}
     assert "20 found: 17 used, 3 skipped: " in dataset.lines[1]
     held = {id for batch in dataset.held_out() for id in batch.ids}
     seen = {id for number in range(2 * len(dataset)) for id in dataset.batch(number).ids}

@@ -18,7 +18,7 @@ def judge():
 def test_the_judge_knows_every_pose_on_every_ground(judge):
     for pose, colour in product(POSES, (*SHOWN, *UNSEEN)):
         verdict = judge(scene(pose, colour, 96, 62, 66))
-        assert (verdict.guesses[0].word, verdict.ground.colour) == (NAME, colour)
+        assert (verdict.guesses[0].word, verdict.background.colour) == (NAME, colour)
 
 
 def test_the_judge_takes_nothing_else_for_it(judge):
@@ -37,6 +37,6 @@ def test_pictures_and_prompts_share_no_ground(judge, tmp_path):
     source = open_source(write_pictures(tmp_path / "set"))
     captions = [sample.captions[0] for sample in source]
     assert len(captions) == 24 and all(NAME in caption for caption in captions)
-    assert len({to_array(sample.picture()).tobytes() for sample in source}) == 24
+    assert len({to_array(sample.image()).tobytes() for sample in source}) == 24
     assert not any(colour in caption for caption in captions for colour in UNSEEN)
     assert all(p.colour in UNSEEN and p.colour in p.text for p in prompts())

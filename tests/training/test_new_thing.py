@@ -23,7 +23,7 @@ def drawn(asked, lora=None):
 
 def right(judge, pictures, asked):
     verdicts = [judge(picture) for picture in pictures]
-    return sum(v.guesses[0].looks == p.objects[0].looks for v, p in zip(verdicts, asked))
+    return sum(v.guesses[0].lookalike_class == p.objects[0].lookalike_class for v, p in zip(verdicts, asked))
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""Groups of tensors by key in safetensors files that check themselves: what is damaged is as good as not there.
+"""Groups of tensors by key in safetensors files that check themselves: a damaged entry counts as missing.
 
 A shard is an ordinary safetensors file, written as a whole and never changed: tensors `KEY.NAME`, and in its metadata
 KEY -> digest of the key and of all its names, types, shapes and bytes. So a flipped bit anywhere, in the header too,
-costs the entries that it hits and gives no wrong one. `index.json` lists the shards; it can be lost.
+loses the entries that it hits and never returns a wrong one. `index.json` lists the shards; it can be rebuilt.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Shards:
             raise
         return self
 
-    def look(self) -> None:
-        """Take in what is there, without the lock: for what another process has just written and checked."""
+    def reload(self) -> None:
+        """Read the shards that another process has just written and checked; takes no lock."""
         for path in sorted(self.folder.glob(PATTERN), key=lambda path: _number(path.name)):
             if table := _read_header(path):
                 self._adopt(path, *table)
@@ -82,16 +82,16 @@ class Shards:
         return key in self._pending or key in self._table
 
     def known(self) -> set[str]:
-        """All keys that are there, damaged ones too."""
+        """All keys, damaged entries included."""
         return {*self._table, *self._pending}
 
     @property
     def bytes(self) -> int:
-        """Of the shards on the disk and of what waits to be written."""
+        """Size of the shards on the disk and of the entries that wait to be written."""
         return sum(shard["bytes"] for shard in self._listed.values()) + self._pending_bytes
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The entry's tensors, read and checked; None where it is not there, or damaged: then it is forgotten."""
+        """The entry's tensors, read and checked; None where it is missing or damaged (a damaged one is removed)."""
         if key in self._pending:
             return {name: _tensor(*stored) for name, stored in self._pending[key].items()}
         place = self._table.get(key)
@@ -109,7 +109,7 @@ class Shards:
         return {name: _tensor(code, shape, data) for (name, code, shape), data in zip(place.layout, raw)}
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep an entry, in place of the one under this key; it is on the disk after `flush` at the latest."""
+        """Store an entry, replacing the one under this key; it is on the disk after `flush` at the latest."""
         entry = {name: _stored(tensors[name]) for name in sorted(tensors)}
         size = sum(len(data) for _, _, data in entry.values()) + HEADER_BYTES * (len(entry) + 1)
         if self._pending and self._pending_bytes + size > self.shard_bytes:
@@ -122,7 +122,7 @@ class Shards:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one more shard, then the index."""
+        """Write the waiting entries as one more shard, then the index."""
         if not self._pending:
             return
         number = 1 + max((_number(name) for name in self._listed), default=-1)
@@ -144,34 +144,34 @@ class Shards:
         return self.folder / PATTERN.replace("*", f"{number:05d}")
 
     def _open(self) -> None:
-        """Read all headers. Shards that are no sound files are removed: their entries have to be made again."""
-        listed, found = self._read_index(), sorted(self.folder.glob(PATTERN), key=lambda path: _number(path.name))
-        for path in found:
+        """Read all headers. Damaged shards are removed: their entries have to be made again."""
+        listed, paths = self._read_index(), sorted(self.folder.glob(PATTERN), key=lambda path: _number(path.name))
+        for path in paths:
             table = _read_header(path) if _number(path.name) >= 0 else None
             if table is None:
                 warn(f"{path}: is damaged; what it held is made again")
                 path.unlink()
             else:
                 self._adopt(path, *table)
-        for name in sorted(listed.keys() - {path.name for path in found}):
+        for name in sorted(listed.keys() - {path.name for path in paths}):
             warn(f"{self.folder / name}: is gone; what it held is made again")
         if listed != self._listed:
             self._write_index()
 
     def _adopt(self, path: Path, table: dict, offset: int) -> None:
-        """Take the entries of a shard into the table: over those of older shards."""
+        """Add the entries of a shard to the table; they replace those of older shards."""
         number, digests = _number(path.name), table.pop("__metadata__", {})
-        found: dict[str, dict[str, dict]] = {}
+        entries: dict[str, dict[str, dict]] = {}
         for full, tensor in table.items():
             key, _, name = full.partition(".")
-            found.setdefault(key, {})[name] = tensor
-        for key, tensors in found.items():
+            entries.setdefault(key, {})[name] = tensor
+        for key, tensors in entries.items():
             names = sorted(tensors)
             layout = tuple((name, tensors[name]["dtype"], tuple(tensors[name]["shape"])) for name in names)
             begins = tuple(offset + tensors[name]["data_offsets"][0] for name in names)
             if key in digests and all(code in ITEM_BYTES for _, code, _ in layout):
                 self._table[key] = _Place(number, digests[key], _interned(layout), begins)
-        self._listed[path.name] = {"bytes": path.stat().st_size, "entries": len(found)}
+        self._listed[path.name] = {"bytes": path.stat().st_size, "entries": len(entries)}
 
     def _read_index(self) -> dict[str, dict[str, int]]:
         path = self.folder / INDEX
@@ -190,7 +190,7 @@ class Shards:
 
 
 def _number(name: str) -> int:
-    """Of a shard by its name, or -1."""
+    """The number in a shard's name, or -1."""
     digits = name.removeprefix("ldm-cache-").removesuffix(".safetensors")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 12 else -1
 
@@ -199,7 +199,7 @@ _layouts: dict[Layout, Layout] = {}
 
 
 def _interned(layout: Layout) -> Layout:
-    """The one copy of a layout: a dataset has a few, and its table an entry for each picture and caption."""
+    """The shared copy of a layout: a dataset has few layouts and many entries."""
     return _layouts.setdefault(layout, layout)
 
 
@@ -248,7 +248,7 @@ def _header(entries: Mapping[str, dict[str, tuple]]) -> tuple[bytes, list[tuple[
 
 
 def _read_header(path: Path) -> tuple[dict, int] | None:
-    """(table, bytes before the first tensor) of a safetensors file; None where it is no sound one."""
+    """(table, bytes before the first tensor) of a safetensors file; None where it is damaged."""
     import safetensors
 
     try:

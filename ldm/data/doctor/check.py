@@ -11,16 +11,16 @@ from typing import Literal
 from ldm.config import require
 from ldm.data.buckets import BucketConfig, histogram
 from ldm.data.doctor.diagnosis import Diagnosis, Finding
-from ldm.data.doctor.image_info import Look, look, same_files
-from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, alike
+from ldm.data.doctor.image_info import ImageInfo, read_image_info, same_files
+from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, near_duplicates
 from ldm.data.doctor.page import write_page
-from ldm.data.sources import FirstSource, Source, is_hub_id, open_source
+from ldm.data.sources import SampledSource, Source, is_hub_id, open_source
 from ldm.errors import DataError
 
-NARROW = 3.0  # longer side by shorter, from which on a picture is called narrow
-FEW = 10  # pictures
-FIRST = 1000  # pictures of a set on the hub
-SHARED = 0.02  # of the pictures with one and the same caption, from which on it is told
+NARROW = 3.0  # longer side by shorter side, above which an image is called narrow
+FEW = 10  # images
+FIRST = 1000  # images of a set on the hub that are read
+SHARED = 0.02  # share of the images with the same caption, above which it is reported
 
 
 def check_data(
@@ -33,30 +33,33 @@ def check_data(
     first: int | None = None,
     estimate: Callable[[int], Sequence[str]] | None = None,
 ) -> Diagnosis:
-    """Look at every picture and caption of a set. Options as in `open_source`; nothing of the set is changed.
+    """Check every image and caption of a set, which is never changed. The options are those of `open_source`, and:
 
-    `resolution` (px) is that of the training in mind, `cut` gives the end of a caption that its text encoder will not
-    see, `page` is where one HTML file with pictures is written. Of a set on the hub only the `first` pictures (1000)
-    are looked at, which are read as they come; 0 downloads and reads all. `estimate` says in some lines what a training
-    would take with so many samples an epoch. Raises DataError for what is no set of pictures, ConfigError for a page
-    inside of the set, and for `first` of a set that is here.
+    resolution  of the intended training, in pixels
+    cut         returns the end of a caption that the text encoder does not see, or ""
+    page        where to write one HTML file with images
+    first       images to read of a set on the hub, as a stream (1000); 0 downloads and reads all
+    estimate    given the samples of an epoch, returns lines that say what a training would take
+
+    Raises DataError for anything that is no set of images, ConfigError for a page inside the set and for `first` with
+    a local set.
     """
     config = BucketConfig(resolution, step=min(64, resolution))
     if page is not None:
         inside = Path(data).is_dir() and Path(page).resolve().is_relative_to(Path(data).resolve())
         require(not inside, "lies inside of the data, which is never changed", "page")
     source = _opened(data, captions, split, first)
-    looks: list[Look] = []
-    with ThumbnailFile() as smalls:
-        for _, (seen, small) in source.sift(look, desc="pictures"):
-            looks.append(seen)
-            smalls.append(small)
-        if not looks:
+    infos: list[ImageInfo] = []
+    with ThumbnailFile() as thumbnails:
+        for _, (info, thumbnail) in source.validate(read_image_info, desc="images"):
+            infos.append(info)
+            thumbnails.append(thumbnail)
+        if not infos:
             source.require(allow_empty_captions=True)
-            raise DataError("holds no pictures that can be used", where=data)
-        of_pictures = _of_pictures(looks, smalls, resolution)
-    findings = [*_sampled(source), *_refusal(source), *_skips(source), *_of_captions(source, cut), *of_pictures]
-    diagnosis = _diagnosis(source, looks, config, findings)
+            raise DataError("holds no images that can be used", where=data)
+        image_findings = _image_findings(infos, thumbnails, resolution)
+    findings = [*_sampled(source), *_refusal(source), *_skips(source), *_caption_findings(source, cut), *image_findings]
+    diagnosis = _diagnosis(source, infos, config, findings)
     if estimate is not None:
         diagnosis = dataclasses.replace(diagnosis, estimate=list(estimate(diagnosis.epoch)))
     if page is not None:
@@ -66,15 +69,15 @@ def check_data(
 
 def _opened(data: str | Path, captions: Literal["auto", "names"], split: str, first: int | None) -> Source:
     hub = isinstance(data, str) and is_hub_id(data)
-    require(hub or not first, "is for a set on the hub; of one that is here all is read", "first")
+    require(hub or not first, "is for a set on the hub; a local set is read as a whole", "first")
     require(first is None or first >= 0, f"must not be negative, got {first}", "first")
     if hub and first != 0:
-        return FirstSource(open_source(data, captions, split, stream=True), first or FIRST)
+        return SampledSource(open_source(data, captions, split, stream=True), first or FIRST)
     return open_source(data, captions, split)
 
 
-def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings: list[Finding]) -> Diagnosis:
-    counts, sides = source.counts, sorted(min(seen.size) for seen in looks)
+def _diagnosis(source: Source, infos: list[ImageInfo], config: BucketConfig, findings: list[Finding]) -> Diagnosis:
+    counts, sides = source.counts, sorted(min(info.size) for info in infos)
     words = Counter(len(text.split()) for sample in source for text in sample.captions)
     return Diagnosis(
         source.path,
@@ -86,7 +89,7 @@ def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings
         counts.captions,
         dict(sorted(words.items())),
         (sides[0], sides[len(sides) // 2], sides[-1]),
-        histogram((seen.size for seen in looks), config),
+        histogram((info.size for info in infos), config),
         sum(sample.repeats for sample in source),
         source.lines(),
         findings,
@@ -95,19 +98,19 @@ def _diagnosis(source: Source, looks: list[Look], config: BucketConfig, findings
 
 
 def _sampled(source: Source) -> list[Finding]:
-    if not isinstance(source, FirstSource) or source.ended:
+    if not isinstance(source, SampledSource) or source.ended:
         return []
-    return [Finding("sample", source.counts.found, f"only the first {source.counts.found} pictures were looked at")]
+    return [Finding("sample", source.counts.found, f"only the first {source.counts.found} images were checked")]
 
 
 def _refusal(source: Source) -> list[Finding]:
-    """Why a training would not begin."""
+    """The reason why a training would refuse the set."""
     try:
         source.require()
     except DataError as error:
         count = source.counts.missing + source.counts.empty or len(source.counts.skipped)
         listed = [[id] for id in source.counts.uncaptioned]
-        return [Finding("refused", count, f"training refuses this set: {error.what}", error.todo, listed)]
+        return [Finding("refused", count, f"training refuses this set: {error.what}", error.hint, listed)]
     return []
 
 
@@ -128,55 +131,59 @@ def _skips(source: Source) -> list[Finding]:
     ]
 
 
-def _of_captions(source: Source, cut: Callable[[str], str] | None) -> list[Finding]:
-    findings, texts, lost = [], {}, {}
+def _caption_findings(source: Source, cut: Callable[[str], str] | None) -> list[Finding]:
+    findings, texts, cut_off = [], {}, {}
     for sample in source:
         for text in sample.captions:
             texts.setdefault(text, []).append(sample.id)
             if cut is not None and (end := cut(text)):
-                lost[sample.id] = end
-    if lost:
-        first, end = next(iter(lost.items()))
-        what = f"{len(lost)} captions are longer than the text encoder sees; of {first} it loses {end!r:.80}"
-        findings.append(Finding("long captions", len(lost), what, "shorten them", [[id] for id in lost]))
+                cut_off[sample.id] = end
+    if cut_off:
+        example, end = next(iter(cut_off.items()))
+        what = f"{len(cut_off)} captions are too long for the text encoder; it loses {end!r:.80} of {example}"
+        findings.append(Finding("long captions", len(cut_off), what, "shorten them", [[id] for id in cut_off]))
     for text, ids in sorted(texts.items(), key=lambda item: (-len(item[1]), item[0]))[:5]:
         if len(ids) > max(FEW, SHARED * source.counts.used):
-            what = f"{len(ids)} pictures share the caption {text!r:.80}"
+            what = f"{len(ids)} images share the caption {text!r:.80}"
             findings.append(Finding("shared caption", len(ids), what, "tell them apart, or keep a few of them", [ids]))
     return findings
 
 
-def _of_pictures(looks: list[Look], smalls: ThumbnailFile, resolution: int) -> list[Finding]:
-    findings, total = [], len(looks)
+def _image_findings(infos: list[ImageInfo], thumbnails: ThumbnailFile, resolution: int) -> list[Finding]:
+    findings = []
 
-    def add(kind: str, groups: list[list[str]], what: str, todo: str | None = None) -> None:
+    def add(kind: str, groups: list[list[str]], what: str, hint: str | None = None) -> None:
         if groups:
-            findings.append(Finding(kind, sum(map(len, groups)), what, todo, groups))
+            findings.append(Finding(kind, sum(map(len, groups)), what, hint, groups))
 
-    copies = same_files(looks)
+    copies = same_files(infos)
     extra = sum(map(len, copies)) - len(copies)
     add("copies", copies, f"{extra} files are copies or links of others, byte for byte", "keep one of each group")
-    near, cut = alike(looks, smalls)
-    extra = sum(map(len, near)) - len(near)
-    add("alike", near, f"{extra} pictures look like another (of other bytes)", "look at the groups, keep one of each")
-    if cut:
-        what = f"{cut} pictures are like so many others in outline that each was compared with {MOST} of them alone"
-        findings.append(Finding("alike", 0, what))
-    tiny = [[seen.id] for seen in sorted(looks, key=lambda s: min(s.size)) if 2 * min(seen.size) < resolution]
-    what = f"{len(tiny)} pictures would be enlarged more than twice at {resolution}"
-    add("tiny", tiny, what, "remove them, or train at a lower resolution")
-    narrow = [[s.id] for s in looks if max(s.size) > NARROW * min(s.size)]
+    similar, crowded = near_duplicates(infos, thumbnails)
+    extra = sum(map(len, similar)) - len(similar)
     add(
-        "narrow", narrow, f"{len(narrow)} pictures are more than {NARROW:g} times as long as wide: much is cropped away"
+        "near duplicates",
+        similar,
+        f"{extra} images look like another file's image",
+        "look at the groups, keep one of each",
     )
-    blank = [[s.id] for s in looks if s.blank]
-    add("blank", blank, f"{len(blank)} pictures show nothing on a white ground", "remove them")
-    for kind, chosen, what in (
-        ("turned", [s.id for s in looks if s.turned], "pictures are turned by EXIF; they are read upright"),
-        ("animated", [s.id for s in looks if s.animated], "pictures are animated; the first frame is taken"),
-        ("transparent", [s.id for s in looks if s.transparent], "pictures may be transparent; they are laid on white"),
+    if crowded:
+        what = f"{crowded} images have so many candidates that each was compared with only {MOST} of them"
+        findings.append(Finding("near duplicates", 0, what))
+    tiny = [[info.id] for info in sorted(infos, key=lambda info: min(info.size)) if 2 * min(info.size) < resolution]
+    what = f"{len(tiny)} images would be enlarged more than twice at {resolution}"
+    add("tiny", tiny, what, "remove them, or train at a lower resolution")
+    narrow = [[info.id] for info in infos if max(info.size) > NARROW * min(info.size)]
+    add("narrow", narrow, f"{len(narrow)} images are more than {NARROW:g} times as long as wide: much is cropped away")
+    blank = [[info.id] for info in infos if info.blank]
+    add("blank", blank, f"{len(blank)} images show nothing on a white background", "remove them")
+    for kind, what in (
+        ("turned", "images are turned by EXIF; they are read upright"),
+        ("animated", "images are animated; the first frame is used"),
+        ("transparent", "images may be transparent; their background becomes white"),
     ):
-        add(kind, [[id] for id in chosen], f"{len(chosen)} {what}")
-    if total < FEW:
-        findings.append(Finding("few", total, f"only {total} pictures: a training will repeat them often"))
+        ids = [[info.id] for info in infos if getattr(info, kind)]
+        add(kind, ids, f"{len(ids)} {what}")
+    if len(infos) < FEW:
+        findings.append(Finding("few", len(infos), f"only {len(infos)} images: a training will repeat them often"))
     return findings

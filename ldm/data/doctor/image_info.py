@@ -1,4 +1,4 @@
-"""What one pass over the pictures of a set finds out, and which of them are the same file."""
+"""What the doctor records of each image, and which images are the same file."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.data.buckets import Size
-from ldm.data.images import read_header, read_picture
+from ldm.data.images import read_header, read_image
 from ldm.data.sources import Sample
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SMALL = 16  # pixels; pictures are compared at this size
-BLANK = 10  # levels from the darkest to the brightest, below which there is nothing to be seen
+SMALL = 16  # pixels; images are compared at this size
+BLANK = 10  # levels between the darkest and the brightest pixel, below which an image is blank
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """One picture as the doctor saw it."""
+class ImageInfo:
+    """One image of a set."""
 
     id: str
     size: Size  # upright
@@ -33,8 +33,8 @@ class Look:
     blank: bool
 
 
-def look(sample: Sample) -> tuple[Look, bytes]:
-    """Read a picture once; with it its RGB values at SMALL x SMALL. Raises PictureError where that cannot be done."""
+def read_image_info(sample: Sample) -> tuple[ImageInfo, bytes]:
+    """Read an image once: its info, and its RGB values at SMALL x SMALL. Raises ImageError."""
     from PIL import Image
 
     with sample.open() as file:
@@ -42,34 +42,34 @@ def look(sample: Sample) -> tuple[Look, bytes]:
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").digest()
         file.seek(0)
-        picture = read_picture(file, sample.where, at_least=8 * SMALL)
-    small = picture.resize((SMALL, SMALL), Image.Resampling.BOX)
-    seen = Look(
+        image = read_image(file, sample.where, at_least=8 * SMALL)
+    thumbnail = image.resize((SMALL, SMALL), Image.Resampling.BOX)
+    info = ImageInfo(
         sample.id,
         Size(header.height, header.width),
         digest,
-        fingerprint(picture),
+        fingerprint(image),
         header.orientation != 1,
         header.animated,
         header.transparent,
-        max(high - low for low, high in picture.getextrema()) < BLANK,
+        max(high - low for low, high in image.getextrema()) < BLANK,
     )
-    return seen, small.tobytes()
+    return info, thumbnail.tobytes()
 
 
-def fingerprint(picture: Image.Image) -> int:
-    """The difference hash of a picture, the same for copies of another size or quality."""
+def fingerprint(image: Image.Image) -> int:
+    """The difference hash of an image, the same for copies of another size or quality."""
     import numpy as np
     from PIL import Image
 
-    grey = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(int)
     bits = (grey[:, 1:] > grey[:, :-1]).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def same_files(looks: Sequence[Look]) -> list[list[str]]:
-    """Groups of pictures whose files are equal byte for byte."""
+def same_files(infos: Sequence[ImageInfo]) -> list[list[str]]:
+    """Groups of images whose files are equal byte for byte."""
     groups = defaultdict(list)
-    for one in looks:
-        groups[one.digest].append(one.id)
+    for info in infos:
+        groups[info.digest].append(info.id)
     return [group for group in groups.values() if len(group) > 1]

@@ -1,4 +1,4 @@
-"""The doctor's page: one HTML file with its pictures inside, without script, server or network."""
+"""The doctor's page: one HTML file with its images inside; it needs no script, server or network."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm.errors import DataError
 from ldm.files import atomic_write
 
 THUMB = 112  # pixels
-SHEET = 60  # pictures of the contact sheet, evenly spread
-GROUPS, MEMBERS = 8, 6  # shown of a finding
+SHEET = 60  # images of the contact sheet, evenly spread
+GROUPS, MEMBERS = 8, 6  # shown at most for a finding
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 72em; padding: 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
 .mend { border-left: .3em solid #c33; padding-left: .8em; } .note { border-left: .3em solid #888; padding-left: .8em; }
-.todo { font-weight: 600; margin: .2em 0; }
+.hint { font-weight: 600; margin: .2em 0; }
 .row, .group { display: flex; flex-wrap: wrap; gap: .8em; align-items: flex-start; }
 .group { border: 1px solid color-mix(in srgb, CanvasText 25%, Canvas); padding: .4em; gap: .4em; }
 figure { margin: 0; width: 7.5em; } figcaption { font-size: .72em; line-height: 1.25; }
@@ -33,20 +33,20 @@ td.bar i { display: block; height: .8em; background: #1f77b4; }
 
 
 def write_page(path: Path, diagnosis: Diagnosis, source: Source) -> Path:
-    """Write the page over that of before. Raises ResourceError where it cannot be written."""
-    pictures = _Pictures(source)
+    """Write the page, replacing an older one. Raises ResourceError where it cannot be written."""
+    images = _Images(source)
     body = [f"<h1>{escape(diagnosis.path)}</h1>"]
     body += [f"<p>{'<br>'.join(map(escape, diagnosis.lines[:3]))}</p>"]
-    findings = sorted(diagnosis.findings, key=lambda finding: finding.todo is None)
-    mend = sum(finding.todo is not None for finding in findings)
+    findings = sorted(diagnosis.findings, key=lambda finding: finding.hint is None)
+    mend = sum(finding.hint is not None for finding in findings)
     body.append(f"<p><b>{f'{mend} things to mend' if mend else 'Nothing to mend'}</b></p>")
-    body += [_finding(finding, pictures) for finding in findings]
+    body += [_finding(finding, images) for finding in findings]
     if diagnosis.estimate:
         body += ["<h2>A training here</h2>", f"<p>{'<br>'.join(map(escape, diagnosis.estimate))}</p>"]
     body += ["<h2>Sizes</h2>", _buckets(diagnosis), "<h2>Words of a caption</h2>", _bars(_binned(diagnosis.words))]
-    body += ["<h2>Some of the pictures, as they are read</h2>", '<div class="row">']
+    body += ["<h2>Some of the images, as they are read</h2>", '<div class="row">']
     step = max(1, len(source) // SHEET)
-    body += [pictures.figure(source[i].id) for i in range(0, len(source), step)][:SHEET]
+    body += [images.figure(source[i].id) for i in range(0, len(source), step)][:SHEET]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += f"<title>{escape(diagnosis.path)}</title><style>{STYLE}</style>"
@@ -55,8 +55,8 @@ def write_page(path: Path, diagnosis: Diagnosis, source: Source) -> Path:
     return atomic_write(path, page.encode("utf-8", "replace"))
 
 
-class _Pictures:
-    """Small pictures by the ids of a source."""
+class _Images:
+    """Thumbnails by the ids of a source."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -69,43 +69,43 @@ class _Pictures:
             return f"<figure><figcaption>{escape(id)}</figcaption></figure>"
         sample = self.source[self.index[id]]
         try:
-            picture = sample.picture(at_least=THUMB)
+            image = sample.image(at_least=THUMB)
         except DataError as error:
             return f"<figure><figcaption>{escape(str(error))}</figcaption></figure>"
-        size = f"{picture.width}x{picture.height}"
-        picture.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
+        size = f"{image.width}x{image.height}"
+        image.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", quality=80)
+        image.save(buffer, "WEBP", quality=80)
         data = base64.b64encode(buffer.getvalue()).decode("ascii")
-        said = escape(" | ".join(sample.captions)[:200] or "(no caption)")
+        captions = escape(" | ".join(sample.captions)[:200] or "(no caption)")
         alt = escape(id, quote=True)
         return (
             f'<figure title="{alt} {size}"><img alt="{alt}" src="data:image/webp;base64,{data}">'
-            f"<figcaption><b>{alt}</b><br>{said}</figcaption></figure>"
+            f"<figcaption><b>{alt}</b><br>{captions}</figcaption></figure>"
         )
 
 
-def _finding(finding: Finding, pictures: _Pictures) -> str:
-    body = [f'<div class="{"mend" if finding.todo else "note"}"><h2>{escape(finding.what)}</h2>']
-    if finding.todo:
-        body.append(f'<p class="todo">{escape(finding.todo)}</p>')
+def _finding(finding: Finding, images: _Images) -> str:
+    body = [f'<div class="{"mend" if finding.hint else "note"}"><h2>{escape(finding.what)}</h2>']
+    if finding.hint:
+        body.append(f'<p class="hint">{escape(finding.hint)}</p>')
     body.append('<div class="row">')
     for group in sorted(finding.groups, key=len, reverse=True)[:GROUPS]:
-        figures = "".join(pictures.figure(id) for id in group[:MEMBERS])
-        more = f"<span>and {len(group) - MEMBERS} more</span>" if len(group) > MEMBERS else ""
-        body.append(f'<div class="group">{figures}{more}</div>' if len(group) > 1 else figures)
+        figures = "".join(images.figure(id) for id in group[:MEMBERS])
+        rest_of_group = f"<span>and {len(group) - MEMBERS} more</span>" if len(group) > MEMBERS else ""
+        body.append(f'<div class="group">{figures}{rest_of_group}</div>' if len(group) > 1 else figures)
     rest = len(finding.groups) - GROUPS
     return "\n".join([*body, "</div>", f"<p>and {rest} more</p>" if rest > 0 else "", "</div>"])
 
 
 def _buckets(diagnosis: Diagnosis) -> str:
-    most = max(share.pictures for share in diagnosis.buckets)
+    most = max(share.images for share in diagnosis.buckets)
     rows = [
-        f"<tr><td>{s.bucket.width}x{s.bucket.height}</td><td>{s.pictures}</td><td>{s.enlarged}</td>"
-        f"<td>{100 * s.lost:.1f} %</td>{_bar(s.pictures / most)}</tr>"
+        f"<tr><td>{s.bucket.width}x{s.bucket.height}</td><td>{s.images}</td><td>{s.enlarged}</td>"
+        f"<td>{100 * s.lost:.1f} %</td>{_bar(s.images / most)}</tr>"
         for s in diagnosis.buckets
     ]
-    head = "<tr><th>bucket</th><th>pictures</th><th>enlarged</th><th>cropped away</th><th></th></tr>"
+    head = "<tr><th>bucket</th><th>images</th><th>enlarged</th><th>cropped away</th><th></th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 

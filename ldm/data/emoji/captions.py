@@ -1,7 +1,7 @@
-"""What is said about a scene: articles, word order, synonyms. Lower case, under 30 words.
+"""Captions of scenes: articles, word order, synonyms. Lower case, under 30 words.
 
-Templates hold {np}, {a}, {b} for objects with their articles, {c} for a colour and {g} for the words of the ground.
-Each is listed with its weight.
+Templates hold {np}, {a}, {b} for objects with their articles, {c} for a colour and {g} for the words about the
+background. Each has its weight.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ldm.data.emoji.colours import COLOURS
 from ldm.data.emoji.draws import Draw
 from ldm.data.emoji.table import EmojiObject, Word, objects
 
-FIRST = 0.65  # share of an object's commonest word, where it has others
+FIRST = 0.65  # share of an object's commonest word, where it has several
 
 ARTICLES = {  # by kind of word; "A" becomes a or an
     "count": {"A": 0.78, "the": 0.07, "": 0.11, "one": 0.04},
@@ -23,7 +23,7 @@ ARTICLES = {  # by kind of word; "A" becomes a or an
     "unique": {"the": 0.8, "": 0.2},
 }
 PREFIXES = {"": 0.88, "a picture of": 0.04, "a drawing of": 0.03, "an image of": 0.03, "a photo of": 0.02}
-GROUNDS = {
+BACKGROUNDS = {
     "a {c} background": 0.6,
     "{c}": 0.12,
     "a plain {c} background": 0.08,
@@ -31,7 +31,7 @@ GROUNDS = {
     "the {c} background": 0.06,
     "{c} background": 0.06,
 }
-WITH_GROUND = {  # {s}: everything that is said about the objects
+WITH_BACKGROUND = {  # {s}: the words about the objects
     "{s} on {g}": 0.7,
     "{s}, {c} background": 0.1,
     "{s} in front of a {c} background": 0.06,
@@ -78,42 +78,42 @@ def noun_phrase(draw: Draw, thing: EmojiObject) -> str:
 
 
 def _fill(draw: Draw, template: str, colour: str) -> str:
-    """Replace {c}, and mend the article before it: "an orange background"."""
+    """Replace {c}, and correct the article before it: "an orange background"."""
     colour = colour_word(draw, colour)
     text = template.replace("{c}", colour)
     return re.sub(rf"\ba (?={colour}\b)", "an ", text) if article(colour) == "an" else text
 
 
-def with_ground(draw: Draw, said: str, colour: str | None) -> str:
-    """The words about the objects, with those about the ground; `colour` None leaves the ground out."""
+def with_background(draw: Draw, phrase: str, colour: str | None) -> str:
+    """The words about the objects, then those about the background; colour None leaves the background out."""
     if colour is None:
         prefix = draw.weighted(PREFIXES)
-        return f"{prefix} {said}".strip()
-    template = draw.weighted(WITH_GROUND)
+        return f"{prefix} {phrase}".strip()
+    template = draw.weighted(WITH_BACKGROUND)
     if template.startswith("{s}"):
-        said = f"{draw.weighted(PREFIXES)} {said}".strip()
+        phrase = f"{draw.weighted(PREFIXES)} {phrase}".strip()
     head, _, tail = template.partition("{s}")
-    tail = tail.replace("{g}", draw.weighted(GROUNDS)) if "{g}" in tail else tail
-    return _fill(draw, head, colour) + said + _fill(draw, tail, colour)
+    tail = tail.replace("{g}", draw.weighted(BACKGROUNDS)) if "{g}" in tail else tail
+    return _fill(draw, head, colour) + phrase + _fill(draw, tail, colour)
 
 
 def pair(draw: Draw, relation: str, a: EmojiObject, b: EmojiObject) -> str:
-    """Two objects and where the first is."""
+    """Two objects and the place of the first."""
     template = draw.weighted(RELATIONS[relation])
-    first, second = noun_phrase(draw, a), noun_phrase(draw, b)
-    return template.replace("{a}", first).replace("{b}", second)
+    of_a, of_b = noun_phrase(draw, a), noun_phrase(draw, b)
+    return template.replace("{a}", of_a).replace("{b}", of_b)
 
 
 def several(draw: Draw, thing: EmojiObject, count: int) -> str:
-    """Two, three or four of an object that can be counted."""
+    """Two, three or four of a countable object."""
     return f"{draw.weighted(NUMBERS[count])} {_choose(draw, thing.countable).plural}"
 
 
 def on_card(draw: Draw, thing: EmojiObject, shape: str, colour: str) -> str:
     """An object on a coloured card or disc."""
-    said = noun_phrase(draw, thing)
+    phrase = noun_phrase(draw, thing)
     after = _fill(draw, ON_CARD.partition("{np}")[2], colour)
-    return said + after.replace("{shape}", draw.weighted(SHAPES[shape]))
+    return phrase + after.replace("{shape}", draw.weighted(SHAPES[shape]))
 
 
 def vocabulary() -> frozenset[str]:
@@ -121,8 +121,8 @@ def vocabulary() -> frozenset[str]:
     texts = list(COLOURS) + [s for names in SPELLINGS.values() for s in names] + ["a", "an", ON_CARD]
     for table in (
         PREFIXES,
-        GROUNDS,
-        WITH_GROUND,
+        BACKGROUNDS,
+        WITH_BACKGROUND,
         *ARTICLES.values(),
         *RELATIONS.values(),
         *NUMBERS.values(),

@@ -1,4 +1,4 @@
-"""The twelve named colours of grounds and cards."""
+"""The twelve named colours of backgrounds and cards."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which combinations are never trained on: those whose canonical form has a sha256 that 10 divides.
+"""The combinations that are never trained on: those whose canonical form has a sha256 divisible by 10.
 
 A combination is one of
-    ("on", object, colour)                      an object on a ground of that colour
+    ("on", object, colour)                      an object on a background of that colour
     ("left" | "right" | "above" | "below", a, b)    a is left of b, ...
-    ("and", a, b)                               a and b, where nothing is said of who stands where; and on two cards
+    ("and", a, b)                               a and b, their places not named; also on two cards
     ("count", object, n)                        n = 2, 3 or 4 of one object
     ("card", object, colour)                    an object on a card or disc of that colour
 with objects given by their code points ("1F408"). Changing anything here makes every score incomparable.

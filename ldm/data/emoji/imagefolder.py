@@ -20,17 +20,17 @@ BYTES_EACH = 12_000  # of one scene as PNG, rounded up
 def export(
     folder: str | Path, n: int = 1000, seed: int = 0, config: SceneConfig | None = None, font: str | Path | None = None
 ) -> Path:
-    """Draw `n` scenes into `folder`, which appears as a whole at the end; returns it.
+    """Draw `n` scenes into `folder`, which appears only when it is complete; returns it.
 
     The default config draws all 849 objects in all kinds of scenes. Raises ConfigError for n < 1, DataError where the
-    folder holds something already or the font is missing, ResourceError where the disk is full or cannot be written.
+    folder is not empty or the font is missing, ResourceError where the disk is full or cannot be written.
     """
     from PIL import Image
 
     require(n >= 1, f"must be at least 1, got {n}", "n")
     target = Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise DataError("is there already and not empty", where=target, todo="name a new folder with -o, or empty it")
+        raise DataError("is there already and not empty", where=target, hint="name a new folder with -o, or empty it")
     scenes = Scenes(config or SceneConfig(objects="all", kinds=MIXED), seed, find_font(font))
     files.require_space(target.parent, n * BYTES_EACH)
     digits = max(6, len(str(n - 1)))

@@ -1,11 +1,11 @@
-"""Where things stand in a scene, in a frame of 128 × 128 pixels; centres and sizes are whole pixels."""
+"""The places of objects in a scene of 128 × 128 pixels; centres and sizes are whole pixels."""
 
 from __future__ import annotations
 
 from ldm.data.emoji.draws import Draw
 
 FRAME = 128
-PAIR_SIZE, PAIR_ALONG, PAIR_ACROSS = (46, 60), 4, 10  # jitter along and across the line from one to the other
+PAIR_SIZE, PAIR_ALONG, PAIR_ACROSS = (46, 60), 4, 10  # jitter along and across the line between the two
 COUNT_SIZE = {2: (46, 60), 3: (42, 56), 4: (42, 56)}  # px; a row of three is drawn smaller
 ROW_OF_THREE = (34, 40)
 CARD_SIZE, TWO_CARDS_SIZE, CARD_SHARE = (92, 112), (54, 60), 0.72  # share of the card's side that its object takes
@@ -19,9 +19,9 @@ def _inside(value: int, size: int) -> int:
 
 
 def jittered(draw: Draw, x: int, y: int, size: int, jitter: int | Place, grid: int = 1) -> Place:
-    """A centre near (x, y), by steps of `grid`, moved back so far that a square of `size` lies inside the frame.
+    """A centre near (x, y), in steps of `grid`, moved so that a square of `size` lies inside the frame.
 
-    jitter: how far it may lie from (x, y), or how far across and how far down.
+    jitter: the greatest distance from (x, y), or (across, down).
     """
     across, down = (far // grid for far in (jitter if isinstance(jitter, tuple) else (jitter, jitter)))
     return (
@@ -30,17 +30,17 @@ def jittered(draw: Draw, x: int, y: int, size: int, jitter: int | Place, grid: i
     )
 
 
-def side(draw: Draw, low_high: tuple[int, int], still: bool = False) -> int:
+def side(draw: Draw, low_high: tuple[int, int], fixed: bool = False) -> int:
     """A side between the two, or their middle."""
-    return sum(low_high) // 2 if still else draw.integer(*low_high)
+    return sum(low_high) // 2 if fixed else draw.integer(*low_high)
 
 
-def two(draw: Draw, relation: str, sizes: tuple[int, int], still: bool = False) -> tuple[Place, Place]:
-    """Centres of a and b so that a stands `relation` b (left, right, above, below), without overlap."""
-    near, far, middle = FRAME // 4, FRAME - FRAME // 4, FRAME // 2
-    first, second = (near, far) if relation in ("left", "above") else (far, near)
-    along, across = min(PAIR_ALONG, (far - near - max(sizes)) // 2), PAIR_ACROSS
-    if still:
+def two(draw: Draw, relation: str, sizes: tuple[int, int], fixed: bool = False) -> tuple[Place, Place]:
+    """Centres of a and b that do not overlap, a being `relation` (left, right, above, below) of b."""
+    low, high, middle = FRAME // 4, FRAME - FRAME // 4, FRAME // 2
+    first, second = (low, high) if relation in ("left", "above") else (high, low)
+    along, across = min(PAIR_ALONG, (high - low - max(sizes)) // 2), PAIR_ACROSS
+    if fixed:
         along, across = 0, 0
     points, jitter = ((first, middle), (second, middle)), (along, across)
     if relation in ("above", "below"):
@@ -49,22 +49,22 @@ def two(draw: Draw, relation: str, sizes: tuple[int, int], still: bool = False) 
     return a, b
 
 
-def several(draw: Draw, count: int, still: bool = False) -> tuple[int, list[Place]]:
+def several(draw: Draw, count: int, fixed: bool = False) -> tuple[int, list[Place]]:
     """(size, centres) of `count` equal objects that do not overlap: rows, columns, triangles, a square.
 
-    `still`: in one way for each count, in the middle of its cell.
+    `fixed`: one arrangement for each count, each object in the middle of its cell.
     """
-    near, middle, far, gap = FRAME // 4, FRAME // 2, FRAME - FRAME // 4, FRAME // 2
-    size = side(draw, COUNT_SIZE[count], still)
+    low, middle, high, gap = FRAME // 4, FRAME // 2, FRAME - FRAME // 4, FRAME // 2
+    size = side(draw, COUNT_SIZE[count], fixed)
     if count == 2:
-        points = [(near, middle), (far, middle)] if still or draw.chance(0.7) else [(middle, near), (middle, far)]
+        points = [(low, middle), (high, middle)] if fixed or draw.chance(0.7) else [(middle, low), (middle, high)]
     elif count == 4:
-        points = [(x, y) for y in (near, far) for x in (near, far)]
-    elif still or draw.chance(0.5):
-        points = [(middle, near), (near, far), (far, far)]
-        if not still and draw.chance(0.5):
+        points = [(x, y) for y in (low, high) for x in (low, high)]
+    elif fixed or draw.chance(0.5):
+        points = [(middle, low), (low, high), (high, high)]
+        if not fixed and draw.chance(0.5):
             points = [(x, FRAME - y) for x, y in points]
     else:
         size, gap = draw.integer(*ROW_OF_THREE), FRAME // 3
         points = [(middle - gap, middle), (middle, middle), (middle + gap, middle)]
-    return size, [jittered(draw, x, y, size, 0 if still else (gap - size) // 2) for x, y in points]
+    return size, [jittered(draw, x, y, size, 0 if fixed else (gap - size) // 2) for x, y in points]

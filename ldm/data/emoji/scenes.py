@@ -1,13 +1,14 @@
-"""Endless pictures with captions, each a pure function of (seed, index)."""
+"""Endless images with captions, each a pure function of (seed, index)."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ldm.config import require
+from ldm.config import build, require
 from ldm.data.emoji.colours import COLOURS, nearest_colour
 from ldm.data.emoji.draws import Draw
 from ldm.data.emoji.holdout import Combination, held_out
@@ -21,47 +22,62 @@ if TYPE_CHECKING:
     import numpy as np
 
 KINDS = ("single", "pair", "count", "card")
+RENAMED = {  # old names of settings, which are still accepted
+    "favourites": "oversampled",
+    "favourites_share": "oversampled_share",
+    "grounds": "backgrounds",
+    "still": "fixed_layout",
+}
 ATTEMPTS = 100_000  # draws before giving up on a scene; a held-out one takes about 10, with two cards 100
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What is drawn, and how often. Sizes and jitter are pixels of a 128 × 128 picture."""
+    """What is drawn, and how often. Sizes and jitter are pixels of a 128 × 128 image. Raises ConfigError."""
 
     objects: Literal["everyday", "all"] = "everyday"
     everyday_share: float = 0.5  # with objects="all": how often an object is drawn from the everyday ones alone
-    favourites: tuple[str, ...] = ()  # words or characters of objects that are drawn more often: say, the hard ones
-    favourites_share: float = 0.5  # how often an object is one of these, where there are any
+    oversampled: tuple[str, ...] = ()  # words or characters of objects that are drawn more often, such as hard ones
+    oversampled_share: float = 0.5  # how often an object is one of these, where there are any
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
-    jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the picture
-    still: float = 0.0  # share of scenes with their things in one place and at one size each: seeds change little there
+    jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the image
+    fixed_layout: float = (
+        0.0  # share of scenes with their things in one place and at one size each: seeds change little there
+    )
     grid: int = 1  # steps of a single object's size and place: whole latents of an autoencoder of factor 8 with 8
-    grounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
-    mention: float = 0.85  # share of captions that tell the ground's colour
+    backgrounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
+    mention: float = 0.85  # share of captions that name the background's colour
     two_cards: float = 0.5  # share of card scenes that have two
     resolution: int = 128
-    held_out: bool = False  # True: only combinations that are held out, for judging; always tells the ground
+    held_out: bool = False  # True: only held-out combinations, for judging; captions always name the background
 
     def __post_init__(self):
         for kind, weight in self.kinds.items():
             if kind not in KINDS:
-                raise ConfigError(f"unknown kind of scene {kind!r}", where="kinds", todo=nearest(kind, KINDS))
+                raise ConfigError(f"unknown kind of scene {kind!r}", where="kinds", hint=nearest(kind, KINDS))
             require(weight >= 0, f"a weight cannot be negative, got {weight}", f"kinds.{kind}")
         require(sum(self.kinds.values()) > 0, "all weights are zero", "kinds")
         require(8 <= self.size[0] <= self.size[1] <= 128, f"needs 8 <= low <= high <= 128, got {self.size}", "size")
         require(0 <= self.jitter <= 128, f"must be 0 to 128, got {self.jitter}", "jitter")
         require(1 <= self.grid <= 128, f"must be 1 to 128, got {self.grid}", "grid")
         require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
-        for name in ("everyday_share", "mention", "two_cards", "still"):
+        for name in ("everyday_share", "mention", "two_cards", "fixed_layout"):
             require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
-        share = self.favourites_share
-        require(0 <= share < 1, f"must be 0 to less than 1, got {share}", "favourites_share")
+        share = self.oversampled_share
+        require(0 <= share < 1, f"must be 0 to less than 1, got {share}", "oversampled_share")
         try:
-            _found(self.favourites)
+            _objects_of(self.oversampled)
         except DataError as error:
-            raise ConfigError(error.what, where="favourites", todo=error.todo) from None
-        require(not (self.held_out and self.grounds == "any"), "held-out scenes need named grounds", "grounds")
+            raise ConfigError(error.what, where="oversampled", hint=error.hint) from None
+        require(
+            not (self.held_out and self.backgrounds == "any"), "held-out scenes need named backgrounds", "backgrounds"
+        )
+
+
+def scene_config(settings: Mapping[str, Any]) -> SceneConfig:
+    """The config of settings under their present or their old names (see RENAMED). Raises ConfigError."""
+    return build(SceneConfig, {RENAMED.get(name, name): value for name, value in settings.items()}, "data.scenes")
 
 
 @dataclass(frozen=True)
@@ -91,19 +107,19 @@ class Spec:
 
     kind: str  # "single" | "pair" | "count" | "card"
     caption: str
-    ground: tuple[int, int, int]
-    colour: str | None  # the ground's name; None where it has none
-    mentioned: bool  # whether the caption tells the ground
+    background: tuple[int, int, int]
+    colour: str | None  # the background's name; None where it has none
+    mentioned: bool  # whether the caption names the background
     objects: tuple[Placed, ...]  # in the caption's order
     relation: str | None = None  # "left", "right", "above", "below", "and": the first object to the second
     cards: tuple[Card, ...] = ()
-    combinations: tuple[Combination, ...] = ()  # all that the picture shows
-    judged: tuple[Combination, ...] = ()  # those that the scene is about
+    combinations: tuple[Combination, ...] = ()  # all that the image shows
+    judged: tuple[Combination, ...] = ()  # those that the caption is about
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, uint8 (resolution, resolution, 3), what is said about it, and what it is."""
+    """An image, uint8 (resolution, resolution, 3), with its caption and its spec."""
 
     image: np.ndarray
     caption: str
@@ -113,7 +129,7 @@ class Scene:
 class Scenes:
     """`scenes[i]` for any i >= 0; equal for equal (config, seed, i), in every process.
 
-    `font` is the font's file, looked up when the first picture is drawn, so that specs and captions need none.
+    `font` is the font's file, looked up when the first image is drawn, so that specs and captions need none.
     """
 
     def __init__(self, config: SceneConfig | None = None, seed: int = 0, font: str | Path | None = None):
@@ -153,20 +169,20 @@ class Scenes:
 
 
 def render(spec: Spec, font: Path, resolution: int = 128) -> np.ndarray:
-    """Draw a spec: ground, cards, objects."""
+    """Draw a spec: background, cards, objects."""
     import numpy as np
     from PIL import Image
 
     scale = resolution / layout.FRAME
-    image = Image.new("RGB", (resolution, resolution), spec.ground)
+    image = Image.new("RGB", (resolution, resolution), spec.background)
     for card in spec.cards:
         side = round(card.size * scale)
         mask = _card_mask(card.shape, side)
         image.paste(COLOURS[card.colour], (round(card.x * scale - side / 2), round(card.y * scale - side / 2)), mask)
     for placed in spec.objects:
         side = round(placed.size * scale)
-        picture = scaled(placed.object.char, side, font)
-        image.paste(picture, (round(placed.x * scale - side / 2), round(placed.y * scale - side / 2)), picture)
+        drawn = scaled(placed.object.char, side, font)
+        image.paste(drawn, (round(placed.x * scale - side / 2), round(placed.y * scale - side / 2)), drawn)
     return np.array(image)
 
 
@@ -181,9 +197,9 @@ def _card_mask(shape: str, side: int):
     return mask.resize((side, side), Image.Resampling.BOX)
 
 
-def _ground(draw: Draw, config: SceneConfig) -> tuple[tuple[int, int, int], str | None, bool]:
-    """(rgb, name, whether it is told)."""
-    if config.grounds == "any":
+def _draw_background(draw: Draw, config: SceneConfig) -> tuple[tuple[int, int, int], str | None, bool]:
+    """(rgb, name, whether the caption names it)."""
+    if config.backgrounds == "any":
         return tuple(draw.integer(0, 255) for _ in range(3)), None, False
     colour = draw.pick(tuple(COLOURS))
     mentioned = draw.chance(config.mention) or config.held_out
@@ -199,113 +215,115 @@ def _object(draw: Draw, config: SceneConfig, countable: bool = False) -> EmojiOb
 
 def _choice(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, ...]:
     """The objects of which the next one is; no draw is spent where there are no favourites, see `_still`."""
-    if config.favourites and draw.chance(config.favourites_share):
-        return _found(config.favourites)
+    if config.oversampled and draw.chance(config.oversampled_share):
+        return _objects_of(config.oversampled)
     common = config.objects == "everyday" or draw.chance(config.everyday_share)
     return everyday() if common else objects()
 
 
 @functools.cache
-def _found(words: tuple[str, ...]) -> tuple[EmojiObject, ...]:
+def _objects_of(words: tuple[str, ...]) -> tuple[EmojiObject, ...]:
     return tuple(map(find, words))
 
 
 def _two_objects(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, EmojiObject]:
-    """Two objects that nobody takes for each other."""
+    """Two objects that do not look alike."""
     a = b = _object(draw, config)
-    while b.looks == a.looks:
+    while b.lookalike_class == a.lookalike_class:
         b = _object(draw, config)
     return a, b
 
 
-def _finish(draw: Draw, config: SceneConfig, kind: str, said: str, ground, placed, judged, shown=(), **more) -> Spec:
-    """A spec with its ground told or not, and every combination that the picture shows."""
-    rgb, colour, mentioned = ground
+def _finish(
+    draw: Draw, config: SceneConfig, kind: str, phrase: str, background, placed, judged, shown=(), **more
+) -> Spec:
+    """A spec; its caption names the background or not, and it lists every combination that the image shows."""
+    rgb, colour, mentioned = background
     name = colour or nearest_colour(rgb)
-    on_ground = dict.fromkeys(("on", p.object.codepoints, name) for p in placed)
+    on_background = dict.fromkeys(("on", p.object.codepoints, name) for p in placed)
     return Spec(
         kind=kind,
-        caption=captions.with_ground(draw, said, colour if mentioned else None),
-        ground=rgb,
+        caption=captions.with_background(draw, phrase, colour if mentioned else None),
+        background=rgb,
         colour=colour,
         mentioned=mentioned,
         objects=tuple(placed),
-        combinations=tuple(dict.fromkeys((*judged, *shown, *on_ground))),
+        combinations=tuple(dict.fromkeys((*judged, *shown, *on_background))),
         judged=tuple(judged),
         **more,
     )
 
 
-def _still(draw: Draw, config: SceneConfig) -> bool:
-    """Whether a scene is still; without such scenes no draw is spent, so that all others stay what they were."""
-    return bool(config.still) and draw.chance(config.still)
+def _is_fixed(draw: Draw, config: SceneConfig) -> bool:
+    """Whether a scene has the fixed layout. Without such scenes no random number is used, so that the others stay."""
+    return bool(config.fixed_layout) and draw.chance(config.fixed_layout)
 
 
 def _single(draw: Draw, config: SceneConfig) -> Spec:
-    thing, ground = _object(draw, config), _ground(draw, config)
+    thing, background = _object(draw, config), _draw_background(draw, config)
     low, high = config.size
     size = low + config.grid * draw.integer(0, (high - low) // config.grid)
     middle = layout.FRAME // 2
     x, y = layout.jittered(draw, middle, middle, size, config.jitter, config.grid)
-    if _still(draw, config):
+    if _is_fixed(draw, config):
         size, x, y = (low + high) // 2, middle, middle
-    judged = [("on", thing.codepoints, ground[1] or nearest_colour(ground[0]))]
-    said = captions.noun_phrase(draw, thing)
-    return _finish(draw, config, "single", said, ground, [Placed(thing, x, y, size)], judged)
+    judged = [("on", thing.codepoints, background[1] or nearest_colour(background[0]))]
+    phrase = captions.noun_phrase(draw, thing)
+    return _finish(draw, config, "single", phrase, background, [Placed(thing, x, y, size)], judged)
 
 
 def _pair(draw: Draw, config: SceneConfig) -> Spec:
-    (a, b), ground = _two_objects(draw, config), _ground(draw, config)
+    (a, b), background = _two_objects(draw, config), _draw_background(draw, config)
     relation = draw.pick(tuple(captions.RELATIONS))
-    stands = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
-    still = _still(draw, config)
-    sizes = (layout.side(draw, layout.PAIR_SIZE, still), layout.side(draw, layout.PAIR_SIZE, still))
-    places = layout.two(draw, stands, sizes, still)
+    position = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
+    fixed = _is_fixed(draw, config)
+    sizes = (layout.side(draw, layout.PAIR_SIZE, fixed), layout.side(draw, layout.PAIR_SIZE, fixed))
+    places = layout.two(draw, position, sizes, fixed)
     placed = [Placed(thing, *place, size) for thing, place, size in zip((a, b), places, sizes)]
     judged = [(relation, a.codepoints, b.codepoints)]
-    said = captions.pair(draw, relation, a, b)
-    shown = [(stands, a.codepoints, b.codepoints)]
-    return _finish(draw, config, "pair", said, ground, placed, judged, shown, relation=relation)
+    phrase = captions.pair(draw, relation, a, b)
+    shown = [(position, a.codepoints, b.codepoints)]
+    return _finish(draw, config, "pair", phrase, background, placed, judged, shown, relation=relation)
 
 
 def _count(draw: Draw, config: SceneConfig) -> Spec:
-    thing, ground = _object(draw, config, countable=True), _ground(draw, config)
+    thing, background = _object(draw, config, countable=True), _draw_background(draw, config)
     count = draw.integer(2, 4)
-    size, places = layout.several(draw, count, _still(draw, config))
+    size, places = layout.several(draw, count, _is_fixed(draw, config))
     placed = [Placed(thing, x, y, size) for x, y in places]
-    said = captions.several(draw, thing, count)
-    return _finish(draw, config, "count", said, ground, placed, [("count", thing.codepoints, count)])
+    phrase = captions.several(draw, thing, count)
+    return _finish(draw, config, "count", phrase, background, placed, [("count", thing.codepoints, count)])
 
 
-def _card_colours(draw: Draw, ground: tuple) -> tuple[str, str]:
-    """Two different colours, neither of them the ground's."""
-    free = [c for c in COLOURS if c != (ground[1] or nearest_colour(ground[0]))]
+def _card_colours(draw: Draw, background: tuple) -> tuple[str, str]:
+    """Two different colours, neither of them the background's."""
+    free = [c for c in COLOURS if c != (background[1] or nearest_colour(background[0]))]
     first = draw.pick(free)
     return first, draw.pick([c for c in free if c != first])
 
 
 def _card(draw: Draw, config: SceneConfig) -> Spec:
-    things, ground = _two_objects(draw, config), _ground(draw, config)
-    colours, middle = _card_colours(draw, ground), layout.FRAME // 2
+    things, background = _two_objects(draw, config), _draw_background(draw, config)
+    colours, middle = _card_colours(draw, background), layout.FRAME // 2
     both = draw.chance(config.two_cards)
-    stands = draw.pick(("left", "right", "above", "below"))
-    still = _still(draw, config)
+    position = draw.pick(("left", "right", "above", "below"))
+    fixed = _is_fixed(draw, config)
     if both:
-        sizes = (layout.side(draw, layout.TWO_CARDS_SIZE, still), layout.side(draw, layout.TWO_CARDS_SIZE, still))
-        places = layout.two(draw, stands, sizes, still)
+        sizes = (layout.side(draw, layout.TWO_CARDS_SIZE, fixed), layout.side(draw, layout.TWO_CARDS_SIZE, fixed))
+        places = layout.two(draw, position, sizes, fixed)
     else:
-        sizes = (layout.side(draw, layout.CARD_SIZE, still),)
-        places = (layout.jittered(draw, middle, middle, sizes[0], 0 if still else config.jitter),)
+        sizes = (layout.side(draw, layout.CARD_SIZE, fixed),)
+        places = (layout.jittered(draw, middle, middle, sizes[0], 0 if fixed else config.jitter),)
     cards = tuple(
         Card(draw.pick(("card", "disc")), colour, *place, size) for colour, place, size in zip(colours, places, sizes)
     )
     placed = [Placed(thing, card.x, card.y, round(card.size * layout.CARD_SHARE)) for thing, card in zip(things, cards)]
     judged = [("card", p.object.codepoints, card.colour) for p, card in zip(placed, cards)]
-    said = " and ".join(captions.on_card(draw, p.object, c.shape, c.colour) for p, c in zip(placed, cards))
+    phrase = " and ".join(captions.on_card(draw, p.object, c.shape, c.colour) for p, c in zip(placed, cards))
     pair = (things[0].codepoints, things[1].codepoints)
-    shown = [("and", *pair), (stands, *pair)] if both else []
+    shown = [("and", *pair), (position, *pair)] if both else []
     more = {"relation": "and" if both else None, "cards": cards}
-    return _finish(draw, config, "card", said, ground, placed, judged, shown, **more)
+    return _finish(draw, config, "card", phrase, background, placed, judged, shown, **more)
 
 
 BUILDERS = dict(zip(KINDS, (_single, _pair, _count, _card)))

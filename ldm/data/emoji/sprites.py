@@ -1,4 +1,4 @@
-"""Pictures of single objects, from the Noto Color Emoji font."""
+"""Images of single objects, from the Noto Color Emoji font."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PLACES = (
 NAME = "Noto Color Emoji"
 STRIKE = 109  # the only pixel size of the font's bitmaps
 BITMAP = (136, 128)  # width, height of one bitmap
-TODO = "install it (Debian: apt install fonts-noto-color-emoji) or name its file with --font FILE"
+HINT = "install it (Debian: apt install fonts-noto-color-emoji) or name its file with --font FILE"
 
 
 def find_font(font: str | Path | None = None) -> Path:
-    """The font file: `font` where given, else the first of the usual places.
+    """The font file: `font`, or the first that exists of the usual places.
 
-    Raises DataError, with the sentence that says how to get it, where there is none or the file is not that font.
+    Raises DataError, which says how to install the font, where there is none or the file is another font.
     """
     places = [Path(p).expanduser() for p in ((font,) if font else PLACES)]
-    found = next((p for p in places if p.is_file()), None)
-    if found is None:
-        raise DataError("the font Noto Color Emoji was not found", where=font, todo=TODO)
-    _open(found)
-    return found
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise DataError("the font Noto Color Emoji was not found", where=font, hint=HINT)
+    _open(path)
+    return path
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,9 +45,9 @@ def _open(path: Path):
     try:
         font = ImageFont.truetype(str(path), STRIKE)
     except OSError as error:
-        raise DataError(f"not a font with bitmaps of {STRIKE} pixels ({error})", where=path, todo=TODO) from None
-    if font.getname()[0] != NAME:  # any other would draw its box for what it does not have
-        raise DataError(f"is the font {font.getname()[0]}, not {NAME}", where=path, todo=TODO)
+        raise DataError(f"not a font with bitmaps of {STRIKE} pixels ({error})", where=path, hint=HINT) from None
+    if font.getname()[0] != NAME:  # another font would draw a box for a missing character
+        raise DataError(f"is the font {font.getname()[0]}, not {NAME}", where=path, hint=HINT)
     return font
 
 
@@ -63,7 +63,7 @@ def sprite(char: str, font: Path) -> Image:
     ImageDraw.Draw(canvas).text((0, 0), char, font=_open(Path(font)), embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     if box is None or box[2] > BITMAP[0]:
-        raise DataError(f"the font has no picture of '{find(char).name}'", where=font, todo=TODO)
+        raise DataError(f"the font has no image of '{find(char).name}'", where=font, hint=HINT)
     side = max(box[2] - box[0], box[3] - box[1])
     square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     square.paste(canvas.crop(box), ((side - box[2] + box[0]) // 2, (side - box[3] + box[1]) // 2))

@@ -1,6 +1,6 @@
 """The 849 objects that scenes are made of: their characters, names, words and look-alikes, from `table.tsv`.
 
-`make_table.py` made that file and tells how objects and words were chosen.
+`tests/make_emoji_table.py` of the repository made that file and says how objects and words were chosen.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from importlib import resources
 
 from ldm.errors import DataError, nearest
 
-KINDS = {"+": "plural", "~": "mass", "^": "unique", "!": "single"}  # markers of `table.tsv`; none means "count"
+KINDS = {"+": "plural", "~": "mass", "^": "unique", "!": "single"}  # markers in `table.tsv`; none means "count"
 
 
 @dataclass(frozen=True)
 class Word:
-    """One thing that captions may call an object."""
+    """A word that captions use for an object."""
 
     text: str  # lower case
     kind: str  # "count" | "single" (no plural) | "plural" (grapes) | "mass" (bread) | "unique" (the earth)
     plural: str | None  # only of "count"
 
 
-@dataclass(frozen=True, eq=False)  # one instance an object: compared by identity, which keeps drawing fast
+@dataclass(frozen=True, eq=False)  # one instance for each object: compared by identity, which is fast
 class EmojiObject:
-    """One thing that can be drawn."""
+    """One object that can be drawn."""
 
     codepoints: str  # "1F408"; several are joined by "-"
     char: str
@@ -33,18 +33,18 @@ class EmojiObject:
     group: str
     subgroup: str
     everyday: bool
-    looks: str  # name of the look-alike class
+    lookalike_class: str  # name of the class
     forms: tuple[Word, ...]  # the commonest first
     keywords: tuple[str, ...]  # CLDR's, not used in captions
 
     @property
     def word(self) -> str:
-        """What people call it: "car" for the object named automobile."""
+        """The commonest word: "car" for the object named automobile."""
         return self.forms[0].text
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
-        """All its names in the singular (or as they are, where there is none): the commonest first, CLDR's included."""
+        """All its words, in the singular where there is one, the commonest first; CLDR's name is among them."""
         return tuple(form.text for form in self.forms)
 
     @functools.cached_property
@@ -72,7 +72,7 @@ def read_word(text: str) -> Word:
 
 
 def _read_row(line: str) -> EmojiObject:
-    codepoints, name, group, subgroup, everyday, looks, words, keywords = line.split("\t")
+    codepoints, name, group, subgroup, everyday, lookalike_class, words, keywords = line.split("\t")
     char = "".join(chr(int(c, 16)) for c in codepoints.split())
     return EmojiObject(
         codepoints=codepoints.replace(" ", "-"),
@@ -81,7 +81,7 @@ def _read_row(line: str) -> EmojiObject:
         group=group,
         subgroup=subgroup,
         everyday=everyday == "1",
-        looks=looks,
+        lookalike_class=lookalike_class,
         forms=tuple(map(read_word, words.split("|"))),
         keywords=tuple(keywords.split("|")),
     )
@@ -116,20 +116,20 @@ def _index() -> dict[str, EmojiObject]:
 def find(key: str) -> EmojiObject:
     """The object of a character, code points ("1F408"), name or word in singular or plural. Raises DataError."""
     index = _index()
-    if found := index.get(key) or index.get(key.lower()):
-        return found
+    if match := index.get(key) or index.get(key.lower()):
+        return match
     close = nearest(key, [o.word for o in objects()])
-    raise DataError(f"no object is called {key!r}", todo=close if close.startswith("did") else None)
+    raise DataError(f"no object is called {key!r}", hint=close if close.startswith("did") else None)
 
 
 def class_of(char: str) -> str:
     """The look-alike class of a character (or word): equal for cat and cat face, for all 24 clock faces."""
-    return find(char).looks
+    return find(char).lookalike_class
 
 
 def lookalikes() -> dict[str, tuple[EmojiObject, ...]]:
     """Objects by look-alike class, classes of one included."""
     classes: dict[str, list[EmojiObject]] = {}
     for o in objects():
-        classes.setdefault(o.looks, []).append(o)
+        classes.setdefault(o.lookalike_class, []).append(o)
     return {name: tuple(members) for name, members in classes.items()}

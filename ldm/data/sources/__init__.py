@@ -1,4 +1,4 @@
-"""One reader for every layout of captioned pictures: it tells which one it is by looking, and says what it found."""
+"""One reader for every layout of captioned images: it detects the layout and counts what it finds."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ldm.config import require
-from ldm.data.sources.first import FirstSource
 from ldm.data.sources.folder import open_folder
 from ldm.data.sources.library import is_hub_id, is_saved, open_hub, open_saved
+from ldm.data.sources.sampled import SampledSource
 from ldm.data.sources.source import Counts, Sample, Skip, Source, over_long
 from ldm.data.sources.tables import open_parquet
 from ldm.data.sources.tars import open_tars
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptionedFolder",
     "Counts",
-    "FirstSource",
     "Sample",
+    "SampledSource",
     "Skip",
     "Source",
     "is_hub_id",
@@ -34,15 +34,15 @@ __all__ = [
 def open_source(
     data: str | Path, captions: Literal["auto", "names"] = "auto", split: str = "train", stream: bool = False
 ) -> Source:
-    """The captioned pictures of a folder, a tar, a parquet file or a set on the hub (`owner/name[@revision]`).
+    """The captioned images of a folder, a tar, a parquet file or a set on the hub (`owner/name[@revision]`).
 
-    Folders: metadata.csv, .jsonl or .parquet; .txt or .caption files beside the pictures (several lines: alternatives);
-    kohya's `10_name` (repeats); tars (webdataset); parquet files with pictures; what `datasets` saved. With
-    `captions="names"` the captions are made from the names of folders and files. Of data with splits (folders or shards
-    called train, test, …) one is read. `stream` reads a hub set as it comes instead of downloading it. Nothing is
-    decoded yet and nothing ever written; `source.require()` says whether it is good enough to learn from.
+    Folders: metadata.csv, .jsonl or .parquet; .txt or .caption files beside the images (several lines: alternatives);
+    kohya's `10_name` (repeats); tars (webdataset); parquet files with images; folders saved by `datasets`. With
+    `captions="names"` the captions are made from the names of folders and files. Where the data has splits (folders or
+    shards called train, test, …) one of them is read. `stream` reads a hub set without downloading it. No image is
+    decoded here, and nothing is ever written; `source.require()` checks whether the set is good enough for training.
 
-    Raises DataError for what is not there, damaged metadata, and paths that lead out of the folder; ConfigError.
+    Raises DataError for missing files, damaged metadata, and paths that lead out of the folder; ConfigError.
     """
     require(captions in ("auto", "names"), f"must be auto or names, got {captions!r}", "captions")
     path = Path(data)
@@ -53,32 +53,32 @@ def open_source(
     if path.is_file():
         reader = {".tar": open_tars, ".parquet": open_parquet}.get(path.suffix.lower())
         if reader is None:
-            raise DataError("is a file", where=data, todo="give a folder of pictures, a .tar or a .parquet")
+            raise DataError("is a file", where=data, hint="give a folder of images, a .tar or a .parquet")
         return reader(path, path.parent.resolve(), [path.name])
     if is_saved(path):
         return open_saved(path, split)
-    found = walk(path)
+    listing = walk(path)
     for suffix, reader in ((".tar", open_tars), (".parquet", open_parquet)):
-        if found.shards[suffix] and not found.pictures and not found.metadata:
-            return reader(path, found.root, _shards_of(path, found.shards[suffix], split))
-    return open_folder(path, found, captions, split)
+        if listing.shards[suffix] and not listing.images and not listing.metadata:
+            return reader(path, listing.root, _shards_of(path, listing.shards[suffix], split))
+    return open_folder(path, listing, captions, split)
 
 
 def _shards_of(path: Path, names: list[str], split: str) -> list[str]:
     splits = {name: split_of(name) for name in names}
-    there = sorted(set(filter(None, splits.values())))
-    if split in there:
+    known = sorted(set(filter(None, splits.values())))
+    if split in known:
         return [name for name in names if splits[name] == split]
-    if there or split != "train":
-        raise DataError(f"has no split {split!r}", where=path, todo=f"there is {', '.join(there) or 'none'}")
+    if known or split != "train":
+        raise DataError(f"has no split {split!r}", where=path, hint=f"there is {', '.join(known) or 'none'}")
     return names
 
 
 class CaptionedFolder:
-    """Square pictures with their first captions: `folder[i] -> (uint8 (resolution, resolution, 3), caption)`.
+    """Square images with their first captions: `folder[i] -> (uint8 (resolution, resolution, 3), caption)`.
 
-    Pictures are scaled until the shorter side is `resolution` and cropped in the middle. Raises DataError naming the
-    first of any rows or captions that cannot be used; pixels are looked at when they are asked for.
+    Images are scaled until the shorter side is `resolution` and cropped in the middle. Raises DataError with the first
+    row or caption that cannot be used; images are read only when they are indexed.
     """
 
     def __init__(self, path: str | Path, resolution: int = 128):
@@ -93,6 +93,6 @@ class CaptionedFolder:
         import numpy as np
         from PIL import Image, ImageOps
 
-        picture = self.source[index].picture(at_least=self.resolution)
-        square = ImageOps.fit(picture, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
+        image = self.source[index].image(at_least=self.resolution)
+        square = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
         return np.array(square), self.captions[index]

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.folder import open_file
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
-from ldm.data.sources.tables import PICTURES, TODO, picture_bytes
+from ldm.data.sources.tables import HINT, IMAGE_COLUMNS, image_bytes
 from ldm.errors import DataError, one_line
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-FIRST = 100  # samples of a stream in which at least one caption must be
+FIRST = 100  # samples of a stream, of which at least one must have a caption
 
 
 def is_hub_id(data: str) -> bool:
-    """Whether this can only mean a repository: `owner/name` or `owner/name@revision`, and no such path here."""
+    """Whether this can only be a repository: `owner/name` or `owner/name@revision`, and no local path."""
     return bool(ID.fullmatch(data)) and not Path(data).exists() and not Path(data).parent.exists()
 
 
@@ -34,29 +34,29 @@ def is_saved(folder: Path) -> bool:
 
 
 class LibrarySource(Source):
-    """Rows of a `datasets.Dataset`, which lies on the disk and is read where it is asked for."""
+    """Rows of a `datasets.Dataset`, which lies on the disk; a row is read when it is indexed."""
 
     def __init__(self, path: object, layout: str, counts: Counts, dataset, columns: tuple[str, str], rows: list[int]):
         super().__init__(path, layout, counts, len(rows))
         self.dataset, self.rows = dataset, rows
-        self.pictures, self.caption = columns
+        self.images, self.caption = columns
         self.texts = dataset.select_columns([self.caption]) if self.caption else None
 
     def _sample(self, position: int) -> Sample:
         row = self.rows[position]
         texts = captions_of(_text(self.texts[row][self.caption]))[0] if self.texts is not None else ()
         where = f"{self.path}#{row}"
-        return Sample(f"#{row}", texts, 1, where, partial(_row_bytes, self.dataset, self.pictures, row, where))
+        return Sample(f"#{row}", texts, 1, where, partial(_row_bytes, self.dataset, self.images, row, where))
 
 
 class StreamSource(Source):
-    """A set on the hub that is read as it comes, in its order, and never kept. Its counts grow while it is read."""
+    """A set on the hub that is read as a stream, in its order, and never stored. Its counts grow while it is read."""
 
     random_access = False
 
     def __init__(self, path: object, layout: str, dataset, columns: tuple[str, str]):
         super().__init__(path, layout, Counts(), 0)
-        self.dataset, (self.pictures, self.caption) = dataset, columns
+        self.dataset, (self.images, self.caption) = dataset, columns
 
     def __len__(self) -> int:
         raise TypeError("a stream has no length")
@@ -71,7 +71,7 @@ class StreamSource(Source):
             number, row = item
             where = f"{self.path}#{number}"
             self.counts.found += 1
-            data, reason = _bytes(row.get(self.pictures), self.path)
+            data, reason = _bytes(row.get(self.images), self.path)
             texts, fault = captions_of(_text(row.get(self.caption)))
             if reason or fault:
                 self.counts.skip(where, reason or fault)
@@ -79,11 +79,11 @@ class StreamSource(Source):
             self.counts.use(f"#{number}", texts)
             yield Sample(f"#{number}", texts, 1, where, partial(io.BytesIO, data))
 
-    def sift(self, look=Sample.header, desc: str = "headers"):
-        """As of every source, but nothing is remembered: the next time bad pictures are met again."""
-        for sample in progress(self, desc=desc, unit="picture"):
+    def validate(self, check=Sample.header, desc: str = "headers"):
+        """Like `Source.validate`, but bad images are not remembered: the next pass meets them again."""
+        for sample in progress(self, desc=desc, unit="image"):
             try:
-                yield sample, look(sample)
+                yield sample, check(sample)
             except DataError as error:
                 self._drop(sample, error)
 
@@ -91,12 +91,12 @@ class StreamSource(Source):
 def _next(rows, path: object):
     try:
         return next(rows, None)
-    except Exception as error:  # the library has many, of the network and of damaged files
-        raise DataError(f"cannot be read on ({_line(error)})", where=path) from None
+    except Exception as error:  # the library raises many types, for the network and for damaged files
+        raise DataError(f"cannot be read any further ({_line(error)})", where=path) from None
 
 
 def _text(value: Any) -> Any:
-    """A caption field as it is, or what the JSON of a webdataset holds."""
+    """A caption field as it is, or the caption in the JSON of a webdataset."""
     if isinstance(value, dict):
         column = caption_column(list(value))
         return value[column] if column else None
@@ -106,35 +106,35 @@ def _text(value: Any) -> Any:
 def _row_bytes(dataset, column: str, row: int, where: str) -> BinaryIO:
     try:
         value = dataset[row][column]
-    except Exception as error:  # a damaged or vanished arrow file: whatever the library makes of it
-        raise PictureError("cannot be read from the set", _line(error), where=where) from None
+    except Exception as error:  # a damaged or missing arrow file: the library raises many types
+        raise ImageError("cannot be read from the set", _line(error), where=where) from None
     data, reason = _bytes(value, where)
     if reason:
-        raise PictureError(reason, where=where)
+        raise ImageError(reason, where=where)
     return io.BytesIO(data)
 
 
 def _bytes(value: Any, where: str) -> tuple[bytes, str]:
-    """As picture_bytes; a path is followed into the library's own caches, and to the repository that is being read."""
+    """As `image_bytes`; paths in the library's own caches and in the repository that is read are followed."""
     from datasets import config
     from huggingface_hub import constants
 
     path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
     if not isinstance(path, str):
-        return picture_bytes(value)
+        return image_bytes(value)
     try:
         if path.startswith(f"hf://datasets/{re.split('[@#]', where)[0]}@"):
             from huggingface_hub import HfFileSystem
 
             with HfFileSystem().open(path) as file:
-                return picture_bytes(file.read(MAX_FILE + 1))
+                return image_bytes(file.read(MAX_FILE + 1))
         caches = [os.path.realpath(cache) + os.sep for cache in (config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
         if os.path.realpath(path).startswith(tuple(caches)):
             with open_file(Path(path)) as file:
-                return picture_bytes(file.read(MAX_FILE + 1))
+                return image_bytes(file.read(MAX_FILE + 1))
     except OSError as error:
-        raise PictureError("cannot be opened", error.strerror or str(error), where=where) from None
-    return picture_bytes(value)
+        raise ImageError("cannot be opened", error.strerror or str(error), where=where) from None
+    return image_bytes(value)
 
 
 def open_saved(path: Path, split: str) -> LibrarySource:
@@ -144,15 +144,15 @@ def open_saved(path: Path, split: str) -> LibrarySource:
     try:
         with _no_bars():
             dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library has many
+    except Exception as error:  # the library raises many types
         raise DataError(f"cannot be read as a saved set ({_line(error)})", where=path) from None
     return _of(path, "datasets folder", dataset, split)
 
 
 def open_hub(name: str, split: str, stream: bool) -> Source:
-    """The source of a repository: downloaded into the library's cache, or read as it comes with `stream`.
+    """The source of a repository: downloaded into the library's cache, or read as a stream.
 
-    Only data is read: no code of a repository is ever run. Raises DataError in one line where it cannot be had.
+    Only data is read: no code of a repository is ever run. Raises DataError where it cannot be read.
     """
     import datasets
 
@@ -160,8 +160,8 @@ def open_hub(name: str, split: str, stream: bool) -> Source:
     try:
         with _no_bars():
             dataset = datasets.load_dataset(repo, revision=revision or None, streaming=stream)
-    except Exception as error:  # the library has many: no network, no such repository, gated, a full disk
-        raise DataError(*_hub_failure(error, repo), where=name, todo=_todo(error, repo)) from None
+    except Exception as error:  # the library raises many types: no network, no such repository, gated, a full disk
+        raise DataError(*_hub_failure(error, repo), where=name, hint=_todo(error, repo)) from None
     return _of(name, "hub set", dataset, split, stream)
 
 
@@ -189,7 +189,7 @@ def _line(error: Exception) -> str:
 
 
 class _no_bars:
-    """The library's own bars go where ours are hidden."""
+    """Hides the library's progress bars where ours are hidden."""
 
     def __enter__(self) -> None:
         import datasets
@@ -210,24 +210,24 @@ def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> S
 
     if isinstance(dataset, dict):
         if split not in dataset and not (split == "train" and len(dataset) == 1):
-            raise DataError(f"has no split {split!r}", where=path, todo=f"there is {', '.join(dataset)}")
+            raise DataError(f"has no split {split!r}", where=path, hint=f"there is {', '.join(dataset)}")
         split = split if split in dataset else next(iter(dataset))
         dataset, kind = dataset[split], f"{kind}, split {split}"
     features = dataset.features or {}
-    pictures = _picture_column(features)
+    images = _image_column(features)
     listed = ", ".join(map(repr, features)) or "not known"
-    if pictures is None:
-        raise DataError(f"has no column of pictures: the columns are {listed}", where=path, todo=TODO)
+    if images is None:
+        raise DataError(f"has no column of images: the columns are {listed}", where=path, hint=HINT)
     if stream:
         dataset = dataset.decode(False)
-    elif isinstance(features[pictures], datasets.Image):
-        dataset = dataset.cast_column(pictures, datasets.Image(decode=False))
+    elif isinstance(features[images], datasets.Image):
+        dataset = dataset.cast_column(images, datasets.Image(decode=False))
     caption = caption_column(list(features)) or next((name for name in ("txt", "json") if name in features), None)
-    columns = (pictures, caption)
-    layout = f"{kind}, pictures in {pictures!r}, captions in {caption!r}" if caption else f"{kind}, without captions"
-    nothing = DataError(f"holds no captions: the columns are {listed}", where=path, todo="name one of them 'text'")
+    columns = (images, caption)
+    layout = f"{kind}, images in {images!r}, captions in {caption!r}" if caption else f"{kind}, without captions"
+    nothing = DataError(f"holds no captions: the columns are {listed}", where=path, hint="name one of them 'text'")
     if stream:
-        source = StreamSource(path, f"{layout}, read as it comes", dataset, columns)
+        source = StreamSource(path, f"{layout}, read as a stream", dataset, columns)
     else:
         source = LibrarySource(path, layout, *_counted(path, dataset, caption, columns))
     source.no_captions = nothing
@@ -236,8 +236,8 @@ def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> S
     return source
 
 
-def _picture_column(features) -> str | None:
-    """The first column of pictures, or of {"bytes", "path"}; without one the bytes whose name says what they are."""
+def _image_column(features) -> str | None:
+    """The first column of images or of {"bytes", "path"}, else the bytes with a usual name of an image column."""
     import datasets
 
     kinds = dict(features)
@@ -245,7 +245,7 @@ def _picture_column(features) -> str | None:
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
             return name
     plain = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
-    return next((name for wanted in PICTURES for name in plain if name.lower() == wanted), None)
+    return next((name for usual in IMAGE_COLUMNS for name in plain if name.lower() == usual), None)
 
 
 def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tuple[Counts, Any, tuple, list[int]]:
@@ -257,6 +257,6 @@ def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tupl
         if fault:
             counts.skip(f"{path}#{row}", fault)
             continue
-        counts.use(f"#{row}", captions, there=value is not None)
+        counts.use(f"#{row}", captions, has_caption=value is not None)
         rows.append(row)
     return counts, dataset, columns, rows

@@ -1,8 +1,8 @@
 """Captions from the names of folders and files: `animals/fish/golfinho_luciano_br_01.png` -> "golfinho, fish, animals".
 
-Collections of many hands name a file by title, author and number, and cut the whole at some length. Numbers and what
-stands in a few words only for counting go; authors are found by their habits: words that follow many different titles
-and are never the first word of one.
+Collections by many authors name a file by title, author and number, and cut the name at some length. Numbers and
+words that only count are removed. Authors are found by position: words that follow many different titles and never
+begin one.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from pathlib import PurePosixPath
 
 from ldm.data.sources.walk import SPLITS
 
-FOLDERS = 2  # of the folders above a picture, the nearest whose names say something
-# Names that say nothing of what is to be seen.
+FOLDERS = 2  # folders above an image that are used: the nearest with meaningful names
+# Names that say nothing about the image.
 EMPTY = {"image", "images", "img", "imgs", "picture", "pictures", "pic", "pics", "photo", "photos", "foto", "untitled"}
 EMPTY |= {"dsc", "dscn", "dscf", "pxl", "screenshot", "scan", "file", "files", "data", "dataset", "png", "jpg", "jpeg"}
 EMPTY |= {"unsorted", "misc", "miscellany", "various", "other", "others", "copy", "final", "duplicates"}
 EMPTY |= {"tests", "tmp", "special", "example", "examples", "clipart", *SPLITS}
-TITLES = 4  # different titles before a word, from which on it may be an author's
-SINGLE = 9  # the same, of an author with one word
+TITLES = 4  # different titles before a word, from which on the word may be an author's name
+SINGLE = 9  # the same, for an author whose name is one word
 
 
 def captions_from_names(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """One caption for each path with "/" between its parts; `()` where a name and its folders say nothing."""
+    """One caption for each path with "/" between its parts; `()` where the path holds no meaningful words."""
     words = [_words(PurePosixPath(name).stem) for name in names]
     folders = [str(PurePosixPath(name).parent) for name in names]
     authors = _authors(words, folders)
     longest = _longest(names)
     captions = []
-    for name, said in zip(names, words, strict=True):
+    for name, name_words in zip(names, words, strict=True):
         stem = PurePosixPath(name).stem
-        title = _meaningful(_without_author(said, authors, len(_base(stem)) >= longest - 1))
+        title = _meaningful(_without_author(name_words, authors, len(_base(stem)) >= longest - 1))
         parts = [" ".join(title)] if title else []
         for folder in reversed(PurePosixPath(name).parts[:-1]):
             above = _meaningful(_words(folder))
@@ -45,20 +45,20 @@ def captions_from_names(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _base(stem: str) -> str:
-    """The name less the number at its end and what tools add to copies."""
+    """The name without the number at its end and the suffixes that tools add to copies."""
     stem = re.sub(r"(?i)[\s_-]*(\(\d+\)|copy(\s*\d+)?|kopie)$", "", stem)
     return re.sub(r"[_\-. ]\d+[a-z]?$", "", stem)
 
 
 def _words(stem: str) -> list[str]:
-    """Lower-case words; cut at capitals inside of a word, and a lone s goes to the word before it."""
+    """Lower-case words, split at capitals inside a word; a lone s is joined to the word before it."""
     parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", _base(stem))
     parted = re.sub(r"_(39_)?s_(?=[^\W\d_]{3})", "'s ", parted)
     return [word for word in re.split(r"[\s_\-+.,;:()\[\]{}&!@#%=~]+", parted.lower()) if word]
 
 
 def _meaningful(words: Sequence[str]) -> list[str]:
-    """Less numbers, codes and words that say nothing; digits at the ends of a word go."""
+    """The words without numbers, codes and empty words; digits at the ends of a word are removed."""
     kept = []
     for word in words:
         bare = word.strip("0123456789'")
@@ -69,7 +69,7 @@ def _meaningful(words: Sequence[str]) -> list[str]:
 
 
 def _longest(names: Sequence[str]) -> int:
-    """The length at which names were cut: the greatest that at least one in fifty has; without any, none was."""
+    """The length at which names were cut: the greatest that at least one in fifty has; 2^30 where none was cut."""
     lengths = Counter(len(_base(PurePosixPath(name).stem)) for name in names)
     often = [length for length, count in lengths.items() if count >= max(3, len(names) / 50)]
     greatest = max(often, default=0)
@@ -78,36 +78,36 @@ def _longest(names: Sequence[str]) -> int:
 
 
 def _authors(words: Sequence[Sequence[str]], folders: Sequence[str]) -> set[str]:
-    """First words of authors: they follow several titles, begin none, and what comes after them is always the same."""
-    begins = Counter(said[0] for said in words if said)
-    pairs = Counter(pair for said in words for pair in itertools.pairwise(said))
-    follows = Counter(word for said in words for word in said[1:])
-    titles, tails, places = defaultdict(set), defaultdict(Counter), defaultdict(set)
-    for said, folder in zip(words, folders, strict=True):
-        for i in range(1, len(said)):
-            titles[said[i]].add(" ".join(said[:i]).strip("0123456789 "))
-            tails[said[i]]["".join(said[i + 1 :]).strip("0123456789")] += 1
-            places[said[i]].add(folder)
+    """First words of authors' names: they follow several titles, begin none, and are always followed by the same."""
+    begins = Counter(name_words[0] for name_words in words if name_words)
+    pairs = Counter(pair for name_words in words for pair in itertools.pairwise(name_words))
+    follows = Counter(word for name_words in words for word in name_words[1:])
+    titles, tails, seen_in = defaultdict(set), defaultdict(Counter), defaultdict(set)
+    for name_words, folder in zip(words, folders, strict=True):
+        for i in range(1, len(name_words)):
+            titles[name_words[i]].add(" ".join(name_words[:i]).strip("0123456789 "))
+            tails[name_words[i]]["".join(name_words[i + 1 :]).strip("0123456789")] += 1
+            seen_in[name_words[i]].add(folder)
     single, double = set(), set()
     for word, before in titles.items():
         count, alone = tails[word].total(), tails[word][""]
         if len(word) < 3 or any(letter.isdigit() for letter in word) or begins[word] > count / 20:
             continue
         if alone == count:
-            single |= {word} if len(before) >= SINGLE and len(places[word]) >= 5 else set()
-        elif len(before) >= TITLES and alone <= count / 4 and len(places[word]) >= 3 and _one_name(tails[word]):
+            single |= {word} if len(before) >= SINGLE and len(seen_in[word]) >= 5 else set()
+        elif len(before) >= TITLES and alone <= count / 4 and len(seen_in[word]) >= 3 and _one_name(tails[word]):
             double.add(word)
     # "seagreen" stands before "benji park" as other words do; before the "victor" of "jean victor" nothing else does
     titled = {
-        one
-        for (one, other), count in pairs.items()
-        if {one, other} <= double and count > follows[one] / 2 and count < follows[other] / 2
+        first
+        for (first, second), count in pairs.items()
+        if {first, second} <= double and count > follows[first] / 2 and count < follows[second] / 2
     }
     return single | (double - titled)
 
 
 def _one_name(tails: Counter[str]) -> bool:
-    """Whether all, but for a tenth, are one and the same, or its beginning: a name that was cut at different places."""
+    """Whether nine tenths of the tails are the same name, or a beginning of it (it was cut at different places)."""
     whole = max(tails, key=lambda tail: (tails[tail] if len(tail) > 1 else 0, tail))
     if len(whole) < 2:
         return False
@@ -116,7 +116,7 @@ def _one_name(tails: Counter[str]) -> bool:
 
 
 def _without_author(words: Sequence[str], authors: set[str], cut: bool) -> list[str]:
-    """The words before the author's; in a name that was cut, the rest of one at its end goes too."""
+    """The words before the author's name; of a name that was cut, the rest of the author's name is removed too."""
     for i in range(len(words)):
         if words[i] in authors:
             return list(words[:i])

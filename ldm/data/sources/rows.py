@@ -1,4 +1,4 @@
-"""Rows of metadata.csv, metadata.jsonl and metadata.parquet, and text that is not what it should be, by its line."""
+"""Rows of metadata.csv, metadata.jsonl and metadata.parquet; errors name the line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ldm.errors import DataError, first_line, nearest
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TODO = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
+HINT = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
 MAX_LINE = 1 << 20  # bytes
 
 
@@ -25,9 +25,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def near_miss(names: list[str]) -> str:
-    """ " (metadata.json1 is there: did you mean 'metadata.jsonl'?)" for a file that was probably meant; else ""."""
-    near = sorted(name for name in names if name.lower().startswith(("metadata", "meta_data", "_metadata")))
-    return f" ({near[0]} is there: {nearest(near[0], METADATA)})" if near else ""
+    """ " (metadata.json1 is there: did you mean 'metadata.jsonl'?)" for a file with nearly the right name; else ""."""
+    similar = sorted(name for name in names if name.lower().startswith(("metadata", "meta_data", "_metadata")))
+    return f" ({similar[0]} is there: {nearest(similar[0], METADATA)})" if similar else ""
 
 
 def decoded_lines(path: Path) -> Iterator[str]:
@@ -39,12 +39,12 @@ def decoded_lines(path: Path) -> Iterator[str]:
             if len(line) == MAX_LINE:
                 raise DataError("is longer than a megabyte", where=where)
             if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise DataError("is UTF-16", where=path, todo="save it as UTF-8")
+                raise DataError("is UTF-16", where=path, hint="save it as UTF-8")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 what = f"is not UTF-8 (byte {offset + error.start})"
-                raise DataError(what, where=where, todo="save it as UTF-8") from None
+                raise DataError(what, where=where, hint="save it as UTF-8") from None
             offset += len(line)
 
 
@@ -58,7 +58,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"is not JSON ({error})", where=where) from None
         if not isinstance(row, dict):
-            raise DataError(f"expected an object, got {type(row).__name__}", where=where, todo=TODO)
+            raise DataError(f"expected an object, got {type(row).__name__}", where=where, hint=HINT)
         yield where, row
 
 
@@ -69,7 +69,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
                 columns = f"expected {len(reader.fieldnames)} columns"
-                raise DataError(columns, where=where, todo="quote texts with commas")
+                raise DataError(columns, where=where, hint="quote texts with commas")
             yield where, row
     except csv.Error as error:
         raise DataError(f"is not CSV ({error})", where=f"{path}:{reader.line_num}") from None

@@ -1,4 +1,4 @@
-"""What every layout becomes: samples in a fixed order, and counts of what was found, used and left out, and why."""
+"""What every layout is read as: samples in a fixed order, and counts of what was found, used and left out, and why."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ldm.console import progress
-from ldm.data.images import WHITE, Header, PictureError, read_header, read_picture
+from ldm.data.images import WHITE, Header, ImageError, read_header, read_image
 from ldm.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
-CAPTIONS = (
+CAPTION_COLUMNS = (
     "text",
     "caption",
     "prompt",
@@ -25,46 +25,46 @@ CAPTIONS = (
     "captions",
     "prompts",
     "additional_feature",
-)  # columns, the first found
-MAX_BAD = 0.05  # share of the pictures found
-SHOWN = 3  # pictures with captions at the start
+)  # the first that a table has
+MAX_BAD = 0.05  # share of the images that may be unusable
+SHOWN = 3  # images whose captions are printed
 LISTED = 10  # places named in one line
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its captions: `()` where it has none, several where each may be drawn."""
+    """One image with its captions: `()` where it has none; several are alternatives."""
 
     id: str  # its place in the set, the same on every machine: sub/cat.png, 00000.tar/0001.jpg, a.parquet#7
     captions: tuple[str, ...]
-    repeats: int  # times an epoch
+    repeats: int  # how often an epoch has it
     where: str  # the place that messages name
     opener: Callable[[], BinaryIO] = field(repr=False, compare=False)
 
     def open(self) -> BinaryIO:
-        """The file as it was found, for reading and seeking. Raises PictureError where it is gone."""
+        """The image's file, for reading and seeking. Raises ImageError where it is gone."""
         try:
             return self.opener()
         except OSError as error:
-            raise PictureError("cannot be opened", error.strerror or str(error), where=self.where) from None
+            raise ImageError("cannot be opened", error.strerror or str(error), where=self.where) from None
 
     def header(self) -> Header:
-        """Size and kind, without decoding. Raises PictureError."""
+        """Size and format, without decoding. Raises ImageError."""
         with self.open() as file:
             return read_header(file, self.where)
 
-    def picture(self, at_least: int | None = None, ground: tuple[int, int, int] = WHITE) -> Image.Image:
-        """In RGB, upright: `ldm.data.images.read_picture`. Raises PictureError."""
+    def image(self, at_least: int | None = None, background: tuple[int, int, int] = WHITE) -> Image.Image:
+        """The image in RGB, upright: see `ldm.data.images.read_image`. Raises ImageError."""
         with self.open() as file:
-            return read_picture(file, self.where, at_least, ground)
+            return read_image(file, self.where, at_least, background)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """One thing that was found and is not used."""
+    """One file or row that cannot be used."""
 
     where: str
-    reason: str  # equal for all of one kind
+    reason: str  # the same for all of one kind
     detail: str = ""
 
     def __str__(self) -> str:
@@ -73,18 +73,18 @@ class Skip:
 
 @dataclass
 class Counts:
-    """found == used + len(skipped) + the sum of aside, of which only the first ten places are kept."""
+    """Counts of a set: found == used + len(skipped) + aside.total()."""
 
-    found: int = 0  # pictures, and rows that name none
+    found: int = 0  # images, and rows that name none
     used: int = 0
-    skipped: list[Skip] = field(default_factory=list)  # what is wrong with the data: counts against max_bad
-    aside: Counter[str] = field(default_factory=Counter)  # reason -> how many are left out with nothing wrong
-    aside_places: dict[str, list[str]] = field(default_factory=dict)
-    captions: int = 0  # alternatives counted one by one
-    missing: int = 0  # used pictures with no caption
-    empty: int = 0  # used pictures whose caption is there and holds nothing
-    uncaptioned: dict[str, bool] = field(default_factory=dict)  # id -> whether it is there and empty
-    notes: list[str] = field(default_factory=list)  # counted one-line remarks on what was read differently or ignored
+    skipped: list[Skip] = field(default_factory=list)  # faults of the data, which count against max_bad
+    aside: Counter[str] = field(default_factory=Counter)  # reason -> images that are left out but have no fault
+    aside_places: dict[str, list[str]] = field(default_factory=dict)  # the first ten of each reason
+    captions: int = 0  # each alternative counts
+    missing: int = 0  # used images with no caption
+    empty: int = 0  # used images whose caption exists and is empty
+    uncaptioned: dict[str, bool] = field(default_factory=dict)  # id -> whether its caption exists and is empty
+    notes: list[str] = field(default_factory=list)  # one-line remarks on what was ignored or read differently
 
     def skip(self, where: object, reason: str, detail: str = "") -> None:
         self.skipped.append(Skip(str(where), reason, detail))
@@ -95,31 +95,31 @@ class Counts:
         if len(places) < LISTED:
             places.append(str(where))
 
-    def use(self, id: str, captions: Sequence[str], there: bool = True) -> None:
-        """One picture more; `there` says whether a caption exists, even if it is empty."""
+    def use(self, id: str, captions: Sequence[str], has_caption: bool = True) -> None:
+        """Count one usable image; `has_caption` says whether a caption exists, even an empty one."""
         self.used += 1
         self.captions += len(captions)
         if not captions:
-            self.empty += there
-            self.missing += not there
-            self.uncaptioned[id] = there
+            self.empty += has_caption
+            self.missing += not has_caption
+            self.uncaptioned[id] = has_caption
 
     def reasons(self) -> Counter[str]:
         return Counter(skip.reason for skip in self.skipped) + self.aside
 
 
 class Source(Sequence[Sample]):
-    """The samples of one set of data, always in the same order: `source[i]`, `len(source)`, or one by one.
+    """The samples of one dataset, always in the same order: `source[i]`, `len(source)`, or by iteration.
 
-    A reader of a layout gives `_sample(position)` for each position that it counted as used. Streams (`random_access`
-    False and no length) can only be gone through.
+    The reader of a layout implements `_sample(position)` for each position that it counted as used. Streams
+    (`random_access` False and no length) can only be iterated.
     """
 
     random_access = True
 
     def __init__(self, path: object, layout: str, counts: Counts, total: int):
         self.path, self.layout, self.counts = str(path), layout, counts
-        self.no_captions: DataError | None = None  # what to say where not one caption was found
+        self.no_captions: DataError | None = None  # raised where there is no caption at all
         self._positions: Sequence[int] = range(total)
 
     def _sample(self, position: int) -> Sample:
@@ -134,21 +134,23 @@ class Source(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return map(self._sample, self._positions)
 
-    def sift(self, look: Callable[[Sample], T] = Sample.header, desc: str = "headers") -> Iterator[tuple[Sample, T]]:
-        """Go through all pictures: (sample, look(sample)) of each; those where it raises DataError are left out.
+    def validate(
+        self, check: Callable[[Sample], T] = Sample.header, desc: str = "headers"
+    ) -> Iterator[tuple[Sample, T]]:
+        """Yield (sample, check(sample)) for all samples; those for which it raises DataError are left out.
 
-        When it has come to its end these are counted as skipped and no longer part of the source.
+        After the last one these are counted as skipped and no longer part of the source.
         """
         kept, counts = array("q"), self.counts
-        for position in progress(self._positions, desc=desc, unit="picture"):
+        for position in progress(self._positions, desc=desc, unit="image"):
             sample = self._sample(position)
             try:
-                found = look(sample)
+                result = check(sample)
             except DataError as error:
                 self._drop(sample, error)
                 continue
             kept.append(position)
-            yield sample, found
+            yield sample, result
         self._positions = kept
         assert counts.found == counts.used + len(counts.skipped) + counts.aside.total()
 
@@ -157,17 +159,17 @@ class Source(Sequence[Sample]):
         counts.used -= 1
         counts.captions -= len(sample.captions)
         if sample.id in counts.uncaptioned:
-            there = counts.uncaptioned.pop(sample.id)
-            counts.empty -= there
-            counts.missing -= not there
+            has_caption = counts.uncaptioned.pop(sample.id)
+            counts.empty -= has_caption
+            counts.missing -= not has_caption
         reason = getattr(error, "reason", error.what)
         counts.skip(sample.where, reason, getattr(error, "detail", ""))
 
     def require(self, max_bad: float = MAX_BAD, allow_empty_captions: bool = False) -> None:
-        """Raise DataError unless there is something to learn from.
+        """Raise DataError unless the set can be trained on.
 
-        `max_bad`: below 1 the share of all found that may be unusable, from 1 on their number. Pictures without a
-        caption are refused unless `allow_empty_captions`; with not one caption it always stops.
+        `max_bad`: the share of the images that may be unusable if it is below 1, else their number. Images without a
+        caption are refused unless `allow_empty_captions`; a set without any caption is always refused.
         """
         counts, bad = self.counts, len(self.counts.skipped)
         if not counts.captions and self.no_captions:
@@ -176,32 +178,32 @@ class Source(Sequence[Sample]):
             kinds = "; ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in counts.skipped).most_common())
             allowed = f"{max_bad:.3g}" if max_bad >= 1 or max_bad == 0 else f"{100 * max_bad:.3g} %"
             what = f"{bad} of {counts.found} cannot be used, {allowed} are allowed: {kinds}; the first: "
-            raise DataError(what + str(counts.skipped[0]), where=self.path, todo="mend them or raise max_bad")
+            raise DataError(what + str(counts.skipped[0]), where=self.path, hint="mend them or raise max_bad")
         if not counts.used:
-            raise DataError("holds no pictures that can be used", where=self.path)
+            raise DataError("holds no images that can be used", where=self.path)
         lacking = counts.missing + counts.empty
         if lacking and not allow_empty_captions:
             listed = ", ".join(islice(counts.uncaptioned, LISTED)) + (", …" if lacking > LISTED else "")
             raise DataError(
-                f"{lacking} of {counts.used} pictures have no caption ({counts.missing} missing, {counts.empty} empty):"
+                f"{lacking} of {counts.used} images have no caption ({counts.missing} missing, {counts.empty} empty):"
                 f" {listed}",
                 where=self.path,
-                todo="write them, or allow empty captions",
+                hint="write them, or allow empty captions",
             )
 
     def lines(self, cut: Callable[[str], str] | None = None) -> list[str]:
-        """What was found, in a few lines; `cut` gives the end of a caption that an encoder will not see, or ""."""
-        counts, said = self.counts, [f"{self.path}: {self.layout}"]
+        """A summary in a few lines; `cut` returns the end of a caption that the text encoder does not see, or ""."""
+        counts, lines = self.counts, [f"{self.path}: {self.layout}"]
         if not self.random_access:
-            return said + [_pair(sample) for sample in islice(self, SHOWN)]
+            return lines + [_pair(sample) for sample in islice(self, SHOWN)]
         left = "; ".join(f"{reason} {n}" for reason, n in counts.reasons().most_common())
         skipped = counts.found - counts.used
-        said.append(f"{counts.found} found: {counts.used} used, {skipped} skipped" + (f": {left}" if left else ""))
-        said.append(f"{counts.captions} captions; {counts.missing} missing, {counts.empty} empty")
-        said += counts.notes
+        lines.append(f"{counts.found} found: {counts.used} used, {skipped} skipped" + (f": {left}" if left else ""))
+        lines.append(f"{counts.captions} captions; {counts.missing} missing, {counts.empty} empty")
+        lines += counts.notes
         if cut is not None:
-            said += over_long(self, cut)
-        return said + [_pair(sample) for sample in islice(self, SHOWN)]
+            lines += over_long(self, cut)
+        return lines + [_pair(sample) for sample in islice(self, SHOWN)]
 
 
 def _pair(sample: Sample) -> str:
@@ -209,14 +211,14 @@ def _pair(sample: Sample) -> str:
 
 
 def over_long(source: Source, cut: Callable[[str], str]) -> list[str]:
-    """One line on the captions of which an encoder does not see the end, with what is cut of the first; [] if none."""
-    count, first = 0, []
-    for sample in progress(source, desc="captions", unit="picture"):
-        for lost in filter(None, map(cut, sample.captions)):
+    """One line about captions that are too long for the text encoder, with examples of what it loses; [] if none."""
+    count, examples = 0, []
+    for sample in progress(source, desc="captions", unit="image"):
+        for unseen in filter(None, map(cut, sample.captions)):
             count += 1
-            if len(first) < SHOWN:
-                first.append(f"{sample.id} loses {shorten(lost)!r}")
-    return [f"{count} captions are too long for the text encoder: {'; '.join(first)}"] if count else []
+            if len(examples) < SHOWN:
+                examples.append(f"{sample.id} loses {shorten(unseen)!r}")
+    return [f"{count} captions are too long for the text encoder: {'; '.join(examples)}"] if count else []
 
 
 def shorten(text: str, length: int = 60) -> str:
@@ -245,4 +247,4 @@ def captions_of(value: object) -> tuple[tuple[str, ...], str]:
 def caption_column(columns: Sequence[str]) -> str | None:
     """The column that holds the captions, by its name in any case."""
     named = {column.lower(): column for column in reversed(columns)}
-    return next((named[name] for name in CAPTIONS if name in named), None)
+    return next((named[name] for name in CAPTION_COLUMNS if name in named), None)

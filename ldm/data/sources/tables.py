@@ -1,4 +1,4 @@
-"""Parquet files that hold pictures as bytes beside their captions."""
+"""Parquet files with a column of images as bytes and a column of captions."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.console import progress
-from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
 from ldm.errors import DataError, first_line
 
-BATCH = 16_000_000  # bytes of pictures that are read at once
+BATCH = 16_000_000  # bytes of images that are read at once
 READ_AHEAD = 1 << 20  # bytes
-PICTURES = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes", "pixel_values")
-TODO = "a column of pictures as bytes (or struct<bytes, path>) and a column 'text' are needed"
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img", "image_bytes", "bytes", "pixel_values")
+HINT = "a column of images as bytes (or struct<bytes, path>) and a column 'text' are needed"
 
 
 class ParquetSource(Source):
-    """Rows of parquet files; as many of them as BATCH holds are in memory at a time. In order it is read once."""
+    """Rows of parquet files, BATCH bytes in memory at a time. Read in order, each file is read once."""
 
     def __init__(self, path: Path, root: Path, layout: str, counts: Counts, files: list[_File], rows: array):
         super().__init__(path, layout, counts, len(rows))
@@ -39,25 +39,25 @@ class ParquetSource(Source):
 
 
 def _bytes(file: _File, number: int, where: str) -> BinaryIO:
-    data, reason = picture_bytes(file.pictures.get(number))
+    data, reason = image_bytes(file.images.get(number))
     if reason:
-        raise PictureError(reason, where=where)
+        raise ImageError(reason, where=where)
     return io.BytesIO(data)
 
 
-def picture_bytes(value: Any) -> tuple[bytes, str]:
-    """(bytes, reason why there are none) of a field: bytes, or {"bytes": …, "path": …}."""
+def image_bytes(value: Any) -> tuple[bytes, str]:
+    """(bytes, reason) of a field, which is bytes or {"bytes": …, "path": …}; one of the two is empty."""
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path"):
-            return b"", "holds a path in place of a picture"
+            return b"", "holds a path in place of an image"
         value = value.get("bytes")
     if not isinstance(value, bytes):
-        return b"", "holds no picture"
+        return b"", "holds no image"
     return (b"", "file is too large") if len(value) > MAX_FILE else (value, "")
 
 
 class _Column:
-    """One column of a file, by row: keeps the rows around the last one that was asked for."""
+    """One column of a file, by row: keeps the rows around the last one that was read."""
 
     def __init__(self, path: Path, name: str, groups: list[int], rows_at_once: list[int]):
         self.path, self.name = path, name
@@ -94,12 +94,12 @@ class _Column:
         except (OSError, pa.ArrowException, StopIteration) as error:
             self._forget()
             detail = "rows are missing" if isinstance(error, StopIteration) else first_line(error)
-            raise PictureError("is not a sound parquet file", detail, where=f"{self.path}#{row}") from None
+            raise ImageError("is not a sound parquet file", detail, where=f"{self.path}#{row}") from None
         return self.values[row - self.begin].as_py()
 
 
 class _File:
-    """A parquet file: its rows from `start` on, and its two columns."""
+    """A parquet file with its image and caption columns; `start` is its first row in the source."""
 
     def __init__(self, path: Path, name: str, start: int):
         import pyarrow as pa
@@ -111,13 +111,13 @@ class _File:
                 schema, groups = table.schema_arrow, [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         except (OSError, pa.ArrowException, ValueError) as error:
             raise DataError(f"is not a sound parquet file ({first_line(error)})", where=path) from None
-        self.picture, self.caption = _picture_column(schema), caption_column(schema.names)
+        self.image_column, self.text_column = _image_column(schema), caption_column(schema.names)
         self.columns = schema.names
         rows = [group.num_rows for group in groups]
         self.rows = sum(rows)
         at_once = [max(1, min(g.num_rows, g.num_rows * BATCH // max(1, g.total_byte_size))) for g in groups]
-        self.pictures = _Column(path, self.picture, rows, at_once) if self.picture else None
-        self.captions = _Column(path, self.caption, rows, rows) if self.caption else _None()
+        self.images = _Column(path, self.image_column, rows, at_once) if self.image_column else None
+        self.captions = _Column(path, self.text_column, rows, rows) if self.text_column else _None()
 
 
 class _None:
@@ -125,8 +125,8 @@ class _None:
         return None
 
 
-def _picture_column(schema) -> str | None:
-    """The first column of {"bytes", "path"}; without one the bytes whose name says that they are a picture."""
+def _image_column(schema) -> str | None:
+    """The first column of {"bytes", "path"}, else the column of bytes with a usual name of an image column."""
     import pyarrow as pa
 
     for field in schema:
@@ -135,17 +135,17 @@ def _picture_column(schema) -> str | None:
         ]:
             return field.name
     plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
-    return next((name for wanted in PICTURES for name in plain if name.lower() == wanted), None)
+    return next((name for usual in IMAGE_COLUMNS for name in plain if name.lower() == usual), None)
 
 
 def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
-    """The source of these files below `root`. Raises DataError for damaged files and such without pictures."""
+    """The source of these files below `root`. Raises DataError for damaged files and files without images."""
     files, counts, rows, start = [], Counts(), array("q"), 0
     for name in names:
         file = _File(root / name, name, start)
-        if file.picture is None:
+        if file.image_column is None:
             listed = ", ".join(map(repr, file.columns))
-            raise DataError(f"has no column of pictures: the columns are {listed}", where=file.path, todo=TODO)
+            raise DataError(f"has no column of images: the columns are {listed}", where=file.path, hint=HINT)
         files.append(file)
         start += file.rows
     for file in files:
@@ -156,14 +156,14 @@ def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
             if fault:
                 counts.skip(f"{file.path}#{number}", fault)
                 continue
-            counts.use(f"{file.name}#{number}", texts, there=value is not None)
+            counts.use(f"{file.name}#{number}", texts, has_caption=value is not None)
             rows.append(file.start + number)
-    columns = sorted({file.caption for file in files if file.caption})
-    said = " and ".join(map(repr, columns)) or "no column"
+    columns = sorted({file.text_column for file in files if file.text_column})
+    caption_columns = " and ".join(map(repr, columns)) or "no column"
     number = "one file" if len(files) == 1 else f"{len(files)} files"
-    layout = f"parquet: {number}, pictures in {files[0].picture!r}, captions in {said}"
+    layout = f"parquet: {number}, images in {files[0].image_column!r}, captions in {caption_columns}"
     source = ParquetSource(path, root, layout, counts, files, rows)
     listed = ", ".join(map(repr, files[0].columns))
     what = f"holds no captions: the columns are {listed}"
-    source.no_captions = DataError(what, where=path, todo="name the column of captions 'text'")
+    source.no_captions = DataError(what, where=path, hint="name the column of captions 'text'")
     return source

@@ -1,4 +1,4 @@
-"""webdataset: tars of pictures with captions of the same key, as img2dataset writes them: 0001.jpg, 0001.txt, …"""
+"""webdataset: tars of images with captions of the same key, as img2dataset writes them: 0001.jpg, 0001.txt, …"""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ldm.console import progress
-from ldm.data.images import MAX_FILE, PictureError
+from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.folder import MAX_CAPTIONS
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
-TEXTS = (".txt", ".caption", ".json")  # of one key, the first that holds a caption
+TEXTS = (".txt", ".caption", ".json")  # of one key; the first that holds a caption is used
 BLOCK = 512  # bytes of a tar's header
 
 
 class TarSource(Source):
-    """Pictures inside of tars, read at their place: of each only five numbers are kept in memory."""
+    """Images inside tars, read where they lie; only seven numbers of each are kept in memory."""
 
     def __init__(self, path: Path, root: Path, layout: str, counts: Counts, tars: list[str], index: array):
         super().__init__(path, layout, counts, len(index) // len(FIELDS))
@@ -37,7 +37,7 @@ class TarSource(Source):
         path = self.root / self.tars[tar]
         texts: tuple[str, ...] = ()
         name = f"byte {head}"
-        gone = contextlib.suppress(OSError, tarfile.TarError)  # since it was counted: opening the picture says so
+        gone = contextlib.suppress(OSError, tarfile.TarError)  # opening the image will report it
         with gone, path.open("rb") as file:
             file.seek(head)
             with tarfile.open(fileobj=file, mode="r:") as opened:  # its names of any length and kind
@@ -50,7 +50,7 @@ class TarSource(Source):
         )
 
 
-FIELDS = ("tar", "header", "picture", "bytes", "caption", "bytes", "kind")
+FIELDS = ("tar", "header", "image", "bytes", "caption", "bytes", "kind")
 
 
 def _piece(path: Path, begin: int, size: int, where: str) -> BinaryIO:
@@ -58,12 +58,12 @@ def _piece(path: Path, begin: int, size: int, where: str) -> BinaryIO:
         file.seek(begin)
         data = file.read(size)
     if len(data) < size:
-        raise PictureError("is damaged or cut short", "the tar ends before it", where=where)
+        raise ImageError("is damaged or cut short", "the tar ends before it", where=where)
     return io.BytesIO(data)
 
 
 def open_tars(path: Path, root: Path, tars: list[str]) -> TarSource:
-    """The source of these tars below `root`. Raises DataError for a file that is no plain tar."""
+    """The source of these tars below `root`. Raises DataError for a file that is no uncompressed tar."""
     counts, index = Counts(), array("q")
     for number, name in enumerate(progress(tars, desc="tars", unit="tar")):
         try:
@@ -71,28 +71,28 @@ def open_tars(path: Path, root: Path, tars: list[str]) -> TarSource:
                 for members in _by_key(tar):
                     _take(f"{root}/{name}", name, number, members, file, counts, index)
         except (OSError, tarfile.TarError, ValueError) as error:
-            what, todo = f"is not a sound tar ({error})", "write it again, uncompressed"
-            raise DataError(what, where=root / name, todo=todo) from None
+            what, hint = f"is not a sound tar ({error})", "write it again, uncompressed"
+            raise DataError(what, where=root / name, hint=hint) from None
     layout = "webdataset: one tar" if len(tars) == 1 else f"webdataset: {len(tars)} tars"
     source = TarSource(path, root, layout, counts, tars, index)
-    what = "holds no captions: no .txt and no .json with a caption has the key of a picture"
-    source.no_captions = DataError(what, where=path, todo="write 0001.txt after 0001.jpg")
+    what = "holds no captions: no .txt and no .json with a caption has the key of an image"
+    source.no_captions = DataError(what, where=path, hint="write 0001.txt after 0001.jpg")
     return source
 
 
 def _by_key(tar: tarfile.TarFile) -> Iterator[list[tarfile.TarInfo]]:
-    """Members that follow each other and have one key: their path up to the first dot of the name."""
+    """Lists of consecutive members with the same key: their path up to the first dot of the name."""
     key, members = None, []
     while (member := tar.next()) is not None:
-        tar.members = []  # otherwise all are kept
+        tar.members = []  # which would grow with each member
         folder, _, name = member.name.rpartition("/")
         if not member.isreg() or name.startswith("."):
             continue
-        own = (folder, name.partition(".")[0])
-        if own != key and members:
+        member_key = (folder, name.partition(".")[0])
+        if member_key != key and members:
             yield members
             members = []
-        key = own
+        key = member_key
         members.append(member)
     if members:
         yield members
@@ -101,16 +101,16 @@ def _by_key(tar: tarfile.TarFile) -> Iterator[list[tarfile.TarInfo]]:
 def _take(
     path: str, shard: str, tar: int, members: list[tarfile.TarInfo], file: BinaryIO, counts: Counts, index: array
 ) -> None:
-    """Count and index the picture of one key."""
+    """Count and index the image of one key."""
     size = os.fstat(file.fileno()).st_size
     kinds = [os.path.splitext(member.name)[1].lower() for member in members]
-    pictures = [member for member, kind in zip(members, kinds, strict=True) if kind in SUFFIXES]
-    counts.found += len(pictures)
-    for more in pictures[1:]:
-        counts.leave(f"{path}/{more.name}", "beside another picture of its key")
-    if not pictures:
+    images = [member for member, kind in zip(members, kinds, strict=True) if kind in SUFFIXES]
+    counts.found += len(images)
+    for extra in images[1:]:
+        counts.leave(f"{path}/{extra.name}", "beside another image of its key")
+    if not images:
         return
-    picture, texts, there, chosen = pictures[0], (), False, (0, 0, 0)
+    image, texts, has_caption, chosen = images[0], (), False, (0, 0, 0)
     for kind, suffix in enumerate(TEXTS):
         if suffix not in kinds or texts:
             continue
@@ -119,20 +119,20 @@ def _take(
         if fault:
             counts.skip(f"{path}/{member.name}", fault)
             return
-        there = there or suffix != ".json"
+        has_caption = has_caption or suffix != ".json"
         chosen = (member.offset_data, member.size, kind)
-    where = f"{path}/{picture.name}"
-    if picture.offset_data + picture.size > size:
+    where = f"{path}/{image.name}"
+    if image.offset_data + image.size > size:
         counts.skip(where, "is damaged or cut short", "the tar ends before it")
-    elif picture.size > MAX_FILE:
-        counts.skip(where, "file is too large", f"{picture.size / 1e6:.0f} MB")
+    elif image.size > MAX_FILE:
+        counts.skip(where, "file is too large", f"{image.size / 1e6:.0f} MB")
     else:
-        counts.use(f"{shard}/{picture.name}", texts, there)
-        index.extend((tar, picture.offset, picture.offset_data, picture.size, *chosen[:2], chosen[2]))
+        counts.use(f"{shard}/{image.name}", texts, has_caption)
+        index.extend((tar, image.offset, image.offset_data, image.size, *chosen[:2], chosen[2]))
 
 
 def _captions(file: BinaryIO, begin: int, size: int, suffix: str) -> tuple[tuple[str, ...], str]:
-    """(captions, fault) of a member that holds a text: a .txt as one, or the caption of a .json."""
+    """(captions, fault) of a text member: the lines of a .txt or .caption, or the caption of a .json."""
     if size > MAX_CAPTIONS:
         return (), "caption is longer than a megabyte"
     file.seek(begin)

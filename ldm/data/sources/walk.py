@@ -1,4 +1,4 @@
-"""What lies in a folder: pictures, captions, metadata and shards, by their names. Nothing is opened."""
+"""The files of a folder sorted by their names: images, captions, metadata, shards. Nothing is opened."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from ldm.data.sources.source import Skip
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # beside the picture, the first that is there
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image; the first that exists is read
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".ppm", ".exr", ".cr2", ".nef", ".dng")
 SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 
 @dataclass
-class Found:
-    """Paths relative to the root, with "/" between their parts, in one order on every machine."""
+class Listing:
+    """Paths relative to the root, with "/" between their parts, in the same order on every machine."""
 
     root: Path  # resolved
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
     captions: set[str] = field(default_factory=set)  # files with the suffix of a caption
     metadata: list[str] = field(default_factory=list)
     shards: dict[str, list[str]] = field(default_factory=lambda: {".tar": [], ".parquet": []})
     others: dict[str, str] = field(default_factory=dict)  # path -> suffix of every other file
-    skipped: list[Skip] = field(default_factory=list)  # named as pictures, and none
-    links: int = 0  # pictures that are links to others inside of the folder
+    skipped: list[Skip] = field(default_factory=list)  # named like images, but none
+    links: int = 0  # images that are links to other images in the folder
     hidden: int = 0
-    unfollowed: list[str] = field(default_factory=list)  # links to folders, and of files to what lies outside
+    unfollowed: list[str] = field(default_factory=list)  # links to folders, and links that lead out of the folder
 
 
-def walk(folder: Path) -> Found:
-    """All files below a folder. Links are followed to files inside of it alone; no other is ever opened.
+def walk(folder: Path) -> Listing:
+    """All files below a folder. Only links to files inside it are followed.
 
     Raises DataError where it is no folder or cannot be listed.
     """
     if not folder.is_dir():
         raise DataError("is not a folder" if folder.exists() else "no such folder or file", where=folder)
-    found = Found(Path(os.path.realpath(folder)))
-    for entry, name in progress(_entries(found), desc="files", unit="file"):
-        _sort(found, entry, name)
-    return found
+    listing = Listing(Path(os.path.realpath(folder)))
+    for entry, name in progress(_entries(listing), desc="files", unit="file"):
+        _sort(listing, entry, name)
+    return listing
 
 
-def _entries(found: Found) -> Iterator[tuple[os.DirEntry, str]]:
-    """(entry, its path below the root) of every file, and of folders that are named as pictures."""
+def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
+    """(entry, its path below the root) of every file, and of folders that are named like images."""
     waiting = [""]
     while waiting:
         below = waiting.pop()
         try:
-            with os.scandir(found.root / below) as entries:
+            with os.scandir(listing.root / below) as entries:
                 listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            raise DataError(f"cannot be listed ({error.strerror})", where=found.root / below) from None
+            raise DataError(f"cannot be listed ({error.strerror})", where=listing.root / below) from None
         folders = []
         for entry in listed:
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith((".", "__MACOSX")):
-                found.hidden += 1
+                listing.hidden += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(name)
                 if _suffix(name) in SUFFIXES:
@@ -75,33 +75,33 @@ def _entries(found: Found) -> Iterator[tuple[os.DirEntry, str]]:
         waiting += reversed(folders)
 
 
-def _sort(found: Found, entry: os.DirEntry, name: str) -> None:
-    suffix, where = _suffix(name), str(found.root / name)
-    picture = suffix in SUFFIXES
-    if fault := _fault(found, entry, name):
-        if picture or suffix in FOREIGN:
-            found.skipped.append(Skip(where.encode("utf-8", "replace").decode(), *fault))
+def _sort(listing: Listing, entry: os.DirEntry, name: str) -> None:
+    suffix, where = _suffix(name), str(listing.root / name)
+    image = suffix in SUFFIXES
+    if fault := _fault(listing, entry, name):
+        if image or suffix in FOREIGN:
+            listing.skipped.append(Skip(where.encode("utf-8", "replace").decode(), *fault))
         elif entry.is_symlink():
-            found.unfollowed.append(name)
+            listing.unfollowed.append(name)
         else:
-            found.others[name] = suffix
-    elif picture:
-        found.pictures.append(name)
-        found.links += entry.is_symlink()
+            listing.others[name] = suffix
+    elif image:
+        listing.images.append(name)
+        listing.links += entry.is_symlink()
     elif suffix in FOREIGN:
-        found.skipped.append(Skip(where, "is of a kind that is not read", suffix))
+        listing.skipped.append(Skip(where, "is of a kind that is not read", suffix))
     elif entry.name in METADATA:
-        found.metadata.append(name)
+        listing.metadata.append(name)
     elif PurePosixPath(name).suffix in CAPTION_SUFFIXES:
-        found.captions.add(name)
-    elif suffix in found.shards:
-        found.shards[suffix].append(name)
+        listing.captions.add(name)
+    elif suffix in listing.shards:
+        listing.shards[suffix].append(name)
     else:
-        found.others[name] = suffix
+        listing.others[name] = suffix
 
 
-def _fault(found: Found, entry: os.DirEntry, name: str) -> tuple[str, str] | None:
-    """(reason, detail) why this is no plain file of this folder; links are looked through."""
+def _fault(listing: Listing, entry: os.DirEntry, name: str) -> tuple[str, str] | None:
+    """(reason, detail) why this is no regular file of this folder, or None; links are followed."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -114,7 +114,7 @@ def _fault(found: Found, entry: os.DirEntry, name: str) -> tuple[str, str] | Non
             return "is a link that leads nowhere", ""
         if stat.S_ISDIR(mode):
             return "is a link to a folder", ""
-        if not target.startswith(str(found.root) + os.sep):
+        if not target.startswith(str(listing.root) + os.sep):
             return "is a link out of the folder", ""
     else:
         mode = entry.stat(follow_symlinks=False).st_mode
@@ -137,18 +137,18 @@ def split_of(name: str) -> str | None:
     return None
 
 
-def wrong_suffixes(found: Found) -> Counter[str]:
-    """How many pictures have beside them a file that seems to be meant as their caption, by what follows their stem."""
+def wrong_suffixes(listing: Listing) -> Counter[str]:
+    """suffix -> number of images with a file beside them that was probably meant as their caption."""
     beside: dict[tuple[str, str], list[str]] = {}
-    for name in [*found.others, *found.captions]:
+    for name in [*listing.others, *listing.captions]:
         path = PurePosixPath(name)
         stem = path.name.split(".")[0]
         beside.setdefault((str(path.parent), stem), []).append(path.name)
-    seen: Counter[str] = Counter()
-    for name in found.pictures:
+    counted: Counter[str] = Counter()
+    for name in listing.images:
         path = PurePosixPath(name)
-        for other in beside.get((str(path.parent), path.name.split(".")[0]), ()):
-            end = other.removeprefix(path.stem) if other.startswith(path.stem) else ""
+        for name_beside in beside.get((str(path.parent), path.name.split(".")[0]), ()):
+            end = name_beside.removeprefix(path.stem) if name_beside.startswith(path.stem) else ""
             if end.startswith(".") and end not in CAPTION_SUFFIXES:
-                seen[end] += 1
-    return seen
+                counted[end] += 1
+    return counted

@@ -135,7 +135,7 @@ class Dataset:
 
     def _prepared(self, folder: Path) -> Cached:
         """Every entry that training will ask for, made or found sound; bad pictures are left out and counted."""
-        from ldm.data.cache import Cache, Wanted
+        from ldm.data.cache import Cache, CachedSample
         from ldm.training.data.encoded import Cached
 
         pictures, encoders = self.pictures, self._encoders
@@ -143,7 +143,7 @@ class Dataset:
         for item in pictures.items:
             held = item.digest in pictures.held_out
             views = fixed_views(item.size, item.bucket, STILL if held else self.data.transform)
-            wanted.append(Wanted(item.id, item.digest, views, item.captions[:1] if held else item.captions))
+            wanted.append(CachedSample(item.id, item.digest, views, item.captions[:1] if held else item.captions))
         self._cache = cache = Cache(folder, encoders.vae_id, encoders.text_id, self.data.cache_dtype)
 
         def prepare() -> dict[str, str]:
@@ -156,7 +156,7 @@ class Dataset:
         lost = current().on_first(prepare)
         self.lost = {id: self.lost.get(id) or DataError(text) for id, text in lost.items()}
         if not current().first:
-            cache.look()
+            cache.reload()
         if self.lost:
             pictures.leave_out(self.lost)
             self.lines = pictures.lines

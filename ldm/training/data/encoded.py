@@ -122,7 +122,7 @@ class Live:
                 self._coming[key] = self.threads.submit(self._pixels, *key)
 
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
-        """Raises PictureError where the picture is gone, DataError where it is another by now, NumericsError."""
+        """Raises ImageError where the picture is gone, DataError where it is another by now, NumericsError."""
         if self.memory is None:
             return self._encoded.get((place, view)) or self._encode(place, view)
         return self.memory.get((self.pictures.items[place].digest, view), lambda: self._encode(place, view))

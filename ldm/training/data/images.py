@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ldm.config import require
 from ldm.data.buckets import Size, bucket_of, histogram
-from ldm.data.images import MAX_FILE, read_header, read_picture
+from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.sources import Sample, Source, open_source
 from ldm.data.transforms import draw
 from ldm.errors import DataError, LdmError
@@ -65,9 +65,9 @@ class Pictures:
         trained = self.trained
         held = sum(item.digest in self.held_out for item in self.items)
         shares = histogram((item.size for item in self.items), self.data.buckets)
-        listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.pictures}" for s in shares[:LISTED])
+        listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.images}" for s in shares[:LISTED])
         more = f", and {len(shares) - LISTED} more" if len(shares) > LISTED else ""
-        lost = sum(share.lost * share.pictures for share in shares) / len(self.items)
+        lost = sum(share.lost * share.images for share in shares) / len(self.items)
         return [
             *self.source.lines(self.cut),
             f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away",
@@ -75,7 +75,7 @@ class Pictures:
         ]
 
     def read(self, place: int) -> tuple[Image.Image, str]:
-        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises PictureError.
+        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises ImageError.
 
         Threads may read at the same time: they wait for each other's files, not for the decoding.
         """
@@ -93,7 +93,7 @@ class Pictures:
             if error := bad.get(sample.id):
                 raise error if isinstance(error, DataError) else DataError(error.what)
 
-        for _ in self.source.sift(judge, desc="leaving out"):
+        for _ in self.source.validate(judge, desc="leaving out"):
             pass
         self.items = [item for item in self.items if item.id not in bad]
         self.held_out &= {item.digest for item in self.items}
@@ -126,7 +126,7 @@ def read_pictures(data: FinetuneData, cut: Callable[[str], str] | None = None) -
 
     items = [
         Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats)
-        for sample, (size, digest) in source.sift(look, desc="pictures" if data.cache == OFF else "headers")
+        for sample, (size, digest) in source.validate(look, desc="pictures" if data.cache == OFF else "headers")
     ]
     pictures = Pictures(source, items, data, cut)
     pictures.require()
@@ -136,7 +136,7 @@ def read_pictures(data: FinetuneData, cut: Callable[[str], str] | None = None) -
 def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.Image:
     from ldm.data.buckets import resized
 
-    return read_picture(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
+    return read_image(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
 
 
 def held_out(digests: Iterable[str], share: float) -> set[str]:

@@ -93,7 +93,7 @@ class Text:
         right, total = 0, 0
         for part in _parts([(i, w) for i, t in enumerate(things) for w in t.words if w != t.word]):
             nearest = (ema.embed_text(self._tokens([f"a {word}" for _, word in part])) @ names.T).argmax(1).tolist()
-            right += sum(things[n].looks == things[i].looks for n, (i, _) in zip(nearest, part))
+            right += sum(things[n].lookalike_class == things[i].lookalike_class for n, (i, _) in zip(nearest, part))
             total += len(part)
         return right / max(1, total)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ldm.data.sources import Sample, open_source
 from ldm.errors import DataError
 
-KINDS = {}  # name -> (function that makes it of a good picture's path, reason)
+KINDS = {}  # name -> (function that makes it of a good image's path, reason)
 
 
 def kind(reason):
@@ -63,12 +63,12 @@ def empty(path):
     write(path, b"")
 
 
-@kind("is no picture")
+@kind("is no image")
 def text(path):
     write(path, b"just words")
 
 
-@kind("is no picture")
+@kind("is no image")
 def html(path):
     write(path, b"<html><body>404 Not Found</body></html>")
 
@@ -78,12 +78,12 @@ def heic(path):
     write(path, b"\0\0\0\x20ftypheic\0\0\0\0mif1heic")
 
 
-@kind("is too large a picture")
+@kind("is too large an image")
 def huge_bomb(path):
     write(path, bomb(60_000))
 
 
-@kind("is too large a picture")
+@kind("is too large an image")
 def large_bomb(path):
     write(path, bomb(10_000))
 
@@ -140,7 +140,7 @@ def state(folder):
 
 
 def spoilt_set(folder, count, bad):
-    """`count` pictures with captions, `bad` of them spoilt in all kinds in turn; {path: reason}."""
+    """`count` images with captions, `bad` of them spoilt in all kinds in turn; {path: reason}."""
     folder.mkdir()
     files, draw, expected = [], random.Random(0), {}
     for i in range(8):
@@ -150,7 +150,7 @@ def spoilt_set(folder, count, bad):
     for i in range(count):
         path = folder / f"{i:05d}.png"
         path.write_bytes(files[i % 8])
-        path.with_suffix(".txt").write_text(f"picture {i}")
+        path.with_suffix(".txt").write_text(f"image {i}")
     for n, i in enumerate(draw.sample(range(count), bad)):
         spoil, reason = list(KINDS.values())[n % len(KINDS)]
         spoil(folder / f"{i:05d}.png")
@@ -163,7 +163,7 @@ def check_spoilt_set(folder, count, bad):
     expected = spoilt_set(folder, count, bad)
     before = state(folder)
     source = open_source(folder)
-    used = [sample.id for sample, _ in source.sift(Sample.picture, desc="pictures")]
+    used = [sample.id for sample, _ in source.validate(Sample.image, desc="images")]
     counts = source.counts
     source.require(max_bad=0.05)
     assert state(folder) == before
@@ -181,12 +181,12 @@ def check_spoilt_set(folder, count, bad):
     assert f"{count} found: {count - bad} used, {bad} skipped: " in source.lines()[1]
 
 
-def test_two_hundred_pictures_of_sixteen_bad_kinds_are_counted_by_their_reasons(tmp_path):
+def test_two_hundred_images_of_sixteen_bad_kinds_are_counted_by_their_reasons(tmp_path):
     check_spoilt_set(tmp_path / "set", 640, 32)
 
 
 @pytest.mark.slow
-def test_ten_thousand_pictures_with_two_hundred_bad_ones(tmp_path):
+def test_ten_thousand_images_with_two_hundred_bad_ones(tmp_path):
     check_spoilt_set(tmp_path / "set", 10_000, 200)
 
 
@@ -209,14 +209,14 @@ def test_captions_with_another_suffix_are_named(tmp_path, suffix):  # fault D 38
         good(tmp_path / f"{i}.png")
         (tmp_path / f"{i}{suffix}").write_text("a cat")
     said = refusal(tmp_path, allow_empty_captions=True)
-    assert f"has no captions: 3 pictures have a file *{suffix} beside them, which is not read; rename" in said
+    assert f"has no captions: 3 images have a file *{suffix} beside them, which is not read; rename" in said
 
 
 def test_what_stands_in_the_place_of_captions_is_named(tmp_path):  # faults D 37, 42
     good(tmp_path / "cat.png")
-    assert "1 pictures, no metadata and no .txt or .caption beside them; write cat.txt" in refusal(tmp_path)
-    (tmp_path / "readme.txt").write_text("about these pictures")
-    assert "none of 1 caption files (readme.txt) has the name of a picture" in refusal(tmp_path)
+    assert "1 images, no metadata and no .txt or .caption beside them; write cat.txt" in refusal(tmp_path)
+    (tmp_path / "readme.txt").write_text("about these images")
+    assert "none of 1 caption files (readme.txt) has the name of an image" in refusal(tmp_path)
     (tmp_path / "metadata.json1").write_text("")
     assert "metadata.json1 is there: did you mean 'metadata.jsonl'?" in refusal(tmp_path)
     (tmp_path / "cat.txt").write_text(" \n\n")
@@ -225,10 +225,10 @@ def test_what_stands_in_the_place_of_captions_is_named(tmp_path):  # faults D 37
     for i in range(15):
         good(tmp_path / f"{i:02d}.png")
     said = refusal(tmp_path)
-    assert "16 of 17 pictures have no caption (15 missing, 1 empty): 00.png, 01.png," in said and "09.png, …;" in said
+    assert "16 of 17 images have no caption (15 missing, 1 empty): 00.png, 01.png," in said and "09.png, …;" in said
     open_source(tmp_path).require(allow_empty_captions=True)
     notes = open_source(tmp_path).counts.notes
-    assert "1 caption files belong to no picture: readme.txt" in notes
+    assert "1 caption files belong to no image: readme.txt" in notes
     assert "1 other files are ignored: 1 .json1" in notes
 
 
@@ -252,7 +252,7 @@ def test_both_caption_files_are_noted_and_the_txt_is_read(tmp_path):
     (tmp_path / "a.caption").write_text("caption")
     source = open_source(tmp_path)
     assert source[0].captions == ("text",)
-    assert "1 pictures have a .txt and a .caption: the .txt is read (a.png)" in source.counts.notes
+    assert "1 images have a .txt and a .caption: the .txt is read (a.png)" in source.counts.notes
 
 
 def test_links_are_followed_inside_of_the_folder_alone(tmp_path):  # fault C 32
@@ -269,7 +269,7 @@ def test_links_are_followed_inside_of_the_folder_alone(tmp_path):  # fault C 32
         server.bind(os.path.relpath(data / "s.png"))
         source = open_source(data)
     assert [(s.id, s.captions) for s in source] == [("b.png", ("a",)), ("c.png", ()), ("sub/a.png", ("a",))]
-    assert "1 pictures are links to others in the folder" in source.counts.notes
+    assert "1 images are links to others in the folder" in source.counts.notes
     said = "3 links to folders or out of the folder are not followed: around, c.txt, etc"
     assert said in source.counts.notes
     assert source.counts.reasons() == {"is no file": 1}
@@ -289,7 +289,7 @@ def test_names_that_are_not_utf8_and_folders_that_cannot_be_listed(tmp_path):
         assert "locked: cannot be listed" in refusal(tmp_path)
 
 
-def test_a_picture_that_vanishes_or_changes_is_an_error_of_its_own(tmp_path):  # fault C 35
+def test_an_image_that_vanishes_or_changes_is_an_error_of_its_own(tmp_path):  # fault C 35
     for name in "abc":
         good(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
@@ -299,9 +299,9 @@ def test_a_picture_that_vanishes_or_changes_is_an_error_of_its_own(tmp_path):  #
     os.mkfifo(tmp_path / "b.png")
     for index, said in ((0, "a.png: cannot be opened (No such file"), (1, "b.png: is no file")):
         with pytest.raises(DataError) as error:
-            source[index].picture()
+            source[index].image()
         assert said in str(error.value)
-    assert [sample.id for sample, _ in source.sift()] == ["c.png"]
+    assert [sample.id for sample, _ in source.validate()] == ["c.png"]
     assert source.counts.reasons() == {"cannot be opened": 1, "is no file": 1} and source.counts.found == 3
 
 
@@ -339,7 +339,7 @@ def test_names_in_another_normal_form_are_found(tmp_path):
     assert open_source(tmp_path)[0].captions == ("a",)
 
 
-def test_a_picture_that_is_left_out_later_takes_its_captions_out_of_the_counts(tmp_path):
+def test_an_image_that_is_left_out_later_takes_its_captions_out_of_the_counts(tmp_path):
     for name, text in (("a", "one\ntwo"), ("b", ""), ("c", None), ("d", None), ("e", "three")):
         good(tmp_path / f"{name}.png")
         if text is not None:
@@ -348,7 +348,7 @@ def test_a_picture_that_is_left_out_later_takes_its_captions_out_of_the_counts(t
     assert (source.counts.captions, source.counts.empty, source.counts.missing) == (3, 1, 2)
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"")
-    assert [sample.id for sample, _ in source.sift()] == ["d.png", "e.png"]
+    assert [sample.id for sample, _ in source.validate()] == ["d.png", "e.png"]
     assert (source.counts.captions, source.counts.empty, source.counts.missing) == (1, 0, 1)
-    with pytest.raises(DataError, match=r"1 of 2 pictures have no caption \(1 missing, 0 empty\): d.png; write"):
+    with pytest.raises(DataError, match=r"1 of 2 images have no caption \(1 missing, 0 empty\): d.png; write"):
         source.require(max_bad=3)

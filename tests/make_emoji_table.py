@@ -2,7 +2,7 @@
 
 Run once, by hand, on a machine with the Debian packages unicode-data and unicode-cldr-core:
 
-    python -m ldm.data.emoji.make_table > ldm/data/emoji/table.tsv
+    python tests/make_emoji_table.py > ldm/data/emoji/table.tsv
 
 The selection: every fully-qualified line of the five groups below in Emoji 15.0, 849 in all. None of them has a skin
 tone; four are ZWJ sequences (service dog, black cat, polar bear, black bird), which are pictures of their own.

@@ -1,4 +1,4 @@
-"""Faults C 22-24: whatever is wrong with a picture's bytes, one line says so, within a second and 200 MB."""
+"""Faults C 22-24: whatever is wrong with an image's bytes, one line says so, within a second and 200 MB."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = Path(__file__).with_name("picture_mutants.py")
+COMMAND = Path(__file__).with_name("image_mutants.py")
 
 
 def damage(count, seed):
@@ -22,7 +22,7 @@ def damage(count, seed):
 def check(said, count):
     assert sum(said["outcomes"].values()) == count and len(said["formats"]) == 9
     assert said["outcomes"]["read"] > count * 0.1  # most damage is small
-    assert set(said["outcomes"]) > {"is damaged or cut short", "is no picture", "is of a kind that is not read"}
+    assert set(said["outcomes"]) > {"is damaged or cut short", "is no image", "is of a kind that is not read"}
 
 
 def test_a_thousand_mutants_of_nine_formats_raise_nothing_but_our_error():

@@ -1,6 +1,6 @@
-"""Damaged pictures by the thousand: `python tests/data/picture_mutants.py COUNT [SEED]` prints what came of them.
+"""Damaged images by the thousand: `python tests/data/image_mutants.py COUNT [SEED]` prints what came of them.
 
-Ends with an error where anything but PictureError is raised, a picture takes more than a second of processor time, or
+Ends with an error where anything but ImageError is raised, an image takes more than a second of processor time, or
 the process grows by more than 200 MB.
 """
 
@@ -16,7 +16,7 @@ import zlib
 
 from PIL import Image
 
-from ldm.data.images import PictureError, read_header, read_picture
+from ldm.data.images import ImageError, read_header, read_image
 
 SECONDS, MEGABYTES = 1.0, 200
 OURS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -24,7 +24,7 @@ NOT_OURS = ("ICO", "JPEG2000")
 
 
 def originals():
-    """(format, bytes): small pictures of nine formats in several modes."""
+    """(format, bytes): small images of nine formats in several modes."""
     plain = Image.linear_gradient("L").resize((40, 28))
     colour = Image.merge("RGB", (plain, plain.rotate(180), plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
     clear = colour.copy()
@@ -36,9 +36,9 @@ def originals():
     modes |= {"JPEG": (colour, plain, colour.convert("CMYK")), "WEBP": (colour, clear), "BMP": (colour, plain)}
     modes |= {"GIF": (plain, colour.quantize(8)), "AVIF": (colour, clear), "ICO": (clear,), "JPEG2000": (colour,)}
     modes |= {"TIFF": (colour, clear, deep, plain.convert("F"), plain.convert("I"), colour.convert("CMYK"))}
-    for format, pictures in modes.items():
-        for picture in pictures:
-            yield format, encoded(picture, format, exif=exif) if format in ("JPEG", "PNG") else encoded(picture, format)
+    for format, images in modes.items():
+        for image in images:
+            yield format, encoded(image, format, exif=exif) if format in ("JPEG", "PNG") else encoded(image, format)
     for format in ("PNG", "GIF", "WEBP"):
         yield format, encoded(colour, format, save_all=True, append_images=[clear.convert("RGB").rotate(90)] * 3)
     yield "JPEG", encoded(colour, "JPEG", progressive=True, icc_profile=bytes(500))
@@ -46,9 +46,9 @@ def originals():
         yield "TIFF", encoded(colour, "TIFF", compression=compression)
 
 
-def encoded(picture, format, **options):
+def encoded(image, format, **options):
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -128,15 +128,15 @@ def mutants(count, seed):
 
 
 def look(raw):
-    """ "read", or the reason why it was refused. Raises whatever is no PictureError."""
+    """ "read", or the reason why it was refused. Raises whatever is no ImageError."""
     try:
         header = read_header(io.BytesIO(raw), "mutant")
-        picture = read_picture(io.BytesIO(raw), "mutant", at_least=32)
-    except PictureError as error:
+        image = read_image(io.BytesIO(raw), "mutant", at_least=32)
+    except ImageError as error:
         assert "\n" not in str(error) and len(str(error)) < 500, error
         return error.reason
-    assert picture.mode == "RGB" and min(picture.size) >= 1
-    assert max(picture.size) <= max(header.width, header.height)
+    assert image.mode == "RGB" and min(image.size) >= 1
+    assert max(image.size) <= max(header.width, header.height)
     return "read"
 
 
