@@ -1,4 +1,4 @@
-"""Aspect buckets: sizes of about equal area, the nearest for each image, and batches that hold one size each."""
+"""Aspect buckets: sizes of about equal area, the nearest for each image, and batches of one size each."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketConfig:
-    """Which buckets there are. Squares alone: min_side = max_side = resolution. Raises ConfigError."""
+    """The set of buckets; min_side = max_side = resolution gives squares only. Raises ConfigError."""
 
     resolution: int = 512  # pixels; a bucket has at most resolution² of them
     step: int = 64  # pixels; every side is a multiple
     min_side: int | None = None  # pixels; None: resolution / 2
     max_side: int | None = None  # pixels; None: 2 * resolution
-    upscale: bool = True  # False: an image smaller than its bucket gets a bucket of its own, below min_side too
+    upscale: bool = True  # False: an image smaller than its bucket gets a smaller bucket, even below min_side
 
     def __post_init__(self):
         require(self.step >= 1, f"must be at least 1, got {self.step}", "step")
@@ -57,7 +57,7 @@ class BucketConfig:
 
 @functools.lru_cache
 def buckets(config: BucketConfig) -> tuple[Size, ...]:
-    """All buckets, from wide to tall: the resolution's square, and for every side the longest other one that fits.
+    """All buckets, from wide to tall: the square of the resolution, and the longest other side for every side.
 
     The areas are at most resolution², so that no batch needs more memory than one of squares (as in kohya's scripts).
     """
@@ -72,9 +72,9 @@ def buckets(config: BucketConfig) -> tuple[Size, ...]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def bucket_of(size: Size, config: BucketConfig) -> Size:
-    """The bucket nearest in aspect, which is the one that cropping loses fewest pixels for; of equals the largest.
+    """The bucket nearest in aspect, for which cropping loses the fewest pixels; of equal ones the largest.
 
-    Without `upscale` an image that is smaller than it on either side gets its own sides, rounded down to the step.
+    Without `upscale` an image that is smaller than it on either side gets its sides rounded down to the step.
     """
 
     def order(bucket: Size) -> tuple[float, int, Size]:
@@ -91,7 +91,7 @@ def bucket_of(size: Size, config: BucketConfig) -> Size:
 
 
 def resized(size: Size, bucket: Size) -> Size:
-    """The image's size after resizing by the one factor that covers the bucket, its aspect kept."""
+    """The image's size after resizing to cover the bucket, its aspect kept."""
     if bucket.height * size.width >= bucket.width * size.height:  # height needs the larger factor
         return Size(bucket.height, max(bucket.width, _rounded(size.width * bucket.height, size.height)))
     return Size(max(bucket.height, _rounded(size.height * bucket.width, size.width)), bucket.width)
@@ -107,12 +107,12 @@ class Share:
 
     bucket: Size
     images: int
-    lost: float  # mean over the images of the part of their pixels that is cropped away, 0 to 1
+    lost: float  # share of the pixels that is cropped away, 0 to 1, mean over the images
     enlarged: int  # images that are smaller than the bucket on a side
 
 
 def histogram(sizes: Iterable[Size], config: BucketConfig) -> list[Share]:
-    """How images of these sizes spread over the buckets; the fullest first. The counts add up to the images."""
+    """The buckets of images of these sizes, the fullest first. The counts add up to the number of images."""
     groups: dict[Size, Counter[Size]] = {}
     for size, count in Counter(sizes).items():
         groups.setdefault(bucket_of(size, config), Counter())[size] = count
@@ -127,9 +127,9 @@ def histogram(sizes: Iterable[Size], config: BucketConfig) -> list[Share]:
 class Batches:
     """The order of training: batches of one bucket each, a pure function of (seed, epoch, buckets, batch size).
 
-    In an epoch every position comes exactly once: images are shuffled inside their bucket and cut into batches, and
-    the batches are shuffled. What is left of a bucket is a smaller batch, never filled up and never dropped; which
-    images it holds changes from epoch to epoch. To repeat an image, list its bucket at several positions.
+    Every position comes exactly once in an epoch: images are shuffled inside their bucket and cut into batches, and
+    the batches are shuffled. The rest of a bucket becomes a smaller batch; it is never filled up or dropped, and its
+    images change from epoch to epoch. To repeat an image, list its bucket at several positions.
     Raises DataError where there are no images.
     """
 
@@ -150,11 +150,11 @@ class Batches:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        """Batches in an epoch, the same number in each."""
+        """The number of batches in an epoch, the same in each."""
         return len(self._spans)
 
     def at(self, step: int) -> tuple[int, list[int]]:
-        """(epoch, positions) of the step-th batch since the beginning: to go on, ask for the next number."""
+        """(epoch, positions) of batch `step`, counted from the beginning of the training."""
         epoch, number = divmod(step, len(self))
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, *self._orders(epoch))
@@ -163,7 +163,7 @@ class Batches:
         return epoch, order[begin:end].tolist()
 
     def _orders(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions by bucket, shuffled in each, and the batches' order."""
+        """The positions by bucket, shuffled in each, and the order of the batches."""
         import numpy as np
 
         images = shuffle_keys(len(self._bucket), self.seed, "pictures", epoch)
@@ -172,7 +172,7 @@ class Batches:
 
 
 def shuffle_keys(count: int, *parts: object) -> np.ndarray:
-    """uint64 (count,): sorting by them is a random order keyed by `parts`, the same on every machine and library.
+    """uint64 (count,) whose sorting order is random, seeded by `parts`, and equal on every machine.
 
     SplitMix64 (Steele, Lea and Flood 2014) from a hash of the parts on.
     """

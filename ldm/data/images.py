@@ -1,7 +1,7 @@
-"""Images of other people's making: their header without decoding, their pixels upright in RGB, or one line why not.
+"""Reading image files of any origin: the header without decoding, or the pixels, upright and in RGB.
 
-`file` is always a binary file that can seek. Nothing is asked of a file but its pixels and which way is up: texts,
-colour profiles and thumbnails are passed over, whatever their size or state.
+`file` is always a binary file that can seek. Only pixels and the EXIF orientation are read: texts, colour profiles and
+thumbnails are ignored, whatever their size or state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WHITE = (255, 255, 255)
 MAX_MEMORY = 198_000_000  # bytes that reading one image may take
 MAX_PIXELS = 64_000_000
-DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # bytes a pixel while the whole image is decoded, measured
+DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # measured bytes per pixel while the whole image is decoded
 STORED = {
     "1": 1,
     "L": 1,
@@ -31,13 +31,13 @@ STORED = {
     "I;16": 2,
     "I;16B": 2,
     "I;16L": 2,
-}  # bytes a pixel by mode in the other formats, else 4
-PROGRESSIVE = 3  # bytes a pixel that a progressive JPEG keeps beside its pixels
+}  # bytes per pixel by mode in the other formats, else 4
+PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixels
 MAX_FILE = 200_000_000  # bytes
-BAND = 250_000  # pixels that are turned into RGB at once
+BAND = 250_000  # pixels that are converted to RGB at once
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
-OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of images and not read
+UNREAD = (  # (offset, first bytes, name) of formats that are common in folders of images but not read
     (0, b"%PDF", "PDF"),
     (0, b"8BPS", "PSD"),
     (0, b"\0\0\1\0", "ICO"),
@@ -55,7 +55,7 @@ OTHERS = (  # (offset, first bytes, name) of formats that are met in folders of 
 
 
 class ImageError(DataError):
-    """A file whose pixels cannot be had; `reason` is the same for all that fail in one way, for counting."""
+    """A file whose pixels cannot be read; `reason` is the same for all that fail in the same way, for counting."""
 
     def __init__(self, reason: str, detail: str = "", *, where: object = None, hint: str | None = None):
         self.reason, self.detail = reason, one_line(detail)
@@ -64,19 +64,19 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image before anything is decoded."""
+    """What a file's header says about its image."""
 
     format: str  # Pillow's name: PNG, JPEG, …
     mode: str  # Pillow's name: RGB, P, CMYK, I;16, …
     width: int  # pixels, upright
     height: int
     orientation: int = 1  # EXIF's 1 to 8
-    animated: bool = False  # of which the first frame is taken
-    transparent: bool = False  # an alpha channel, or a colour or palette entries that are
+    animated: bool = False  # the first frame is read
+    transparent: bool = False  # has an alpha channel, or a transparent colour or palette entry
 
 
 def read_header(file: BinaryIO, where: object = None) -> Header:
-    """Size and kind without decoding. Raises ImageError for what is no image of ours or too large to decode."""
+    """Size and format without decoding. Raises ImageError for files that are no readable image or too large."""
     with _opened(file, where) as (image, header):
         _scale(image, header, 1)
         return header
@@ -85,10 +85,10 @@ def read_header(file: BinaryIO, where: object = None) -> Header:
 def read_image(
     file: BinaryIO, where: object = None, at_least: int | None = None, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """The image in RGB, upright, the first frame, transparency laid on `background`, 16 bits scaled to 8.
+    """The first frame in RGB, upright, composited on `background`, 16 bits scaled to 8.
 
-    With `at_least` the shorter side of a large image may come out smaller by a whole factor, never below twice
-    `at_least` pixels. Raises ImageError, and nothing else, for whatever cannot be read or would take too much memory.
+    With `at_least` a large image may be reduced by a whole factor, its shorter side never below twice `at_least`
+    pixels. Raises ImageError, and nothing else, for files that cannot be read or would take too much memory.
     """
     from PIL import Image
 
@@ -106,7 +106,7 @@ def read_image(
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
-    """The image, not decoded yet, and its header; whatever goes wrong inside of the block becomes ImageError."""
+    """The image, not decoded yet, and its header; every exception inside the block becomes ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -127,20 +127,20 @@ def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header
     except ImageError as error:
         raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
     except UnidentifiedImageError:
-        raise ImageError(*_told_by(start), where=where) from None
+        raise ImageError(*_kind_of(start), where=where) from None
     except Image.DecompressionBombError:
         raise ImageError("is too large an image", "its header declares a bomb", where=where) from None
     except MemoryError:
         raise ImageError("is too large an image", "out of memory", where=where) from None
-    except Exception as error:  # decoders raise whatever a damaged file leads them to: struct.error, IndexError, …
+    except Exception as error:  # decoders raise many types on damaged files: struct.error, IndexError, …
         raise ImageError("is damaged or cut short", str(error) or type(error).__name__, where=where) from None
 
 
 def _header(image: Image.Image, animated: bool) -> Header:
     width, height = image.size
     orientation = 1
-    with contextlib.suppress(Exception):  # broken EXIF: the image is taken as it lies
-        if image.format != "PNG" or "exif" in image.info:  # a PNG would be decoded in search of it
+    with contextlib.suppress(Exception):  # broken EXIF: the image stays as it is
+        if image.format != "PNG" or "exif" in image.info:  # Pillow would decode a PNG to search for it
             value = image.getexif().get(ORIENTATION)
             orientation = value if value in UPRIGHT else 1
     if orientation >= 5 and image.format != "TIFF":  # quarter turns; Pillow turns TIFFs itself
@@ -152,9 +152,9 @@ def _header(image: Image.Image, animated: bool) -> Header:
     return Header(image.format, image.mode, width, height, orientation, animated, transparent)
 
 
-def _told_by(start: bytes) -> tuple[str, str]:
+def _kind_of(start: bytes) -> tuple[str, str]:
     """(reason, detail) for a file that no decoder knows, by its first bytes."""
-    for offset, magic, name in OTHERS:
+    for offset, magic, name in UNREAD:
         if start.startswith(magic, offset):
             return "is of a kind that is not read", name
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -166,7 +166,7 @@ def _told_by(start: bytes) -> tuple[str, str]:
 
 
 def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
-    """The whole factor by which to make the image smaller while decoding; a JPEG is told to decode at a fraction.
+    """The whole factor by which the image is reduced while decoding; a JPEG is set to decode at reduced size.
 
     Raises ImageError where reading would take more than MAX_MEMORY.
     """
@@ -194,7 +194,7 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
 def _levels(image: Image.Image) -> tuple[float, float] | None:
     """(black, white) of an image of 32-bit numbers; None for the other modes.
 
-    Whole numbers within 16 bits are those, floats within 0 to 1 too; others are stretched from least to most.
+    The range is 16 bits for integers within it, and 0 to 1 for floats within it; else it is that of the pixels.
     """
     if image.mode not in ("I", "F"):
         return None
@@ -208,7 +208,7 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
 def _in_bands(
     image: Image.Image, factor: int, background: tuple[int, int, int], levels: tuple[float, float] | None
 ) -> Image.Image:
-    """The image in RGB, `factor` times smaller, worked off in bands of about BAND pixels to spare memory."""
+    """The image in RGB, `factor` times smaller, converted in bands of about BAND pixels to save memory."""
     from PIL import Image
 
     image.load()
@@ -246,7 +246,7 @@ MAX_EXIF = 1 << 16  # bytes
 
 
 def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """The PNG with the chunks of its pixels and a sound EXIF alone, and whether it is animated. Nothing is copied."""
+    """The PNG with only the chunks of its pixels and a sound EXIF, and whether it is animated. Nothing is copied."""
     pieces, exif, position, animated, size = [(0, 8)], [], 8, False, file.seek(0, io.SEEK_END)
     while position + 8 <= size:
         file.seek(position)
@@ -271,7 +271,7 @@ def _crc_is_right(body: bytes, kind: bytes) -> bool:
 
 
 class _Pieces(io.RawIOBase):
-    """Parts of a file, given as (begin, end), read as one."""
+    """Parts of a file, as (begin, end), that are read as one file."""
 
     def __init__(self, file: BinaryIO, pieces: list[tuple[int, int]]):
         joined: list[tuple[int, int]] = []

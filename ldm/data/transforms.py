@@ -1,6 +1,6 @@
-"""What becomes of an image and its captions at an epoch: resized, cropped, flipped, one caption chosen.
+"""The transforms of an image and its captions in an epoch: resize, crop, flip, and the choice of a caption.
 
-Every choice is a function of (seed, epoch, sample), made when it is needed: nothing has to be saved to resume.
+Every choice is a function of (seed, epoch, sample), so that nothing has to be saved to resume.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class View:
-    """All that is done to one image: resized, mirrored where `flipped`, then cropped."""
+    """The transform of one image: resized, mirrored if `flipped`, then cropped."""
 
     original: Size  # of the upright image
     resized: Size
@@ -50,13 +50,13 @@ class View:
 
 
 def draw(*parts: object) -> float:
-    """A number in [0, 1), keyed by `parts`: the same on every machine."""
+    """A random number in [0, 1), seeded by `parts`: the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
 def draw_view(original: Size, bucket: Size, config: TransformConfig, seed: int, epoch: int, sample: int) -> View:
-    """The view of a sample at an epoch. Crop and flip are drawn independently of each other."""
+    """The view of a sample in an epoch. Crop and flip are drawn independently."""
     full = resized(original, bucket)
     room = full.height - bucket.height, full.width - bucket.width
     if config.crop == "random":
@@ -70,9 +70,9 @@ def draw_view(original: Size, bucket: Size, config: TransformConfig, seed: int, 
 
 
 def fixed_views(original: Size, bucket: Size, config: TransformConfig) -> tuple[View, ...]:
-    """Every view that `draw_view` can give, so that all can be prepared: one, or two with flips.
+    """Every view that `draw_view` can return, for the cache: one, or two with flips.
 
-    Raises ConfigError for random crops, which are without end.
+    Raises ConfigError for random crops, whose number is not limited.
     """
     if config.crop != "center":
         raise ConfigError("random crops cannot be cached", where="crop", hint="use crop=center, or no cache")
@@ -81,10 +81,10 @@ def fixed_views(original: Size, bucket: Size, config: TransformConfig) -> tuple[
 
 
 def pixels(image: Image.Image, view: View) -> torch.Tensor:
-    """The view of an upright image as uint8 (3, H, W), through Lanczos' filter, antialiased.
+    """The view of an upright image as uint8 (3, H, W), by an antialiased Lanczos filter.
 
-    The image may have been decoded at a fraction of its size. Only the part that is kept is resized: a line of 1x5000
-    needs no more memory than any other image. Raises DataError where the view was made for another shape.
+    The image may have been decoded at reduced size. Only the cropped part is resized: an image of 1x5000 needs no more
+    memory than any other. Raises DataError where the view was made for another shape.
     """
     import numpy
     import torch
@@ -103,7 +103,7 @@ def pixels(image: Image.Image, view: View) -> torch.Tensor:
     part = images.flatten(image).resize(size, Image.Resampling.LANCZOS, box=box)
     if view.flipped:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # not by torch, which would start threads of its own beside each thread that reads images
+    # not by torch, which would start more threads beside each thread that reads images
     return torch.from_numpy(numpy.ascontiguousarray(numpy.asarray(part).transpose(2, 0, 1)))
 
 
@@ -113,14 +113,14 @@ def to_float(batch: torch.Tensor) -> torch.Tensor:
 
 
 def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: int, sample: int) -> str:
-    """One of the captions, all equally likely; the empty text where there is none, or with probability `dropout`."""
+    """One of the captions, all equally likely; the empty text if there is none, or with probability `dropout`."""
     if not captions or draw(seed, "caption dropout", epoch, sample) < dropout:
         return ""
     return captions[int(draw(seed, "caption", epoch, sample) * len(captions))]
 
 
 def shuffle_tags(caption: str, keep: int, seed: int, epoch: int, sample: int) -> str:
-    """The parts between commas in another order, but for the first `keep` of them."""
+    """The parts between commas in random order, except the first `keep`, which stay in place."""
     tags = [tag.strip() for tag in caption.split(",")]
     order = sorted(range(keep, len(tags)), key=lambda i: draw(seed, "tags", i, epoch, sample))
     return ", ".join([*tags[:keep], *(tags[i] for i in order)])

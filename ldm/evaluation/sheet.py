@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm.evaluation.judged import Judged
+from ldm.images import grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE, FRAME, TEXT, GAP, COLUMNS = 128, 4, 44, 6, 10  # px
-RIGHT, WRONG, INK, PAPER = (40, 150, 60), (205, 40, 40), (30, 30, 30), (250, 250, 250)
-FONT_SIZE, LINES, WIDTH = 10, 3, 27  # px, lines of text, letters a line
+RIGHT, WRONG, INK = (40, 150, 60), (205, 40, 40), (30, 30, 30)
+FONT_SIZE, LINES, WIDTH = 10, 3, 27  # px, lines of text, letters in a line
 
 
 def contact_sheet(images: Sequence[Image | np.ndarray], judged: Sequence[Judged]) -> Image:
     """Rows of ten images. Below each: its prompt, the guess, and the background where it is wrong."""
+    return grid([_cell(image, verdict) for image, verdict in zip(images, judged)], COLUMNS, GAP)
+
+
+def _cell(image: Image | np.ndarray, judged: Judged) -> Image:
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = min(COLUMNS, len(images))
-    cell = (SIDE + 2 * FRAME + GAP, SIDE + 2 * FRAME + GAP + TEXT)
-    sheet = Image.new("RGB", (columns * cell[0] + GAP, -(-len(images) // columns) * cell[1] + GAP), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for i, (image, verdict) in enumerate(zip(images, judged)):
-        x, y = GAP + i % columns * cell[0], GAP + i // columns * cell[1]
-        good = (verdict.first or not verdict.prompt.objects) and verdict.background_right is not False
-        pen.rectangle((x, y, x + SIDE + 2 * FRAME - 1, y + SIDE + 2 * FRAME - 1), fill=RIGHT if good else WRONG)
-        tile = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        sheet.paste(tile.convert("RGB").resize((SIDE, SIDE)), (x + FRAME, y + FRAME))
-        for number, line in enumerate(_caption(verdict)):
-            corner = (x, y + SIDE + 2 * FRAME + 1 + number * (FONT_SIZE + 3))
-            pen.text(corner, line, fill=INK if number < LINES - 1 else RIGHT if good else WRONG, font=font)
-    return sheet
+    side = SIDE + 2 * FRAME
+    good = (judged.first or not judged.prompt.objects) and judged.background_right is not False
+    colour = RIGHT if good else WRONG
+    cell = Image.new("RGB", (side, side + TEXT), "white")
+    pen, font = ImageDraw.Draw(cell), ImageFont.load_default(FONT_SIZE)
+    pen.rectangle((0, 0, side - 1, side - 1), fill=colour)
+    tile = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    cell.paste(tile.convert("RGB").resize((SIDE, SIDE)), (FRAME, FRAME))
+    for number, line in enumerate(_caption(judged)):
+        corner = (0, side + 1 + number * (FONT_SIZE + 3))
+        pen.text(corner, line, fill=INK if number < LINES - 1 else colour, font=font)
+    return cell
 
 
 def _caption(judged: Judged) -> list[str]:
     """Two lines of the prompt and one of the verdict, cut to the width of an image."""
-    import textwrap
-
     lines = textwrap.wrap(judged.prompt.text, WIDTH)[: LINES - 1]
-    verdict = f"{judged.guess} {judged.match:.2f}" + (
-        f", {judged.background}" if judged.background_right is False else ""
-    )
+    background = f", {judged.background}" if judged.background_right is False else ""
+    verdict = f"{judged.guess} {judged.match:.2f}{background}"
     return [*lines, *[""] * (LINES - 1 - len(lines)), verdict[: WIDTH + 3]]

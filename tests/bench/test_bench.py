@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
-import time
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm.bench import Timing, alternate, bench
 from ldm.bench.warm import FLOW_PEERS, warm
@@ -15,6 +19,8 @@ from ldm.cli import main
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError, NumericsError
 from tests.conftest import build_tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,20 @@ def test_sides_take_turns_and_the_first_rounds_do_not_count():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_a_slower_side_takes_longer():
-    seconds = alternate({"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.002)}, repeats=3)
-    timing = Timing("x", seconds)
-    assert timing.ratio > 2 and timing.medians["slow"] >= 0.02
+def test_each_side_is_charged_with_its_own_time_and_nothing_else(monkeypatch):
+    """By a clock that only the sides move, and the first round more than the others."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr("ldm.bench.timing.time.perf_counter", lambda: clock[0])
+
+    def side(name, seconds):
+        def call():
+            calls.append(name)
+            clock[0] += seconds if calls.count(name) > 1 else 100.0
+
+        return call
+
+    seconds = alternate({"slow": side("slow", 2.0), "fast": side("fast", 0.5)}, repeats=3)
+    assert seconds == {"slow": [2.0] * 3, "fast": [0.5] * 3} and Timing("x", seconds).ratio == 4
 
 
 def test_medians_and_ratio():
@@ -134,9 +150,28 @@ def test_the_profile_names_operators(tiny_folder, capsys):
     assert "aten::" in capsys.readouterr().out
 
 
-def test_cold_starts_new_processes(tiny_folder):
-    (timing,) = bench(["cold"], repeats=1, model=str(tiny_folder))
-    assert timing.ratio > 0.5 and all(values[0] > 0.1 for values in timing.seconds.values())
+def test_cold_starts_new_processes(tiny_folder, monkeypatch):
+    """By turns, from this interpreter and this package; the first of each really runs, and draws an image."""
+    from ldm.bench import cold
+
+    started, run = [], subprocess.run
+
+    def spied(command, env, **options):
+        started.append(command)
+        assert command[0] == sys.executable and env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+        if len(started) > 2:
+            return subprocess.CompletedProcess(command, 0)
+        done = run(command, env=env, **options)
+        if "generate" in command:
+            with Image.open(command[command.index("-o") + 1]) as image:
+                assert image.size == (32, 32)
+        return done
+
+    monkeypatch.setattr(cold.subprocess, "run", spied)
+    (timing,) = bench(["cold"], repeats=2, model=str(tiny_folder))
+    assert ["generate" in command for command in started] == [True, False] * 3  # one round to warm up
+    assert started[0][started[0].index("--model") + 1] == str(tiny_folder) and "diffusers" in started[1][-1]
+    assert {name: len(values) for name, values in timing.seconds.items()} == {"ldm generate": 2, "imports alone": 2}
 
 
 @pytest.mark.parametrize(

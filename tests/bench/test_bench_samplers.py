@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.bench import Timing
 from ldm.bench import samplers as bench_of_samplers
 from ldm.bench.comparison import Comparison, Row
 from ldm.bench.samplers import cost, detail, rms_difference
@@ -189,10 +190,18 @@ def test_a_list_of_steps_is_not_for_the_timings(tiny_folder, capsys):
     assert "num_inference_steps: expected a whole number, got [4, 8]" in capsys.readouterr().err
 
 
-def test_without_names_the_timings_run_and_not_the_samplers(monkeypatch):
+@pytest.mark.parametrize(
+    "words, ran", [([], ["cold", "warm"]), (["warm"], ["warm"]), (["samplers", "render"], ["render", "samplers"])]
+)
+def test_the_command_runs_the_benches_that_are_named_or_both_timings(words, ran, monkeypatch, capsys):
     from ldm.bench import report
 
-    ran = []
-    monkeypatch.setattr(report, "BENCHES", {name: lambda name=name: ran.append(name) for name in report.BENCHES})
-    report.bench()
-    assert ran == ["cold", "warm"]
+    def bench_called(name):
+        return lambda repeats=5: Timing(name, {"ours": [1.0] * repeats, "theirs": [2.0]})
+
+    for name in list(report.BENCHES):
+        monkeypatch.setitem(report.BENCHES, name, bench_called(name))
+    assert main(["bench", *words, "--repeats", "3", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["bench"] for result in results] == ran
+    assert all(len(result["seconds"]["ours"]) == 3 for result in results)

@@ -10,6 +10,18 @@ from ldm.data.emoji import COLOURS, SceneConfig, Scenes
 from ldm.errors import ConfigError, DataError
 
 MIXED = {"single": 1.0, "pair": 1.0, "count": 1.0, "card": 1.0}
+FIRST_CAPTIONS = [
+    "green background, a map of japan",
+    "a picture of gloves",
+    "four pencils on a plain pink background",
+    "a birthday cake on a plain teal background",
+    "a hammer and wrench under music note",
+    "two mountains on white",
+    "a picture of one rat on a grey circle on pink",
+    "a target on a pink background",
+    "linked paperclips with the sunflower",
+    "an umbrella on a blue disc and a hen on a brown card",
+]
 SIGN = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
@@ -33,9 +45,14 @@ def test_a_scene_is_a_function_of_seed_and_index():
 
 
 def test_captions_are_pinned():
-    """Changing these changes what every training run sees: say so in the commit."""
+    """The first ten as they read, and 2,000 by the hash of commit e1dfa1b, which added them.
+
+    Changing these changes what every training run sees: say so in the commit.
+    """
     scenes = Scenes(SceneConfig(kinds=MIXED, objects="all"), seed=0)
-    text = "\n".join(scenes.caption(i) for i in range(2000))
+    captions = [scenes.caption(i) for i in range(2000)]
+    assert captions[:10] == FIRST_CAPTIONS
+    text = "\n".join(captions)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "61d0bfeee40e0c82"
 
 
@@ -234,3 +251,15 @@ def test_a_still_scene_has_one_place_for_each_arrangement(kind, ways):
 
     sides = {tuple((p.x, p.y, p.size) for p in still.spec(i).objects) for i in range(150)}
     assert len(sides) == ways and len(seen(free)) > 100
+
+
+def test_settings_under_their_old_names_are_the_same_settings():
+    old = {"favourites": ["duck"], "favourites_share": 0.9, "still": 0.5, "grounds": "any", "jitter": 3}
+    new = {"oversampled": ["duck"], "oversampled_share": 0.9, "fixed_layout": 0.5, "backgrounds": "any", "jitter": 3}
+    assert (
+        emoji.scene_config(old)
+        == emoji.scene_config(new)
+        == SceneConfig(oversampled=("duck",), oversampled_share=0.9, fixed_layout=0.5, backgrounds="any", jitter=3)
+    )
+    with pytest.raises(ConfigError, match=r"data.scenes: unknown setting 'stil'"):
+        emoji.scene_config({"stil": 0.5})

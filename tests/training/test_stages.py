@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,8 @@ from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.cli import main
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
+from ldm.training.checkpoints import state as states
+from ldm.training.loop import loop
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 
 COLOURS = {"red": (210, 40, 40), "blue": (50, 100, 200), "green": (60, 160, 70), "white": (250, 250, 250)}
@@ -128,12 +131,16 @@ def test_the_autoencoder_stays_the_same_through_the_later_stages(on_pictures):
     assert all(torch.equal(value, kept[name]) for name, value in words.items())
 
 
-def test_the_whole_model_loads_in_diffusers(on_pictures, caplog):
+def test_diffusers_draws_the_same_from_the_whole_model(on_pictures):
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(on_pictures / "unet" / "model", safety_checker=None)
-    drawn = pipe("a blue picture", num_inference_steps=2, height=32, width=32, output_type="np").images
-    assert drawn.shape == (1, 32, 32, 3)
+    model = on_pictures / "unet" / "model"
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    noise, settings = torch.Generator("cpu").manual_seed(7), {"num_inference_steps": 4, "guidance_scale": 3.0}
+    expected = pipe("a blue picture", generator=noise, height=32, width=32, **settings).images[0]
+    (drawn,) = ldm.Pipeline("a blue picture", model=model, dtype="fp32").generate(seed=7, **settings)
+    expected, drawn = (np.asarray(image, int) for image in (expected, drawn))
+    assert np.abs(drawn - expected).max() <= 2 and np.ptp(expected) > 50
 
 
 def test_starting_from_another_run_takes_its_exact_average(on_pictures, tmp_path):
@@ -256,16 +263,25 @@ def test_another_autoencoder_or_tokenizer_is_noticed_on_resuming(on_pictures, tm
             train(on_pictures / "text.json", tmp_path / "run", changed, resume="latest", allow_changed=["data"])
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_with_all_before_it_saved(tmp_path):
-    folder = picture_folder(tmp_path / "pictures", 40)
-    broken = (folder / "3.png").read_bytes()
+def test_a_picture_that_cannot_be_read_stops_the_run_with_all_before_it_saved(tmp_path, monkeypatch):
+    """The pictures break after five steps; the worker may have read some batches ahead."""
+    folder, taken, take_step = picture_folder(tmp_path / "pictures", 40), [], loop.take_step
+
+    def step(stage, state, *args):
+        if len(taken) == 5:
+            for path in folder.glob("*.png"):
+                path.write_bytes(path.read_bytes()[:60])
+        outcome = take_step(stage, state, *args)
+        taken.append(state.step)
+        return outcome
+
+    monkeypatch.setattr(loop, "take_step", step)
     (tmp_path / "vae.json").write_text(json.dumps({**AUTOENCODER, "steps": 400, "workers": 1}))
     with threads(1), pytest.raises(DataError) as stopped:
-        for name in ("3.png", "17.png"):
-            (folder / name).write_bytes(broken[: len(broken) // 2])
         train(tmp_path / "vae.json", tmp_path / "run", [f"data={folder}", "batch_size=2", "crops=1", "crop=0"])
     assert stopped.value.exit_code == 5 and "png" in str(stopped.value) and "Traceback" not in str(stopped.value)
-    assert (tmp_path / "run" / "checkpoints").is_dir()
+    saved = states.checkpoints(tmp_path / "run")
+    assert [states.step_of(path) for path in saved] == [taken[-1]] and 5 <= taken[-1] < 400
 
 
 def test_the_words_of_the_captions_are_known_to_the_model(on_pictures):

@@ -1,5 +1,5 @@
 """Latents and text embeddings, made once and kept on the disk by content."""
 
-from ldm.data.cache.cache import Cache, Prepared, Wanted
+from ldm.data.cache.cache import Cache, CachedSample, CacheReport
 
-__all__ = ["Cache", "Prepared", "Wanted"]
+__all__ = ["Cache", "CacheReport", "CachedSample"]

@@ -42,9 +42,7 @@ class SceneConfig:
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
     size: tuple[int, int] = (88, 104)  # side of a single object
     jitter: int = 6  # a single object's centre is at most this far from the middle, and never leaves the image
-    fixed_layout: float = (
-        0.0  # share of scenes with their things in one place and at one size each: seeds change little there
-    )
+    fixed_layout: float = 0.0  # share of scenes whose objects have one fixed place and size
     grid: int = 1  # steps of a single object's size and place: whole latents of an autoencoder of factor 8 with 8
     backgrounds: Literal["named", "any"] = "named"  # the twelve colours, or any colour (never said)
     mention: float = 0.85  # share of captions that name the background's colour
@@ -214,7 +212,7 @@ def _object(draw: Draw, config: SceneConfig, countable: bool = False) -> EmojiOb
 
 
 def _choice(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, ...]:
-    """The objects of which the next one is; no draw is spent where there are no favourites, see `_still`."""
+    """The objects to draw the next one from. Without oversampled ones no random number is used for that choice."""
     if config.oversampled and draw.chance(config.oversampled_share):
         return _objects_of(config.oversampled)
     common = config.objects == "everyday" or draw.chance(config.everyday_share)
