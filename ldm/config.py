@@ -27,12 +27,12 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError("no such settings file", where=path, todo="give a packaged name or a path") from None
+        raise ConfigError("no such settings file", where=path, hint="give a packaged name or a path") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read ({error})", where=path) from None
     readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
     if path.suffix.lower() not in readers:
-        raise ConfigError(f"unknown settings format {path.suffix!r}", where=path, todo="use .yaml, .toml or .json")
+        raise ConfigError(f"unknown settings format {path.suffix!r}", where=path, hint="use .yaml, .toml or .json")
     value = readers[path.suffix.lower()](text, path)
     value = {} if value is None else value  # an empty file
     if not isinstance(value, dict):
@@ -122,25 +122,26 @@ def _json(text: str, path: Path) -> Any:
 
 
 def override(mapping: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """A copy of `mapping` with dotted `KEY=VALUE` assignments applied; values are read as YAML scalars or lists."""
+    """A copy of `mapping` with dotted `KEY=VALUE` assignments applied. Raises ConfigError."""
     import copy
 
     result = copy.deepcopy(dict(mapping))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{assignment!r} is not KEY=VALUE", todo="write for example steps=1000")
+            raise ConfigError(f"{assignment!r} is not KEY=VALUE", hint="write for example steps=1000")
         *parents, leaf = key.split(".")
         target = result
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"{parent!r} holds a value, not a group of settings", where=key)
-        target[leaf] = _scalar(text, key)
+        target[leaf] = parse_scalar(text, key)
     return result
 
 
-def _scalar(text: str, key: str) -> Any:
+def parse_scalar(text: str, key: str) -> Any:
+    """The value of `key` on the command line: a YAML scalar or list. Raises ConfigError for bad YAML."""
     text = text.strip()
     if not text or (" #" in text and text[0] not in "'\"[{"):  # on the command line, # starts no comment
         return text
@@ -159,7 +160,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"unknown setting {_shown(key)}", where=where or None, todo=nearest(_word(key), fields))
+            raise ConfigError(f"unknown setting {_shown(key)}", where=where or None, hint=nearest(_word(key), fields))
     values = {k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in mapping.items()}
     for name, field in fields.items():
         if name in values or field.default is not dataclasses.MISSING:
@@ -180,7 +181,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(hint, value, where)
     if origin is typing.Literal:
         if value not in args:
-            raise ConfigError(f"{_shown(value)} is not allowed", where=where, todo=nearest(_word(value), args))
+            raise ConfigError(f"{_shown(value)} is not allowed", where=where, hint=nearest(_word(value), args))
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)

@@ -1,9 +1,11 @@
-"""What can be said against a run before any work: data, font, models to start from, names in the networks' settings."""
+"""The checks of a run before any work: data, font, models to start from, names in the networks' settings."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,20 +15,29 @@ from ldm.config import build, require
 from ldm.device import pick_device
 from ldm.errors import ConfigError, ModelError, ResourceError, nearest
 from ldm.files import MANIFEST, require_writable, sha256
-from ldm.training.data import OFF, FinetuneData
 from ldm.training.distributed import current
-from ldm.training.finetuning.prior import check_drawn_prior
-from ldm.training.settings import AutoencoderSettings, FinetuneSettings, Settings, TextSettings, UNetSettings
+from ldm.training.settings import (
+    OFF,
+    AutoencoderSettings,
+    FinetuneData,
+    FinetuneSettings,
+    Settings,
+    TextSettings,
+    UNetSettings,
+    as_dict,
+    check_file_name,
+)
 
 if TYPE_CHECKING:
-    from ldm.training.data import Pictures
+    from ldm.checkpoint.lora import Target
+    from ldm.training.data import ImageSet
 
-BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the pictures of a batch
+BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the images of a batch
 INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
 
 
 def check(settings: Settings) -> None:
-    """Raise ConfigError, DataError or ModelError for what would stop the run later. Reads no weight and no picture."""
+    """Raise ConfigError, DataError or ModelError for what would stop the run later. Reads no weight and no image."""
     from ldm.data.emoji import find_font
     from ldm.training.data.samples import open_samples
     from ldm.training.loop.step import check_means
@@ -52,15 +63,15 @@ def check(settings: Settings) -> None:
 
 
 def check_processes(settings: Settings) -> None:
-    """Raise ConfigError for what cannot be trained on as many processes as there are, or not in this way."""
+    """Raise ConfigError for settings that do not go with the number of processes or their kind."""
     group = current()
     if group.world == 1:
         return
     count, device = f"{group.world} processes", pick_device(settings.device)
     known = settings.stage in BY_ROWS
-    require(known, f"{settings.stage} compares the pictures of a batch: train it on one process", "stage")
+    require(known, f"{settings.stage} compares the images of a batch: train it on one process", "stage")
     fits = settings.batch_size >= group.world
-    require(fits, f"{settings.batch_size} pictures are too few for {count}: raise it, or start fewer", "batch_size")
+    require(fits, f"{settings.batch_size} images are too few for {count}: raise it, or start fewer", "batch_size")
     require(device.type != "mps", f"mps is for one process, not for {count}: use device=cpu", "device")
     if device.type == "cuda":
         import torch
@@ -70,6 +81,15 @@ def check_processes(settings: Settings) -> None:
         require(fits, f"this machine has {there} GPUs: start as many processes on it, not more", "device")
     if group.sharded:
         _check_sharded(settings)
+
+
+def check_same_settings(settings: Settings, out: Path) -> None:
+    """Raise ConfigError where a process has other settings than the first one, each having resolved them by itself."""
+    group = current()
+    digest = hashlib.sha256(json.dumps(as_dict(settings), sort_keys=True).encode()).hexdigest()
+    expected = group.on_first(lambda: digest)
+    what = f"process {group.rank} of {group.world} has other settings than process 0: give all of them"
+    group.together(lambda: require(digest == expected, what, str(out)))
 
 
 def _check_sharded(s: Settings) -> None:
@@ -83,8 +103,8 @@ def _check_sharded(s: Settings) -> None:
 def check_lock(out: Path) -> None:
     """Raise ConfigError where this process does not see the run's folder, which the first one has locked."""
     group = current()
-    seen = (out / ".lock").exists()
-    require(seen, f"process {group.rank} of {group.world} does not see {out}: use a folder that all share", "out")
+    is_seen = (out / ".lock").exists()
+    require(is_seen, f"process {group.rank} of {group.world} does not see {out}: use a folder that all share", "out")
 
 
 def _check_unet(settings: UNetSettings) -> None:
@@ -101,51 +121,49 @@ def _check_unet(settings: UNetSettings) -> None:
 
 
 def _check_finetune(s: FinetuneSettings) -> None:
-    """All that is known without a weight or a picture: of the model, the LoRA to go on from, the machine."""
-    from ldm.checkpoint.lora import read_lora_header, target_at
+    """What is known without a weight: of the model, the LoRA to continue, the machine."""
+    from ldm.checkpoint.lora import target_at
     from ldm.checkpoint.model import check_model
     from ldm.diffusion import names
     from ldm.nn.attention import check_backend
+    from ldm.training.finetuning.base_model import chosen_layers
 
     pick_device(s.device)
     check_backend(s.attention)
     if s.sampler is not None:
         names.resolve(s.sampler)
-    own = None if s.prediction_type == "flow" else s.prediction_type
-    place = check_model(s.model, s.vae, own)
+    prediction_type = None if s.prediction_type == "flow" else s.prediction_type
+    place = check_model(s.model, s.vae, prediction_type)
     _check_schedule(s, place)
     if s.text_encoder:
         _check_clip(place)
-    target = target_at(s.model, own)
+    target = target_at(s.model, prediction_type)
     if target is not None and (have := target.unet.in_channels) != (gives := target.unet.out_channels):
         what = f"its U-Net takes {have} channels, and gives {gives}: an inpainting model, perhaps"
-        raise ModelError(what, where=s.model, todo="fine-tune a text-to-image model")
+        raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
     if s.init is not None:
-        header = read_lora_header(s.init)
-        kind = "dora" if header.dora else "lora"
-        require(s.train == kind, f"the LoRA to go on from is a {kind}, and train is {s.train}", "train")
-        if target is not None:
-            from ldm.training.finetuning.base_model import places_of
-
-            text = any(part != "unet" for part, _ in places_of(header, target).values())
-            what = (
-                "the LoRA to go on from has layers of the text encoder" if text else "it has none of the text encoder"
-            )
-            require(text == s.text_encoder, f"must be {str(text).lower()}: {what}", "text_encoder")
+        _check_init(s, target)
     elif s.train != "full" and target is not None:
-        from ldm.training.finetuning.base_model import chosen_layers
-
-        shapes = {part: own for part, own in target.shapes.items() if s.text_encoder or part == "unet"}
+        shapes = {part: layers for part, layers in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
-    check_drawn_prior(s)
-    if s.prior is not None:
-        from ldm.data.sources import open_source
 
-        open_source(s.prior, s.data.captions, s.data.split)
+
+def _check_init(s: FinetuneSettings, target: Target | None) -> None:
+    """Raise ConfigError or ModelError where the LoRA to continue does not fit the settings or the model."""
+    from ldm.checkpoint.lora import read_lora_header
+    from ldm.training.finetuning.base_model import places_of
+
+    header = read_lora_header(s.init)
+    kind = "dora" if header.dora else "lora"
+    require(s.train == kind, f"the LoRA to continue is a {kind}, and train is {s.train}", "train")
+    if target is not None:
+        text = any(part != "unet" for part, _ in places_of(header, target).values())
+        has = "has layers of the text encoder" if text else "has no layer of the text encoder"
+        require(text == s.text_encoder, f"must be {str(text).lower()}: the LoRA to continue {has}", "text_encoder")
 
 
 def _check_schedule(s: FinetuneSettings, place: Path) -> None:
-    """What the model says of its prediction type and schedule against what the settings want."""
+    """Raise ConfigError where the settings do not go with the model's prediction type and schedule."""
     from ldm.checkpoint.model import settings_of
     from ldm.diffusion.schedule import Schedule
     from ldm.training.finetuning.base_model import schedule_for
@@ -160,11 +178,11 @@ def _check_clip(place: Path) -> None:
     from ldm.checkpoint.model import is_single
 
     if not is_single(place) and read_layout(place, ("vae",)).text_class("text_encoder") in T5:
-        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", todo="leave it out")
+        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
 
 
 def require_place(folder: str | Path) -> None:
-    """Raise ResourceError, refused before work began, unless a file can be created in `folder`."""
+    """Raise ResourceError, with the exit code of a refusal, unless a file can be created in `folder`."""
     try:
         require_writable(folder)
     except ResourceError as error:
@@ -172,27 +190,31 @@ def require_place(folder: str | Path) -> None:
         raise
 
 
-def check_finetune_run(settings: FinetuneSettings, out: Path, pictures: Pictures | None) -> None:
-    """As `check_finetune_place`; and ConfigError where the best checkpoint is wanted and no picture would tell it."""
-    check_finetune_place(settings.data, out)
-    if settings.export == "best" and pictures is not None and not pictures.held_out:
-        what = "best is by the validation loss, and no picture is held out"
-        raise ConfigError(what, where="export", todo="raise held_out, or use export=last")
+def check_run_folder(data: FinetuneData, out: Path, names_file: bool) -> None:
+    """Raise ConfigError or ResourceError where a fine-tuning cannot use the run's folder or the cache's.
 
-
-def check_finetune_place(data: FinetuneData, out: Path) -> None:
-    """Raise ConfigError or ResourceError where the run's folder or the cache's cannot be what they are meant for."""
+    `names_file`: a LoRA's file for A1111 and ComfyUI has the name of the run's folder.
+    """
+    if names_file:
+        check_file_name(out.resolve().name, "out")
     require_place(out)
     folder = Path(data.folder)
     if folder.is_dir() and (out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents):
-        what = f"lies in {data.folder}, whose pictures are trained on: its own would be among them"
-        raise ConfigError(what, where=out, todo="choose another folder for the run")
+        what = f"lies in {data.folder}, whose images are trained on: the run's own would be among them"
+        raise ConfigError(what, where=out, hint="choose another folder for the run")
     if out.is_dir() and not (out / "settings.json").is_file():
-        other = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".") and path.name != "cache"]
-        if other:
-            raise ConfigError(f"is no run, and holds {other[0]}", where=out, todo="choose a new folder")
+        names = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".") and path.name != "cache"]
+        if names:
+            raise ConfigError(f"is no run, and holds {names[0]}", where=out, hint="choose a new folder")
     if data.cache != OFF:
         require_place(data.cache or out / "cache")
+
+
+def check_export(settings: FinetuneSettings, images: ImageSet) -> None:
+    """Raise ConfigError where the best checkpoint is to be exported and no image is held out to find it."""
+    if settings.export == "best" and not images.held_out:
+        what = "best is by the validation loss, and no image is held out"
+        raise ConfigError(what, where="export", hint="raise held_out, or use export=last")
 
 
 def _autoencoder_names() -> list[str]:
@@ -202,17 +224,17 @@ def _autoencoder_names() -> list[str]:
 
 
 def _known_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """These libraries take any name without a word, and go on with the default of the one that was meant."""
+    """Raise ConfigError for unknown names, which these libraries ignore: they use the default of what was meant."""
     known = list(known)
     for name in given:
         if name not in known:
-            raise ConfigError(f"unknown setting {name!r}", where=where, todo=nearest(str(name), known))
+            raise ConfigError(f"unknown setting {name!r}", where=where, hint=nearest(str(name), known))
 
 
-def check_same(given: Mapping[str, Any], own: Mapping[str, Any], init: str) -> None:
-    """Raise ConfigError where the settings ask for another network than the one that the run starts from."""
+def check_same(given: Mapping[str, Any], config: Mapping[str, Any], init: str) -> None:
+    """Raise ConfigError where the settings ask for another network than the `config` of the one to start from."""
     for name, value in given.items():
-        have = own[name]
+        have = config[name]
         same = list(value) == list(have) if isinstance(value, (list, tuple)) else value == have
         require(same, f"asks for {value}, but {init} has {have}: leave it out, or leave out init", f"model.{name}")
 
@@ -222,12 +244,12 @@ def model_folder(run: str | Path) -> Path:
     for folder in (Path(run) / "model", Path(run)):
         if any((folder / part).is_dir() for part in ("vae", "unet", "text_encoder")):
             return folder
-    raise ModelError("holds no model", where=run, todo="give a finished run of ldm train, or a diffusers folder")
+    raise ModelError("holds no model", where=run, hint="give a finished run of ldm train, or a diffusers folder")
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
-    """The sha256 of the manifest of each model that the run reads, by setting; what has no manifest is left out."""
+    """The sha256 of the manifest of each model that the run reads, by setting; models without one are left out."""
     if isinstance(settings, FinetuneSettings):
-        return {}  # its stage knows the hash of all that it loaded
+        return {}  # the stage has the hash of everything that it loaded
     folders = {name: model_folder(getattr(settings, name)) for name in INPUTS[:2] if getattr(settings, name, None)}
     return {name: sha256(folder / MANIFEST) for name, folder in folders.items() if (folder / MANIFEST).is_file()}

@@ -206,7 +206,7 @@ def test_the_unet_trains_on_t5_and_the_run_draws(model, folder, tmp_path):
         "device": "cpu",
         "warmup": 1,
         "caption_dropout": 0.5,
-        "bank": 256,
+        "latent_pool": 256,
         "validation": 4,
         "sample_steps": 2,
         "vae": str(folder),

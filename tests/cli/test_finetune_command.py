@@ -11,8 +11,18 @@ import ldm
 from ldm import config
 from ldm.cli import build_parser, main, parse
 from ldm.errors import ConfigError
-from ldm.training.finetuning.command import PLACES, prepared
-from ldm.training.finetuning.options import ALIASES, ALONE, IDLE, KEYS, OPTIONS, REFUSED, canonical, nested
+from ldm.training.finetuning.command import PLACES, read_arguments, resolve_settings
+from ldm.training.finetuning.options import (
+    ALIASES,
+    FOREIGN_SWITCHES,
+    IDLE,
+    KEYS,
+    OPTIONS,
+    REFUSED,
+    nest,
+    parse_overrides,
+    resolve_aliases,
+)
 from ldm.training.loop.schedules import learning_rate
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
 from tests.training.conftest import threads
@@ -28,9 +38,9 @@ def data(tmp_path_factory):
 
 def asked(words):
     """The settings' keys that a command line asks for."""
-    from ldm.cli.finetune import given_words
+    from ldm.cli.finetune import given_options
 
-    return canonical(given_words(parse(["finetune", "x", "-o", "y", *words])))
+    return resolve_aliases(given_options(parse(["finetune", "x", "-o", "y", *words])))
 
 
 def test_ours_and_theirs_mean_the_same():
@@ -62,12 +72,12 @@ def test_every_word_of_the_tables_is_an_option():
     """With a value or as a switch, under both spellings; a refused one says what to do instead."""
     parser, _ = build_parser()
     for word in {*ALIASES, *REFUSED, *IDLE}:
-        alone = word in ALONE or (word in ALIASES and ALIASES[word].word == "text_encoder")
+        alone = word in FOREIGN_SWITCHES or (word in ALIASES and ALIASES[word].name == "text_encoder")
         for option in (f"--{word}", f"--{word.replace('_', '-')}"):
             args = vars(parser.parse_args(["finetune", "-o", "y", option, *([] if alone else ["1"]), "-q"]))
-            assert args[f"word_{word}"] in ("true", "1", ["1"]), word
+            assert args[f"option_{word}"] in ("true", "1", ["1"]), word
         if word in ALIASES:
-            assert ALIASES[word].word in {**KEYS, **ALIASES}
+            assert ALIASES[word].name in {**KEYS, **ALIASES}
         elif word in REFUSED:
             assert REFUSED[word][1]
 
@@ -79,22 +89,22 @@ def test_every_option_of_their_scripts_is_known():
     """In the list a line is an option, the scripts' default ("switch": none is said) and its script."""
     rows = [line.split("\t") for line in THEIRS.read_text().splitlines() if not line.startswith("#")]
     assert len(rows) > 250
-    known = {*KEYS, *ALIASES, *REFUSED, *IDLE, *PLACES, "resume"}
+    known = {*KEYS, *ALIASES, *REFUSED, *IDLE, *PLACES.values(), "resume"}
     assert not [name for name, _, _ in rows if name not in known]
     for name, default, _ in rows:
         if name in REFUSED:
-            assert (default == "switch") == (name in ALONE), name
+            assert (default == "switch") == (name in FOREIGN_SWITCHES), name
         if name in REFUSED and default not in ("switch", "None") and len(REFUSED[name][0]) > 1:
-            assert canonical({name: json.loads(default)}) == {}, name
+            assert resolve_aliases({name: json.loads(default)}) == {}, name
 
 
 @pytest.mark.parametrize("word", ["cache_latents", "use_ema", "random_flip", "text_encoder", "enable_bucket", "v2"])
 def test_a_switch_takes_no_data_for_its_value(word, monkeypatch):
     for said, value in (([], "true"), (["false"], "false"), (["True"], "True")):
         args = parse(["finetune", f"--{word}", *said, "pics", "-o", "r"])
-        assert args.data == "pics" and getattr(args, f"word_{word}") == value
+        assert args.data == "pics" and getattr(args, f"option_{word}") == value
     args = parse(["finetune", f"--{word}=false", "pics", "-o", "r", "--dry-run", "steps=3"])
-    assert (args.data, getattr(args, f"word_{word}"), args.overrides) == ("pics", "false", ["steps=3"])
+    assert (args.data, getattr(args, f"option_{word}"), args.overrides) == ("pics", "false", ["steps=3"])
     assert parse(["finetune", "pics", "-o", "r", f"--{word}"]).data == "pics"
 
 
@@ -108,7 +118,7 @@ def test_one_place_is_not_said_twice_in_two_ways(capsys):
 
 def test_their_schedules_are_theirs(capsys):
     def rates(steps=100, **words):
-        settings = Settings("toy", steps, 1, 1.0, **canonical(words))
+        settings = Settings("toy", steps, 1, 1.0, **resolve_aliases(words))
         return [learning_rate(settings, step) for step in range(steps)]
 
     from diffusers.optimization import get_scheduler
@@ -127,10 +137,10 @@ def test_their_schedules_are_theirs(capsys):
     assert "constant has no warm-up" in capsys.readouterr().err
     assert rates(lr_scheduler="constant", lr_warmup_steps=10)[0] == 1.0
     assert rates(lr_schedule="constant", lr_warmup_steps=10)[0] == 0.1
-    assert canonical({"lr_scheduler": "linear", "decay_from": 0.5})["decay_from"] == 0.5
+    assert resolve_aliases({"lr_scheduler": "linear", "decay_from": 0.5})["decay_from"] == 0.5
     for words in ({"lr_num_cycles": 3}, {"lr_scheduler_power": 2.0}):
         with pytest.raises(ConfigError, match="not supported"):
-            canonical(words)
+            resolve_aliases(words)
 
 
 @pytest.mark.parametrize(
@@ -153,16 +163,16 @@ def test_their_schedules_are_theirs(capsys):
     ],
 )
 def test_what_is_said_in_other_forms(given, found):
-    assert canonical(given) == found
+    assert resolve_aliases(given) == found
 
 
 def test_texts_of_the_command_line_are_no_switches():
     assert asked(["data.cache=off"]) == {} and _pairs(["data.cache=off"])
-    assert canonical(dict(_pairs(["data.cache=off", "data.captions=names"]))) == {
+    assert resolve_aliases(dict(_pairs(["data.cache=off", "data.captions=names"]))) == {
         "data.cache": "off",
         "data.captions": "names",
     }
-    with pytest.raises(ConfigError, match=r"resolution: is one number of pixels, got '512,768'; say one: each picture"):
+    with pytest.raises(ConfigError, match=r"resolution: is one number of pixels, got '512,768'; give one: each image"):
         asked(["--resolution", "512,768"])
     assert asked(["--sampler", "euler", "--log-every", "3", "--guidance-scale", "2", "--betas", "0.9,0.95"]) == {
         "sampler": "euler",
@@ -178,26 +188,30 @@ def test_the_options_are_settings_and_the_help_has_both_tables(capsys):
     assert main(["finetune", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--lora-rank N" in shown and "gradient_accumulation_steps" in shown and "--rank" not in shown
-    assert "--lora_rank" not in shown and "go on from the latest, best or this one" in shown
+    assert "--lora_rank" not in shown and "continue from the latest, best or this one" in shown
+
+
+def resolved(data, out, model=None, **options):
+    return resolve_settings(read_arguments(data, out, model, **options))
 
 
 def repeated(err, data):
     """The settings that the printed command asks for."""
-    from ldm.cli.finetune import given_words
+    from ldm.cli.finetune import given_options
 
-    printed = err.split("with all settings said:\n")[1].splitlines()[0]
+    printed = err.split("with all settings given:\n")[1].splitlines()[0]
     command = shlex.split(printed)
     assert command[:2] == ["ldm", "finetune"] and "null" not in printed.replace("--snr-gamma null", "")
     args = parse(command[1:])
-    found = {**canonical(given_words(args)), **canonical(dict(_pairs(args.overrides)))}
-    return command, as_dict(config.build(FinetuneSettings, nested({**found, "data.folder": str(data)})))
+    found = {**resolve_aliases(given_options(args)), **resolve_aliases(dict(_pairs(args.overrides)))}
+    return command, as_dict(config.build(FinetuneSettings, nest({**found, "data.folder": str(data)})))
 
 
 def test_the_printed_command_asks_for_the_same(data, tiny_folder, tmp_path, capsys):
     words = {"lora_rank": 2, "targets": ["to_q", "to_k"], "text_encoder": True, "flip": 0.25, "betas": (0.9, 0.95)}
     words |= {"validation_prompts": ["it's a cat", "--steps"], "snr_gamma": None, "square": True, "epochs": 3}
     words |= {"learning_rate": 1.23456789e-4, "workers": 2}
-    settings, _ = prepared(data, tmp_path / "a run", tiny_folder, device="cpu", **words)
+    settings, _ = resolved(data, tmp_path / "a run", tiny_folder, device="cpu", **words)
     command, again = repeated(capsys.readouterr().err, data)
     assert str(tmp_path / "a run") in command and again == as_dict(settings) and "1e-05" not in command
 
@@ -205,22 +219,20 @@ def test_the_printed_command_asks_for_the_same(data, tiny_folder, tmp_path, caps
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_printed_command_of_a_settings_file_asks_for_the_same(kind, data, tiny_folder, tmp_path, capsys):
     first, out = tmp_path / "first", tmp_path / "run"
-    settings, _ = prepared(data, first, tiny_folder, device="cpu", train=kind, workers=2)
+    settings, _ = resolved(data, first, tiny_folder, device="cpu", train=kind, workers=2)
     capsys.readouterr()
     (tmp_path / "settings.json").write_text(json.dumps(as_dict(settings)))
-    again, _ = prepared(None, out, config=tmp_path / "settings.json")
+    again, _ = resolved(None, out, config=tmp_path / "settings.json")
     assert as_dict(again) == as_dict(settings)
     command, asked_for = repeated(capsys.readouterr().err, data)
     assert asked_for == as_dict(settings)
-    prepared(None, out, config=tmp_path / "settings.json", workers=3)
+    resolved(None, out, config=tmp_path / "settings.json", workers=3)
     words = command[3 + 2 :]
     assert main(["finetune", str(data), "-o", str(out), *words, "--dry-run"]) == 0
 
 
 def _pairs(words):
-    from ldm.training.finetuning.options import assigned
-
-    return assigned(words).items()
+    return parse_overrides(words).items()
 
 
 def test_a_dry_run_tells_counts_settings_time_and_memory(data, tiny_folder, tmp_path, capsys):

@@ -68,7 +68,7 @@ def unet_mapping(parts):
         "validate_every": 12,
         "log_every": 2,
         "caption_dropout": 0.3,
-        "bank": 512,
+        "latent_pool": 512,
         "renew": 2,
         "validation": 8,
         "sample_steps": 2,

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from ldm.config import build as build_settings
 from ldm.training import finetune
 from ldm.training.checkpoints import state
+from ldm.training.data import read_training_images
+from ldm.training.finetuning.command import read_arguments, resolve_settings
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.finetune import Finetune
+from ldm.training.stages.finetune import open_finetune
 from tests.training.conftest import threads
 
 SIZE = 32  # pixels
@@ -45,9 +47,16 @@ def settings_of(out):
     return build_settings(FinetuneSettings, json.loads((out / "settings.json").read_text()))
 
 
+def resolved(data, out, model, **options):
+    """The settings and the images of a run that is asked for like this."""
+    return resolve_settings(read_arguments(data, out, model, **options))
+
+
 def stage_of(out):
-    """The stage of a run as it was before its first step, its data opened."""
-    return Finetune(settings_of(out), out).open()
+    """The stage of a run as it was before its first step, its data encoded."""
+    settings = settings_of(out)
+    prior = settings.data.for_prior(settings.prior) if settings.prior else None
+    return open_finetune(settings, out, read_training_images(settings.data, prior))
 
 
 def last_tensors(out, part="model."):

@@ -16,9 +16,10 @@ from PIL import Image
 from ldm.data.transforms import TransformConfig, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, NumericsError
 from ldm.nn.text import ClipText, XLText
-from ldm.training.data import OFF, Dataset, FinetuneData, read_pictures
+from ldm.training.data import LatentDataset, read_images
 from ldm.training.data.encoded import Encoders, Memory
 from ldm.training.data.images import held_out
+from ldm.training.settings import OFF, FinetuneData
 from tests.conftest import tiny_text, tiny_vae
 
 CPU, IDS = torch.device("cpu"), ("vae", "text")
@@ -54,12 +55,14 @@ def folder(tmp_path):
 
 @pytest.fixture
 def opened(folder, tmp_path, networks):
-    """A function (settings…) -> Dataset of the folder, at 32 px in batches of 3."""
+    """A function (settings…) -> LatentDataset of the folder, at 32 px in batches of 3."""
 
     def open_it(vae=None, text=None, seed=0, batch_size=3, run="run", device=CPU, texts=True, xl=False, **settings):
         data = FinetuneData(**{"folder": str(folder), "resolution": 32, **settings})
         vae, text = vae or networks[0], text or networks[1]
-        return Dataset(data, vae, text, IDS, device, seed, batch_size, tmp_path / run, texts, xl)
+        images = read_images(data, text.truncated)
+        encoders = Encoders(vae, text, IDS, device)
+        return LatentDataset(images, encoders, seed, batch_size, tmp_path / run, texts, xl)
 
     return open_it
 
@@ -138,10 +141,10 @@ def test_latents_are_drawn_anew_each_epoch_and_each_time(opened, networks):
                 assert torch.equal(states, text.encode([caption or None]).states[0])
     for id in ("00.png", "04.png"):
         values = torch.stack(drawn[id])
-        place = next(i for i, item in enumerate(dataset.pictures.items) if item.id == id)
-        item = dataset.pictures.items[place]
+        place = next(i for i, item in enumerate(dataset.images.items) if item.id == id)
+        item = dataset.images.items[place]
         (view,) = fixed_views(item.size, item.bucket, TransformConfig())
-        mean, std = vae.moments(to_float(pixels(dataset.pictures.read(place)[0], view))[None])
+        mean, std = vae.moments(to_float(pixels(dataset.images.read(place)[0], view))[None])
         error = (values.mean(0) - mean[0]) / std[0] * len(values) ** 0.5
         assert len(values) == 200 and error.abs().max() < 5 and error.std() < 1.3
         assert torch.allclose(values.std(0), std[0], rtol=0.3)
@@ -189,7 +192,7 @@ def test_xl_gets_its_sizes_and_both_encoders(opened, networks):
             assert batch.time_ids[:, :2].tolist() == [list(map(float, size)) for size in sizes]
             assert batch.time_ids[:, 4:].tolist() == [[height, width]] * len(sizes)
             assert batch.time_ids.dtype == torch.float32
-    assert dataset.pictures.items[0].captions and opened(texts=False, xl=True).batch(0).cond is None
+    assert dataset.images.items[0].captions and opened(texts=False, xl=True).batch(0).cond is None
 
 
 def test_a_text_encoder_that_is_trained_gets_captions_and_is_not_asked(opened, networks):
@@ -242,7 +245,7 @@ def test_bad_pictures_are_counted_by_reason_and_refused_above_the_limit(opened, 
     (folder / "03.png").write_bytes(b"")
     before = state(folder)
     dataset = opened(max_bad=3, run="bad", **settings)
-    counts = dataset.pictures.source.counts
+    counts = dataset.images.source.counts
     assert (counts.found, counts.used, len(counts.skipped)) == (20, 17, 3)
     assert counts.reasons() == {"is damaged or cut short": 1, "is no image": 1, "is empty": 1}
     assert "20 found: 17 used, 3 skipped: " in dataset.lines[1]
@@ -401,7 +404,7 @@ def test_live_pictures_are_encoded_together_up_to_so_many_numbers(opened, monkey
     dataset, calls, encode = opened(crop="random", cache=OFF, square=True, workers=0), [], Encoders.encode
     monkeypatch.setattr(Encoders, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
     whole = dataset.batch(0)
-    monkeypatch.setattr("ldm.training.data.encoded.TOGETHER", 1)
+    monkeypatch.setattr("ldm.training.data.encoded.ENCODED_AT_ONCE", 1)
     apart = dataset.batch(0)
     assert calls == [len(whole.ids)] + [1] * len(whole.ids) and len(whole.ids) > 1
     torch.testing.assert_close(apart.latents, whole.latents, rtol=1e-5, atol=1e-5)
@@ -469,7 +472,7 @@ def test_numbers_that_overflow_are_encoded_in_fp32(opened, networks):
     dataset = opened(vae, run="half", held_out=0.0)
     assert vae.dtype == torch.bfloat16 and bits(dataset.batch(3)) == bits(opened(held_out=0.0).batch(3))
     hopeless = opened(Overflowing(seen[:1]), run="hopeless", held_out=0.0)
-    counts = hopeless.pictures.source.counts
+    counts = hopeless.images.source.counts
     assert counts.reasons() == {"the VAE gave NaN or infinity in encoding": 1} and counts.used == hopeless.samples == 19
 
 
@@ -523,13 +526,11 @@ def test_what_is_read_often_stays_in_memory_within_its_limit(opened, monkeypatch
     assert made == [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4] and memory.room == 200
 
 
-def test_pictures_that_were_counted_before_are_not_read_again(folder, tmp_path, networks, monkeypatch):
-    data = FinetuneData(str(folder), resolution=32)
-    pictures = read_pictures(data, networks[1].truncated)
-    assert len(pictures.items) == 20 and len(pictures.trained) + len(pictures.held_out) == 20
-    monkeypatch.setattr("ldm.training.data.dataset.read_pictures", None)
-    dataset = Dataset(data, *networks, IDS, CPU, 0, 3, tmp_path / "run", pictures=pictures)
-    assert dataset.hash == pictures.hash and dataset.samples == len(pictures.trained)
+def test_a_dataset_has_all_images_that_were_counted(folder, tmp_path, networks):
+    images = read_images(FinetuneData(str(folder), resolution=32), networks[1].truncated)
+    assert len(images.items) == 20 and len(images.trained) + len(images.held_out) == 20
+    dataset = LatentDataset(images, Encoders(*networks, IDS, CPU), 0, 3, tmp_path / "run")
+    assert dataset.hash == images.hash and dataset.samples == len(images.trained)
 
 
 @pytest.mark.parametrize(

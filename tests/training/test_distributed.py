@@ -210,8 +210,8 @@ def test_what_many_processes_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr("ldm.training.checks.current", lambda: two)
     two = type("Two", (), {"world": 2, "rank": 1, "sharded": False})
     check_processes(toy_settings(stage="unet", optimizer="muon"))
-    refused("stage: text compares the pictures of a batch", stage="text")
-    refused("batch_size: 1 pictures are too few for 2 processes", batch_size=1)
+    refused("stage: text compares the images of a batch", stage="text")
+    refused("batch_size: 1 images are too few for 2 processes", batch_size=1)
     two.sharded = True
     check_processes(toy_settings(stage="finetune"))
     refused("optimizer: muon needs whole tensors", optimizer="muon")

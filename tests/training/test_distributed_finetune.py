@@ -17,7 +17,7 @@ from ldm.training.loop.step import prepare
 from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
-from tests.training.finetune_cases import QUICK, SIZE, apart, last_tensors, pictures, run, settings_of
+from tests.training.finetune_cases import QUICK, SIZE, apart, last_tensors, pictures, run, settings_of, stage_of
 from tests.training.processes import free_port, together
 from tests.training.test_distributed import CPU, SGD
 
@@ -48,7 +48,7 @@ def write_gradients(out, path):
     """Of a step of a whole epoch, with the ids of the pictures that each process took."""
     settings = settings_of(out)
     with processes() as group, threads(1):
-        stage = Finetune(settings, out).open()
+        stage = stage_of(out)
         now = prepare(stage, settings, CPU, group)
         batches, ids = stage.batches(0), []
         for micro in range(EPOCH):

@@ -31,8 +31,8 @@ def test_it_tells_the_steps_that_are_left_and_the_captions_that_are_cut(done, ti
     before = tree(out)
     run(data, out, tiny_folder, resume="latest", dry_run=True, steps=5)
     said = capsys.readouterr().err
-    assert "would go on from step-00000003: 2 of 5 steps are left" in said and " for 2 steps of " in said
-    assert "3.png loses" in said and "4 pictures to train on" in said
+    assert "would resume step-00000003: 2 of 5 steps are left" in said and " for 2 steps of " in said
+    assert "3.png loses" in said and "4 images to train on" in said
     run(data, out, tiny_folder, resume="latest", dry_run=True)
     said = capsys.readouterr().err
     assert "0 of 3 steps are left" in said and "time: about" not in said

@@ -12,16 +12,15 @@ from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
 from ldm.errors import CheckpointError, ConfigError, DataError
-from ldm.training.finetuning.command import prepared
 from ldm.training.finetuning.forecast import trial_batch
-from ldm.training.finetuning.presets import Facts, complete
+from ldm.training.finetuning.presets import Facts, apply_presets
 from ldm.training.settings import as_dict
 from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.lora_cases import apart as pictures_apart
 from tests.checkpoint.lora_cases import fresh, ours, theirs
 from tests.checkpoint.test_families_folders import build
 from tests.training.conftest import threads
-from tests.training.finetune_cases import QUICK, SIZE, last_tensors, pictures, run, settings_of, stage_of
+from tests.training.finetune_cases import QUICK, SIZE, last_tensors, pictures, resolved, run, settings_of, stage_of
 
 WATCHED = {"held_out": 0.3, "samples": 3, "sample_steps": 2, "sampler": "ddim", "validate_every": 3}
 # kind -> (family of models, settings)
@@ -180,7 +179,7 @@ def test_going_on_from_a_lora(runs, models, data, tmp_path):
     )
     settings = settings_of(tmp_path / "more")
     assert (settings.lora_rank, settings.lora_alpha, settings.targets, settings.train) == (2, 3.0, (), "lora")
-    with pytest.raises(ConfigError, match=r"lora_rank: is 2 in the LoRA to go on from, not 4"):
+    with pytest.raises(ConfigError, match=r"lora_rank: is 2 in the LoRA to continue, not 4"):
         run(data, tmp_path / "not", base, init=str(out), lora_rank=4, targets=None)
     _, dora, _ = runs("dora")
     run(data, tmp_path / "dora", base, init=str(dora), lora_rank=None, targets=None, steps=1)
@@ -207,7 +206,7 @@ def test_the_prior_is_read_before_anything_is_encoded_and_counted_on_the_page(mo
 def test_a_trial_of_a_step_has_the_prior_in_it(models, data, tmp_path):
     kept = pictures(tmp_path / "kept", 3)
     for words, count in (({}, 4), ({"prior": str(kept), "prior_weight": 0.5}, 8)):
-        settings, _ = prepared(data, tmp_path / "run", models("1.5"), **{**QUICK, **words})
+        settings, _ = resolved(data, tmp_path / "run", models("1.5"), **{**QUICK, **words})
         stage, seen = Finetune(settings, tmp_path / "run"), []
         stage.model.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
         stage.module.train()
@@ -262,37 +261,40 @@ SMALL = Facts(width=96, xl=False, side=128, flow=False, device="cpu")
 
 
 def test_presets_follow_pictures_and_hardware():
-    few, many = complete({}, SMALL, [3]), complete({}, SMALL, [100_000])
+    few, many = apply_presets({}, SMALL, [3]), apply_presets({}, SMALL, [100_000])
     assert few["steps"] < many["steps"] and few["batch_size"] == 3
-    assert complete({"steps": 7}, SMALL, [24])["steps"] == 7
+    assert apply_presets({"steps": 7}, SMALL, [24])["steps"] == 7
     xl = Facts(width=320, xl=True, side=1024, flow=False, device="cuda", memory=24 << 30)
-    assert complete({}, xl, [50])["gradient_checkpointing"] and complete({}, xl, [50])["data.resolution"] == 1024
-    roomy = complete({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), [50])
+    assert (
+        apply_presets({}, xl, [50])["gradient_checkpointing"] and apply_presets({}, xl, [50])["data.resolution"] == 1024
+    )
+    roomy = apply_presets({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), [50])
     assert roomy["batch_size"] == 4 and "gradient_checkpointing" not in roomy
-    assert complete({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])["snr_gamma"] is None
+    assert apply_presets({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])["snr_gamma"] is None
     shipped = Facts(width=96, xl=False, side=128, flow=False, device="cpu", default=True)
-    assert complete({}, shipped, [24])["prior_images"] > 0 and "prior_images" not in complete({}, SMALL, [24])
-    assert "prior_images" not in complete({"prior": "kept/"}, shipped, [24])
-    assert not {"prior_target", "prior_weight"} & complete({"prior_images": 0}, shipped, [24]).keys()
-    assert complete({}, shipped, [24])["prior_target"] == "model" and "prior_target" not in complete(
+    assert apply_presets({}, shipped, [24])["prior_images"] > 0 and "prior_images" not in apply_presets({}, SMALL, [24])
+    assert "prior_images" not in apply_presets({"prior": "kept/"}, shipped, [24])
+    assert not {"prior_target", "prior_weight"} & apply_presets({"prior_images": 0}, shipped, [24]).keys()
+    assert apply_presets({}, shipped, [24])["prior_target"] == "model" and "prior_target" not in apply_presets(
         {"train": "full"}, shipped, [24]
     )
 
 
 def test_epochs_become_steps():
-    found = complete({"epochs": 2.5, "batch_size": 4, "accumulation": 2}, SMALL, [100])
+    found = apply_presets({"epochs": 2.5, "batch_size": 4, "accumulation": 2}, SMALL, [100])
     assert found["steps"] == 32 and "epochs" not in found  # 250 samples of 8
-    found = complete({"epochs": 2, "batch_size": 4, "accumulation": 2}, SMALL, [5, 9, 1])
+    found = apply_presets({"epochs": 2, "batch_size": 4, "accumulation": 2}, SMALL, [5, 9, 1])
     assert found["steps"] == 6  # 2 + 3 + 1 batches, twice, two a step
     assert (
-        complete({"batch_size": 8}, SMALL, [8, 8, 8])["steps"] == complete({"batch_size": 8}, SMALL, [8, 7, 1])["steps"]
+        apply_presets({"batch_size": 8}, SMALL, [8, 8, 8])["steps"]
+        == apply_presets({"batch_size": 8}, SMALL, [8, 7, 1])["steps"]
     )
     with pytest.raises(ConfigError, match="epochs: must be a positive number"):
-        complete({"epochs": -1}, SMALL, [100])
+        apply_presets({"epochs": -1}, SMALL, [100])
 
 
 def test_an_epoch_trains_on_every_picture_of_every_bucket_once(models, data, tmp_path):
-    settings, _ = prepared(data, tmp_path / "run", models("1.5"), **{**QUICK, "steps": None, "epochs": 1})
-    stage = Finetune(settings, tmp_path / "run").open()
+    settings, images = resolved(data, tmp_path / "run", models("1.5"), **{**QUICK, "steps": None, "epochs": 1})
+    stage = Finetune(settings, tmp_path / "run").open(images)
     seen = [name for number in range(settings.steps * settings.accumulation) for name in stage.data.batch(number).ids]
-    assert sorted(seen) == sorted(item.id for item in stage.data.pictures.items) and len(stage.data) == 4
+    assert sorted(seen) == sorted(item.id for item in stage.data.images.items) and len(stage.data) == 4

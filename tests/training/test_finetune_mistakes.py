@@ -18,13 +18,13 @@ from ldm.errors import ConfigError, LdmError, ModelError
 from ldm.nn.text import T5Text
 from ldm.nn.unet import UNet
 from ldm.training.checks import check
-from ldm.training.finetuning.command import finetune, prepared
+from ldm.training.finetuning.command import finetune
 from tests.checkpoint.conftest import tiny_model
 from tests.checkpoint.lora_cases import pair
 from tests.checkpoint.test_families_folders import build, networks
 from tests.checkpoint.test_t5 import encoder, tokenizer
 from tests.training.conftest import threads
-from tests.training.finetune_cases import pictures
+from tests.training.finetune_cases import pictures, resolved
 
 GOOD = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "resolution": 32, "device": "cpu"}
 
@@ -109,18 +109,18 @@ MISTAKES = {
     "unknown attention": ({}, ["attention=flash9"], "flash9"),
     "LoRA words in a full run": ({}, ["--train", "full", "--lora-rank", "4"], "lora_rank is for LoRA"),
     "LoRA words in a full file": ({}, ["--config", "{root}/both.json"], "lora_rank is for LoRA"),
-    "random crops in a cache": ({}, ["--random_crop"], "random crops cannot be kept in a cache"),
+    "random crops in a cache": ({}, ["--random_crop"], "random crops cannot be cached"),
     "run is a file": ({"out": "file"}, [], "is a file"),
     "run holds other things": ({"out": "other"}, [], "is no run, and holds thesis.txt"),
     "run holds another run": ({"out": "run"}, [], "already holds a run"),
-    "run among the pictures": ({"out": "data/run"}, [], "whose pictures are trained on"),
+    "run among the pictures": ({"out": "data/run"}, [], "whose images are trained on"),
     "no such model": ({"model": "nowhere"}, [], "no such model folder"),
     "pickle for a model": ({"model": "model.ckpt"}, [], "pickle"),
     "data for a model": ({"model": "data"}, [], "is no model folder"),
     "cache in a file": ({}, ["--cache", "{root}/file/cache"], "is a file, not a folder"),
     "cache is a file": ({}, ["--cache", "{root}/file"], "is a file, not a folder"),
     "run where nothing can be": ({"out": "/proc/x"}, [], "/proc/x: cannot be written"),
-    "best of nothing": ({}, ["--export", "best"], "export: best is by the validation loss, and no picture is held out"),
+    "best of nothing": ({}, ["--export", "best"], "export: best is by the validation loss, and no image is held out"),
     "changed what is not": ({}, ["--resume", "--allow-changed", "resolutoin"], "did you mean 'resolution'"),
     "no prompts file": ({}, ["--sample_prompts", "{root}/none.txt"], "none.txt: cannot be read"),
     "no such prior": ({}, ["--class_data_dir", "{root}/none"], "no such folder"),
@@ -145,10 +145,6 @@ def test_a_mistake_is_said_before_the_first_step(name, place, tmp_path, capsys, 
     assert error[-1].startswith("error: ") and said in error[-1], error[-1]
     assert not any("Traceback" in line for line in error)
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
-
-
-def test_the_mistakes_are_many():
-    assert len(MISTAKES) >= 25
 
 
 def test_the_text_encoder_is_trained_for_clip_alone(place, tmp_path):
@@ -255,7 +251,7 @@ def try_mangled_settings(root, chance, number):
     path = root / f"mutant{suffix}"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        settings, _ = prepared(root / "data", root / "new", root / "tiny", config=path)
+        settings, _ = resolved(root / "data", root / "new", root / "tiny", config=path)
         check(settings)
         return "good"
     except LdmError as error:
@@ -268,7 +264,7 @@ def try_mangled_metadata(root, chance, number):
     text = mutated_text("\n".join(map(json.dumps, rows)) + "\n", chance)
     (root / "rows" / "metadata.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        prepared(root / "rows", root / "new", root / "tiny", max_bad=0.5, **GOOD)
+        resolved(root / "rows", root / "new", root / "tiny", max_bad=0.5, **GOOD)
         return "good"
     except LdmError as error:
         assert error.exit_code in (2, 3) and "\n" not in str(error)

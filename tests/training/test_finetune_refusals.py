@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 from ldm.cli import main
 from ldm.errors import ConfigError, ModelError
 from ldm.training.finetuning.base_model import chosen_layers
-from ldm.training.finetuning.command import prepared
 from tests.checkpoint.lora_cases import pair
-from tests.training.finetune_cases import QUICK, pictures, run
+from tests.training.finetune_cases import QUICK, pictures, resolved, run
 
 SHORT = {name: value for name, value in QUICK.items() if name not in ("lora_rank", "targets")}
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_"
@@ -23,13 +22,13 @@ REFUSED = {
     "--output_dir {root}/PyTorch_LoRA_weights": "out: PyTorch_LoRA_weights is the name of diffusers' file",
     f"-o {{root}}/{'b' * 250}": "is too long for the name of a file",
     "--resolution -64": "resolution: must be 1 to 8192 pixels, got -64",
-    "--resolution 64,32": "say one: each picture gets a bucket of its own shape",
+    "--resolution 64,32": "give one: each image gets a bucket of its own shape",
     "--lr_scheduler adafactor": "'adafactor' is not allowed; choose from: constant, linear, cosine",
     "--lr_num_cycles 3": "restarts are not supported",
-    "--optimizer_args weight_decay=0.1 betas=.9,.99": "say weight_decay=X and betas=[X,X]",
+    "--optimizer_args weight_decay=0.1 betas=.9,.99": "with weight_decay=X and betas=[X,X]",
     "--hub_model_id me/mine": "nothing is ever uploaded",
-    "--adam_epsilon 1e-6": "is 1e-8",
-    "--network_dropout 0.1": "dropout is not supported",
+    "--adam_epsilon 1e-6": "adam_epsilon is not supported; the optimizers are adamw",
+    "--network_dropout 0.1": "network_dropout is not supported; dropout and limits",
     "--deepspeed": "DeepSpeed is not supported",
 }
 
@@ -70,8 +69,8 @@ def test_a_lora_of_two_kinds_in_one_part_is_refused(data, tiny_folder, tmp_path)
 
 def test_an_alpha_that_is_nowhere_is_said(data, tiny_folder, tmp_path, capsys):
     save_file({k: v for k, v in pair(f"{LAYER}q").items() if "alpha" not in k}, tmp_path / "bare.safetensors")
-    prepared(data, tmp_path / "run", tiny_folder, init=str(tmp_path / "bare.safetensors"))
-    assert "bare.safetensors: 1 layers tell no alpha; it is taken to be the rank" in capsys.readouterr().err
+    resolved(data, tmp_path / "run", tiny_folder, init=str(tmp_path / "bare.safetensors"))
+    assert "bare.safetensors: 1 layers have no alpha; the rank is taken for it" in capsys.readouterr().err
 
 
 def test_a_validation_prompt_that_is_cut_is_said_once(data, tiny_folder, tmp_path, capsys):

@@ -1,15 +1,17 @@
 """A fine-tuning that is killed goes on to the very bits of the one that was not: LoRA and full."""
 
+import itertools
 import os
-import random
+import shutil
 import signal
-import time
 
 import pytest
 
 from ldm.checkpoint import load_model
 from ldm.errors import CheckpointError
 from ldm.training.checkpoints import state
+from ldm.training.stages.finetune import Finetune
+from tests.children import in_child, status_of
 from tests.training.finetune_cases import pictures, run
 from tests.training.test_resume import final_bytes
 
@@ -24,7 +26,7 @@ COMMON |= {"timesteps": "logit_normal", "export": "best"}
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, tiny_folder):
-    """A function kind -> (function that runs it into a folder, what an uninterrupted run ends with, its seconds).
+    """A function kind -> (function that runs it into a folder, what an uninterrupted run ends with).
 
     The caches are made once, and everything is imported before a child is forked.
     """
@@ -39,10 +41,9 @@ def case(tmp_path_factory, tiny_folder):
 
         if kind not in made:
             go(root / f"{kind}-first")
-            began = time.monotonic()
-            in_a_child(lambda: go(root / kind))
-            made[kind] = final(root / kind), time.monotonic() - began
-        return go, *made[kind]
+            assert status_of(in_child(lambda: go(root / kind) and 0)) == 0
+            made[kind] = final(root / kind)
+        return go, made[kind]
 
     return get
 
@@ -54,51 +55,56 @@ def final(out):
     return final_bytes(out) | {name: (out / name).read_bytes() for name in names}
 
 
-def in_a_child(work, kill_after=None):
-    """Run `work` in a forked child, killed after so many seconds; whether it came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code == 0
+def killed_at(moment, work):
+    """Run `work` in a forked process that is killed at the number-th call of a method of Finetune; its status."""
+    method, number = moment
+
+    def work_until_then():
+        original, calls = getattr(Finetune, method), itertools.count()
+
+        def killing(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(Finetune, method, killing)
+        work()
+
+    return status_of(in_child(work_until_then))
+
+
+# Each continues where the last checkpoint was: of 8 steps with 2 micro-batches every second step has one.
+KILLS = (("open", 0), ("loss", 1), ("loss", 6), ("validate", 0), ("picture", 0), ("loss", 8), ("export", 0))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_five_kills_change_no_bit(kind, case, tmp_path, one_thread):
-    go, uninterrupted, seconds = case(kind)
-    chance = random.Random(kind)
-    for _ in range(5):
-        in_a_child(lambda: go(tmp_path / "run", resume="latest"), kill_after=chance.uniform(0, 0.6 * seconds))
-    assert in_a_child(lambda: go(tmp_path / "run", resume="latest"))
+def test_kills_at_many_places_change_no_bit(kind, case, tmp_path, one_thread):
+    go, uninterrupted = case(kind)
+    for moment in KILLS:
+        assert killed_at(moment, lambda: go(tmp_path / "run", resume="latest")) == -signal.SIGKILL, moment
+    assert status_of(in_child(lambda: go(tmp_path / "run", resume="latest") and 0)) == 0
     assert final(tmp_path / "run") == uninterrupted
     assert (kind == "full") == ("model/model_index.json" in uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_fifty_kills_of_fifty_runs(kind, case, tmp_path, one_thread):
-    """Each run is killed once, at a random moment between its first instruction and its last."""
-    go, uninterrupted, seconds = case(kind)
-    chance, same = random.Random(f"fifty {kind}"), 0
-    for trial in range(50):
-        out = tmp_path / f"{trial}"
-        in_a_child(lambda: go(out, resume="latest"), kill_after=chance.uniform(0, 1.1 * seconds))  # noqa: B023
-        assert in_a_child(lambda: go(out, resume="latest"))  # noqa: B023
-        same += final(out) == uninterrupted
-    assert same == 50
+def test_a_kill_at_any_step_changes_no_bit(kind, case, tmp_path, one_thread):
+    """Each run is killed once: in one of its steps, scores or grids, or in its export."""
+    go, uninterrupted = case(kind)
+    moments = [("loss", number) for number in range(16)]
+    moments += [(method, number) for method in ("validate", "picture") for number in range(4)]
+    for moment in [*moments, ("export", 0)]:
+        out = tmp_path / "run"
+        assert killed_at(moment, lambda: go(out, resume="latest")) == -signal.SIGKILL, moment  # noqa: B023
+        assert status_of(in_child(lambda: go(out, resume="latest") and 0)) == 0  # noqa: B023
+        assert final(out) == uninterrupted, moment
+        shutil.rmtree(out)
 
 
 def test_what_was_not_said_again_is_as_it_was(case, tmp_path, one_thread):
     """Presets are made for a new run alone; a setting that is said and differs is named."""
-    go, _, _ = case("lora")
+    go, _ = case("lora")
     out = tmp_path / "run"
     go(out, steps=3)
     with pytest.raises(CheckpointError, match=r"settings changed \(lora_rank: 2 → 4\)"):
@@ -110,8 +116,6 @@ def test_what_was_not_said_again_is_as_it_was(case, tmp_path, one_thread):
 
 
 def test_other_data_or_another_model_is_noticed(tiny_folder, tmp_path, one_thread):
-    import shutil
-
     from ldm.checkpoint import save_model
     from tests.conftest import build_tiny_model
 

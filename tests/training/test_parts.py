@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.training.data.latent_pool import Bank
+from ldm.training.data.latent_pool import LatentPool
 from ldm.training.loop import seeded
 from ldm.training.settings import PIECE, read_settings
 
@@ -18,23 +18,23 @@ class Numbered:
         return np.full((2, 2, 3), index % 251, np.uint8), str(index)
 
 
-def numbered_bank(step, renew=3, workers=0):
+def numbered_pool(step, renew=3, workers=0):
     def latents(images):
         return images.float().mean(dim=(1, 2, 3))[:, None]
 
     def texts(captions):
         return torch.tensor([[float(c)] for c in captions])
 
-    return Bank(Numbered(), latents, texts, 3 * PIECE, renew, workers, first_step=step)
+    return LatentPool(Numbered(), latents, texts, 3 * PIECE, renew, workers, first_step=step)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bank_holds_the_same_at_a_step_however_it_came_there(workers):
-    walked = numbered_bank(0, workers=workers)
+def test_the_pool_holds_the_same_at_a_step_however_it_came_there(workers):
+    walked = numbered_pool(0, workers=workers)
     for step in range(20):
         walked.at(step)
         if step in (0, 7, 8, 9, 19):
-            jumped = numbered_bank(step).at(step)
+            jumped = numbered_pool(step).at(step)
             assert torch.equal(walked.latents, jumped.latents)
             assert torch.equal(walked.texts, jumped.texts)
             assert walked.captions == jumped.captions
@@ -43,10 +43,10 @@ def test_bank_holds_the_same_at_a_step_however_it_came_there(workers):
     assert len(set(walked.captions)) == 3 * PIECE
 
 
-def test_bank_that_is_never_renewed_stays():
-    bank = numbered_bank(0, renew=0)
-    before = bank.captions.copy()
-    assert bank.at(1000).captions == before
+def test_the_pool_that_is_never_renewed_stays():
+    pool = numbered_pool(0, renew=0)
+    before = pool.captions.copy()
+    assert pool.at(1000).captions == before
 
 
 def test_keyed_draws_depend_on_every_part_and_on_nothing_else():

@@ -1,5 +1,6 @@
-"""Pictures that the model draws of what it knows before it is fine-tuned."""
+"""Images that the model draws of what it knows before it is fine-tuned."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -9,9 +10,11 @@ from PIL import Image
 
 from ldm.errors import ConfigError
 from ldm.pipeline import Pipeline
+from ldm.training import finetune
 from ldm.training.finetuning import prior
+from ldm.training.finetuning.base_model import load_base
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.finetune import _parts
+from ldm.training.stages.finetune import Finetune, _parts
 from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run, settings_of, stage_of
 
 
@@ -40,7 +43,7 @@ def test_the_model_draws_its_own_prior_and_learns_it_beside_the_data(data, tiny_
     assert np.array_equal(picture, np.asarray(expected))
     run(named, tmp_path / "run", str(tiny_folder), **{**words, "steps": 3}, resume="latest", allow_changed=["steps"])
     assert contents(tmp_path / "run" / "prior") == drawn
-    assert "pictures of what the model knows are drawn" in capsys.readouterr().err
+    assert "drawing 3 images of what the model knows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
@@ -52,11 +55,11 @@ def test_what_the_model_answered_is_right_until_it_is_changed(text_encoder, data
     assert stage._loss(batch.prior, "prior ", 0, 0) == 0 < stage._loss(batch, "", 0, 0)
     x, t = torch.randn(len(batch.prior.latents), *batch.prior.latents.shape[1:]), torch.tensor([500.0])
     with torch.no_grad():
-        before = stage._before(batch.prior, x, t.expand(len(x)))
+        before = stage._teacher(batch.prior, x, t.expand(len(x)))
         for name, parameter in stage.module.named_parameters():
             if name.endswith(".up"):
                 parameter += 0.1
-        assert torch.equal(stage._before(batch.prior, x, t.expand(len(x))), before)
+        assert torch.equal(stage._teacher(batch.prior, x, t.expand(len(x))), before)
     loss = stage._loss(batch.prior, "prior ", 0, 0)
     assert loss > 0
     loss.backward()
@@ -64,12 +67,61 @@ def test_what_the_model_answered_is_right_until_it_is_changed(text_encoder, data
         assert any(p.grad.norm() > 0 for p in part.parameters() if p.requires_grad)
 
 
+PRIOR = {"prior_images": 2, "prior_prompt": "a cat", "steps": 1}
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_run_that_is_stopped_once_its_prior_is_drawn_goes_on(resume, data, tiny_folder, tmp_path, monkeypatch):
+    """Its folder holds settings before anything else."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Finetune, "open", stop)
+        run(data, out, str(tiny_folder), **PRIOR)
+    drawn = {path: path.stat().st_mtime_ns for path in (out / "prior").iterdir()}
+    assert len(drawn) == 5
+    if resume is None:
+        run(data, out, str(tiny_folder), **PRIOR)
+    else:
+        finetune(out=out, resume=resume)
+    assert (out / "pytorch_lora_weights.safetensors").is_file() and settings_of(out).prior_prompt == "a cat"
+    assert {path: path.stat().st_mtime_ns for path in (out / "prior").iterdir()} == drawn
+
+
+def test_a_prior_of_something_else_is_drawn_again(data, tiny_folder, tmp_path, monkeypatch):
+    """The same number of images is not the same prior."""
+    out, prompts = tmp_path / "run", {}
+    for prompt in ("a cat", "a dog"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Finetune, "open", stop)
+            run(data, out, str(tiny_folder), **{**PRIOR, "prior_prompt": prompt})
+        prompts[prompt] = (out / "prior" / "00001.txt").read_text()
+    assert prompts == {"a cat": "a cat\n", "a dog": "a dog\n"}
+
+    settings, folder = settings_of(out), out / "prior"
+    model = load_base(settings, torch.device("cpu"))
+    before = contents(folder)
+    data_settings = dataclasses.replace(settings.data, resolution=2 * SIZE)
+    for changes, other in (
+        ({"seed": 9}, model),
+        ({"data": data_settings}, model),
+        ({"prior_prompt": "a red dog"}, model),
+        ({}, dataclasses.replace(model, hash="another")),
+    ):
+        prior.draw_prior(dataclasses.replace(settings, **changes), other, folder)
+        assert contents(folder) != before, changes
+    assert contents(prior.draw_prior(settings, model, folder)) == before
+
+
 def test_a_prior_that_is_not_whole_is_drawn_again(data, tiny_folder, tmp_path):
     run(data, tmp_path / "run", str(tiny_folder), steps=1, prior_images=2, prior_prompt="a cat")
     settings, folder = settings_of(tmp_path / "run"), tmp_path / "run" / "prior"
     before = contents(folder)
     (folder / "00001.png").unlink()
-    assert contents(prior.drawn_prior(settings, folder)) == before
+    assert contents(prior.draw_prior(settings, load_base(settings, torch.device("cpu")), folder)) == before
 
 
 def test_the_default_model_is_asked_for_what_it_was_trained_on():
@@ -81,11 +133,11 @@ def test_the_default_model_is_asked_for_what_it_was_trained_on():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ({"prior_images": 4}, "say what the pictures are to show"),
+        ({"prior_images": 4}, "needs a prompt for the images"),
         ({"prior_images": 4, "prior": "DATA", "prior_prompt": "a"}, "contradicts prior"),
-        ({"prior_prompt": "a cat"}, "say prior_images=N too"),
+        ({"prior_prompt": "a cat"}, "give prior_images=N too"),
         ({"prior_images": -1}, "must be 0 to 100,000"),
-        ({"prior_target": "model"}, "without a prior"),
+        ({"prior_target": "model"}, "needs a prior"),
         ({"prior_target": "model", "prior_images": 2, "prior_prompt": "a", "train": "full"}, "is for LoRA and DoRA"),
     ],
 )

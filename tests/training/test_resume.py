@@ -195,7 +195,7 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, unet_settings):
         (["learing_rate=1"], "did you mean 'learning_rate'"),
         (["batch_size=0"], "batch_size: must be at least 1"),
         (["learning_rate=.nan"], "not a finite number"),
-        (["bank=100"], "multiple of 256"),
+        (["latent_pool=100"], "multiple of 256"),
         (["vae="], "vae: is needed: the run of"),
         (["text="], "text: is needed: the run of"),
         (["validation=0"], "validation: must be at least 1"),

@@ -163,7 +163,7 @@ def test_a_name_that_may_differ_is_one_that_there_is(run):
 
 
 def test_two_ways_to_write_a_folder_are_no_change(tmp_path, monkeypatch):
-    from ldm.training.data import FinetuneData
+    from ldm.training.settings import FinetuneData
 
     monkeypatch.chdir(tmp_path)
     common = {"steps": 1, "batch_size": 1, "learning_rate": 1.0}

@@ -1,7 +1,6 @@
-"""The pictures and captions of a fine-tuning: judged, counted, encoded once, and handed out as batches by number."""
+"""The images and captions of a fine-tuning: read and counted, encoded once, and given out as numbered batches."""
 
-from ldm.training.data.dataset import Batch, Dataset
-from ldm.training.data.images import Pictures, read_pictures
-from ldm.training.data.settings import OFF, FinetuneData
+from ldm.training.data.dataset import Batch, LatentDataset
+from ldm.training.data.images import ImageSet, read_images, read_training_images
 
-__all__ = ["OFF", "Batch", "Dataset", "FinetuneData", "Pictures", "read_pictures"]
+__all__ = ["Batch", "ImageSet", "LatentDataset", "read_images", "read_training_images"]

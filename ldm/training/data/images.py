@@ -1,4 +1,4 @@
-"""A set that was opened, judged and counted: which pictures there are, and which of them are kept for validation."""
+"""The images of a fine-tuning, read and counted: which can be used, and which are held out for validation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.sources import Sample, Source, open_source
 from ldm.data.transforms import draw
 from ldm.errors import DataError, LdmError
-from ldm.training.data.settings import OFF, FinetuneData
+from ldm.training.settings import OFF, FinetuneData
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FEWEST, MOST = 8, 64  # different pictures from which on one is held out at least; and held out at most
+FEWEST, MOST = 8, 64  # of so many different images at least one is held out; and at most so many are held out
 LISTED = 6  # buckets in a line
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is known of a picture without its pixels."""
+    """What is known of an image without its pixels."""
 
     id: str
     digest: str  # sha256 of the file's bytes
@@ -38,30 +38,30 @@ class Item:
     repeats: int  # times an epoch
 
 
-class Pictures:
-    """The pictures that can be used, in the order of their source; `held_out` are digests of those never trained on."""
+class ImageSet:
+    """The images that can be used, in the order of their source; `held_out` are digests of those never trained on."""
 
     def __init__(self, source: Source, items: list[Item], data: FinetuneData, cut: Callable[[str], str] | None):
         self.source, self.items, self.data, self.cut = source, items, data, cut
         self._reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
-        self.prior: Pictures | None = None  # of what the model is to keep, where they were read with these
+        self.prior: ImageSet | None = None  # of what the model is to keep
 
     @property
     def trained(self) -> list[int]:
-        """The places of the pictures that are trained on, each as often as it comes in an epoch."""
+        """The places of the images that are trained on, each as often as it comes in an epoch."""
         places = ((place, item) for place, item in enumerate(self.items) if item.digest not in self.held_out)
         return [place for place, item in places for _ in range(item.repeats)]
 
     @property
     def hash(self) -> str:
-        """Of all that training sees of them: bytes, captions, repeats, and which are held out."""
-        told = [(i.digest, i.captions, i.repeats, i.digest in self.held_out) for i in self.items]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        """sha256 of everything that training sees of them: bytes, captions, repeats, and which are held out."""
+        rows = [(i.digest, i.captions, i.repeats, i.digest in self.held_out) for i in self.items]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
     def lines(self) -> list[str]:
-        """Counts first, captions that are cut, three pairs; then what an epoch is made of."""
+        """Counts, captions that are cut and three examples; then the buckets and the size of an epoch."""
         trained = self.trained
         held = sum(item.digest in self.held_out for item in self.items)
         shares = histogram((item.size for item in self.items), self.data.buckets)
@@ -71,13 +71,13 @@ class Pictures:
         return [
             *self.source.lines(self.cut),
             f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away",
-            f"{len(self.items) - held} pictures to train on, {held} held out; an epoch has {len(trained)} samples",
+            f"{len(self.items) - held} images to train on, {held} held out; an epoch has {len(trained)} samples",
         ]
 
     def read(self, place: int) -> tuple[Image.Image, str]:
-        """The picture at a place, large enough for its bucket, and the sha256 of what was read. Raises ImageError.
+        """The image at a place, large enough for its bucket, and the sha256 of its file. Raises ImageError.
 
-        Threads may read at the same time: they wait for each other's files, not for the decoding.
+        Threads may read at the same time: they share the files one after the other, and decode in parallel.
         """
         item = self.items[place]
         with self._reading:
@@ -87,31 +87,31 @@ class Pictures:
         return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
 
     def leave_out(self, bad: Mapping[str, LdmError]) -> None:
-        """Count these, by id, as skipped. Raises DataError where they are more than are allowed."""
+        """Count these images, by id, as skipped. Raises DataError where they are more than `max_bad` allows."""
 
-        def judge(sample: Sample) -> None:
+        def check(sample: Sample) -> None:
             if error := bad.get(sample.id):
                 raise error if isinstance(error, DataError) else DataError(error.what)
 
-        for _ in self.source.validate(judge, desc="leaving out"):
+        for _ in self.source.validate(check, desc="leaving out"):
             pass
         self.items = [item for item in self.items if item.id not in bad]
         self.held_out &= {item.digest for item in self.items}
         self.require()
 
     def require(self) -> None:
-        """Raise DataError unless there is something to learn from, as the settings have it."""
+        """Raise DataError where more images or captions are unusable than the settings allow."""
         self.source.require(self.data.max_bad, self.data.allow_empty_captions)
 
 
-def read_pictures(data: FinetuneData, cut: Callable[[str], str] | None = None) -> Pictures:
-    """Open a set, read every header, judge and count; with `cache=off` every picture is decoded once.
+def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> ImageSet:
+    """Open a set, read every header and count; with `cache=off` every image is decoded once as a check.
 
     `cut` gives the end of a caption that the text encoder does not see. Raises DataError, ConfigError.
     """
-    require(bool(data.folder), "is needed: a folder of captioned pictures", "data.folder")
+    require(bool(data.folder), "is needed: a folder of captioned images", "data.folder")
     source = open_source(data.folder, data.captions, data.split)
-    source.require(data.max_bad, data.allow_empty_captions)  # as far as can be told without opening a picture
+    source.require(data.max_bad, data.allow_empty_captions)  # as far as it can be checked without opening an image
     config = data.buckets
 
     def look(sample: Sample) -> tuple[Size, str]:
@@ -126,11 +126,21 @@ def read_pictures(data: FinetuneData, cut: Callable[[str], str] | None = None) -
 
     items = [
         Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats)
-        for sample, (size, digest) in source.validate(look, desc="pictures" if data.cache == OFF else "headers")
+        for sample, (size, digest) in source.validate(look, desc="images" if data.cache == OFF else "headers")
     ]
-    pictures = Pictures(source, items, data, cut)
-    pictures.require()
-    return pictures
+    images = ImageSet(source, items, data, cut)
+    images.require()
+    return images
+
+
+def read_training_images(data: FinetuneData, prior: FinetuneData | None) -> ImageSet:
+    """The images to train on, with those of a prior as their `prior`. Raises DataError, ConfigError."""
+    images = read_images(data)
+    if prior is not None:
+        images.prior = read_images(prior)
+    if not images.trained:
+        raise DataError("no image is left to train on", where=data.folder)
+    return images
 
 
 def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.Image:
@@ -140,9 +150,9 @@ def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.
 
 
 def held_out(digests: Iterable[str], share: float) -> set[str]:
-    """Those kept for validation: each by its own content, so that pictures that are added change nothing for others.
+    """The images kept for validation, each chosen by its content alone, so that new images change nothing for others.
 
-    At least one from FEWEST pictures on, else none; at most MOST, and at most twice the share of them.
+    At least one of FEWEST or more images, else none; at most MOST, and at most twice the share of them.
     """
     order = sorted({digest: draw("held out", digest) for digest in digests}.items(), key=lambda pair: pair[1])
     if len(order) < FEWEST or not share:

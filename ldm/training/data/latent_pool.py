@@ -1,7 +1,7 @@
 """Latents and text tensors of some thousand samples in memory, replaced piece by piece while training goes on.
 
-What the bank holds at a step is a function of the settings and the step alone, so a resumed run refills it exactly.
-N bank size   C, h, w latent channels, height, width   T the text tensor's own shape
+What the pool holds at a step is a function of the settings and the step alone, so a resumed run refills it exactly.
+N pool size   C, h, w latent channels, height, width   T the text tensor's own shape
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ldm.training.data.samples import Samples, stream, to_float
 from ldm.training.settings import PIECE
 
 
-class Bank:
+class LatentPool:
     """`latents` (N, C, h, w) fp32 and `texts` (N, T), in slots; `captions` beside them."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Bank:
         self._stream = stream(samples, self.next * PIECE, PIECE, workers if renew else 0)
         self.captions: list[str] = [""] * size
         self.latents = self.texts = None
-        for _ in progress(range(self.pieces), desc="filling the bank", unit="piece"):
+        for _ in progress(range(self.pieces), desc="filling the pool", unit="piece"):
             self._fill()
 
     def _fill(self) -> None:
@@ -52,8 +52,8 @@ class Bank:
         self.captions[place : place + PIECE] = captions
         self.next += 1
 
-    def at(self, step: int) -> Bank:
-        """The bank as it has to be at `step`; steps are asked for in order."""
+    def at(self, step: int) -> LatentPool:
+        """The pool as it has to be at `step`; steps are asked for in order."""
         while self.renew and self.next - self.pieces < step // self.renew:
             self._fill()
         return self

@@ -1,4 +1,4 @@
-"""Pictures and captions by index: drawn scenes or the user's folder, in this process or in workers."""
+"""ImageSet and captions by index: drawn scenes or the user's folder, in this process or in workers."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
             if not _is_lost(error):
                 with suppress(RuntimeError):  # PyTorch's handler of SIGCHLD raises one wherever it comes
                     time.sleep(1)
-            todo = "go on with --resume latest (workers=0 needs none)"
-            raise _gone(error, f"from sample {place} on", todo) from None
+            hint = "go on with --resume latest (workers=0 needs none)"
+            raise _gone(error, f"from sample {place} on", hint) from None
         if isinstance(found, DataError):
             raise found
         yield found
@@ -170,8 +170,8 @@ def _is_lost(error: Exception) -> bool:
     return str(error).startswith("DataLoader worker (pid")
 
 
-def _gone(error: Exception, where: object, todo: str) -> DataError:
-    gone = DataError(f"a process that makes samples was killed, or hangs ({first_line(error)})", where=where, todo=todo)
+def _gone(error: Exception, where: object, hint: str) -> DataError:
+    gone = DataError(f"a process that makes samples was killed, or hangs ({first_line(error)})", where=where, hint=hint)
     gone.exit_code = 5
     return gone
 

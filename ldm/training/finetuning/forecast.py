@@ -1,54 +1,50 @@
-"""What a fine-tuning would take here, before its data is encoded: two of its steps, tried on made-up numbers."""
+"""Time, memory and disk of a fine-tuning before its data is encoded: two of its steps are tried on random latents."""
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from ldm import config
 from ldm.console import say
-from ldm.training.data import Batch
+from ldm.device import is_out_of_memory
+from ldm.errors import ResourceError
+from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
+from ldm.training.finetuning.options import nest
+from ldm.training.finetuning.presets import apply_presets, read_facts
+from ldm.training.loop.estimate import Estimate, estimate
 from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.finetune import Finetune
 
-if TYPE_CHECKING:
-    from ldm.training.data import Pictures
-    from ldm.training.loop.estimate import Estimate
-    from ldm.training.stages.finetune import Finetune
-
-CAPTION = "a picture of a thing"
-MOST = 2  # times the side of the model's pictures: a trial must not be what memory runs out in
+CAPTION = "an image of a thing"
+MAX_SCALE = 2  # times the side of the model's images: the trial must not run out of memory
 
 
-def measure(settings: FinetuneSettings, out: Path, pictures: Pictures | None = None) -> Estimate:
-    """Two steps on a batch of the resolution's square; before, `pictures` are told of, with the captions that are cut.
+def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = None) -> Estimate:
+    """Take two steps on a batch of the resolution's square; print the counts of `images` and captions that are cut.
 
     Raises ModelError, ResourceError out of memory.
     """
-    import torch
-
-    from ldm.errors import ResourceError
-    from ldm.training.loop.estimate import estimate
-    from ldm.training.stages.finetune import Finetune
-
     try:
         stage = Finetune(settings, out)
-        if pictures is not None:
-            for read, kind in ((pictures, ""), (pictures.prior, "prior: ")):
-                if read is not None:
-                    read.cut = stage.model.text.truncated
-                    say("\n".join(f"{kind}{line}" for line in read.lines))
+        for image_set, kind in ((images, ""), (images and images.prior, "prior: ")):
+            if image_set is not None:
+                image_set.cut = stage.model.text.truncated
+                say("\n".join(f"{kind}{line}" for line in image_set.lines))
         return estimate(stage, settings, trial_batch(stage))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        todo = "lower batch_size (and raise accumulation), or set gradient_checkpointing"
-        raise ResourceError(f"a step does not fit into memory ({error})", where=settings.model, todo=todo) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "lower batch_size (and raise accumulation), or set gradient_checkpointing"
+        raise ResourceError(f"a step does not fit into memory ({error})", where=settings.model, hint=hint) from None
 
 
 def trial_batch(stage: Finetune) -> Batch:
-    """Latents of noise under one caption, as many and as large as the settings have them, and as many of the prior."""
-    import torch
-
+    """Random latents under one caption, in the number and size of the settings, and the same for a prior."""
     s, model, count = stage.settings, stage.model, stage.settings.batch_size
     side = s.data.resolution // model.vae.factor
     latents = torch.randn((count, model.vae.latent_channels, side, side), generator=torch.Generator().manual_seed(0))
@@ -61,23 +57,19 @@ def trial_batch(stage: Finetune) -> Batch:
 
 
 def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:
-    """What `ldm finetune` would do with so many samples where nothing else is said, and its time, memory and disk.
+    """What `ldm finetune` does with `samples` images and its presets, and the time, memory and disk of that.
 
-    `resolution` is in pixels, None is the model's own. Raises ConfigError, ModelError, ResourceError.
+    `resolution` is in pixels, None is the model's. Raises ConfigError, ModelError, ResourceError.
     """
-    from ldm import config
-    from ldm.training.finetuning.options import nested
-    from ldm.training.finetuning.presets import complete, read_facts
-
     facts, given = read_facts(model, None, "auto"), {"model": model, "data.folder": "."}
     if resolution is not None:
-        fits = resolution <= MOST * facts.side
+        fits = resolution <= MAX_SCALE * facts.side
         config.require(fits, f"a step at {resolution} px is not tried: {model} draws at {facts.side}", "resolution")
         given["data.resolution"] = resolution
-    settings = config.build(FinetuneSettings, nested(complete(given, facts, [samples])))
+    settings = config.build(FinetuneSettings, nest(apply_presets(given, facts, [samples])))
     with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
-        found = measure(settings, Path(out))
+        measured = measure(settings, Path(out))
     s = settings
-    each = f"{s.batch_size} pictures" if s.accumulation == 1 else f"{s.accumulation} times {s.batch_size} pictures"
-    told = f"{s.steps} steps of {each} at {s.data.resolution} px, as `ldm finetune` chooses them"
-    return (f"a LoRA of rank {s.lora_rank} on the model {model}: {told}", *found.lines)
+    each = f"{s.batch_size} images" if s.accumulation == 1 else f"{s.accumulation} times {s.batch_size} images"
+    steps = f"{s.steps} steps of {each} at {s.data.resolution} px, as `ldm finetune` chooses them"
+    return (f"a LoRA of rank {s.lora_rank} on the model {model}: {steps}", *measured.lines)

@@ -1,10 +1,11 @@
-"""What a fine-tuning is told where nobody says it: from the model, the number of pictures and the hardware."""
+"""The settings of a fine-tuning that are not given: chosen from the model, the number of images and the hardware."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
 
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
 SMALL_WIDTH = 256  # channels of the first level, below which a model is small
-# (size, full or not): passes over the pictures, and between how many steps and how many.
+# (size, train=full): passes over the images, and the fewest and the most steps.
 LENGTHS = {
     ("small", False): (200, 400, 4000),
     ("small", True): (300, 400, 8000),
@@ -26,7 +27,7 @@ LENGTHS = {
     ("xl", True): (40, 400, 10_000),
 }
 # A small model keeps shapes in its convolutions, and finds them at high noise, which min-SNR takes weight from: after
-# 800 steps on 24 pictures of a new thing, 19 of 20 prompts were right, and 3 of 20 without all this.
+# 800 steps on 24 images of a new thing, 19 of 20 prompts were right, and 3 of 20 without all this.
 SHAPES: dict[str, Any] = {"timesteps": "logit_normal", "timestep_shift": 2.0, "snr_gamma": None}
 PRESETS: dict[tuple[str, bool], dict[str, Any]] = {
     ("small", False): {"learning_rate": 1.2e-3, "lora_rank": 32, "targets": ["all"], **SHAPES},
@@ -46,17 +47,17 @@ BATCHES = {
     ("xl", "gpu"): (1, 4, True),
 }
 ROOMY = {"sd": 16e9, "xl": 40e9}  # bytes of a GPU from which on the batch above fits without checkpointing
-OF_LORA = ("lora_rank", "lora_alpha", "targets", "init")  # words of no meaning in a full run
+LORA_ONLY = ("lora_rank", "lora_alpha", "targets", "init")  # settings without a meaning for train=full
 SHARED = {"snr_gamma": 5.0, "lr_schedule": "cosine"}
-# Of the default model, which else forgets what it knew: the new pictures must not become what it draws unasked. Of 50
-# old prompts that were right, none were still right after a new thing without a prior, 45 with drawn pictures as the
-# target, and 49 with what the model answered on them.
+# Without a prior the default model forgets what it knew, and draws the new images unasked. Of 50 old prompts that were
+# right, none were still right after a new thing without a prior, 45 with drawn images as the target, and 49 with what
+# the model predicted on them.
 PRIOR = {"prior_images": 320, "prior_weight": 3.0, "data.caption_dropout": 0.0}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before a weight is read or a picture opened."""
+    """What is known of model and hardware before a weight or an image is read."""
 
     width: int  # channels of the U-Net's first level
     xl: bool
@@ -64,83 +65,83 @@ class Facts:
     flow: bool
     device: str  # cpu, cuda, mps
     memory: int | None = None  # bytes of the GPU
-    init: Mapping[str, Any] | None = None  # settings that the LoRA to go on from has
-    default: bool = False  # the model that ships, which can be asked for what it knows
+    init: Mapping[str, Any] | None = None  # settings that the LoRA to continue has
+    default: bool = False  # the model that ships, which can draw what it was trained on
 
     @property
     def size(self) -> str:
         return "small" if self.width < SMALL_WIDTH else "xl" if self.xl else "sd"
 
 
-def complete(given: Mapping[str, Any], facts: Facts, groups: Sequence[int]) -> dict[str, Any]:
-    """`given` (by the settings' keys) with all that a run needs and nobody said.
+def apply_presets(given: Mapping[str, Any], facts: Facts, buckets: Sequence[int]) -> dict[str, Any]:
+    """All settings of a run, by their keys: `given`, and presets for what is not; `buckets` as `for_images` has it."""
+    return for_images(for_model(given, facts), given, facts, buckets)
 
-    `groups` are the samples of an epoch in each bucket: a batch holds pictures of one bucket alone.
 
-    Epochs become steps. The order of keys is that of the table's, so that the printed command is stable.
-    """
+def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """`given` with the presets that depend on the model and the hardware alone."""
     full = given.get("train") == "full"
-    size = facts.size
-    found = before_data(given, facts)
-    found |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
-    found |= PRESETS[size, full] | (facts.init or {})
-    own = facts.default and given.get("prior") is None and given.get("prior_images") != 0
-    found |= _prior(full) if own else {}
-    micro, accumulation, checkpointing = BATCHES[size, "cpu" if facts.device == "cpu" else "gpu"]
-    if facts.memory is not None and facts.memory < ROOMY.get(size, 0):
-        micro, accumulation, checkpointing = 1, micro * accumulation, True
-    found |= {"batch_size": max(1, min(micro, sum(groups))), "accumulation": accumulation}
-    found |= {"gradient_checkpointing": True} if checkpointing else {}
-    found |= given
-    found = in_steps(found, given, groups)
-    passes, least, most = LENGTHS[size, full]
-    found.setdefault("steps", min(max(round(passes * _epoch(found, groups)), least), most))
-    steps = _positive(found["steps"])
-    for name, value in {
+    settings = {"data.resolution": facts.side, **given}
+    settings |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
+    settings |= PRESETS[facts.size, full] | (facts.init or {})
+    if facts.default and given.get("prior") is None and given.get("prior_images") != 0:
+        settings |= PRIOR if full else PRIOR | {"prior_target": "model"}
+    batch_size, accumulation, checkpointing = BATCHES[facts.size, "cpu" if facts.device == "cpu" else "gpu"]
+    if facts.memory is not None and facts.memory < ROOMY.get(facts.size, 0):
+        batch_size, accumulation, checkpointing = 1, batch_size * accumulation, True
+    settings |= {"batch_size": batch_size, "accumulation": accumulation}
+    settings |= {"gradient_checkpointing": True} if checkpointing else {}
+    return settings | given
+
+
+def for_images(
+    settings: Mapping[str, Any], given: Mapping[str, Any], facts: Facts, buckets: Sequence[int]
+) -> dict[str, Any]:
+    """The `settings` of `for_model` with the presets that depend on the number of images; epochs become steps.
+
+    `buckets` are the samples of an epoch in each bucket: a batch holds images of one bucket alone.
+    """
+    settings = dict(settings)
+    if "batch_size" not in given:
+        settings["batch_size"] = max(1, min(settings["batch_size"], sum(buckets)))
+    settings = in_steps(settings, given, buckets)
+    passes, least, most = LENGTHS[facts.size, settings.get("train") == "full"]
+    settings.setdefault("steps", min(max(round(passes * _epoch(settings, buckets)), least), most))
+    steps = _positive(settings["steps"])
+    presets = {
         "warmup": min(100, steps // 20),
         "ema": 0.0 if steps < 20 else round(min(0.9995, 1 - 10 / steps), 4),
         "validate_every": max(1, min(1000, steps // 8)),
         "save_every": max(1, min(1000, steps // 8)),
         "log_every": max(1, min(20, steps // 20)),
-    }.items():
-        found.setdefault(name, value)
-    return found
+    }
+    return settings | {name: value for name, value in presets.items() if name not in settings}
 
 
-def _prior(full: bool) -> dict[str, Any]:
-    return PRIOR if full else PRIOR | {"prior_target": "model"}
-
-
-def in_steps(found: Mapping[str, Any], given: Mapping[str, Any], groups: Sequence[int]) -> dict[str, Any]:
-    """`found` with the epochs of `given`, of so many samples in each bucket, as steps."""
-    found = {key: value for key, value in found.items() if key != "epochs"}
+def in_steps(settings: Mapping[str, Any], given: Mapping[str, Any], buckets: Sequence[int]) -> dict[str, Any]:
+    """`settings` with the epochs of `given` as steps. Raises ConfigError."""
+    settings = {key: value for key, value in settings.items() if key != "epochs"}
     if given.get("epochs") is not None:
         epochs = given["epochs"]
-        good = isinstance(epochs, (int, float)) and not isinstance(epochs, bool) and 0 < epochs < math.inf
-        require(good, f"must be a positive number, got {epochs!r:.80}", "epochs")
-        found["steps"] = max(1, math.ceil(epochs * _epoch(found, groups)))
-    return found
+        require(_positive(epochs) == epochs, f"must be a positive number, got {epochs!r:.80}", "epochs")
+        settings["steps"] = max(1, math.ceil(epochs * _epoch(settings, buckets)))
+    return settings
 
 
-def _epoch(found: Mapping[str, Any], groups: Sequence[int]) -> float:
+def _epoch(settings: Mapping[str, Any], buckets: Sequence[int]) -> float:
     """Steps of an epoch: its batches, of which `accumulation` make one."""
-    size = _positive(found["batch_size"])
-    return sum(math.ceil(count / size) for count in groups) / _positive(found["accumulation"])
-
-
-def before_data(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-    """What has to be known before the data is read: how large the pictures are taken."""
-    return {"data.resolution": facts.side, **given}
+    size = _positive(settings["batch_size"])
+    return sum(math.ceil(count / size) for count in buckets) / _positive(settings["accumulation"])
 
 
 def _positive(value: Any) -> float:
-    """A number above 0 to go on with; what is none is refused where the settings are built."""
+    """The number, or 1 where it is not positive: what is given is refused later, where the settings are built."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
     return value if good else 1
 
 
 def read_facts(model: str, init: str | None, device: str) -> Facts:
-    """Of a model's settings, its weights unread, and of a LoRA's header. Raises ModelError, ConfigError."""
+    """From the model's configs and the LoRA's header, without reading weights. Raises ModelError, ConfigError."""
     import torch
 
     from ldm.checkpoint.model import check_model
@@ -165,12 +166,12 @@ def read_facts(model: str, init: str | None, device: str) -> Facts:
 
 
 def _read_header(init: str) -> Any:
-    """Of the LoRA to go on from; says what had to be assumed."""
+    """Of the LoRA to continue; says what had to be assumed."""
     from ldm.checkpoint.lora import read_lora_header
 
     header = read_lora_header(init)
     if header.assumed:
-        say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
+        say(f"{header.path}: {header.assumed} layers have no alpha; the rank is taken for it")
     return header
 
 
@@ -186,9 +187,7 @@ def _configs(place: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def settings_of_lora(header: Any) -> dict[str, Any]:
-    """What a run that goes on from this LoRA is told: its kind, its commonest rank and alpha, where its layers are."""
-    from collections import Counter
-
+    """The settings of a run that continues this LoRA: its kind, its commonest rank and alpha, where its layers are."""
     entries = list(header.entries.values())
     (rank, alpha), _ = Counter((entry.rank, entry.alpha) for entry in entries).most_common(1)[0]
     text = any(name.startswith(("lora_te", "text_encoder")) for name in header.entries)
@@ -196,21 +195,21 @@ def settings_of_lora(header: Any) -> dict[str, Any]:
     return {"train": kind, "lora_rank": rank, "lora_alpha": alpha, "targets": [], "text_encoder": text}
 
 
-def command(found: Mapping[str, Any], out: str | Path) -> str:
-    """The command line that asks for exactly these settings, presets and all."""
-    options = {word for group in OPTIONS.values() for word in group}
-    words = {KEYS[word]: word for word in KEYS if word in options and word not in ("epochs", "prompts_file")}
-    parts = ["ldm", "finetune", str(found.get("data.folder", "DATA")), "-o", str(out)]
-    for key, value in found.items():
-        option = f"--{words[key].replace('_', '-')}" if key in words else ""
+def command(settings: Mapping[str, Any], out: str | Path) -> str:
+    """The command line that gives exactly these settings, presets included."""
+    options = {name for group in OPTIONS.values() for name in group}
+    names = {KEYS[name]: name for name in KEYS if name in options and name not in ("epochs", "prompts_file")}
+    parts = ["ldm", "finetune", str(settings.get("data.folder", "DATA")), "-o", str(out)]
+    for key, value in settings.items():
+        option = f"--{names[key].replace('_', '-')}" if key in names else ""
         if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
             continue
-        if (value is None and key not in SHARED) or (key in OF_LORA and found.get("train") == "full"):
-            continue  # as where it is not said
+        if (value is None and key not in SHARED) or (key in LORA_ONLY and settings.get("train") == "full"):
+            continue  # as where it is not given
         if key == "validation_prompts":
             for prompt in value:
                 parts += _with_value(option, str(prompt))
-        elif words.get(key) in SWITCHES:
+        elif names.get(key) in SWITCHES:
             parts += [option] if value is True else [f"{key}={_shown(value)}"]
         elif option:
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)

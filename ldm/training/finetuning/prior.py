@@ -1,56 +1,84 @@
-"""Pictures of what a model knows, drawn by itself before it is fine-tuned, so that it is kept (Ruiz et al. 2023)."""
+"""Images that a model draws before it is fine-tuned, so that it keeps what it knows (Ruiz et al. 2023)."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ldm import files
-from ldm.config import require
+from ldm.checkpoint import Model, load_model
 from ldm.console import hushed, progress, say
+from ldm.data.emoji import SceneConfig, Scenes
+from ldm.device import pick_dtype
+from ldm.nn.lora import clone_shared_weights
+from ldm.pipeline import Pipeline
 from ldm.training.settings import FinetuneSettings
 
-AT_ONCE = 32  # pictures of a call
+BATCH = 32  # images of a call
+ABOUT = ".drawn.json"  # in the folder of the images: what they were drawn from
 
 
-def check_drawn_prior(settings: FinetuneSettings) -> None:
-    """Raise ConfigError where nobody says what the pictures are to show."""
-    s = settings
-    told = s.prior_prompt is not None or s.model == "default" or not s.prior_images
-    require(told, 'say what the pictures are to show, by prior_prompt="a dog"', "prior_images")
+def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
+    """`folder` with `settings.prior_images` images and their captions, drawn by `model`, which is to be trained.
 
-
-def drawn_prior(settings: FinetuneSettings, folder: Path) -> Path:
-    """`folder` with `settings.prior_images` pictures and their captions, drawn by the model that is to be trained.
-
-    They show `prior_prompt`, or where there is none what the default model was trained on: its objects, everyday ones
-    above all, on its grounds. A folder that has as many already is left as it is. Raises ModelError, ResourceError.
+    They show `prior_prompt`; without one the default model draws what it was trained on, everyday objects above all.
+    A folder that was drawn by the same model from the same prompts, seed and size is left as it is, any other is drawn
+    again. Raises ModelError, ResourceError.
     """
-    s, count = settings, settings.prior_images
-    if len(list(folder.glob("*.png"))) == count:
+    count, prompts = settings.prior_images, _prompts(settings)
+    about = _describe(settings, model, prompts)
+    if len(list(folder.glob("*.png"))) == count and _read(folder / ABOUT) == about:
         return folder
-    from ldm.checkpoint import load_model
-    from ldm.pipeline import Pipeline
-
-    prompts, asked = _prompts(s), None if s.prediction_type == "flow" else s.prediction_type
-    model = load_model(s.model, s.device, "auto", s.vae, cache=False, prediction_type=asked)
-    say(f"{count} pictures of what the model knows are drawn into {folder}")
-    with files.atomic_folder(folder) as tmp, progress(total=count, desc="prior", unit="picture") as bar:
-        for start in range(0, count, AT_ONCE):
-            part = prompts[start : start + AT_ONCE]
-            seeds = [s.seed + start + i for i in range(len(part))]
+    say(f"drawing {count} images of what the model knows into {folder}")
+    model = _in_drawing_dtype(settings, model)
+    with files.atomic_folder(folder) as tmp, progress(total=count, desc="prior", unit="image") as bar:
+        for start in range(0, count, BATCH):
+            batch = prompts[start : start + BATCH]
+            seeds = [settings.seed + start + i for i in range(len(batch))]
             with hushed():
-                pipe = Pipeline(part, model=model)
-                drawn = pipe.generate(seed=seeds, height=s.data.resolution, width=s.data.resolution)
-            for i, (prompt, picture) in enumerate(zip(part, drawn), start):
-                picture.save(tmp / f"{i:05d}.png")
+                size = settings.data.resolution
+                images = Pipeline(batch, model=model).generate(seed=seeds, height=size, width=size)
+            for i, (prompt, image) in enumerate(zip(batch, images), start):
+                image.save(tmp / f"{i:05d}.png")
                 (tmp / f"{i:05d}.txt").write_text(prompt + "\n", encoding="utf-8")
-            bar.update(len(part))
+            bar.update(len(batch))
+        (tmp / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return folder
 
 
-def _prompts(settings: FinetuneSettings) -> list[str]:
-    from ldm.data.emoji import SceneConfig, Scenes
+def _describe(settings: FinetuneSettings, model: Model, prompts: list[str]) -> dict[str, Any]:
+    """What determines the images, on whichever device they are drawn."""
+    return {
+        "model": model.hash,
+        "prediction_type": model.schedule.prediction_type,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "seed": settings.seed,
+        "resolution": settings.data.resolution,
+    }
 
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _in_drawing_dtype(settings: FinetuneSettings, model: Model) -> Model:
+    """The model as it draws: `model` itself in fp32, on a GPU read again in 16 bits, which is several times as fast."""
+    dtype = pick_dtype("auto", model.device)
+    if dtype == torch.float32:
+        return dataclasses.replace(model, unet=clone_shared_weights(model.unet))
+    asked = None if settings.prediction_type == "flow" else settings.prediction_type
+    return load_model(settings.model, model.device, dtype, settings.vae, cache=False, prediction_type=asked)
+
+
+def _prompts(settings: FinetuneSettings) -> list[str]:
     if settings.prior_prompt is not None:
         return [settings.prior_prompt] * settings.prior_images
     scenes = Scenes(SceneConfig(objects="all", everyday_share=0.7, mention=1.0), settings.seed)

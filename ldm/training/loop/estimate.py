@@ -54,7 +54,7 @@ def estimate(stage: Stage, settings: Settings, batch: Any = None) -> Estimate:
         whole = _now(device) - began
         memory = _peak(device) - extra
         more = _backward_seconds(stage, state, settings, batch, device) if settings.accumulation > 1 else 0.0
-        size = checkpoint_bytes(state)
+        size = checkpoint_bytes(settings, state.module)
     each = whole + (settings.accumulation - 1) * more
     return Estimate(each, memory, size, _lines(settings, device, each, memory, size))
 

@@ -104,13 +104,13 @@ def sparing(settings: Settings) -> str:
     return ", or ".join([*found, f"lower data.resolution={settings.data.resolution}"])
 
 
-def ask_for_space(state: TrainState, settings: Settings, out: Path) -> None:
+def ask_for_space(module: nn.Module, settings: Settings, out: Path) -> None:
     """Raise ResourceError unless the disk has room for the checkpoints that are to come.
 
     Those that are kept, the best one, and a new one before the oldest goes; less what is there already.
     """
     count = settings.keep + 2 - len(states.checkpoints(out))
-    files.require_space(out, int(1.2 * max(1, count) * checkpoint_bytes(state)))
+    files.require_space(out, int(1.2 * max(1, count) * checkpoint_bytes(settings, module)))
 
 
 class _Run:
@@ -130,7 +130,7 @@ class _Run:
         self.group.listen(self.stop)
         self.scores: dict[str, float] = {}
         if self.group.first:
-            ask_for_space(state, settings, out)
+            ask_for_space(state.module, settings, out)
             files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
             versions = {"ldm": ldm.__version__, **states.environment(next(state.module.parameters()).device)}
             files.atomic_write(out / "versions.json", json.dumps({**versions, "inputs": inputs}, indent=1) + "\n")
@@ -230,7 +230,8 @@ class _Run:
 
     def _announce(self) -> None:
         """How long a signal takes to be answered: the step in which it comes, and a checkpoint."""
-        step, saving = self.clock[-1], states.saving_seconds(self.out, checkpoint_bytes(self.state))
+        size = checkpoint_bytes(self.settings, self.state.module)
+        step, saving = self.clock[-1], states.saving_seconds(self.out, size)
         parts = f"a step takes {step:.2g} s, a checkpoint about {saving:.2g} s"
         say(f"Ctrl-C or SIGTERM ends the run, saved, within about {math.ceil(step + saving)} s ({parts})")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.config import require
 from ldm.nn.lora import LoraLayer
-from ldm.training.checkpoints.state import TrainState, learned, trainable
+from ldm.training.checkpoints.state import learned, trainable
 from ldm.training.settings import Settings
 
 ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
@@ -87,22 +87,23 @@ def _sgd(settings: Settings, module: nn.Module, device: torch.device) -> torch.o
 
 
 def _muon(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    found = trainable(module)
-    hidden = {f"{name}.weight" for name, layer in module.named_modules() if _is_hidden(name, layer)}
-    hidden |= {f"{name}.{part}" for name in _lora_layers(module) for part in ("down", "up")}
-    matrices = [p for name, p in found.items() if name in hidden]
+    parameters, hidden = trainable(module), _hidden_names(module)
+    matrices = [p for name, p in parameters.items() if name in hidden]
     require(bool(matrices), "muon moves matrices, and none is trained: use adamw", "optimizer")
-    others = [p for name, p in found.items() if name not in hidden]
+    others = [p for name, p in parameters.items() if name not in hidden]
     adamw = partial(_adamw_of, settings, device)
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay, adamw)
 
 
-def _is_hidden(name: str, layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS
-
-
-def _lora_layers(module: nn.Module) -> list[str]:
-    return [name for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+def _hidden_names(module: nn.Module) -> set[str]:
+    """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates."""
+    names = set()
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS:
+            names.add(f"{name}.weight")
+        elif isinstance(layer, LoraLayer):
+            names |= {f"{name}.down", f"{name}.up"}
+    return names
 
 
 OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.Optimizer]] = {
@@ -113,19 +114,15 @@ OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.
 }
 
 
-def checkpoint_bytes(state: TrainState) -> int:
-    """What a checkpoint of `state` takes on disk once every parameter has been moved, to some KB."""
-    own = state.module.state_dict()
-    size = 2 * sum(own[name].nbytes for name in learned(state.module))  # and the average
-    return size + sum(_moment_bytes(state.optimizer, p) for p in trainable(state.module).values())
-
-
-def _moment_bytes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
-    if isinstance(optimizer, torch.optim.SGD):
-        return 0
-    if isinstance(optimizer, Muon):
-        one = any(parameter is p for p in optimizer.param_groups[0]["params"])
-        return parameter.nbytes if one else 2 * parameter.nbytes
-    if isinstance(optimizer, torch.optim.AdamW) or parameter.numel() < 4096:
-        return 2 * parameter.nbytes
-    return 2 * parameter.numel() * 65 // 64 + 2048  # 8 bits, a scale for each block of 256, two tables
+def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
+    """The size of a checkpoint on disk once every parameter has been moved, to some KB; no optimizer is built."""
+    tensors, parameters = module.state_dict(), trainable(module)
+    size = 2 * sum(tensors[name].nbytes for name in learned(module))  # the weights and their average
+    moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
+    hidden = _hidden_names(module) if settings.optimizer == "muon" else set()
+    for name, parameter in parameters.items():
+        if settings.optimizer == "adamw8bit" and parameter.numel() >= 4096:
+            size += 2 * parameter.numel() * 65 // 64 + 2048  # 8 bits, a scale for each block of 256, two tables
+        else:
+            size += (1 if name in hidden else moments) * parameter.nbytes
+    return size

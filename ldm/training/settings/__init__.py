@@ -1,18 +1,29 @@
-"""What a training run can be told: frozen dataclasses, one a stage, read from YAML and KEY=VALUE."""
+"""The settings of training runs: frozen dataclasses, one for each stage, read from YAML and KEY=VALUE."""
 
 from ldm.training.settings.base import DataSettings, Settings
 from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name
-from ldm.training.settings.read import FREE, SETTINGS, as_dict, changed, packaged_configs, read_settings
+from ldm.training.settings.finetune_data import OFF, FinetuneData
+from ldm.training.settings.read import (
+    FREE,
+    SETTINGS,
+    as_dict,
+    changed,
+    packaged_configs,
+    read_settings,
+    with_new_names,
+)
 from ldm.training.settings.stages import PIECE, AutoencoderSettings, TextSettings, UNetSettings
 
 __all__ = [
     "FREE",
     "KINDS",
     "MAX_SAMPLES",
+    "OFF",
     "PIECE",
     "SETTINGS",
     "AutoencoderSettings",
     "DataSettings",
+    "FinetuneData",
     "FinetuneSettings",
     "Settings",
     "TextSettings",
@@ -22,4 +33,5 @@ __all__ = [
     "check_file_name",
     "packaged_configs",
     "read_settings",
+    "with_new_names",
 ]

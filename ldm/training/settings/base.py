@@ -1,4 +1,4 @@
-"""What every training run can be told: data and the fields that all stages share."""
+"""The settings that all stages share, and those of the data of `ldm train`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where pictures and captions come from: emoji scenes drawn on the fly, or the user's own imagefolder."""
+    """Where images and captions come from: emoji scenes drawn on the fly, or the user's own imagefolder."""
 
     folder: str | None = None  # captioned imagefolder; None: emoji scenes
     resolution: int = 128  # pixels, square
@@ -23,7 +23,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields that every stage shares."""
+    """The settings that every stage has. Raises ConfigError for a value out of its range."""
 
     stage: str
     steps: int
@@ -42,7 +42,7 @@ class Settings:
     clip: float = 1.0  # gradient norm
     ema: float = 0.9995
     seed: int = 0
-    workers: int = 1  # processes that draw or read pictures
+    workers: int = 1  # processes that draw or read images
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster; fp16: CUDA alone
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them

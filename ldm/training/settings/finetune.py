@@ -1,56 +1,59 @@
-"""What a fine-tuning can be told."""
+"""The settings of a fine-tuning."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from ldm.config import require
-from ldm.training.data import FinetuneData
 from ldm.training.settings.base import Settings
+from ldm.training.settings.finetune_data import FinetuneData
 
 KINDS = ("lora", "dora", "full")
 MAX_SAMPLES = 64
-TAKEN = "pytorch_lora_weights"  # the name of diffusers' file
-LONGEST = 255 - len(".safetensors")  # bytes
+DIFFUSERS_NAME = "pytorch_lora_weights"  # of the LoRA's file for diffusers
+MAX_NAME = 255 - len(".safetensors")  # bytes
+FULL_ONLY = "a LoRA cannot change what the model was trained for: use train=full"
+TEACHER_ONLY = "model is for LoRA and DoRA, beside which the original weights are still there: use images"
 
 
 def check_file_name(name: str, where: str) -> None:
     """Raise ConfigError where `name` cannot be that of kohya's file, which lies beside diffusers'."""
-    require(name.lower() != TAKEN, f"{name} is the name of diffusers' file: choose another", where)
-    short = len(name.encode("utf-8", "surrogatepass")) <= LONGEST
-    require(short, f"{name[:40]}… is too long for the name of a file: take at most {LONGEST} bytes", where)
+    require(name.lower() != DIFFUSERS_NAME, f"{name} is the name of diffusers' file: choose another", where)
+    short = len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME
+    require(short, f"{name[:40]}… is too long for the name of a file: take at most {MAX_NAME} bytes", where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(Settings):
-    """A model that exists, on the user's own pictures: all of its U-Net, or low-rank updates of some layers."""
+    """How an existing model is trained on the user's images: as a whole, or by low-rank updates of some layers."""
 
     stage: Literal["finetune"] = "finetune"
     data: FinetuneData = field(default_factory=FinetuneData)
     model: str = "default"  # "default", a diffusers folder, a single file, a hub id
     vae: str | None = None  # another autoencoder's folder or file
-    init: str | None = None  # a LoRA or DoRA to go on from; its ranks, alphas and layers are taken over
+    init: str | None = None  # a LoRA or DoRA to continue; its ranks, alphas and layers are used
     train: Literal["lora", "dora", "full"] = "lora"  # full: every weight of the U-Net
     lora_rank: int = 16
     lora_alpha: float | None = None  # None: the rank; the update is scaled by alpha / rank
     targets: tuple[str, ...] = ("attention",)  # names of layers or their ends, or words of ldm.nn.lora.TARGETS
-    text_encoder: bool = False  # train it too: CLIP alone; in a full run all of its weights
+    text_encoder: bool = False  # train it too: CLIP alone; with train=full all of its weights
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None  # None: the model's
-    zero_terminal_snr: bool = False  # rescale the schedule of a full run, so that the last timestep is pure noise
+    zero_terminal_snr: bool = False  # rescale the schedule (train=full), so that the last timestep is pure noise
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = 1.0  # above 1: more often at high noise
     snr_gamma: float | None = None  # min-SNR weighting of the loss; 5 is usual
     noise_offset: float = 0.0  # of a number that each channel's noise is shifted by; 0.05 is usual
-    prior: str | None = None  # captioned pictures of what the model knows, mixed into each step so that it is kept
-    prior_images: int = 0  # instead: as many pictures, drawn by the model itself before training
-    prior_prompt: str | None = None  # what those show; None: what the default model knows
+    prior: str | None = None  # captioned images of what the model knows, trained in each step so that it is kept
+    prior_images: int = 0  # instead of `prior`: the number of images that the model draws before it is trained
+    prior_prompt: str | None = None  # what those show; None: what the default model was trained on
     prior_weight: float = 1.0
-    prior_target: Literal["pictures", "model"] = "pictures"  # model: learn what it answered before, not the pictures
+    prior_target: Literal["images", "model"] = "images"  # model: learn what the model predicted before, not the images
     compile: bool = False  # torch.compile of the U-Net: needs a C++ compiler on a CPU, a minute or more at the start
     attention: str = "auto"  # of the U-Net: a name of ldm.nn.attention.BACKENDS
-    validation_prompts: tuple[str, ...] = ()  # of the sample grid; none: captions of held-out pictures
-    samples: int = 8  # pictures in the grid, where the captions are drawn
+    validation_prompts: tuple[str, ...] = ()  # of the sample grid; none: captions of held-out images
+    samples: int = 8  # images in the grid, where the captions are drawn
     sampler: str | None = None  # of the grid; None: the model's, as the next two
     sample_steps: int | None = None
     guidance_scale: float | None = None
@@ -66,29 +69,39 @@ class FinetuneSettings(Settings):
             value = getattr(self, name)
             require(value is None or value > 0, f"must be positive, got {value}", name)
         require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")
-        require(0 <= self.prior_images <= 100_000, f"must be 0 to 100,000, got {self.prior_images}", "prior_images")
-        require(not (self.prior and self.prior_images), "contradicts prior: say one of them", "prior_images")
-        asked = self.prior_images or self.prior_prompt is None
-        require(asked, "is for pictures that the model draws: say prior_images=N too", "prior_prompt")
-        there = self.prior or self.prior_images or self.prior_target == "pictures"
-        require(there, "is of no use without a prior: say prior_images=N too, or prior=FOLDER", "prior_target")
         require(0 <= self.samples <= MAX_SAMPLES, f"must be 0 to {MAX_SAMPLES}, got {self.samples}", "samples")
         require(all(self.targets), "one of them is empty", "targets")
         require(bool(self.targets or self.init), "names no layer", "targets")
-        flow = self.prediction_type == "flow" and self.zero_terminal_snr
-        require(not flow, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
         require(not self.name or ("/" not in self.name and self.name[0] not in ".-"), "is no name of a file", "name")
         if self.name:
             check_file_name(self.name, "name")
+        self._check_prior()
         full = self.train == "full"
-        require(not (full and self.init), "is a LoRA to go on from: not in a run with train=full", "init")
-        kept = not full or self.prior_target == "pictures"
-        require(kept, "model is for LoRA and DoRA, beside which the model is still there: use pictures", "prior_target")
-        for name in ("zero_terminal_snr", "prediction_type"):
-            changes = getattr(self, name) == "flow" if name == "prediction_type" else getattr(self, name)
-            what = "a LoRA cannot change what the model was trained for: use train=full"
-            require(full or not changes, what, name)
+        require(not (full and self.init), "is a LoRA: it cannot be continued with train=full", "init")
+        require(full or not self.zero_terminal_snr, FULL_ONLY, "zero_terminal_snr")
+        require(full or self.prediction_type != "flow", FULL_ONLY, "prediction_type")
+        twice = self.prediction_type == "flow" and self.zero_terminal_snr
+        require(not twice, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
+
+    def _check_prior(self) -> None:
+        require(0 <= self.prior_images <= 100_000, f"must be 0 to 100,000, got {self.prior_images}", "prior_images")
+        require(not (self.prior and self.prior_images), "contradicts prior: give one of them", "prior_images")
+        drawn = self.prior_images or self.prior_prompt is None
+        require(drawn, "is for images that the model draws: give prior_images=N too", "prior_prompt")
+        any_prior = self.prior or self.prior_images or self.prior_target == "images"
+        require(any_prior, "needs a prior: give prior_images=N too, or prior=FOLDER", "prior_target")
+        require(self.train != "full" or self.prior_target == "images", TEACHER_ONLY, "prior_target")
+        known = self.prior_prompt is not None or self.model == "default" or not self.prior_images
+        require(known, 'needs a prompt for the images, such as prior_prompt="a dog"', "prior_images")
 
     @property
     def alpha(self) -> float:
         return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
+
+    def prior_data(self, out: Path) -> FinetuneData | None:
+        """The settings of the prior's images: the user's, or those that are drawn into `out`/prior."""
+        if self.prior:
+            return self.data.for_prior(self.prior)
+        if self.prior_images:
+            return replace(self.data.for_prior(str(out / "prior")), captions="auto", split="train")
+        return None

@@ -1,10 +1,11 @@
-"""Settings read from YAML and KEY=VALUE, and compared with those of the run that goes on."""
+"""Settings read from YAML and KEY=VALUE, and compared with those of the run that is resumed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNet
 
 SETTINGS: dict[str, type[Settings]] = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
 SETTINGS["finetune"] = FinetuneSettings
-# What may differ between a run and its continuation without being asked for by name.
+RENAMED = {"bank": "latent_pool"}  # old names of settings, which are still accepted
+RENAMED_VALUES = {("prior_target", "pictures"): "images"}
+# Settings that may differ between a run and its continuation without --allow-changed.
 FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
 FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
 FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
 FREE |= {"export", "save_dtype", "name"}
-PATHS = {"model", "vae", "text", "init", "prior"}  # the same where they lead to the same place
-FREE_DATA = {"cache", "max_bad", "workers"}  # likewise, of data
+FREE_DATA = {"cache", "max_bad", "workers"}  # the same, within `data`
+PATHS = {"model", "vae", "text", "init", "prior"}  # equal where both lead to the same place
 
 
 def packaged_configs() -> Path:
@@ -33,7 +36,7 @@ def packaged_configs() -> Path:
 
 
 def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Settings from a packaged name (`emoji/unet`) or a file, with KEY=VALUE on top.
+    """Settings from a packaged name (`emoji/unet`) or a file, with KEY=VALUE `overrides` on top.
 
     Raises ConfigError for an unknown name, stage, key or value.
     """
@@ -42,23 +45,37 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
         folder = packaged_configs()
         names = {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
         if str(source) not in names:
-            raise ConfigError(f"no packaged settings {str(source)!r}", where="config", todo=nearest(str(source), names))
+            raise ConfigError(f"no packaged settings {str(source)!r}", where="config", hint=nearest(str(source), names))
         path = names[str(source)]
     overrides = [f"data.folder={word[5:]}" if word.startswith("data=") else word for word in overrides]
-    mapping = config.override(config.load(path), overrides)
+    mapping = config.override(with_new_names(config.load(path)), [_with_new_name(word) for word in overrides])
     stage = mapping.get("stage")
     if stage not in SETTINGS:
-        raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", todo=nearest(str(stage), SETTINGS))
+        raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", hint=nearest(str(stage), SETTINGS))
     try:
         return config.build(SETTINGS[stage], mapping)
     except ConfigError as error:
         raise ConfigError(str(error), where=path) from None
 
 
+def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under their present names, with the present names of their values."""
+    renamed = {RENAMED.get(name, name): value for name, value in mapping.items()}
+    return {
+        name: RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+        for name, value in renamed.items()
+    }
+
+
+def _with_new_name(override: str) -> str:
+    name, equals, value = override.partition("=")
+    return f"{RENAMED.get(name, name)}{equals}{value}"
+
+
 def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
-    """The settings, by name, that a continuation would change and that change what is trained: name → (old, new)."""
-    now, before = as_dict(new), {**_defaults(type(new)), **old}
-    found = {k: (before.get(k), v) for k, v in now.items() if k not in FREE and before.get(k) != v}
+    """The settings that a continuation would change and that influence what is trained: name → (old, new)."""
+    after, before = as_dict(new), {**_defaults(type(new)), **with_new_names(old)}
+    found = {k: (before.get(k), v) for k, v in after.items() if k not in FREE and before.get(k) != v}
     found = {k: pair for k, pair in found.items() if k not in PATHS or not _same_place(*pair)}
     if isinstance(new, FinetuneSettings) and "data" in found:
         one, other = ({k: v for k, v in data.items() if k not in FREE_DATA} for data in found.pop("data"))
@@ -73,13 +90,11 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def _defaults(kind: type[Settings]) -> dict[str, Any]:
-    """What a setting was before it existed: its default, as JSON has it."""
+    """The default of each setting, as JSON has it: its value in runs that are older than the setting."""
     found = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as plain JSON values."""
-    import json
-
     return json.loads(json.dumps(dataclasses.asdict(settings)))

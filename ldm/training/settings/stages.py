@@ -1,4 +1,4 @@
-"""What the stages that make a model from nothing can be told: autoencoder, text and U-Net."""
+"""The settings of the stages that train a model from nothing: autoencoder, text and U-Net."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ldm.training.settings.base import Settings
 
 @dataclass(frozen=True)
 class AutoencoderSettings(Settings):
-    """Pictures to latents and back."""
+    """Images to latents and back."""
 
     init: str | None = None  # another run or a diffusers folder to start from
-    crop: int = 0  # train on square crops of this size, placed around what is drawn; 0: whole pictures
-    crops: int = 1  # crops taken from each picture
-    crop_until: float = 1.0  # fraction of the steps after which whole pictures are used (GroupNorm sees more there)
+    crop: int = 0  # train on square crops of this size, placed around what is drawn; 0: whole images
+    crops: int = 1  # crops taken from each image
+    crop_until: float = 1.0  # fraction of the steps after which whole images are used (GroupNorm sees more there)
     l1: float = 1.0
     mse: float = 1.0
     gradient: float = 1.0  # L1 of the differences between neighbouring pixels
@@ -45,19 +45,19 @@ class TextSettings(Settings):
     max_length: int = 40  # tokens, start and end included
     tokenizer_captions: int = 20000  # captions that the BPE is trained on
     image_tower: dict[str, Any] = field(default_factory=dict)  # fields of CLIPVisionConfig
-    bank: int = 8192  # latents kept in memory
+    latent_pool: int = 8192  # latents kept in memory, a multiple of 256
     renew: int = 0  # steps after which 256 of them are replaced; 0: never
     validation: int = 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
-        _check_bank(self.bank, self.renew)
+        _check_pool(self.latent_pool, self.renew)
 
 
 @dataclass(frozen=True)
 class UNetSettings(Settings):
-    """The denoiser, on a bank of cached latents and text embeddings."""
+    """The denoiser, trained on a pool of cached latents and text embeddings."""
 
     vae: str = ""
     text: str = ""
@@ -68,8 +68,8 @@ class UNetSettings(Settings):
     timestep_shift: float = 1.0  # above 1: more often at high noise, where the text decides
     snr_gamma: float | None = None
     caption_dropout: float = 0.1
-    bank: int = 4096
-    renew: int = 64  # steps after which 256 latents of the bank are replaced
+    latent_pool: int = 4096
+    renew: int = 64  # steps after which 256 latents of the pool are replaced
     sampler: str = "ddim"  # of the sample grid and of the exported model
     sample_steps: int = 25
     guidance_scale: float = 4.0
@@ -82,13 +82,13 @@ class UNetSettings(Settings):
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         require(bool(self.text), NEEDED.format("text", "text"), "text")
-        _check_bank(self.bank, self.renew)
+        _check_pool(self.latent_pool, self.renew)
 
 
 PIECE = 256  # latents that are renewed together
 NEEDED = "is needed: the run of `ldm train emoji/{}`, or a model's folder ({}=RUN)"
 
 
-def _check_bank(bank: int, renew: int) -> None:
-    require(bank % PIECE == 0 and bank > 0, f"must be a multiple of {PIECE}", "bank")
+def _check_pool(size: int, renew: int) -> None:
+    require(size % PIECE == 0 and size > 0, f"must be a multiple of {PIECE}", "latent_pool")
     require(renew >= 0, f"must not be negative, got {renew}", "renew")

@@ -10,40 +10,32 @@ from ldm.training.loop.loop import Stage
 from ldm.training.settings import Settings
 
 if TYPE_CHECKING:
-    from ldm.training.data import Pictures
+    from ldm.training.data import ImageSet
 
 
-def _autoencoder(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+def _autoencoder(settings: Settings, out: Path, images: ImageSet | None) -> Stage:
     from ldm.training.stages.autoencoder import Autoencoder
 
     return Autoencoder(settings)
 
 
-def _text(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+def _text(settings: Settings, out: Path, images: ImageSet | None) -> Stage:
     from ldm.training.stages.text import Text
 
     return Text(settings)
 
 
-def _unet(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
+def _unet(settings: Settings, out: Path, images: ImageSet | None) -> Stage:
     from ldm.training.stages.unet import UNetStage
 
     return UNetStage(settings)
 
 
-def _finetune(settings: Settings, out: Path, pictures: Pictures | None) -> Stage:
-    from ldm.training.checkpoints.state import TrainState
-    from ldm.training.distributed import current
-    from ldm.training.loop.loop import ask_for_space
-    from ldm.training.loop.optimizers import make_optimizer
-    from ldm.training.stages.finetune import Finetune
+def _finetune(settings: Settings, out: Path, images: ImageSet | None) -> Stage:
+    from ldm.training.stages.finetune import open_finetune
 
-    stage = Finetune(settings, out)
-    if current().first:  # before the data is encoded, which may take hours
-        optimizer = make_optimizer(settings, stage.module, stage.device)
-        ask_for_space(TrainState(stage.module, stage.module, optimizer), settings, out)
-    return stage.open(pictures)
+    return open_finetune(settings, out, images)
 
 
-Factory = Callable[[Settings, Path, "Pictures | None"], Stage]  # the run's folder; what was read of its data before
+Factory = Callable[[Settings, Path, "ImageSet | None"], Stage]  # the run's folder; the images of a fine-tuning
 STAGES: dict[str, Factory] = {"autoencoder": _autoencoder, "text": _text, "unet": _unet, "finetune": _finetune}

@@ -1,4 +1,4 @@
-"""Stage 4, fine-tuning: a model that exists on the user's own pictures, as a whole or by LoRA and DoRA."""
+"""Stage 4, fine-tuning: an existing model on the user's images, as a whole or by LoRA and DoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,16 @@ from ldm.diffusion.guidance import cfg
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.request import card_scale, resolve
-from ldm.training.data import Batch, Dataset, read_pictures
+from ldm.training.data import Batch, ImageSet, LatentDataset, read_images
+from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
 from ldm.training.distributed.wrap import is_sharded
-from ldm.training.finetuning.base_model import encode, load_base, make_module
-from ldm.training.finetuning.prior import drawn_prior
+from ldm.training.finetuning.base_model import encode, for_training, load_base, make_module
+from ldm.training.finetuning.prior import draw_prior
 from ldm.training.loop import seeded
+from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import finetune_card, finetune_note
-from ldm.training.settings import FinetuneSettings, check_file_name
+from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.common import (
     conditioned,
     draw_grid,
@@ -40,25 +41,33 @@ from ldm.training.stages.common import (
     validation_scores,
 )
 
-if TYPE_CHECKING:
-    from ldm.training.data import Pictures
-
-FEWEST = 32  # pairs of held-out picture and noise level that the validation loss is a mean of
+FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
 SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 
 
-class Finetune:
-    """The U-Net of a model (and its CLIP, where that is asked for), wholly or by updates of its layers.
+def open_finetune(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:
+    """The stage, ready to train: the model is read, its prior drawn where that is asked for, and the data encoded."""
+    model = load_base(settings, pick_device(settings.device))
+    if settings.prior_images:
+        current().on_first(lambda: str(draw_prior(settings, model, out / "prior")))
+        images.prior = read_images(settings.prior_data(out))
+    stage = Finetune(settings, out, model)
+    if current().first:  # before the data is encoded, which may take hours
+        ask_for_space(stage.module, settings, out)
+    return stage.open(images)
 
-    `open` reads the data, which may take long; until then the stage can be measured, and not trained.
+
+class Finetune:
+    """The U-Net of a model (and its CLIP, where that is asked for), trained as a whole or by updates of its layers.
+
+    `open` encodes the data, which may take long; until then the stage can be measured, and not trained. `model` is the
+    model of the settings, where it is loaded already; it is changed.
     """
 
-    def __init__(self, settings: FinetuneSettings, out: Path):
+    def __init__(self, settings: FinetuneSettings, out: Path, model: Model | None = None):
         s = self.settings = settings
         self.out, self.device = Path(out), pick_device(s.device)
-        if s.train != "full":
-            check_file_name(self._name, "name" if s.name else "out")
-        self.model = load_base(s, self.device)
+        self.model = for_training(s, model or load_base(s, self.device))
         self.module, self.inputs = make_module(s, self.model)
         self.inputs["model"] = self.model.hash
         unet = _parts(self.module)["unet"]
@@ -69,47 +78,37 @@ class Finetune:
         info = describe(self.model)
         self.drawing = resolve(asked, info)
         self.guidance_scale = card_scale(info) if s.guidance_scale is None else s.guidance_scale
-        self.prior: Dataset | None = None
+        self.prior: LatentDataset | None = None
 
-    def open(self, pictures: Pictures | None = None) -> Finetune:
-        """Read, judge and encode the data; `pictures`: what was read of it before. Raises DataError."""
-        s, cut = self.settings, self.model.text.truncated
+    def open(self, images: ImageSet) -> Finetune:
+        """Encode the images, and those of their prior. Raises DataError."""
+        s, model = self.settings, self.model
         for prompt in dict.fromkeys(s.validation_prompts):
-            if lost := cut(prompt):
+            if lost := model.text.truncated(prompt):
                 say(f"validation prompt {prompt[:40]!r}…: its end is not seen by the text encoder: {lost!r}")
-        kept = s.data.of_prior(s.prior) if s.prior else None
-        if s.prior_images:
-            prior = current().on_first(lambda: str(drawn_prior(s, self.out / "prior")))
-            kept = dataclasses.replace(s.data.of_prior(prior), captions="auto", split="train")
-        if pictures is not None:
-            pictures.cut = cut
-        before = pictures and pictures.prior
-        if kept and before is None:
-            before = read_pictures(kept)
-        if before is not None:
-            before.cut = cut
-        self.data = self._dataset(s.data, pictures)
+        encoders = Encoders(model.vae, model.text, (model.hash, model.hash), self.device)
+        self.data = self._dataset(images, encoders)
         self.lines, self.inputs["data"] = self.data.lines, self.data.hash
-        if kept:
-            say(f"of the prior {kept.folder}:")
-            self.prior = self._dataset(kept, before)
+        if images.prior is not None:
+            say(f"of the prior {images.prior.data.folder}:")
+            self.prior = self._dataset(images.prior, encoders)
             self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
             self.inputs["prior"] = self.prior.hash
         self._hold_out()
         return self
 
-    def _dataset(self, data, pictures: Pictures | None) -> Dataset:
-        s, m = self.settings, self.model
-        shared = (data, m.vae, m.text, (m.hash, m.hash), self.device, s.seed, s.batch_size, self.out)
-        return Dataset(*shared, texts=not s.text_encoder, xl=self.xl, pictures=pictures)
+    def _dataset(self, images: ImageSet, encoders: Encoders) -> LatentDataset:
+        s = self.settings
+        images.cut = self.model.text.truncated
+        return LatentDataset(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
 
     def _hold_out(self) -> None:
-        """Fixed noise and noise levels for the held-out pictures, each several times where they are few."""
+        """Fixed noise and noise levels for the held-out images, each several times where they are few."""
         s, batches = self.settings, self.data.held_out()
         count = sum(len(batch.latents) for batch in batches)
         rounds = -(-FEWEST // count) if count else 0
         if not count:
-            say("no picture is held out, so there is no validation loss")
+            say("no image is held out, so there is no validation loss")
         levels = fixed_levels(rounds * count, s.seed)
         self.validation: list[tuple[Batch, Tensor, Tensor]] = []
         for number, batch in enumerate(batches * rounds):
@@ -117,7 +116,7 @@ class Finetune:
             noise = seeded.normal(tuple(batch.latents.shape), s.seed, "validation", number).to(self.device)
             self.validation.append((batch, noise, u))
         captions = [caption for batch in batches for caption in batch.captions]
-        captions += [(*item.captions, "")[0] for item in self.data.pictures.items[: 4 * s.samples]]
+        captions += [(*item.captions, "")[0] for item in self.data.images.items[: 4 * s.samples]]
         self.prompts = list(s.validation_prompts) or list(dict.fromkeys(filter(None, captions)))[: s.samples]
 
     def batches(self, first_step: int) -> Iterator[Batch]:
@@ -127,10 +126,10 @@ class Finetune:
             yield batch if self.prior is None else dataclasses.replace(batch, prior=self.prior.batch(number))
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
-        own = self._loss(batch, "", step, micro)
+        loss = self._loss(batch, "", step, micro)
         if batch.prior is None:
-            return own
-        return own + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
+            return loss
+        return loss + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
 
     def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
         s, x0, part = self.settings, batch.latents, batch.part
@@ -144,11 +143,11 @@ class Finetune:
         u = part.of(spread(u, s.timesteps, s.timestep_shift))
         timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)
-        teacher = partial(self._before, batch) if kind and s.prior_target == "model" else None
+        teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
         return part.mean(training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma, teacher))
 
-    def _before(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The answer of the model without any update."""
+    def _teacher(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
+        """The prediction of the model without its updates."""
         with without_updates(self.module):
             return self._predict(self.module, batch)(x, timesteps)
 
@@ -161,12 +160,12 @@ class Finetune:
 
     def _text(self, module: nn.Module) -> TextEncoder:
         """The text encoder with the networks of `module`, where it has some."""
-        own, found = networks(self.model), _parts(module)
-        return with_networks(self.model.text, {id(own[part]): found[part] for part in found if part != "unet"})
+        originals, trained = networks(self.model), _parts(module)
+        return with_networks(self.model.text, {id(originals[p]): trained[p] for p in trained if p != "unet"})
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
-        """On held-out pictures, with the same noise and noise levels every time: the loss, and the error of x0."""
+        """The loss and the error of x0 on held-out images, with the same noise and noise levels every time."""
         if not self.validation:
             return {}
         plain = self._plain(ema)
@@ -174,9 +173,9 @@ class Finetune:
         return validation_scores(parts, self.model.schedule, self.settings.snr_gamma)
 
     def _plain(self, module: nn.Module) -> nn.Module:
-        """As it will draw: with merged layers, as whoever loads what is exported.
+        """The module with merged layers, as whoever loads the export has it.
 
-        Of what FSDP2 keeps in parts there is no copy: there each layer merges its own weights as it is called.
+        A module that FSDP2 shards cannot be copied: there each layer merges its weights when it is called.
         """
         return module if self.settings.train == "full" or is_sharded(module) else folded(module)
 
@@ -194,14 +193,13 @@ class Finetune:
         for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
             predict = cfg(network, cond, uncond, self.guidance_scale)
-            own = (drawing.runs[0].sigmas, drawing.sampler, shape, rows, s.seed, self.device)
-            drawn.append(vae.decode(draw_grid(predict, self.model.schedule, *own, drawing.spacing)).cpu())
+            how = (drawing.runs[0].sigmas, drawing.sampler, shape, rows, s.seed, self.device)
+            drawn.append(vae.decode(draw_grid(predict, self.model.schedule, *how, drawing.spacing)).cpu())
         return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
 
     @torch.no_grad()
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
-        """Both files of a LoRA into the run's folder, or a whole model into `folder`; returns what --lora or --model
-        takes."""
+        """Write both files of a LoRA into the run's folder, or a model into `folder`; returns that folder."""
         s, plain = self.settings, self._plain(ema)
         model = dataclasses.replace(self.model, unet=_parts(plain)["unet"], text=self._text(plain))
         if s.train == "full":
@@ -214,14 +212,14 @@ class Finetune:
 
     @property
     def _name(self) -> str:
-        """Of the file for A1111 and ComfyUI."""
+        """The name of the file for A1111 and ComfyUI."""
         return self.settings.name or self.out.resolve().name
 
     def _words(self) -> frozenset[str]:
-        """Those of the captions, where the text encoder tells which words it was trained on."""
+        """The words of the captions, where the text encoder knows which words it was trained on."""
         if getattr(self.model.text, "words", None) is None:
             return frozenset()
-        return known_words(caption for item in self.data.pictures.items for caption in item.captions)
+        return known_words(caption for item in self.data.images.items for caption in item.captions)
 
     def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
         if words := self._words():

@@ -15,7 +15,7 @@ from ldm.device import pick_device
 from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
 from ldm.nn.text import ClipText, known_words
 from ldm.training.checks import model_folder
-from ldm.training.data.latent_pool import Bank, encode_images
+from ldm.training.data.latent_pool import LatentPool, encode_images
 from ldm.training.data.samples import open_samples
 from ldm.training.loop import seeded
 from ldm.training.settings import TextSettings
@@ -62,12 +62,12 @@ class Text:
 
     def batches(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         s = self.settings
-        bank = Bank(self.samples, self._latents, self._tokens, s.bank, s.renew, s.workers, first_step)
+        pool = LatentPool(self.samples, self._latents, self._tokens, s.latent_pool, s.renew, s.workers, first_step)
         for number in range(first_step * s.accumulation, s.steps * s.accumulation):
             step, micro = divmod(number, s.accumulation)
-            rows = seeded.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro)
-            bank.at(step)
-            yield self._trimmed(bank.texts[rows]), bank.latents[rows]
+            rows = seeded.integers(s.latent_pool, (s.batch_size,), s.seed, "rows", step, micro)
+            pool.at(step)
+            yield self._trimmed(pool.texts[rows]), pool.latents[rows]
 
     def _trimmed(self, tokens: Tensor) -> Tensor:
         """Without the columns in which every row is past its end: attention is causal, so no state changes."""

@@ -1,4 +1,4 @@
-"""Stage 3, the U-Net: denoising the bank's latents under their captions' embeddings."""
+"""Stage 3, the U-Net: denoising the pool's latents under their captions' embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.errors import ModelError
 from ldm.nn.text import Conditioning
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training.checks import check_same, model_folder
-from ldm.training.data.latent_pool import Bank, encode_images
+from ldm.training.data.latent_pool import LatentPool, encode_images
 from ldm.training.data.samples import open_samples
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
@@ -43,7 +43,7 @@ from ldm.training.stages.common import (
 GRID = 16  # pictures in the sample grid
 
 
-class FromBank(NamedTuple):
+class PoolBatch(NamedTuple):
     """Rows of a batch."""
 
     latents: Tensor  # (B, C, h, w)
@@ -114,16 +114,16 @@ class UNetStage:
     def _latents(self, pictures: Tensor) -> Tensor:
         return encode_images(self.vae, pictures, self.device)
 
-    def batches(self, first_step: int) -> Iterator[FromBank]:
+    def batches(self, first_step: int) -> Iterator[PoolBatch]:
         s, part = self.settings, current().part(self.settings.batch_size)
-        bank = Bank(self.samples, self._latents, self._states, s.bank, s.renew, s.workers, first_step)
+        pool = LatentPool(self.samples, self._latents, self._states, s.latent_pool, s.renew, s.workers, first_step)
         for number in range(first_step * s.accumulation, s.steps * s.accumulation):
             step, micro = divmod(number, s.accumulation)
-            rows = part.of(seeded.integers(s.bank, (s.batch_size,), s.seed, "rows", step, micro))
-            bank.at(step)
-            yield FromBank(bank.latents[rows], bank.texts[rows], part)
+            rows = part.of(seeded.integers(s.latent_pool, (s.batch_size,), s.seed, "rows", step, micro))
+            pool.at(step)
+            yield PoolBatch(pool.latents[rows], pool.texts[rows], part)
 
-    def loss(self, batch: FromBank, step: int, micro: int) -> Tensor:
+    def loss(self, batch: PoolBatch, step: int, micro: int) -> Tensor:
         s, (x0, states, part) = self.settings, batch
         size = part.size
         noise = seeded.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)

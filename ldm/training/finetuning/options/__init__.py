@@ -1,35 +1,34 @@
-"""The words that a fine-tuning takes: ours, those of diffusers' and kohya's training scripts, and the refused ones.
+"""The options of a fine-tuning: ours, those of diffusers' and kohya's training scripts, and those that are refused.
 
 Imports nothing heavy, so that the command line can print the tables in its help.
 """
 
-from ldm.training.finetuning.options.foreign_options import ALIASES, ALONE, IDLE, MANY, REFUSED, Alias
+from ldm.training.finetuning.options.foreign_options import ALIASES, FOREIGN_SWITCHES, IDLE, MANY, REFUSED
 from ldm.training.finetuning.options.ldm_options import KEYS, OPTIONS, SWITCHES
 from ldm.training.finetuning.options.reading import (
-    assigned,
-    canonical,
-    flattened,
-    nested,
-    read_value,
-    setting_of,
-    table,
+    alias_table,
+    flatten,
+    nest,
+    parse_overrides,
+    parse_value,
+    resolve_aliases,
+    setting_name,
 )
 
 __all__ = [
     "ALIASES",
-    "ALONE",
+    "FOREIGN_SWITCHES",
     "IDLE",
     "KEYS",
     "MANY",
     "OPTIONS",
     "REFUSED",
     "SWITCHES",
-    "Alias",
-    "assigned",
-    "canonical",
-    "flattened",
-    "nested",
-    "read_value",
-    "setting_of",
-    "table",
+    "alias_table",
+    "flatten",
+    "nest",
+    "parse_overrides",
+    "parse_value",
+    "resolve_aliases",
+    "setting_name",
 ]

@@ -1,4 +1,4 @@
-"""The words of diffusers' and kohya's training scripts: those that are taken, as what, and those that are refused."""
+"""The options of diffusers' and kohya's training scripts: what they mean here, and what to do instead of the others."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ALWAYS = (True, None)  # neutral values of a switch that asks for what happens anyway
-NEVER = (False, None)
-UNSAID = (None,)
-
 
 @dataclass(frozen=True)
 class Alias:
-    """Another tool's word for one of ours; `values`: what theirs are called here; `switch`: it stands for this one."""
+    """Another tool's option: it gives the setting `name`, with `values` renamed; a `switch` sets this value."""
 
-    word: str
+    name: str
     values: Mapping[Any, Any] | None = None
     switch: Any = None
 
 
-# Their learning rates, where restarts and the power of a polynomial are left as they stand there (REFUSED has them).
+# Learning rate schedules. Restarts and the power of a polynomial stay at their defaults (REFUSED has these options).
 SCHEDULERS = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "polynomial": "linear"}
-# What a schedule is under their name: it falls from the end of the warm-up to 0, and `constant` has no warm-up.
+# What else these names mean: the rate falls from the end of the warm-up to 0, and `constant` has no warm-up.
 CURVES: dict[str, dict[str, float]] = {
     "linear": {"decay_from": 0.0, "final_lr": 0.0},
     "polynomial": {"decay_from": 0.0, "final_lr": 0.0},
@@ -106,180 +102,118 @@ ALIASES: dict[str, Alias] = {
     "mem_eff_attn": Alias("attention", switch="chunked"),
     "sdpa": Alias("attention", switch="sdpa"),
 }
-# What is known and not there: (values that change nothing, what to do instead, words). The first words are diffusers'.
-_GROUPS: tuple[tuple[tuple, str, str], ...] = (
-    # what is trained on
-    ((None, "image"), "columns are found by their names: call it image or file_name", "image_column"),
-    ((None, "text", "caption", "prompt"), "columns are found by their names: call it text", "caption_column"),
-    (UNSAID, "name the set as owner/name, or give a folder", "dataset_config_name dataset_class"),
-    (UNSAID, "give a folder with fewer pictures", "max_train_samples"),
-    (NEVER, "say what is to be kept: --prior FOLDER, or --prior-images N", "with_prior_preservation"),
-    (UNSAID, "is chosen by itself for the pictures of --prior-images", "sample_batch_size prior_generation_precision"),
-    (UNSAID, "captions come with the pictures: NAME.txt beside each, or metadata.jsonl", "instance_prompt in_json"),
-    (UNSAID, "is not for a model that draws from text", "validation_images class_labels_conditioning"),
-    ((None, "lanczos"), "pictures are resized by Lanczos", "image_interpolation_mode resize_interpolation"),
-    (
-        (None, ".txt", ".caption"),
-        "captions are found in .txt and .caption files by themselves",
-        "caption_extension caption_extention",
-    ),
-    ((None, 1), "name the folder 10_name, or say --epochs", "repeats num_repeats dataset_repeats"),
-    (UNSAID, "give the folder of pictures; kohya's 10_name folders are read", "dataset_config"),
-    (NEVER, "is not supported: it would break the cache", "color_aug"),
-    (UNSAID, "is not supported: --crop random, --flip", "face_crop_aug_range"),
-    (NEVER, "masks are not supported", "alpha_mask masked_loss"),
-    (UNSAID, "masks are not supported", "conditioning_data_dir"),
-    (NEVER, "write the captions as they are to be read", "weighted_captions enable_wildcard"),
-    (
-        (None, ""),
-        "write the captions as they are to be read",
-        "caption_prefix caption_suffix keep_tokens_separator secondary_separator",
-    ),
-    ((None, ",", ", "), "the parts of a caption stand between commas", "caption_separator"),
-    ((None, 0, 1), "is not supported: --caption-dropout", "token_warmup_min token_warmup_step"),
-    ((None, 0), "is not supported: --caption-dropout", "caption_dropout_every_n_epochs caption_tag_dropout_rate"),
-    ((None, 75, 77), "captions are read up to the text encoder's own length", "tokenizer_max_length max_token_length"),
-    (UNSAID, "the tokenizer is the model's", "tokenizer_name"),
-    ((None, 0), "the text encoder is used as the model has it", "clip_skip"),
-    (NEVER, "--dry-run shows the counts", "debug_dataset"),
+# What to do instead of options that do not exist here. They are refused unless their value is null or asks for what
+# happens anyway: of `name=1|2` these are 1 and 2, of the switch `name?` it is false, of the switch `name!` true.
+_INSTEAD = {
+    # data
+    "columns are found by their names: image or file_name, and text": """
+        image_column=image caption_column=text|caption|prompt""",
+    "give a folder with the images that are to be trained on, or owner/name of a set on the hub": """
+        dataset_config_name dataset_class dataset_config max_train_samples debug_dataset? validation_images
+        class_labels_conditioning""",
+    "captions are NAME.txt or NAME.caption beside each image, or metadata.jsonl": """
+        instance_prompt in_json caption_extension=.txt|.caption caption_extention=.txt|.caption""",
+    "name the folder 10_name, or give --epochs": "repeats=1 num_repeats=1 dataset_repeats=1",
+    "write the captions as they are to be read": """
+        weighted_captions? enable_wildcard? caption_prefix= caption_suffix= caption_separator=, keep_tokens_separator=
+        secondary_separator=""",
+    "images are resized by Lanczos, --crop and --flip; masks and changes of colour are not supported": """
+        image_interpolation_mode=lanczos resize_interpolation=lanczos color_aug? face_crop_aug_range alpha_mask?
+        masked_loss? conditioning_data_dir""",
+    "captions are dropped as a whole: --caption-dropout": """
+        token_warmup_min=0|1 token_warmup_step=0|1 caption_dropout_every_n_epochs=0 caption_tag_dropout_rate=0""",
+    "name what is to be kept: --prior FOLDER, or --prior-images N": """
+        with_prior_preservation? sample_batch_size prior_generation_precision""",
     # the model
-    (UNSAID, "write it behind the name: --model owner/name@revision", "revision non_ema_revision"),
-    (UNSAID, "the weights are found by themselves, whatever their variant", "variant"),
-    (UNSAID, "set HF_HOME in the environment", "cache_dir tokenizer_cache_dir"),
-    ((None, "networks.lora"), "LoRA and DoRA are supported: --train lora, --train dora", "network_module"),
-    (UNSAID, "say --targets for the layers, --train dora for DoRA", "network_args"),
-    (ALWAYS, "the text encoder is trained with --text-encoder alone", "network_train_unet_only"),
-    (NEVER, "the U-Net is always trained", "network_train_text_encoder_only"),
-    (ALWAYS, "a LoRA that is gone on from brings its own ranks", "dim_from_weights"),
-    (UNSAID, "go on from a LoRA by --init, or merge it into the model before", "base_weights base_weights_multiplier"),
-    ((None, 0), "dropout is not supported: --caption-dropout", "lora_dropout network_dropout"),
-    (UNSAID, "is not supported: lower the learning rate, or --lora-alpha", "scale_weight_norms"),
+    "the tokenizer and the text encoder are the model's, and captions are read up to its length": """
+        tokenizer_name tokenizer_max_length=75|77 max_token_length=75|77 clip_skip=0""",
+    "write a revision behind the model's name, owner/name@revision; weights are found whatever their variant": """
+        revision non_ema_revision variant""",
+    "set HF_HOME in the environment": "cache_dir tokenizer_cache_dir",
+    "use --train lora, dora or full, --targets for the layers, --text-encoder for the text encoder": """
+        network_module=networks.lora network_args network_train_unet_only! network_train_text_encoder_only?
+        dim_from_weights!""",
+    "continue a LoRA by --init, or merge it into the model before": "base_weights base_weights_multiplier",
+    "dropout and limits of the weights are not supported": "lora_dropout=0 network_dropout=0 scale_weight_norms",
     # how it learns
-    (ALWAYS, "an average of the weights is always kept; ema=0 makes it the weights themselves", "use_ema"),
-    (NEVER, "say the learning rate itself", "scale_lr"),
-    (
-        UNSAID,
-        "there is one learning rate for all that is trained",
-        "text_encoder_lr learning_rate_te learning_rate_te1 learning_rate_te2 block_lr",
-    ),
-    (UNSAID, "there is one weight decay for all that is trained", "adam_weight_decay_text_encoder"),
-    ((None, 1), "restarts are not supported", "lr_num_cycles lr_scheduler_num_cycles"),
-    ((None, 1), "polynomial schedules are not supported", "lr_power lr_scheduler_power"),
-    (
-        (None, "", 0),
-        "there are constant, linear and cosine: --lr-schedule NAME",
-        "lr_scheduler_type lr_scheduler_args lr_scheduler_timescale lr_decay_steps",
-    ),
-    (UNSAID, "say both: betas=[0.9,0.99]", "adam_beta1 adam_beta2"),
-    ((None, 1e-8), "is 1e-8", "adam_epsilon"),
-    (UNSAID, "say weight_decay=X and betas=[X,X]", "optimizer_args"),
-    (
-        UNSAID,
-        "there are adamw, adamw8bit, muon and sgd: --optimizer NAME",
-        "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup schedulefree_wrapper_args",
-    ),
-    (
-        NEVER,
-        "there are adamw, adamw8bit, muon and sgd: --optimizer NAME",
-        "use_lion_optimizer optimizer_schedulefree_wrapper",
-    ),
-    (NEVER, "is not supported", "dream_training do_edm_style_training"),
-    ((None, 1), "is not supported", "dream_detail_preservation"),
-    (NEVER, "is not supported; --snr-gamma weighs the loss", "debiased_estimation_loss"),
-    (NEVER, "is not supported; --snr-gamma weighs the loss", "scale_v_pred_loss_like_noise_pred"),
-    (UNSAID, "is not supported; --snr-gamma weighs the loss", "v_pred_like_loss"),
-    ((None, "l2", "snr", 0.1, 1), "the loss is the squared error", "loss_type huber_schedule huber_c huber_scale"),
-    ((None, "uniform", "none"), "say --timesteps logit_normal, or --timestep-shift X", "weighting_scheme"),
-    ((None, 0, 1, 1.29), "say --timesteps logit_normal, or --timestep-shift X", "logit_mean logit_std mode_scale"),
-    ((None, "none"), "say --timestep-shift X", "timestep_bias_strategy"),
-    (
-        (None, 0, 0.25, 1, 1000),
-        "say --timestep-shift X",
-        "timestep_bias_begin timestep_bias_end timestep_bias_portion timestep_bias_multiplier",
-    ),
-    ((None, 0), "all timesteps are trained; --timestep-shift moves their middle", "min_timestep"),
-    ((None, 1000), "all timesteps are trained; --timestep-shift moves their middle", "max_timestep"),
-    (
-        (None, 0),
-        "is not supported; --noise-offset is near",
-        "input_perturbation multires_noise_iterations ip_noise_gamma adaptive_noise_scale perlin_noise",
-    ),
-    ((None, 0.3), "is not supported; --noise-offset is near", "multires_noise_discount"),
-    (NEVER, "is not supported", "noise_offset_random_strength ip_noise_gamma_random_strength"),
-    # progress
-    (UNSAID, "say it in steps: --validate-every N", "validation_epochs sample_every_n_epochs validate_every_n_epochs"),
-    (UNSAID, "it is always of the same pictures, noise and timesteps", "max_validation_steps validation_seed"),
-    (ALWAYS, "the grid is drawn before the first step too", "sample_at_first"),
-    (UNSAID, "the log and its page lie in the run's folder", "logging_dir"),
-    (UNSAID, "it is the name of the run's folder", "tracker_project_name log_tracker_name wandb_run_name log_prefix"),
-    (UNSAID, "set what the tracker's package reads in the environment", "log_tracker_config wandb_api_key"),
-    # saving
-    (NEVER, "nothing is ever uploaded", "push_to_hub async_upload save_state_to_huggingface resume_from_huggingface"),
-    (
-        UNSAID,
-        "nothing is ever uploaded",
-        "hub_model_id hub_token huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token "
-        "huggingface_repo_visibility",
-    ),
-    (ALWAYS, "both formats are always written", "output_kohya_format"),
-    ((None, "safetensors"), "only safetensors is written", "save_model_as"),
-    (NEVER, "a LoRA's alpha is always written", "no_metadata"),
-    (
-        UNSAID,
-        "write it into the README.md beside the weights",
-        "training_comment metadata_author metadata_description metadata_license metadata_tags metadata_title "
-        "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
-        "metadata_is_negative_embedding",
-    ),
-    (UNSAID, "say it in steps: --save-every N", "save_every_n_epochs save_n_epoch_ratio"),
-    (
-        UNSAID,
-        "say --keep N",
-        "save_last_n_steps save_last_n_epochs save_last_n_steps_state save_last_n_epochs_state",
-    ),
-    (ALWAYS, "a checkpoint always has the whole state", "save_state save_state_on_train_end"),
-    (NEVER, "--resume goes on exactly where the run was", "skip_until_initial_step"),
-    (UNSAID, "--resume goes on exactly where the run was", "initial_step initial_epoch"),
-    (UNSAID, "say --config FILE, with the names of these options", "config_file"),
-    (NEVER, "every run leaves RUN/settings.json, which --config takes", "output_config"),
+    "the average of the weights is always kept; with --ema 0 it is the weights themselves": "use_ema!",
+    "there is one learning rate and one weight decay for all that is trained": """
+        scale_lr? text_encoder_lr learning_rate_te learning_rate_te1 learning_rate_te2 block_lr
+        adam_weight_decay_text_encoder""",
+    "the schedules are constant, linear and cosine (--lr-schedule NAME); restarts are not supported": """
+        lr_num_cycles=1 lr_scheduler_num_cycles=1 lr_power=1 lr_scheduler_power=1 lr_scheduler_type= lr_decay_steps=0
+        lr_scheduler_args= lr_scheduler_timescale=""",
+    "the optimizers are adamw, adamw8bit, muon and sgd (--optimizer NAME), with weight_decay=X and betas=[X,X]": """
+        adam_beta1 adam_beta2 adam_epsilon=1e-8 optimizer_args prodigy_beta3 prodigy_decouple
+        prodigy_use_bias_correction prodigy_safeguard_warmup schedulefree_wrapper_args use_lion_optimizer?
+        optimizer_schedulefree_wrapper?""",
+    "the loss is the squared error, which --snr-gamma weights": """
+        loss_type=l2 huber_schedule=snr huber_c=0.1 huber_scale=1 dream_training? dream_detail_preservation=1
+        do_edm_style_training? debiased_estimation_loss? scale_v_pred_loss_like_noise_pred? v_pred_like_loss""",
+    "timesteps are drawn by --timesteps logit_normal and --timestep-shift X": """
+        weighting_scheme=uniform|none logit_mean=0 logit_std=1 mode_scale=1.29 timestep_bias_strategy=none
+        timestep_bias_begin=0 timestep_bias_end=1000 timestep_bias_portion=0.25 timestep_bias_multiplier=1
+        min_timestep=0 max_timestep=1000""",
+    "--noise-offset X is the only change of the noise": """
+        input_perturbation=0 multires_noise_iterations=0 multires_noise_discount=0.3 ip_noise_gamma=0
+        adaptive_noise_scale=0 perlin_noise=0 noise_offset_random_strength? ip_noise_gamma_random_strength?""",
+    # progress and saving
+    "give it in steps: --validate-every N, --save-every N, --keep N": """
+        validation_epochs sample_every_n_epochs validate_every_n_epochs save_every_n_epochs save_n_epoch_ratio
+        save_last_n_steps save_last_n_epochs save_last_n_steps_state save_last_n_epochs_state""",
+    "validation always uses the same images, noise and timesteps, from before the first step on": """
+        max_validation_steps validation_seed sample_at_first!""",
+    "the log lies in the run's folder, and trackers use its name and their own variables of the environment": """
+        logging_dir tracker_project_name log_tracker_name wandb_run_name log_prefix log_tracker_config wandb_api_key""",
+    "nothing is ever uploaded": """
+        push_to_hub? async_upload? save_state_to_huggingface? resume_from_huggingface? hub_model_id hub_token
+        huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token
+        huggingface_repo_visibility""",
+    "safetensors are written, of a LoRA in both formats with its alpha": """
+        output_kohya_format! save_model_as=safetensors no_metadata?""",
+    "write it into the README.md beside the weights": """
+        training_comment metadata_author metadata_description metadata_license metadata_tags metadata_title
+        metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase metadata_preprocessor
+        metadata_is_negative_embedding""",
+    "a checkpoint has the whole state, and --resume continues exactly there": """
+        save_state! save_state_on_train_end! skip_until_initial_step? initial_step initial_epoch""",
+    "--config FILE takes settings, and every run writes RUN/settings.json": "config_file output_config?",
     # the machine
-    (
-        ALWAYS,
-        "latents and embeddings are cached unless --cache off",
-        "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk cache_info "
-        "pre_compute_text_embeddings",
-    ),
-    (ALWAYS, "the VAE works in fp32", "no_half_vae"),
-    (NEVER, "is not supported: --precision bf16 is faster", "allow_tf32"),
-    (NEVER, "what is trained stays fp32: --precision bf16, --precision fp16", "full_bf16 full_fp16"),
-    (NEVER, "is not supported: --gradient-checkpointing saves memory", "fp8_base fp8_base_unet fused_backward_pass"),
-    (UNSAID, "is not supported: --gradient-checkpointing saves memory", "blocks_to_swap fused_optimizer_groups"),
-    (NEVER, "say --attention NAME", "enable_npu_flash_attention"),
-    (
-        NEVER,
-        "DeepSpeed is not supported: start as many processes as there are GPUs by torchrun",
-        "deepspeed fp16_master_weights_and_gradients zero3_init_flag zero3_save_16bit_model",
-    ),
-    (
-        UNSAID,
-        "DeepSpeed is not supported: start as many processes as there are GPUs by torchrun",
-        "zero_stage offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path",
-    ),
-)
-REFUSED: dict[str, tuple[tuple, str]] = {
-    word: (neutral, sentence) for neutral, sentence, words in _GROUPS for word in words.split()
+    "latents and embeddings are cached unless --cache off": """
+        cache_latents! cache_latents_to_disk! cache_text_encoder_outputs! cache_text_encoder_outputs_to_disk!
+        cache_info! pre_compute_text_embeddings!""",
+    "weights are kept in fp32; --precision, --gradient-checkpointing and --attention save time and memory": """
+        no_half_vae! allow_tf32? full_bf16? full_fp16? fp8_base? fp8_base_unet? fused_backward_pass? blocks_to_swap
+        fused_optimizer_groups enable_npu_flash_attention?""",
+    "DeepSpeed is not supported: start as many processes as there are GPUs by torchrun": """
+        deepspeed? fp16_master_weights_and_gradients? zero3_init_flag? zero3_save_16bit_model? zero_stage
+        offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path""",
 }
-# What changes nothing of what is learned, and is not there: said in one line. Switches, then words with a value.
-_IDLE = (
-    "foreach_ema offload_ema set_grads_to_none skip_save_text_encoder text_encoder_use_attention_mask debug_loss v2 "
-    "persistent_data_loader_workers lowram highvram skip_cache_check disable_mmap_load_safetensors log_config "
-    "cpu_offload_checkpointing ddp_gradient_as_bucket_view ddp_static_graph use_safetensors console_log_simple "
+# Options that change nothing of what is learned, and are ignored with a line that says so.
+_IDLE = """
+    foreach_ema? offload_ema? set_grads_to_none? skip_save_text_encoder? text_encoder_use_attention_mask? debug_loss?
+    v2? persistent_data_loader_workers? lowram? highvram? skip_cache_check? disable_mmap_load_safetensors? log_config?
+    cpu_offload_checkpointing? ddp_gradient_as_bucket_view? ddp_static_graph? use_safetensors? console_log_simple?
+    local_rank vae_batch_size text_encoder_batch_size ddp_timeout console_log_level console_log_file dynamo_backend"""
+
+
+def _named(text: str) -> tuple[str, tuple[Any, ...]]:
+    """An option as the tables above write it: its name, and the values that ask for what happens anyway."""
+    name, equals, values = text.partition("=")
+    if equals:
+        return name, (None, *values.split("|"))
+    return name.rstrip("!?"), (None, True) if name.endswith("!") else (None, False) if name.endswith("?") else (None,)
+
+
+# Name -> (values that are accepted and ignored, what to do instead).
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    name: (neutral, hint) for hint, names in _INSTEAD.items() for name, neutral in map(_named, names.split())
+}
+IDLE = frozenset(name.rstrip("?") for name in _IDLE.split())
+# Options without a value, and options that take any number of values.
+FOREIGN_SWITCHES = frozenset(
+    name.rstrip("!?") for names in (*_INSTEAD.values(), _IDLE) for name in names.split() if name[-1] in "!?"
 )
-_IDLE_VALUES = "local_rank vae_batch_size text_encoder_batch_size ddp_timeout console_log_level console_log_file "
-_IDLE_VALUES += "dynamo_backend"
-IDLE = frozenset(f"{_IDLE} {_IDLE_VALUES}".split())
-# Of the words above those that stand alone, and those that take any number of values.
-ALONE = frozenset(_IDLE.split()) | {word for word, (neutral, _) in REFUSED.items() if neutral in (ALWAYS, NEVER)}
-ALONE |= {word for word, alias in ALIASES.items() if alias.switch is not None}
+FOREIGN_SWITCHES |= {name for name, alias in ALIASES.items() if alias.switch is not None}
 MANY = {"network_args", "optimizer_args", "lr_scheduler_args", "schedulefree_wrapper_args", "text_encoder_lr"}
 MANY |= {"base_weights", "base_weights_multiplier", "validation_images"}
