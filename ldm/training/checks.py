@@ -122,30 +122,44 @@ def _check_unet(settings: UNetSettings) -> None:
 
 def _check_finetune(s: FinetuneSettings) -> None:
     """What is known without a weight: of the model, the LoRA to continue, the machine."""
+    from ldm.checkpoint.describe import describe
     from ldm.checkpoint.lora import target_at
-    from ldm.checkpoint.model import check_model
     from ldm.diffusion import names
     from ldm.nn.attention import check_backend
-    from ldm.training.finetuning.base_model import chosen_layers
+    from ldm.training.finetuning.base_model import chosen_layers, schedule_for
 
     pick_device(s.device)
     check_backend(s.attention)
     if s.sampler is not None:
         names.resolve(s.sampler)
     prediction_type = None if s.prediction_type == "flow" else s.prediction_type
-    place = check_model(s.model, s.vae, prediction_type)
-    _check_schedule(s, place)
-    if s.text_encoder:
-        _check_clip(place)
-    target = target_at(s.model, prediction_type)
-    if target is not None and (have := target.unet.in_channels) != (gives := target.unet.out_channels):
-        what = f"its U-Net takes {have} channels, and gives {gives}: an inpainting model, perhaps"
+    info = describe(s.model, s.vae, prediction_type)
+    if (takes := info.unet.in_channels) != (gives := info.unet.out_channels):
+        what = f"its U-Net takes {takes} channels, and gives {gives}: an inpainting model, perhaps"
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
+    schedule_for(s, info.schedule)
+    if prediction_type is not None and s.train != "full":
+        _check_prediction_type(s)
+    if s.text_encoder and not info.clip_layers:
+        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
+    target = target_at(s.model, prediction_type)
     if s.init is not None:
         _check_init(s, target)
     elif s.train != "full" and target is not None:
         shapes = {part: layers for part, layers in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
+
+
+def _check_prediction_type(s: FinetuneSettings) -> None:
+    """Raise ConfigError where a LoRA asks for another prediction type than that of the model, if that is known."""
+    from ldm.checkpoint.describe import describe
+    from ldm.training.finetuning.base_model import schedule_for
+
+    try:
+        schedule = describe(s.model, s.vae).schedule
+    except ModelError:  # a single file that does not tell it
+        return
+    schedule_for(s, schedule)
 
 
 def _check_init(s: FinetuneSettings, target: Target | None) -> None:
@@ -160,25 +174,6 @@ def _check_init(s: FinetuneSettings, target: Target | None) -> None:
         text = any(part != "unet" for part, _ in places_of(header, target).values())
         has = "has layers of the text encoder" if text else "has no layer of the text encoder"
         require(text == s.text_encoder, f"must be {str(text).lower()}: the LoRA to continue {has}", "text_encoder")
-
-
-def _check_schedule(s: FinetuneSettings, place: Path) -> None:
-    """Raise ConfigError where the settings do not go with the model's prediction type and schedule."""
-    from ldm.checkpoint.model import settings_of
-    from ldm.diffusion.schedule import Schedule
-    from ldm.training.finetuning.base_model import schedule_for
-
-    config = settings_of(place).get("scheduler")
-    if config:
-        schedule_for(s, Schedule.from_diffusers(dict(config)))
-
-
-def _check_clip(place: Path) -> None:
-    from ldm.checkpoint.folder import T5, read_layout
-    from ldm.checkpoint.model import is_single
-
-    if not is_single(place) and read_layout(place, ("vae",)).text_class("text_encoder") in T5:
-        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
 
 
 def require_place(folder: str | Path) -> None:

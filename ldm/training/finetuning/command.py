@@ -148,13 +148,12 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     if not settings.get("data.folder"):
         raise ConfigError("is needed: a folder of captioned images", where="data")
     if not before:
-        model, init, device = (_text(given, name) for name in ("model", "init", "device"))
-        facts = presets.read_facts(model or "default", init, device or "auto")
+        facts = presets.read_facts(given)
         _check_init(given, facts.init or {})
         settings = presets.for_model(given, facts)
     data = configs.build(FinetuneData, nest(settings)["data"], "data")
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
-    prior = _text(settings, "prior")
+    prior = presets.text_of(settings, "prior")
     images = read_training_images(data, data.for_prior(prior) if prior else None)
     buckets = list(Counter(images.items[place].bucket for place in images.trained).values())
     if facts is None:
@@ -181,13 +180,6 @@ def _settings_before(out: Path, resume: str | None) -> dict[str, Any]:
     if not Path(resume).is_dir():
         raise CheckpointError("no such checkpoint", where=resume, hint="give a folder checkpoints/step-… or 'latest'")
     return flatten(state.read_about(Path(resume)).get("settings", {}))
-
-
-def _text(settings: Mapping[str, Any], name: str) -> str | None:
-    value = settings.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(f"expected str, got {value!r:.80}", where=name)
-    return value
 
 
 def _check_init(given: Mapping[str, Any], lora: Mapping[str, Any]) -> None:

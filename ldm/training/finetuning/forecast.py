@@ -61,7 +61,8 @@ def forecast(samples: int, model: str = "default", resolution: int | None = None
 
     `resolution` is in pixels, None is the model's. Raises ConfigError, ModelError, ResourceError.
     """
-    facts, given = read_facts(model, None, "auto"), {"model": model, "data.folder": "."}
+    given = {"model": model, "data.folder": "."}
+    facts = read_facts(given)
     if resolution is not None:
         fits = resolution <= MAX_SCALE * facts.side
         config.require(fits, f"a step at {resolution} px is not tried: {model} draws at {facts.side}", "resolution")

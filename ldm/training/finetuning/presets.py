@@ -16,6 +16,7 @@ from ldm.console import say
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
 
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
+LATENT_SIZE = 64  # of models that do not say at which size they draw
 SMALL_WIDTH = 256  # channels of the first level, below which a model is small
 # (size, train=full): passes over the images, and the fewest and the most steps.
 LENGTHS = {
@@ -140,29 +141,34 @@ def _positive(value: Any) -> float:
     return value if good else 1
 
 
-def read_facts(model: str, init: str | None, device: str) -> Facts:
-    """From the model's configs and the LoRA's header, without reading weights. Raises ModelError, ConfigError."""
+def read_facts(given: Mapping[str, Any]) -> Facts:
+    """The facts for these settings, from configs and headers alone. Raises ModelError, ConfigError."""
     import torch
 
-    from ldm.checkpoint.model import check_model
+    from ldm.checkpoint.describe import describe
     from ldm.device import pick_device
 
-    place = check_model(model)
-    configs = _configs(place)
-    unet, vae = configs["unet"], configs["vae"]
-    widths, factor = unet.get("block_out_channels", (320,)), 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
-    found = pick_device(device)
-    memory = torch.cuda.get_device_properties(found).total_memory if found.type == "cuda" else None
+    names = ("model", "vae", "init", "device", "prediction_type")
+    model, vae, init, device, prediction_type = (text_of(given, name) for name in names)
+    device = pick_device(device or "auto")
+    info = describe(model or "default", vae, None if prediction_type == "flow" else prediction_type)
     return Facts(
-        width=widths[0],
-        xl=unet.get("addition_embed_type") == "text_time",
-        side=(unet.get("sample_size") or 64) * factor,
-        flow="flow" in str(configs["scheduler"].get("prediction_type", "")),
-        device=found.type,
-        memory=memory,
-        default=model == "default",
+        width=info.unet.block_out_channels[0],
+        xl=info.unet.addition_embed_type == "text_time",
+        side=(info.unet.sample_size or LATENT_SIZE) * info.factor,
+        flow=info.schedule.is_flow,
+        device=device.type,
+        memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        default=model in (None, "default"),
         init=None if init is None else settings_of_lora(_read_header(init)),
     )
+
+
+def text_of(settings: Mapping[str, Any], name: str) -> str | None:
+    """A setting that is a text or not given. Raises ConfigError."""
+    value = settings.get(name)
+    require(isinstance(value, str | None), f"expected str, got {value!r:.80}", name)
+    return value
 
 
 def _read_header(init: str) -> Any:
@@ -173,17 +179,6 @@ def _read_header(init: str) -> Any:
     if header.assumed:
         say(f"{header.path}: {header.assumed} layers have no alpha; the rank is taken for it")
     return header
-
-
-def _configs(place: Path) -> dict[str, Mapping[str, Any]]:
-    from ldm.checkpoint.model import is_single
-    from ldm.checkpoint.safety import read_json
-    from ldm.checkpoint.single import plan_of
-
-    if is_single(place):
-        return {"vae": {}, "scheduler": {}, **plan_of(place, "epsilon", ("vae",)).configs}
-    names = {"unet": "unet/config.json", "vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
-    return {part: read_json(place / name) for part, name in names.items()}
 
 
 def settings_of_lora(header: Any) -> dict[str, Any]:
