@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command. Raises ConfigError, with the nearest name for what is misspelt."""
-    parser, commands = build_parser()
     first = next((word for word in words if not word.startswith("-")), None)
+    parser, commands = build_parser([first] if first in COMMANDS else COMMANDS)
     if first is None and not set(words) & {"-h", "--help", "--version"}:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
@@ -115,14 +115,14 @@ def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of everything, and the parser of each command."""
+def build_parser(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of everything, and the parser of each of these commands."""
     epilog = "`ldm COMMAND --help` explains one command."
     parser = Parser(prog="ldm", description=ldm.__doc__, epilog=epilog, parents=[common_options()])
     parser.set_defaults(quiet=0, verbose=0, debug=False, offline=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     commands = {}
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f"ldm.cli.{name}")
         text, _, examples = module.__doc__.partition("\n\n")
         commands[name] = subparsers.add_parser(

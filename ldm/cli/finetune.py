@@ -1,4 +1,4 @@
-"""Fine-tune a model on captioned pictures: LoRA, DoRA, or all of it.
+"""Fine-tune a model on captioned images: LoRA, DoRA, or all of it.
 
 examples:
   ldm finetune images/ -o runs/mine

@@ -69,8 +69,8 @@ def run(
     group.together(lambda: check_processes(settings))
     check_same_settings(settings, out)
     with ExitStack() as stack:
-        found = group.on_first(partial(_begin, stack, settings, out, resume, allow_changed, dry_run))
-        checkpoint = Path(found) if found else None
+        folder = group.on_first(partial(_begin, stack, settings, out, resume, allow_changed, dry_run))
+        checkpoint = Path(folder) if folder else None
         if dry_run:
             group.on_first(partial(_print_dry_run, settings, out, images, checkpoint))
             return out / "model"

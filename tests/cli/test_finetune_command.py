@@ -199,7 +199,7 @@ def repeated(err, data):
     """The settings that the printed command asks for."""
     from ldm.cli.finetune import given_options
 
-    printed = err.split("with all settings given:\n")[1].splitlines()[0]
+    printed = err.split("the command with all settings:\n")[1].splitlines()[0]
     command = shlex.split(printed)
     assert command[:2] == ["ldm", "finetune"] and "null" not in printed.replace("--snr-gamma null", "")
     args = parse(command[1:])

@@ -1,7 +1,7 @@
-"""Latents and text tensors of some thousand samples in memory, replaced piece by piece while training goes on.
+"""Latents and text tensors of some thousand samples in memory, which are replaced piece by piece during training.
 
 What the pool holds at a step is a function of the settings and the step alone, so a resumed run refills it exactly.
-N pool size   C, h, w latent channels, height, width   T the text tensor's own shape
+N pool size   C, h, w latent channels, height, width   T shape of the text tensor
 """
 
 from __future__ import annotations

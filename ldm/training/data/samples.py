@@ -1,4 +1,4 @@
-"""ImageSet and captions by index: drawn scenes or the user's folder, in this process or in workers."""
+"""Images and captions by index: drawn scenes or the user's folder, in this process or in workers."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class EmojiSamples:
     def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
         from ldm.data.emoji import Scenes, scene_config
 
-        require("held_out" not in data.scenes, "is not yours to set: the stages draw both", "data.scenes.held_out")
-        config = scene_config({**data.scenes, "resolution": data.resolution, "held_out": held_out})
+        require("held_out" not in data.scenes, "is set by the stages, which draw both", "data.scenes.held_out")
+        config = build(SceneConfig, {**data.scenes, "resolution": data.resolution, "held_out": held_out}, "data.scenes")
         self.scenes = Scenes(config, seed, font=data.font)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
@@ -50,7 +50,7 @@ class EmojiSamples:
 
 
 class FolderSamples:
-    """The user's captioned imagefolder, shuffled anew each epoch by (seed, epoch); its last pictures are held out."""
+    """The user's captioned imagefolder, shuffled anew each epoch by (seed, epoch); its last images are held out."""
 
     def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
         from ldm.data.sources import CaptionedFolder
@@ -89,7 +89,7 @@ class _Indexed(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, str] | DataError:
         try:
             return self.samples[index]
-        except DataError as error:  # handed on: what a worker raises comes out as a page of traceback
+        except DataError as error:  # returned, for what a worker raises ends in a page of traceback
             return error
 
 
@@ -112,7 +112,7 @@ _workers: weakref.WeakSet = weakref.WeakSet()  # of all streams, as long as mult
 
 @atexit.register
 def _kill_workers() -> None:
-    """At the end of the process: those of a stream that was not closed well would be waited for, for ever."""
+    """At the end of the process, which would wait for ever for the workers of a stream that was not closed."""
     if _workers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
     for worker in list(_workers):
@@ -122,7 +122,7 @@ def _kill_workers() -> None:
 def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[tuple[Tensor, list[str]]]:
     """Endless (uint8 (B, H, W, 3), captions) from index `start` on, in order whatever the number of workers.
 
-    Raises DataError for a picture that cannot be read, at its place in the order, and where a worker is gone.
+    Raises DataError for an image that cannot be read, at its place in the order, and where a worker is gone.
     """
     loader = torch.utils.data.DataLoader(
         _Indexed(samples),
@@ -140,7 +140,7 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
         _workers.update(batches._workers)
     while True:
         try:
-            found = next(batches)
+            samples_or_error = next(batches)
         except (RuntimeError, OSError, EOFError) as error:
             if not workers or is_out_of_memory(error) or str(error).startswith("Caught "):  # it came from a sample
                 raise
@@ -149,15 +149,15 @@ def stream(samples: Samples, start: int, batch: int, workers: int) -> Iterator[t
                     time.sleep(1)
             hint = "go on with --resume latest (workers=0 needs none)"
             raise _gone(error, f"from sample {place} on", hint) from None
-        if isinstance(found, DataError):
-            raise found
-        yield found
+        if isinstance(samples_or_error, DataError):
+            raise samples_or_error
+        yield samples_or_error
         place += batch
 
 
 @contextmanager
 def lost_workers(out: Path) -> Iterator[None]:
-    """What PyTorch raises in the middle of anything when a worker is killed, as DataError with exit code 5."""
+    """Turn the error that PyTorch raises anywhere when a worker is killed into DataError with exit code 5."""
     try:
         yield
     except RuntimeError as error:

@@ -162,7 +162,7 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
         settings = presets.for_images(settings, given, facts, buckets)
     built = configs.build(FinetuneSettings, {**nest(settings), "data": data})
     check_export(built, images)
-    say(f"with all settings given:\n  {presets.command(settings, asked.out)}")
+    say(f"the command with all settings:\n  {presets.command(settings, asked.out)}")
     return built, images
 
 

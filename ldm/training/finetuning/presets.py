@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning that are not given: chosen from the model, the number of images and the hardware."""
+"""Presets of a fine-tuning: settings that are chosen from the model, the number of images and the hardware."""
 
 from __future__ import annotations
 
