@@ -62,7 +62,8 @@ def finetune(
 
     with processes() as group:
         changeable = [setting_name(option) for option in _texts(allow_changed, "allow_changed")]
-        asked = read_arguments(data, out, model, config=config, overrides=overrides, resume=resume, **options)
+        named = {"config": config, "overrides": overrides, "resume": resume}
+        asked = group.together(lambda: read_arguments(data, out, model, **named, **options))
         settings, images = group.together(lambda: resolve_settings(asked))
         return run(settings, asked.out, asked.resume, changeable, dry_run, images)
 

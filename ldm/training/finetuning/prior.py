@@ -20,20 +20,20 @@ from ldm.pipeline import Pipeline
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
-ABOUT = ".drawn.json"  # in the folder of the images: what they were drawn from
 
 
 def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
     """`folder` with `settings.prior_images` images and their captions, drawn by `model`, which is to be trained.
 
     They show `prior_prompt`; without one the default model draws what it was trained on, everyday objects above all.
-    A folder that was drawn by the same model from the same prompts, seed and size is left as it is, any other is drawn
-    again. Raises ModelError, ResourceError.
+    FOLDER.json beside it says what they were drawn from: a folder of the same model, prompts, seed and size is left as
+    it is, any other is drawn again. Raises ModelError, ResourceError.
     """
     count, prompts = settings.prior_images, _prompts(settings)
-    about = _describe(settings, model, prompts)
-    if len(list(folder.glob("*.png"))) == count and _read(folder / ABOUT) == about:
+    origin, path = _origin(settings, model, prompts), folder.with_name(f"{folder.name}.json")
+    if len(list(folder.glob("*.png"))) == count and _read(path) == origin:
         return folder
+    path.unlink(missing_ok=True)
     say(f"drawing {count} images of what the model knows into {folder}")
     model = _in_drawing_dtype(settings, model)
     with files.atomic_folder(folder) as tmp, progress(total=count, desc="prior", unit="image") as bar:
@@ -47,11 +47,11 @@ def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
                 image.save(tmp / f"{i:05d}.png")
                 (tmp / f"{i:05d}.txt").write_text(prompt + "\n", encoding="utf-8")
             bar.update(len(batch))
-        (tmp / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    files.atomic_write(path, json.dumps(origin, indent=1) + "\n")
     return folder
 
 
-def _describe(settings: FinetuneSettings, model: Model, prompts: list[str]) -> dict[str, Any]:
+def _origin(settings: FinetuneSettings, model: Model, prompts: list[str]) -> dict[str, Any]:
     """What determines the images, on whichever device they are drawn."""
     return {
         "model": model.hash,
