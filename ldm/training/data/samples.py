@@ -38,7 +38,7 @@ class EmojiSamples:
         from ldm.data.emoji import Scenes, scene_config
 
         require("held_out" not in data.scenes, "is set by the stages, which draw both", "data.scenes.held_out")
-        config = build(SceneConfig, {**data.scenes, "resolution": data.resolution, "held_out": held_out}, "data.scenes")
+        config = scene_config({**data.scenes, "resolution": data.resolution, "held_out": held_out})
         self.scenes = Scenes(config, seed, font=data.font)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
