@@ -89,7 +89,7 @@ def check_same_settings(settings: Settings, out: Path) -> None:
     digest = hashlib.sha256(json.dumps(as_dict(settings), sort_keys=True).encode()).hexdigest()
     expected = group.on_first(lambda: digest)
     what = f"process {group.rank} of {group.world} has other settings than process 0: give all of them"
-    group.together(lambda: require(digest == expected, what, str(out)))
+    group.on_all(lambda: require(digest == expected, what, str(out)))
 
 
 def _check_sharded(s: Settings) -> None:

@@ -37,10 +37,10 @@ def train(
     them is missing.
     """
     with processes() as group:
-        settings = group.together(lambda: read_settings(config, overrides))
+        settings = group.on_all(lambda: read_settings(config, overrides))
         images = None
         if isinstance(settings, FinetuneSettings):
-            images = group.together(lambda: _read_images(settings, Path(out)))
+            images = group.on_all(lambda: _read_images(settings, Path(out)))
         return run(settings, Path(out), resume, allow_changed, dry_run, images)
 
 
@@ -66,7 +66,7 @@ def run(
     from ldm.training.checks import check_lock, check_processes, check_same_settings
 
     group = current()
-    group.together(lambda: check_processes(settings))
+    group.on_all(lambda: check_processes(settings))
     check_same_settings(settings, out)
     with ExitStack() as stack:
         folder = group.on_first(partial(_begin, stack, settings, out, resume, allow_changed, dry_run))
@@ -78,9 +78,9 @@ def run(
         from ldm.training.loop.loop import fit
         from ldm.training.stages import STAGES
 
-        group.together(lambda: check_lock(out))
+        group.on_all(lambda: check_lock(out))
         stack.enter_context(lost_workers(out))
-        stage = group.together(lambda: STAGES[settings.stage](settings, out, images))
+        stage = group.on_all(lambda: STAGES[settings.stage](settings, out, images))
         return fit(stage, settings, out, checkpoint, allow_changed)
 
 

@@ -165,7 +165,7 @@ def test_the_grid_has_the_prompts_at_fixed_seeds(runs, models, data, tmp_path):
     run(data, tmp_path / "still", models("1.5"), **words)
     still = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "still" / "samples").iterdir())]
     assert len(still) == 2 and np.array_equal(*still)
-    drawn = np.asarray(stage_of(tmp_path / "still").picture(stage_of(tmp_path / "still").module.eval()))
+    drawn = np.asarray(stage_of(tmp_path / "still").sample_grid(stage_of(tmp_path / "still").module.eval()))
     assert np.abs(drawn.astype(int) - still[0]).max() <= 1
 
 

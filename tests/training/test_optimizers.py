@@ -10,7 +10,7 @@ from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.training.checkpoints.state import TrainState, read_tensors, save
 from ldm.training.loop.optimizers import checkpoint_bytes, make_optimizer
-from ldm.training.loop.step import shadow
+from ldm.training.loop.step import ema_copy
 from ldm.training.settings import read_settings
 from tests.training.toy import toy_settings
 
@@ -122,7 +122,7 @@ def test_eight_bits_go_on_from_a_checkpoint(tmp_path):
     for halved in (False, True):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(64, 100), nn.SiLU(), nn.Linear(100, 64))
-        now = TrainState(net, shadow(net), make_optimizer(settings, net, torch.device("cpu")))
+        now = TrainState(net, ema_copy(net), make_optimizer(settings, net, torch.device("cpu")))
         for step in range(4):
             if step == 2:
                 assert now.tensors()["optimizer.0.weight.state1"].dtype == torch.uint8
@@ -130,7 +130,7 @@ def test_eight_bits_go_on_from_a_checkpoint(tmp_path):
                 size = sum(value.nbytes for value in now.tensors().values())
                 assert abs(checkpoint_bytes(settings, net) - size) < 100
                 if halved:
-                    now = TrainState(net, shadow(net), make_optimizer(settings, net, torch.device("cpu")))
+                    now = TrainState(net, ema_copy(net), make_optimizer(settings, net, torch.device("cpu")))
                     for p in net.parameters():
                         p.data.zero_()
                     now.restore(read_tensors(written), 2)

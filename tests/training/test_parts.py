@@ -137,29 +137,29 @@ def test_crops_are_parts_of_their_pictures():
 def test_timesteps_are_stratified():
     """Every step's batch has one timestep in each of B equal parts of the range."""
     from ldm.diffusion.schedule import Schedule
-    from ldm.training.stages.common import spread, timesteps_at
+    from ldm.training.stages.common import shape_timesteps, timesteps_at
 
     schedule = Schedule(prediction_type="v_prediction")
-    t = timesteps_at(schedule, spread((torch.arange(16) + seeded.uniform((16,), 0)) / 16, "uniform", 1))
+    t = timesteps_at(schedule, shape_timesteps((torch.arange(16) + seeded.uniform((16,), 0)) / 16, "uniform", 1))
     assert [int(v) * 16 // 1000 for v in t] == list(range(16))
     even = (torch.arange(1000) + 0.5) / 1000
-    t = timesteps_at(schedule, spread(even, "logit_normal", 1)).double() / 1000
+    t = timesteps_at(schedule, shape_timesteps(even, "logit_normal", 1)).double() / 1000
     logits = torch.log(t / (1 - t))
     assert abs(logits.mean()) < 0.02
     assert abs(logits.std() - 1) < 0.02
     assert math.isfinite(logits.min())
-    assert torch.allclose(spread(torch.tensor([0.0, 0.25, 0.5]), "uniform", 3), torch.tensor([0.0, 0.5, 0.75]))
+    assert torch.allclose(shape_timesteps(torch.tensor([0.0, 0.25, 0.5]), "uniform", 3), torch.tensor([0.0, 0.5, 0.75]))
 
 
 def test_stopped_log_is_cut_back(tmp_path):
-    from ldm.training.loop.logs import Records
+    from ldm.training.loop.logs import RunLogs
 
     path = tmp_path / "loss.jsonl"
-    log = Records(tmp_path, 0, [])
+    log = RunLogs(tmp_path, 0, [])
     for step in range(1, 7):
         log.add(step, float(step), 0.1, 2)
     path.write_text(path.read_text() + '{"step": 8, "lo')
-    again = Records(tmp_path, 4, [])
+    again = RunLogs(tmp_path, 4, [])
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ['{"step": 2', '{"step": 4']
     again.add(5, 5.0, 0.1, 2)
     again.add(6, math.nan, 0.1, 2)

@@ -92,6 +92,31 @@ def test_looking_renames_and_removes_nothing(run, capsys):
     assert "step-00000012" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("later", [True, False], ids=["later steps", "earlier steps"])
+def test_another_runs_checkpoint_is_not_resumed_into_a_folder_with_a_run(run, tmp_path, later):
+    other = shutil.copytree(run, tmp_path / "other")
+    mine, theirs = ("step-00000012", "step-00000009") if later else ("step-00000009", "step-00000012")
+    shutil.rmtree(run / "checkpoints" / theirs)
+    before = names(run)
+    with pytest.raises(CheckpointError, match=r"already holds a run, and .* is a checkpoint of another"):
+        train_toy(run, str(other / "checkpoints" / theirs), decay_from=1)
+    assert names(run) == before == [mine]
+
+
+def test_another_runs_checkpoint_is_not_resumed_over_a_finished_model(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    shutil.rmtree(run / "checkpoints")
+    (run / "settings.json").touch()
+    (run / "model").mkdir(exist_ok=True)
+    with pytest.raises(CheckpointError, match="already holds a run that is finished"):
+        train_toy(run, str(other / "checkpoints" / "step-00000009"), decay_from=1)
+
+
+def test_another_runs_checkpoint_is_resumed_into_a_new_folder(run, tmp_path):
+    train_toy(tmp_path / "new", str(run / "checkpoints" / "step-00000009"), decay_from=1)
+    assert names(tmp_path / "new") == ["step-00000012"]
+
+
 def test_a_finished_run_without_checkpoints_is_not_overwritten(run):
     shutil.rmtree(run / "checkpoints")
     before = (run / "model" / "weights.txt").read_bytes()

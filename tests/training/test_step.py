@@ -10,7 +10,7 @@ from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training.checkpoints import state
-from ldm.training.loop.step import Stage, checkpoint_gradients, prepare, shadow, take_step, update_ema
+from ldm.training.loop.step import Stage, checkpoint_gradients, ema_copy, prepare, take_step, update_ema
 from tests.conftest import tiny_text, tiny_vae
 from tests.training.conftest import TINY_UNET
 from tests.training.test_survival import ends
@@ -98,13 +98,13 @@ def test_the_average_shares_what_is_not_trained():
     assert average["0.up"].eq(1.0).all()
     layers = [own["0.layer.weight"].clone(), own["0.layer.weight"]]
     assert torch.equal(*layers)
-    assert [name for name in state.learned(now.module) if "layer" in name] == []
+    assert [name for name in state.trained_names(now.module) if "layer" in name] == []
 
 
 def test_a_whole_network_has_an_average_of_its_own():
     network = unet()
     places = {p.data_ptr() for p in network.parameters()}
-    assert not places & {p.data_ptr() for p in shadow(network).parameters()}
+    assert not places & {p.data_ptr() for p in ema_copy(network).parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

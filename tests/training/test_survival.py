@@ -68,9 +68,9 @@ class SignalledAt(Toy):
         self._maybe("validate", step)
         return super().validate(ema, step)
 
-    def picture(self, ema):
+    def sample_grid(self, ema):
         self._maybe("picture", self.done)
-        return super().picture(ema)
+        return super().sample_grid(ema)
 
     def loss(self, batch, step, micro):
         self.done = step + 1
@@ -284,10 +284,10 @@ def test_scores_that_are_not_finite_are_not_saved_over_good_ones(tmp_path):
 
 def test_pictures_that_are_not_finite_name_the_last_checkpoint(tmp_path):
     class Dark(Toy):
-        def picture(self, ema):
+        def sample_grid(self, ema):
             if self.seen > 4:
                 raise NumericsError("the VAE gave NaN or infinity in decoding", todo="try --dtype fp32")
-            return super().picture(ema)
+            return super().sample_grid(ema)
 
         def validate(self, ema, step):
             self.seen = step

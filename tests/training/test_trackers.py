@@ -81,7 +81,7 @@ def test_wandb_is_told_where_to_write_and_to_go_on(tmp_path, monkeypatch):
     trackers.log({"loss": 0.5}, 3)
     from PIL import Image
 
-    trackers.picture(Image.new("RGB", (6, 4)), 4)
+    trackers.image(Image.new("RGB", (6, 4)), 4)
     trackers.finish()
     first, settings, *rest = heard
     assert (first["name"], first["resume"], first["dir"]) == ("mine", "allow", str(tmp_path / "mine"))

@@ -53,7 +53,7 @@ class Toy:
         x = seeded.normal((16, 6), 0, "held out")
         return {"validation_loss": float((ema(x) - x @ self.map).square().mean())}
 
-    def picture(self, ema):
+    def sample_grid(self, ema):
         return Image.new("RGB", (24, 8), (int(self.validate(ema, 0)["validation_loss"] * 20) % 256, 90, 160))
 
     def export(self, ema, folder, scores):

@@ -1,4 +1,4 @@
-"""What a run goes on from: found, verified and compared before any work, put back where the run begins."""
+"""Resuming: the checkpoint is found, verified and compared before any work, and restored when the run begins."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ READ = ("model", "data", "prior", "init", "tokenizer")  # what has a digest, of 
 def to_resume(
     settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str], look: bool = False
 ) -> Path | None:
-    """The checkpoint to go on from, its settings compared; `resume`: None, "latest", "best" or a checkpoint's folder.
+    """The checkpoint to resume, its settings compared. `resume`: None, "latest", "best" or a checkpoint's folder.
 
-    With `look` nothing is renamed or removed. Raises CheckpointError where the folder holds another run, or the
-    checkpoint is damaged or belongs to other settings; ModelError where its files do not match their manifest;
-    ConfigError for a name in `allow_changed` that is no setting's.
+    With `look` nothing is renamed or removed. Raises CheckpointError if the folder holds another run, or the
+    checkpoint is damaged or has other settings; ModelError if its files do not match their manifest; ConfigError for
+    an unknown name in `allow_changed`.
     """
     _check_names(settings, allow_changed)
     if not look:
@@ -40,6 +40,7 @@ def to_resume(
         _check_unfinished(out)
         say(f"{out}: nothing to resume, starting from the beginning")
         return None
+    _check_own(folder, out)
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
     about = states.read_about(folder)
@@ -52,8 +53,21 @@ def to_resume(
     return folder
 
 
+def _check_own(folder: Path, out: Path) -> None:
+    """Raise CheckpointError where `folder` is another run's checkpoint and `out` holds a run too.
+
+    The new checkpoints would be rotated away beside later ones, and "latest" would resume the run that was there.
+    """
+    if folder.parent.resolve() == (out / "checkpoints").resolve():
+        return
+    if states.checkpoints(out) or states.corrupt(out):
+        todo = "go on in a new folder, or with --resume latest"
+        raise CheckpointError(f"already holds a run, and {folder} is a checkpoint of another", where=out, todo=todo)
+    _check_unfinished(out)
+
+
 def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
-    """Raise ConfigError for a name that is no setting's and nothing's that the run reads."""
+    """Raise ConfigError for a name that is neither a setting nor an input of the run."""
     known = [*(field.name for field in dataclasses.fields(settings)), *READ]
     for name in allow_changed:
         if name not in known:
@@ -63,7 +77,7 @@ def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
 
 
 def _check_unfinished(out: Path) -> None:
-    """Raise CheckpointError where a run without checkpoints has come to its end: its model would be overwritten."""
+    """Raise CheckpointError if `out` holds a finished model without checkpoints: it would be overwritten."""
     found = [name for name in ("model", FILE) if (out / name).exists()]
     if found and (out / "settings.json").exists():
         told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
@@ -73,9 +87,9 @@ def _check_unfinished(out: Path) -> None:
 def restore(
     state: TrainState, folder: Path, settings: Settings, inputs: Mapping[str, str], allow_changed: Sequence[str]
 ) -> list[float]:
-    """Bring `state` to where the run was; returns the losses of the steps that no line of the log covers yet.
+    """Restore `state`; returns the losses of the steps that are not logged yet.
 
-    Raises CheckpointError where what the run reads is not what it was.
+    Raises CheckpointError if the inputs of the run have changed.
     """
     about = states.read_about(folder)
     compare_inputs(about.get("inputs", {}), inputs, folder, allow_changed)
@@ -94,7 +108,7 @@ def restore(
 def compare_inputs(
     before: Mapping[str, str], inputs: Mapping[str, str], folder: Path, allow_changed: Sequence[str]
 ) -> None:
-    """Raise CheckpointError for what the run read when it began (name -> digest) and is another now."""
+    """Raise CheckpointError for an input (name -> digest) that is not the one that the run began with."""
     for name, digest in before.items():
         if inputs.get(name) != digest and name not in allow_changed:
             told = f"the {name} is not the one that this run began with"
@@ -102,7 +116,7 @@ def compare_inputs(
 
 
 def set_later_aside(out: Path, folder: Path) -> None:
-    """Rename the checkpoints of the run that are newer than the one it goes on from, the newest first."""
+    """Rename the checkpoints of the run that are newer than the resumed one, the newest first."""
     for later in reversed(states.checkpoints(out)):
         if later.parent.resolve() == folder.parent.resolve() and later.name > folder.name:
             name = later.name

@@ -1,4 +1,4 @@
-"""The exact state of a run on disk: weights, EMA, optimizer and step, written whole or not at all."""
+"""The exact state of a run on disk: weights, EMA, optimizer and step. It is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS, ABOUT = "state.safetensors", "state.json"
 
 @dataclass
 class TrainState:
-    """What a step changes. Randomness is keyed by the step (see keyed.py), so it is not part of it.
+    """What a step changes. Random draws are keyed by the step (see loop/seeded.py), so they need no state.
 
     `ema` has the names of `module` and may share with it what is not trained.
     """
@@ -42,11 +42,11 @@ class TrainState:
     parallel: Single = field(default_factory=Single)  # how its processes train it together
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state under a flat name: what is trained, buffers, their average, moments.
+        """Every tensor of the state under a flat name: trained parameters, buffers, their average, moments.
 
-        Of a state that is spread over processes all of them have to ask, and the first one is told.
+        With several processes every one has to call it; the first one gets the tensors.
         """
-        found, names = {}, learned(self.module)
+        found, names = {}, trained_names(self.module)
         for part, module in (("model", self.module), ("ema", self.ema)):
             own = module.state_dict()
             found |= {f"{part}.{name}": own[name] for name in names}
@@ -58,18 +58,18 @@ class TrainState:
             value = whole(value.detach())
             if first:
                 kept[name] = value.to("cpu").contiguous()
-        return _apart(kept)
+        return _unshared(kept)
 
     def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Put back what `tensors` gave; the parameters keep their place in memory and on their device.
+        """Restore what `tensors` returned. The parameters keep their memory and device.
 
-        Raises CheckpointError where they are not those of this network.
+        Raises CheckpointError if they belong to another network.
         """
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        needed = learned(self.module)
+        needed = trained_names(self.module)
         _load(self.module, parts["model"], needed)
         _load(self.ema, parts["ema"], needed)
         slots: dict[str, dict[str, Tensor]] = {}
@@ -81,20 +81,20 @@ class TrainState:
                 self.optimizer.state[parameter] = {k: _slot(parameter, v) for k, v in slots[name].items()}
         self.step = step
 
-    def take_average(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the average of a checkpoint's tensors in the place of this one."""
+    def load_ema(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the average from a checkpoint's tensors."""
         found = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
-        _load(self.ema, found, learned(self.module))
+        _load(self.ema, found, trained_names(self.module))
 
 
-def learned(module: nn.Module) -> list[str]:
-    """The names in its state_dict of what training may change: parameters that are trained, and buffers."""
+def trained_names(module: nn.Module) -> list[str]:
+    """The names in the state_dict of trained parameters and buffers."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return [name for name in module.state_dict() if name not in frozen]
 
 
 def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> None:
-    """Write `given` into `module`; a checkpoint of before may hold what is not trained too."""
+    """Load `given` into `module`. An older checkpoint may also hold parameters that are not trained."""
     own = module.state_dict()
     wrong = [name for name in needed if name not in given] + [name for name in given if name not in own]
     wrong += [name for name, value in given.items() if name in own and own[name].shape != value.shape]
@@ -104,8 +104,8 @@ def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> 
     module.load_state_dict({n: like(v, own[n]) if n in own else v for n, v in given.items()}, strict=False)
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each in memory of its own: 8-bit optimizers share their tables, which safetensors refuses."""
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory (8-bit optimizers share their tables): safetensors refuses them."""
     seen: set[int] = set()
     for name, value in tensors.items():
         if value.numel() and value.data_ptr() in seen:
@@ -115,7 +115,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _slot(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
-    """What the optimizer keeps of a parameter: a moment lies as its parameter, for fused ones walk both by address."""
+    """An optimizer's value for a parameter; a moment gets its parameter's layout, as fused optimizers need it."""
     if value.ndim == 0 and not value.is_floating_point():
         return int(value)  # bitsandbytes' count of steps
     if value.shape != parameter.shape:
@@ -130,7 +130,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the bits of a run depend on beside its settings."""
+    """What the bits of a run depend on besides its settings."""
     where = platform.machine(), torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         where = "cuda", torch.cuda.get_device_name(device)
@@ -167,7 +167,7 @@ def _write(
 
 @contextmanager
 def _room_told(folder: Path, size: int) -> Iterator[None]:
-    """To what the disk refuses, how much is needed and free there, and what is saved."""
+    """Add to a disk error how much space is needed and free, and which checkpoint is good."""
     try:
         yield
     except ResourceError as error:
@@ -178,7 +178,7 @@ def _room_told(folder: Path, size: int) -> Iterator[None]:
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """`save_file`, with the operating system's error in the place of the library's own."""
+    """`save_file`, but raising the operating system's error."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -192,13 +192,13 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def last_good(run: Path) -> str:
-    """Which checkpoint there is to go on from, in words."""
+    """A phrase about the last good checkpoint."""
     found = checkpoints(run)
     return f"the last checkpoint is good ({found[-1].name})" if found else "there is no checkpoint yet"
 
 
 def saving_seconds(run: Path, size: int) -> float:
-    """How long a checkpoint of `size` bytes takes here, by a try with 32 MB of it: written, synced and read twice."""
+    """Seconds to save a checkpoint of `size` bytes, measured with up to 32 MB: written, synced and read twice."""
     data = os.urandom(min(size, 1 << 25))
     path, began = run / "checkpoints" / f".tmp-{os.getpid()}-probe", time.monotonic()
     files.atomic_write(path, data)
@@ -209,7 +209,7 @@ def saving_seconds(run: Path, size: int) -> float:
 
 
 def rotate(run: Path, keep: int, best: int | None) -> list[Path]:
-    """Remove all checkpoints but the newest `keep` and the one of step `best`; returns those that cannot be removed."""
+    """Remove all checkpoints but the newest `keep` and that of step `best`; returns those that cannot be removed."""
     old = [folder for folder in checkpoints(run)[:-keep] if step_of(folder) != best]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +217,7 @@ def rotate(run: Path, keep: int, best: int | None) -> list[Path]:
 
 
 def set_aside(folder: Path, kind: str) -> str:
-    """Rename a checkpoint to KIND-…, or where that is taken KIND-…-2; returns its new name."""
+    """Rename a checkpoint to KIND-… (KIND-…-2 if that exists) and return its new name."""
     new = files.unused_path(folder.parent, f"{kind}-{folder.name}", "")
     folder.rename(new)
     return new.name
@@ -234,7 +234,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def best(run: Path) -> Path:
-    """The checkpoint that `best.json` of a run names. Raises CheckpointError where there is none."""
+    """The checkpoint that `best.json` of a run names. Raises CheckpointError if there is none."""
     try:
         return run / json.loads((run / "best.json").read_text())["checkpoint"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -248,7 +248,7 @@ def corrupt(run: Path) -> list[Path]:
 
 
 def newest(run: Path, look: bool = False) -> Path | None:
-    """The newest checkpoint that its manifest vouches for; damaged ones are renamed `corrupt-…` and named.
+    """The newest checkpoint that matches its manifest. Damaged ones are renamed `corrupt-…` with a warning.
 
     With `look` nothing is renamed. Raises CheckpointError when there were checkpoints and none is whole.
     """
@@ -266,7 +266,7 @@ def newest(run: Path, look: bool = False) -> Path | None:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError or ModelError unless a manifest vouches for the files of a checkpoint."""
+    """Raise CheckpointError or ModelError unless the files of a checkpoint match its manifest."""
     listed = files.verify_manifest(folder)
     if missing := [name for name in (WEIGHTS, ABOUT) if name not in listed]:
         what = f"the manifest does not list {missing[0]}" if listed else "has no manifest"
@@ -296,10 +296,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, after its manifest has vouched for them.
-
-    Raises CheckpointError or ModelError where it does not.
-    """
+    """The tensors of a checkpoint. Raises CheckpointError or ModelError if it does not match its manifest."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -312,7 +309,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def tell_differences(before: Mapping[str, Any], device: torch.device) -> None:
-    """Say in one line what of the environment is not as it was, so that the weights cannot be bit-identical."""
+    """Print what has changed in the environment, because then the weights cannot be bit-identical."""
     now = environment(device)
     told = ", ".join(f"{name} {old} → {now.get(name)}" for name, old in before.items() if old != now.get(name))
     if told:

@@ -1,4 +1,4 @@
-"""One run on many processes: what they agree on, which rows are whose; in `parallel` the network that all train."""
+"""One run on many processes: what they agree on (group), which rows each takes (rows), the network (wrap)."""
 
 from ldm.training.distributed.group import ALONE, Alone, current, processes
 from ldm.training.distributed.rows import RowShard, rows_of

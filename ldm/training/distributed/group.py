@@ -1,6 +1,6 @@
-"""The processes that share a run: which of them writes and speaks, what they agree on, and who is missing.
+"""The processes that share a run: process 0 writes and prints, all agree on settings and errors, a dead one is named.
 
-They are started by `torchrun` or `accelerate launch`, which say in RANK, WORLD_SIZE and LOCAL_RANK who is who.
+`torchrun` or `accelerate launch` starts them and sets RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ldm import console, errors
 from ldm.console import SILENT, StopRequest
 from ldm.errors import ConfigError, LdmError, ProcessGone, first_line
-from ldm.training.distributed.heartbeat import Hearts
+from ldm.training.distributed.heartbeat import Heartbeat
 from ldm.training.distributed.rows import RowShard, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # in which all have to come to what they do together; a step, a sample grid
-PATIENCE = 15.0  # seconds without a sign of life after which a process that is waited for counts as gone
-LOOK = 5.0  # seconds between two looks for such
-BROKEN = 5.0  # seconds likewise where a connection is broken, so that one is gone for certain
+TIMEOUT = timedelta(minutes=10)  # for a collective operation: all processes reach it within this time
+PATIENCE = 15.0  # seconds without a heartbeat after which a process counts as gone
+LOOK = 5.0  # seconds between two such checks
+BROKEN = 5.0  # seconds without a heartbeat after a connection broke, when some process is certainly gone
 
 LOST = ("gloo", "NCCL", "Timed out", "Broken pipe", "Connection")  # in what PyTorch says of a broken connection
 
 
 class Alone:
-    """The one process of a run. `Many` has the same methods, and means all processes by them."""
+    """A run of one process. `Many` has the same methods for several processes."""
 
     rank, world = 0, 1
     first = True  # writes and speaks
@@ -45,61 +45,61 @@ class Alone:
         return RowShard(size)
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns (plain JSON) or raises (LdmError) on the first process; the others wait for it."""
+        """Run `work` on the first process; all processes return its result (plain JSON) or raise its LdmError."""
         return work()
 
-    def together(self, work: Callable[[], T]) -> T:
-        """`work` on every process, however long it takes; where it raises LdmError on one of them, all raise that."""
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Run `work` on every process, however long it takes. If one raises LdmError, all raise that error."""
         return work()
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """As `together`, for what takes a moment and comes often."""
+        """Like `on_all`, for short work that is done often."""
         return work()
 
-    def as_first(self, value: bool) -> bool:
-        """What the first process says."""
+    def from_first(self, value: bool) -> bool:
+        """The value that the first process has."""
         return value
 
     def total(self, loss: Tensor) -> Tensor:
-        """The mean over the processes; they hear of each other's signals too."""
+        """The mean of `loss` over the processes. The same exchange carries their signals."""
         return loss
 
     def any_of(self, flags: list[bool]) -> list[bool]:
-        """Which of the flags are set on any process."""
+        """For each flag, whether any process has set it."""
         return flags
 
     def gathered(self, texts: list[str]) -> list[str]:
-        """The texts of all processes: for what is rare."""
+        """The texts of all processes, for rare use."""
         return texts
 
     def listen(self, stop: StopRequest) -> None:
-        """`stop` hears of this process's signals."""
+        """Take this process's signals from `stop`."""
 
     def hear(self) -> None:
-        """Let all know of the signals that any of them has had."""
+        """Exchange the signals that any process has received."""
 
     def signal(self, stop: StopRequest) -> int | None:
         """The signal that stops the run."""
         return stop.signal
 
     def at_once(self, stop: StopRequest) -> AbstractContextManager[None]:
-        """A block that a signal may end where it is: not where others wait for what comes of it."""
+        """A block that a signal may interrupt, unless other processes wait for its result."""
         return stop.at_once()
 
     def of_all(self, error: LdmError) -> LdmError:
-        """An error that every process raises: the first one says it."""
+        """Mark an error that every process raises, so that only the first one prints it."""
         return error
 
     def failed(self, error: BaseException) -> BaseException:
-        """What to raise in the place of an error that ends the run here."""
+        """The error to raise in place of one that ends the run on this process."""
         return error
 
     def leave(self) -> None:
-        """Part from the others."""
+        """Leave the group."""
 
 
 class Many(Alone):
-    """One of several processes. Raises ConfigError where the environment does not say how they find each other."""
+    """One of several processes. Raises ConfigError if the environment does not say how they find each other."""
 
     def __init__(self) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each broken connection is a page of its stack
@@ -120,7 +120,7 @@ class Many(Alone):
         self.first, self.level = self.rank == 0, max(console.level, SILENT + 1)
         self._dist, self._torch = dist, torch
         self._count, self._stop, self._signal = 0, None, None
-        self.hearts = Hearts(self.store, self.rank, self.world)
+        self.heartbeat = Heartbeat(self.store, self.rank, self.world)
         if not self.first:
             console.level = SILENT
 
@@ -141,7 +141,7 @@ class Many(Alone):
         self.store.set(name, json.dumps({"value": value}))
         return value
 
-    def together(self, work: Callable[[], T]) -> T:
+    def on_all(self, work: Callable[[], T]) -> T:
         name, value, own = self._name("together"), None, None
         try:
             value = work()
@@ -174,7 +174,7 @@ class Many(Alone):
             self._answer(self._wait(f"{name}/{rank}", rank))
         return value
 
-    def as_first(self, value: bool) -> bool:
+    def from_first(self, value: bool) -> bool:
         return bool(self._reduce([float(value and self.first)], "MAX")[0])
 
     def total(self, loss: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Many(Alone):
         return error
 
     def failed(self, error: BaseException) -> BaseException:
-        """A broken connection as the process that is missing, said by one of those that are left."""
+        """Turn a broken connection into ProcessGone that names the missing process; one of the others prints it."""
         if getattr(error, "shared", False):
             return error
         if why := _lost(error):
@@ -215,29 +215,29 @@ class Many(Alone):
             if gone := self._gone(PATIENCE if "Timed out" in why else BROKEN, hung=True):
                 return gone
         if not isinstance(error, ProcessGone):
-            self.hearts.tell_fault(str(error) or type(error).__name__)
+            self.heartbeat.tell_fault(str(error) or type(error).__name__)
             console.level = self.level
         return error
 
     def leave(self) -> None:
-        self.hearts.leave()
+        self.heartbeat.leave()
         self._dist.destroy_process_group()
 
     def _name(self, kind: str) -> str:
-        """All processes do the same things in the same order, so a count names each."""
+        """A name for the next exchange. All processes make the same exchanges in the same order, so a count will do."""
         self._count += 1
-        self.hearts.entered = self._count
+        self.heartbeat.entered = self._count
         return f"ldm/{kind}/{self._count}"
 
     def _reduce(self, values: list[float], how: str) -> list[float]:
-        """Each number's maximum or sum over the processes, on the CPU whatever the network is on."""
+        """The maximum or sum of each number over the processes, computed on the CPU."""
         tensor = self._torch.tensor(values, dtype=self._torch.float64)
         self._name("reduce")
         self._dist.all_reduce(tensor, getattr(self._dist.ReduceOp, how))
         return tensor.tolist()
 
     def _heard(self) -> list[float]:
-        """Whether there was SIGINT, SIGTERM."""
+        """1.0 for each of SIGINT, SIGTERM that this process has received."""
         own = self._stop.signal if self._stop else None
         return [float(own == number) for number in console.STOPPING]
 
@@ -246,7 +246,7 @@ class Many(Alone):
         self._signal = found[-1] if found else self._signal
 
     def _wait(self, name: str, rank: int) -> str:
-        """What `rank` sets under a name, however long that takes. Raises ProcessGone where one shows no life."""
+        """Wait for the value that `rank` sets under a name. Raises ProcessGone if a process has no heartbeat."""
         pause, look = 0.01, time.monotonic() + LOOK
         while not self._there(name):
             time.sleep(pause)
@@ -264,13 +264,13 @@ class Many(Alone):
             return False
 
     def _look(self) -> None:
-        """Raise ProcessGone where one shows no life."""
+        """Raise ProcessGone if a process has no heartbeat."""
         if gone := self._gone(PATIENCE):
             raise gone from None
 
     def _gone(self, patience: float, hung: bool = False) -> ProcessGone | None:
-        """Who is missing, None where nobody is. The one with the lowest number of those that are left says it."""
-        missing, told = self.hearts.missing(patience, hung)
+        """An error that names the missing processes, or None. The lowest of the remaining ranks prints it."""
+        missing, told = self.heartbeat.missing(patience, hung)
         if not missing:
             return None
         left = [rank for rank in range(self.world) if rank not in missing]
@@ -278,7 +278,7 @@ class Many(Alone):
         return ProcessGone(told, todo="go on with --resume latest")
 
     def _answer(self, told: str) -> Any:
-        """The value that was told; raises the error that was."""
+        """The value in an answer; raises the error in it."""
         found = json.loads(told)
         if "error" not in found:
             return found["value"]
@@ -294,7 +294,7 @@ def _told(error: LdmError) -> str:
 
 
 def _lost(error: BaseException | None) -> str:
-    """What PyTorch says of the broken connection that this came of, if so: it may be a signal on top of that."""
+    """PyTorch's text of the broken connection that caused this error, or ""."""
     while error is not None:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
             return str(error)
@@ -304,7 +304,7 @@ def _lost(error: BaseException | None) -> str:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """A block that no signal ends: torchrun sends one to all that are left as soon as one is gone."""
+    """A block that ignores signals: torchrun signals the remaining processes as soon as one is gone."""
     here = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in console.STOPPING if here}
     try:
@@ -314,11 +314,11 @@ def _deaf() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_met: list[Any] = []  # the store that this process found, its rank, their number, and the runs so far
+_met: list[Any] = []  # the store, this process's rank, the number of processes, the runs so far
 
 
 def _meet() -> tuple[Any, int, int]:
-    """A part of the store of all processes for the run that begins, this one's rank, their number."""
+    """(a part of the shared store for the next run, this process's rank, the number of processes)."""
     import torch.distributed as dist
 
     if not _met:
@@ -333,13 +333,13 @@ _current: Alone = ALONE
 
 
 def current() -> Alone:
-    """The processes of the run that goes on here."""
+    """The processes of the current run."""
     return _current
 
 
 @contextmanager
 def processes() -> Iterator[Alone]:
-    """All processes that were started for this run, for a `with` block that each of them enters."""
+    """The processes of this run, for a `with` block that each of them enters."""
     global _current
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or _current is not ALONE:
         yield _current
@@ -347,7 +347,7 @@ def processes() -> Iterator[Alone]:
     _current = group = Many()
     try:
         yield group
-        group.together(lambda: None)  # what was started together ends together
+        group.on_all(lambda: None)  # what was started together ends together
     except BaseException as error:
         with _deaf():
             said = group.failed(error)

@@ -1,4 +1,4 @@
-"""Signs of life that the processes of a run give each other, so that a failure can name the one that is missing."""
+"""Heartbeats between the processes of a run, so that a failure can name the missing process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 BEAT = 1.0  # seconds
 
 
-class Hearts:
-    """A thread that gives this process's sign of life in the store, with the number of what it entered last."""
+class Heartbeat:
+    """A thread that writes this process's heartbeat to the store, with the number of its last exchange."""
 
     def __init__(self, store: Any, rank: int, world: int):
         self.rank, self.world, self.entered = rank, world, 0
@@ -32,9 +32,9 @@ class Hearts:
                 return
 
     def missing(self, patience: float, hung: bool = False) -> tuple[list[int], str]:
-        """The processes without a sign of life for `patience` seconds, or that said why they ended, and that in words.
+        """(ranks, text) of the processes without a heartbeat for `patience` seconds, or that told a fault.
 
-        With `hung`, where all live, those that do not come to where this one is.
+        With `hung`, if all are alive, of those that do not reach the exchange where this process is.
         """
         try:
             return self._look(patience, hung)
@@ -64,12 +64,12 @@ class Hearts:
         return {rank: self._store.get(name).decode() for rank, name in names.items()}
 
     def tell_fault(self, text: str) -> None:
-        """Say why this process ends before the others."""
+        """Tell the others why this process ends."""
         with suppress(RuntimeError):
             self._store.set(f"ldm/fault/{self.rank}", text)
 
     def leave(self) -> None:
-        """Stop; the first process, which may hold the store, waits some seconds for the others to have read it."""
+        """Stop. The first process may hold the store, so it waits up to 5 s until the others have read it."""
         self._end.set()
         self._thread.join(2 * BEAT)
         with suppress(RuntimeError):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class RowShard(NamedTuple):
     """The rows of a whole batch that this process takes.
 
-    Where there are fewer rows than processes some take a first row that counts for nothing: all have to take the step.
+    If there are fewer rows than processes, some take row 0 with weight 0, because all have to take the step.
     """
 
     size: int  # rows of the whole batch
@@ -29,12 +29,12 @@ class RowShard(NamedTuple):
         return values if self.rows is None else values[list(self.rows)]
 
     def mean(self, losses: Tensor) -> Tensor:
-        """Of these rows' losses (len(rows),) a scalar whose mean over the processes is that of the whole batch."""
+        """(len(rows),) losses -> a scalar; its mean over the processes is the mean loss of the whole batch."""
         return losses.mean() if self.rows is None else self.weight * losses.mean()
 
 
 def rows_of(size: int, rows: Iterable[int], world: int) -> RowShard:
-    """These rows of `size`, of which every other one is taken by another of `world` processes."""
+    """The shard of these rows of a batch of `size`; the other rows go to the other `world` - 1 processes."""
     rows = tuple(rows)
     if world == 1:
         return RowShard(size)

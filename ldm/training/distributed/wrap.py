@@ -1,4 +1,4 @@
-"""A network that many processes train: by DDP, or by FSDP2, which keeps of every tensor a part in each process."""
+"""A network that several processes train: by DDP, or by FSDP2, which shards every tensor over the processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Single:
         self.group = group
 
     def loss(self, stage: Stage, batch: Any, step: int, micro: int) -> Tensor:
-        """The stage's loss, of this process's rows; the gradients of its backward pass are those of all rows."""
+        """The stage's loss on this process's rows; its backward pass gives the gradients of all rows."""
         return stage.loss(batch, step, micro)
 
     def micro(self, last: bool) -> AbstractContextManager[None]:
@@ -42,7 +42,7 @@ class Single:
 
 
 class _Loss(nn.Module):
-    """A stage's loss as the forward pass that DDP knows, whatever parts of the network the stage calls."""
+    """A stage's loss as the forward pass of a module, as DDP needs it."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -69,7 +69,7 @@ class _Replicated(Single):
 
 
 class _Sharded(Single):
-    """FSDP2 (Zhao et al. 2023): every process has a part of each tensor, and gathers a layer while it computes."""
+    """FSDP2 (Zhao et al. 2023): every process holds a shard of each tensor and gathers a layer while it computes."""
 
     def __init__(self, group: Alone, modules: Iterable[nn.Module], device: torch.device):
         from torch.distributed.device_mesh import init_device_mesh
@@ -106,8 +106,8 @@ class _Sharded(Single):
         return bare.eval()
 
 
-def spread(group: Alone, stage: Stage, ema: nn.Module, device: torch.device) -> Single:
-    """Prepare the stage's network, on `device`, and its average for all processes: before there is an optimizer."""
+def wrap_module(group: Alone, stage: Stage, ema: nn.Module, device: torch.device) -> Single:
+    """Wrap the stage's network on `device` and its average for the group; call it before the optimizer is made."""
     if group.world == 1:
         return Single(group)
     if group.sharded:
@@ -122,7 +122,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _layers(module: nn.Module) -> Iterable[nn.Module]:
-    """The outermost layers that come in lists and are called: one of them is gathered at a time."""
+    """The outermost layers in module lists that have a forward; FSDP2 gathers one of them at a time."""
     for child in module.children():
         called = [layer for layer in child if _is_called(layer)] if isinstance(child, nn.ModuleList) else []
         yield from called or _layers(child)
@@ -133,17 +133,17 @@ def _is_called(layer: nn.Module) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each process has a part of it."""
+    """Whether each process holds a shard of it."""
     return any(hasattr(parameter, SHARDED) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each process has a part; the others as they are. Every process has to ask."""
+    """The full tensor of a sharded one, others unchanged. Every process has to call it."""
     return tensor.full_tensor() if hasattr(tensor, SHARDED) else tensor
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor in the way in which `own` lies on the processes, each of which has it."""
+    """Shard `value`, which every process has in full, as `own` is sharded."""
     if not hasattr(own, SHARDED):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -153,5 +153,5 @@ def like(value: Tensor, own: Tensor) -> Tensor:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's parts."""
+    """This process's shards."""
     return [tensor.to_local() if hasattr(tensor, SHARDED) else tensor for tensor in tensors]

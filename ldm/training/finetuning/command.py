@@ -63,8 +63,8 @@ def finetune(
     with processes() as group:
         changeable = [setting_name(option) for option in _texts(allow_changed, "allow_changed")]
         named = {"config": config, "overrides": overrides, "resume": resume}
-        asked = group.together(lambda: read_arguments(data, out, model, **named, **options))
-        settings, images = group.together(lambda: resolve_settings(asked))
+        asked = group.on_all(lambda: read_arguments(data, out, model, **named, **options))
+        settings, images = group.on_all(lambda: resolve_settings(asked))
         return run(settings, asked.out, asked.resume, changeable, dry_run, images)
 
 

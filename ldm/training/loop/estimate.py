@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ldm.device import keep_memory, pick_device
-from ldm.training.checkpoints.state import TrainState, learned
+from ldm.training.checkpoints.state import TrainState, trained_names
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.step import Stage, precision, prepare, take_step
 from ldm.training.settings import Settings
@@ -74,7 +74,7 @@ def _lines(settings: Settings, device: torch.device, each: float, memory: int, s
 def _put_back(module: nn.Module) -> Iterator[int]:
     """Whatever is done to what is trained of `module` inside is undone; yields the bytes that this needs."""
     own, training = module.state_dict(), module.training
-    kept = {name: own[name].detach().clone() for name in learned(module)}
+    kept = {name: own[name].detach().clone() for name in trained_names(module)}
     try:
         yield sum(value.nbytes for value in kept.values())
     finally:

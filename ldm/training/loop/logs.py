@@ -1,4 +1,4 @@
-"""What a run writes down beside its checkpoints: loss.jsonl, scores.jsonl, and best.json, the checkpoint to prefer."""
+"""The logs of a run: loss.jsonl, scores.jsonl, and best.json, which names the best checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ldm import files
 
-# The score that a checkpoint is best by, the first of these that the stage takes: +1 where more is better.
+# The score that ranks checkpoints: the first of these that the stage has. +1: more is better.
 BEST = {"validation_loss": -1, "psnr": 1, "text_to_image": 1}
 
 
@@ -22,8 +22,8 @@ class Best(NamedTuple):
     value: float
 
 
-class Records:
-    """The logs of a run in `out`, cut back to `step`, where it begins or goes on."""
+class RunLogs:
+    """The logs of a run in `out`, cut back to `step`, where it begins or resumes."""
 
     def __init__(self, out: Path, step: int, losses: list[float]):
         self.out, self.values = out, losses  # of the steps since the last line
@@ -47,7 +47,7 @@ class Records:
         return [json.loads(line) for line in self._until(name, 1 << 62)]
 
     def add(self, step: int, loss: float, rate: float, every: int) -> dict[str, float] | None:
-        """Note the loss of a step; at every `every`-th write a line for their mean, and return it."""
+        """Add the loss of a step. At every `every`-th step write a line with the mean, and return it."""
         if math.isfinite(loss):
             self.values.append(loss)
         if step % every or not self.values:
@@ -59,17 +59,17 @@ class Records:
         return row
 
     def score(self, step: int, scores: dict[str, float]) -> None:
-        """Write the scores of a step in place of those that it may have had."""
+        """Write the scores of a step; they replace earlier scores of the same step."""
         lines = [*self._until("scores.jsonl", step - 1), json.dumps({"step": step, **scores})]
         files.atomic_write(self.out / "scores.jsonl", "\n".join(lines) + "\n")
 
     def scores(self, step: int) -> dict[str, float]:
-        """The scores of a step, {} where none were taken."""
+        """The scores of a step, {} if there are none."""
         found = [row for row in self.rows("scores.jsonl") if row["step"] == step]
         return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
 
     def best(self, saved: Collection[int]) -> Best | None:
-        """The best of the steps that have a score and are `saved`; of equals the first."""
+        """The best of the `saved` steps that have a score; the first of equals."""
         rows = [row for row in self.rows("scores.jsonl") if row["step"] in saved]
         name = next((name for name in BEST if any(name in row for row in rows)), None)
         found = [Best(row["step"], name, row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]

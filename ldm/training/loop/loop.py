@@ -1,4 +1,4 @@
-"""The one training loop: every stage runs through it, and a killed run resumes to the same bits."""
+"""The training loop of every stage. A killed run resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ldm.training.checkpoints.resume import restore, set_later_aside
 from ldm.training.checkpoints.state import TrainState
 from ldm.training.checks import fingerprints
 from ldm.training.distributed import current
-from ldm.training.loop.logs import BEST, Best, Records
+from ldm.training.loop.logs import BEST, Best, RunLogs
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.schedules import learning_rate
 from ldm.training.loop.step import Outcome, Stage, precision, prepare, take_step
@@ -43,10 +43,10 @@ def fit(
 ) -> Path:
     """Train `stage` to `settings.steps` in the run folder `out` and return the folder of its model.
 
-    `checkpoint` is what `to_resume` found. Raises Interrupted after a signal (state saved), NumericsError after five
+    `checkpoint` is the result of `to_resume`. Raises Interrupted after a signal (state saved), NumericsError after five
     bad steps in a row (the last good checkpoint stays), CheckpointError where the models that the run reads are not
     those it began with, ResourceError out of memory or, before the first step, where the disk has no room for its
-    checkpoints, DataError (exit code 5, state saved) for a bad picture, ProcessGone where another process is missing.
+    checkpoints, DataError (exit code 5, state saved) for a bad image, ProcessGone where another process is missing.
     """
     group = current()
     keep_memory()
@@ -56,9 +56,9 @@ def fit(
         _compare(inputs, out)
         losses: list[float] = []
         if checkpoint:
-            losses = group.together(partial(restore, state, checkpoint, settings, inputs, allow_changed))
+            losses = group.on_all(partial(restore, state, checkpoint, settings, inputs, allow_changed))
             group.on_first(partial(set_later_aside, out, checkpoint))
-        run = group.together(lambda: _Run(stage, state, settings, out, losses, inputs))
+        run = group.on_all(lambda: _Run(stage, state, settings, out, losses, inputs))
         try:
             with run.stop:
                 run.train()
@@ -73,18 +73,18 @@ def fit(
 
 @contextmanager
 def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
-    """Turn running out of memory into ResourceError that names the settings to change."""
+    """Turn out-of-memory errors into ResourceError that names the settings to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        todo = f"{sparing(settings)}; {states.last_good(out)}"
+        todo = f"{memory_hints(settings)}; {states.last_good(out)}"
         raise ResourceError("out of memory", where=out, todo=todo) from None
 
 
 def _compare(inputs: dict[str, str], out: Path) -> None:
-    """Raise DataError where the processes of a run do not read the same."""
+    """Raise DataError if the processes of a run read different inputs."""
     group = current()
     firsts = group.on_first(lambda: inputs)
 
@@ -93,11 +93,11 @@ def _compare(inputs: dict[str, str], out: Path) -> None:
             if firsts.get(name) != digest:
                 raise DataError(f"process {group.rank} of {group.world} reads another {name} than process 0", where=out)
 
-    group.together(same)
+    group.on_all(same)
 
 
-def sparing(settings: Settings) -> str:
-    """Which settings to change where memory runs out."""
+def memory_hints(settings: Settings) -> str:
+    """Which settings to change when memory runs out."""
     found = [] if settings.gradient_checkpointing else ["set gradient_checkpointing=true"]
     if settings.batch_size > 1:
         found.append(f"lower batch_size={settings.batch_size} and raise accumulation={settings.accumulation}")
@@ -105,16 +105,16 @@ def sparing(settings: Settings) -> str:
 
 
 def ask_for_space(module: nn.Module, settings: Settings, out: Path) -> None:
-    """Raise ResourceError unless the disk has room for the checkpoints that are to come.
+    """Raise ResourceError unless the disk has room for the run's checkpoints.
 
-    Those that are kept, the best one, and a new one before the oldest goes; less what is there already.
+    That is `keep`, the best one, and a new one before the oldest is removed, less those that exist already.
     """
     count = settings.keep + 2 - len(states.checkpoints(out))
     files.require_space(out, int(1.2 * max(1, count) * checkpoint_bytes(settings, module)))
 
 
 class _Run:
-    """A run in its folder: the steps, and what is written down as they go."""
+    """A run in its folder: the steps, and the logs, scores and checkpoints that they write."""
 
     def __init__(
         self,
@@ -134,8 +134,8 @@ class _Run:
             files.atomic_write(out / "settings.json", json.dumps(as_dict(settings), indent=1) + "\n")
             versions = {"ldm": ldm.__version__, **states.environment(next(state.module.parameters()).device)}
             files.atomic_write(out / "versions.json", json.dumps({**versions, "inputs": inputs}, indent=1) + "\n")
-            self.records = Records(out, state.step, losses)
-            self.scores = self.records.scores(state.step)
+            self.logs = RunLogs(out, state.step, losses)
+            self.scores = self.logs.scores(state.step)
         own = settings if self.group.first else replace(settings, report_to=())
         self.trackers = Trackers(own, out, state.step)
         self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
@@ -146,17 +146,17 @@ class _Run:
 
     @property
     def signal(self) -> int | None:
-        """The signal that stops the run; of many processes the one that all have heard of."""
+        """The signal that stops the run; with several processes, the one that all know of."""
         return self.group.signal(self.stop)
 
     def train(self) -> None:
-        """To the last step, with scores, checkpoints and the page on the way."""
+        """Run to the last step, with scores, checkpoints and the page."""
         state, settings = self.state, self.settings
         if state.step in map(states.step_of, states.checkpoints(self.out)):
             self._tidy()  # it may have been killed right after that checkpoint
         if state.step >= settings.steps:
             return
-        if self.group.as_first(state.step % settings.validate_every == 0 and not self.scores):
+        if self.group.from_first(state.step % settings.validate_every == 0 and not self.scores):
             self._show()
         batches = self.stage.batches(state.step)
         bar = progress(total=settings.steps, initial=state.step, desc=settings.stage, unit="step")
@@ -173,11 +173,11 @@ class _Run:
         return self.group.of_all(NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo))
 
     def _named(self) -> str:
-        """The samples of the last bad step, where the batches know them."""
+        """The ids of the samples of the last bad step, if the batches have ids."""
         return f" ({', '.join(self.samples[:8])})" if self.samples else ""
 
     def _begun(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches with the first one made: that may take minutes, which a signal need not wait for."""
+        """The batches, with the first one made. That may take minutes, so a signal may interrupt it."""
         first = []
         if not self.signal:
             device = next(self.state.module.parameters()).device
@@ -189,7 +189,7 @@ class _Run:
         return chain(first, batches)
 
     def _step(self, batches: Iterator[Any], bar) -> None:
-        """One step and its line of the log."""
+        """One step and its log line."""
         state, every, began = self.state, self.settings.log_every, time.monotonic()
         done = self._guarded(batches)
         self.clock.append(time.monotonic() - began)
@@ -202,9 +202,9 @@ class _Run:
             self._note(done, every, bar)
 
     def _note(self, done: Outcome, every: int, bar) -> None:
-        """A step's line of the log."""
+        """The log line of a step."""
         state = self.state
-        row = self.records.add(state.step, done.loss, learning_rate(self.settings, state.step - 1), every)
+        row = self.logs.add(state.step, done.loss, learning_rate(self.settings, state.step - 1), every)
         bar.update()
         if row is not None:
             told = f"loss {row['loss']:.4f}, {self._speed():.3g} samples/s"
@@ -215,7 +215,7 @@ class _Run:
             self._announce()
 
     def _guarded(self, batches: Iterator[Any]) -> Outcome:
-        """A step; a picture that cannot be read stops the run part-way, with all before it saved."""
+        """One step. An image that cannot be read stops the run, after the steps before it are saved."""
         try:
             return take_step(self.stage, self.state, self.settings, batches)
         except DataError as error:
@@ -225,20 +225,21 @@ class _Run:
             raise
 
     def _speed(self) -> float:
-        """Samples a second, scores and checkpoints aside."""
+        """Samples per second, without scores and checkpoints."""
         return sum(self.rows) / sum(self.clock)
 
     def _announce(self) -> None:
-        """How long a signal takes to be answered: the step in which it comes, and a checkpoint."""
+        """Print how long the run takes to stop after a signal: a step and a checkpoint."""
         size = checkpoint_bytes(self.settings, self.state.module)
         step, saving = self.clock[-1], states.saving_seconds(self.out, size)
         parts = f"a step takes {step:.2g} s, a checkpoint about {saving:.2g} s"
         say(f"Ctrl-C or SIGTERM ends the run, saved, within about {math.ceil(step + saving)} s ({parts})")
 
     def _after_step(self) -> None:
-        """Scores, a checkpoint and the answer to a signal, where they are due.
+        """Take scores, save a checkpoint and answer a signal, where they are due.
 
-        After a bad step, or scores that are no numbers, none but a signal's is saved: good ones would go for it.
+        After a bad step, or with scores that are not finite, a checkpoint is saved for a signal only: it would replace
+        a good one.
         """
         state, settings = self.state, self.settings
         last = state.step == settings.steps
@@ -247,18 +248,17 @@ class _Run:
         if last or state.step % settings.validate_every == 0:
             self._show()
             best = self._best() if self.scores else None
-            due = self.group.as_first(due or (best is not None and best.step == state.step))
-            self.sound = self.group.as_first(_sound(self.scores))
+            due = self.group.from_first(due or (best is not None and best.step == state.step))
+            self.sound = self.group.from_first(_sound(self.scores))
         if (due and self.sound and not self.bad) or self.signal:
             self._save()
         if self.signal:
             raise self._stopped(f"after step {state.step}, all saved")
 
     def _show(self) -> None:
-        """Score and draw with the EMA weights, and write the page; a signal cuts it short.
+        """Score and draw with the EMA weights, and write the page. A signal cuts it short.
 
-        Out of memory, the training goes on without: its steps may need less. Raises NumericsError where a picture is
-        not finite.
+        If memory runs out here, training goes on without scores. Raises NumericsError if an image is not finite.
         """
         if self.signal:
             return
@@ -271,20 +271,20 @@ class _Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.group.sharded:
                 raise
-            warn(f"step {self.state.step}: out of memory in validation, so no scores; {sparing(self.settings)}")
+            warn(f"step {self.state.step}: out of memory in validation, so no scores; {memory_hints(self.settings)}")
         self.state.parallel.settle()
         self.group.hear()
 
     def _score(self) -> None:
         step = self.state.step
-        scores, image = self.stage.validate(self.state.ema, step), self.stage.picture(self.state.ema)
+        scores, image = self.stage.validate(self.state.ema, step), self.stage.sample_grid(self.state.ema)
         if not self.group.first:
             return
         if image is not None:
             path = self.out / "samples" / f"step-{step:08d}.png"
             files.atomic_write(path, lambda path: image.save(path, format="PNG"))
-            self.trackers.picture(image, step)
-        self.records.score(step, scores)
+            self.trackers.image(image, step)
+        self.logs.score(step, scores)
         self.scores = scores
         self.trackers.log(scores, step)
         self.tell("running")
@@ -292,22 +292,22 @@ class _Run:
             say(f"step {step}: {_told(scores)}")
 
     def _best(self) -> Best | None:
-        """The best of the checkpoints, that of this step counted as one."""
-        return self.records.best({self.state.step, *map(states.step_of, states.checkpoints(self.out))} - {0})
+        """The best checkpoint, this step counted as one."""
+        return self.logs.best({self.state.step, *map(states.step_of, states.checkpoints(self.out))} - {0})
 
     def _save(self) -> None:
-        """A checkpoint, with what the log has not written yet and what the run reads; then the oldest goes."""
-        extra = {"losses": self.records.values, "inputs": self.inputs} if self.group.first else {}
+        """Save a checkpoint with unlogged losses and the digests of the inputs, and remove the oldest."""
+        extra = {"losses": self.logs.values, "inputs": self.inputs} if self.group.first else {}
         states.save(self.state, self.out, as_dict(self.settings), extra)
         self._tidy()
 
     def _tidy(self) -> None:
-        """Mark the best checkpoint, and let the oldest go."""
+        """Mark the best checkpoint and remove the oldest."""
         if not self.group.first:
             return
         best = self._best()
         if best is not None:
-            self.records.mark(best)
+            self.logs.mark(best)
         for folder in states.rotate(self.out, self.settings.keep, best.step if best else None):
             if folder not in self.stuck:
                 self.stuck.add(folder)
@@ -323,28 +323,28 @@ class _Run:
             return
         pace = (self._speed(), sum(self.clock) / len(self.clock)) if self.clock else None
         lines = list(getattr(self.stage, "lines", ()))
-        write_page(self.records, self.settings, self.state.step, status, self._best(), lines, pace)
+        write_page(self.logs, self.settings, self.state.step, status, self._best(), lines, pace)
 
     def export(self) -> Path:
-        """The model of the average, or of that of the best checkpoint; returns where it is.
+        """Write the model of the EMA weights, or of the best checkpoint's, and return its folder.
 
-        Raises NumericsError where the last step or its scores were not finite.
+        Raises NumericsError if the last step or its scores were not finite.
         """
-        if self.group.as_first(not self.scores):
+        if self.group.from_first(not self.scores):
             self._show()
         step = self.group.on_first(self._best_step)
         if step is None and self.bad:
             raise self._lost(f"loss or gradient of the last step is not finite{self._named()}, so no model is made")
-        if step is None and not self.group.as_first(_sound(self.scores)):
+        if step is None and not self.group.from_first(_sound(self.scores)):
             raise self._lost("the validation loss is not finite, so no model is made")
         if step is not None:
-            self.state.take_average(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
+            self.state.load_ema(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
         ema = self.state.parallel.gathered(self.state.ema)
         return Path(self.group.on_first(lambda: str(self._exported(ema, step))))
 
     def _best_step(self) -> int | None:
-        """The step of the best checkpoint, where the model is to be made of that."""
-        best, before = self._best(), self.records.scores(0)
+        """The step of the best checkpoint if the model is made from it, else None."""
+        best, before = self._best(), self.logs.scores(0)
         if best is not None and before.get(best.name, math.nan) * BEST[best.name] > best.value * BEST[best.name]:
             warn(f"{best.name} was better before training ({before[best.name]:.4g}) than at any checkpoint since")
         wanted = getattr(self.settings, "export", "last") == "best"
@@ -356,8 +356,8 @@ class _Run:
         return None
 
     def _exported(self, ema: nn.Module, step: int | None) -> Path:
-        """The stage's model, with the scores of `step` where it is not the last."""
-        scores = self.scores if step is None else self.records.scores(step)
+        """Write the stage's model with the scores of `step` (None: of the last step)."""
+        scores = self.scores if step is None else self.logs.scores(step)
         made = self.stage.export(ema, self.out / "model", scores)
         self.tell("done")
         say(f"{made}: {_told(scores)}" if scores else f"{made}: done")
@@ -365,7 +365,7 @@ class _Run:
 
 
 def _sound(scores: dict[str, float]) -> bool:
-    """Whether what the best checkpoint is found by are numbers, and not infinitely bad."""
+    """Whether the scores that rank checkpoints are finite."""
     return all(scores.get(name, 0) * sign > -math.inf for name, sign in BEST.items())  # NaN is not
 
 

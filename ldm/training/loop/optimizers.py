@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.config import require
 from ldm.nn.lora import LoraLayer
-from ldm.training.checkpoints.state import learned, trainable
+from ldm.training.checkpoints.state import trainable, trained_names
 from ldm.training.settings import Settings
 
 ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
@@ -117,7 +117,7 @@ OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.
 def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
     """The size of a checkpoint on disk once every parameter has been moved, to some KB; no optimizer is built."""
     tensors, parameters = module.state_dict(), trainable(module)
-    size = 2 * sum(tensors[name].nbytes for name in learned(module))  # the weights and their average
+    size = 2 * sum(tensors[name].nbytes for name in trained_names(module))  # the weights and their average
     moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
     hidden = _hidden_names(module) if settings.optimizer == "muon" else set()
     for name, parameter in parameters.items():

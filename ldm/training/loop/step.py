@@ -1,4 +1,4 @@
-"""One optimizer step of any stage, and what it moves: weights, their average, moments."""
+"""One optimizer step of any stage: weights, their average, the optimizer's moments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ldm.errors import ConfigError
 from ldm.nn.unet import UNet
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
-from ldm.training.distributed.wrap import local, spread, whole
+from ldm.training.distributed.wrap import local, whole, wrap_module
 from ldm.training.loop.optimizers import make_optimizer
 from ldm.training.loop.schedules import learning_rate
 from ldm.training.loop.trackers import check_trackers
@@ -31,11 +31,11 @@ from ldm.training.settings import Settings
 
 
 class Stage(Protocol):
-    """What a stage adds to the loop. `batches` starts at any step and depends on nothing but (settings, step).
+    """What a stage adds to the loop. `batches` can start at any step and depends on (settings, step) alone.
 
-    What is not trained of `module` does not require a gradient. A stage may have `lines` too, what there is to say of
-    its data (the run's page shows them), and `inputs`, digests of what it reads by name. A batch may have `ids`.
-    On many processes `batches` gives each its part (see distributed.RowShard), and `loss` the part's mean.
+    Parameters of `module` that are not trained do not require a gradient. A stage may also have `lines` about its data
+    (the run's page shows them) and `inputs`, the digests of what it reads by name. A batch may have `ids`. With
+    several processes `batches` gives each its rows (see distributed.RowShard), and `loss` is their mean.
     """
 
     module: nn.Module
@@ -46,13 +46,13 @@ class Stage(Protocol):
 
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]: ...
 
-    def picture(self, ema: nn.Module): ...  # PIL image of samples, or None
+    def sample_grid(self, ema: nn.Module): ...  # PIL image of samples, or None
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path: ...  # what was written
 
 
 def check_means(settings: Settings) -> None:
-    """Raise ConfigError for what this machine has not: fp16, a compiler, the package of an optimizer or a tracker."""
+    """Raise ConfigError if this machine lacks fp16, a compiler, or the package of an optimizer or a tracker."""
     device = pick_device(settings.device)
     fits = settings.precision != "fp16" or device.type == "cuda"
     require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
@@ -65,23 +65,23 @@ def check_means(settings: Settings) -> None:
 
 
 def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
-    """Autocast to fp16 or bf16 where it is asked for, to bf16 where it is faster by `auto`, else nothing."""
+    """Autocast to fp16 or bf16 as the settings say; `auto` means bf16 where it is faster, else none."""
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast_bf16(device))
     half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, half, enabled=bf16 or settings.precision == "fp16")
 
 
 def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone = ALONE) -> TrainState:
-    """What a run starts from: the stage's module on `device`, its average, an optimizer; of fp16 a gradient scaler.
+    """The start of a run: the stage's module on `device`, its average, an optimizer, and for fp16 a gradient scaler.
 
-    Of a `group` of processes all have to ask.
+    Every process of a `group` has to call it.
     """
     module = stage.module.to(device).train()
     if settings.gradient_checkpointing:
         checkpoint_gradients(module)
     scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
-    ema = shadow(module)
-    parallel = spread(group, stage, ema, device)
+    ema = ema_copy(module)
+    parallel = wrap_module(group, stage, ema, device)
     return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
 
 
@@ -102,14 +102,14 @@ def checkpoint_gradients(module: nn.Module) -> None:
             part.gradient_checkpointing = True
 
 
-def shadow(module: nn.Module) -> nn.Module:
-    """A copy in eval mode for the average: what is trained, and buffers, in memory of its own; the rest is shared."""
+def ema_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode for the average. Trained parameters and buffers are copied, the rest is shared."""
     shared: dict[int, object] = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, shared).eval().requires_grad_(False)
 
 
 class Outcome(NamedTuple):
-    """What came of a step."""
+    """The result of a step."""
 
     loss: float  # NaN where it is `bad`
     bad: bool  # loss or gradient was not finite; nothing was applied
@@ -120,7 +120,7 @@ class Outcome(NamedTuple):
 def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iterator[Any]) -> Outcome:
     """One optimizer step, with gradients accumulated over `settings.accumulation` batches.
 
-    Where fp16's scaled gradients overflow, nothing is applied and the scale is halved: that is not `bad`.
+    If fp16's scaled gradients overflow, nothing is applied and the scale is halved: that is not `bad`.
     """
     device = next(state.module.parameters()).device
     rate, scaler, ids, parallel = learning_rate(settings, state.step), state.scaler, [], state.parallel

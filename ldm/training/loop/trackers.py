@@ -55,7 +55,7 @@ class Trackers:
         for tracker in self.trackers:
             tracker.log(values, step)
 
-    def picture(self, image: Image.Image, step: int) -> None:
+    def image(self, image: Image.Image, step: int) -> None:
         """The sample grid of a step."""
         import numpy as np
 

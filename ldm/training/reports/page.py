@@ -1,4 +1,4 @@
-"""The page of a run, RUN/index.html: one static file beside the pictures that it shows, written anew as the run goes.
+"""The page of a run, RUN/index.html: one static file beside the images that it shows, written anew as the run goes.
 
 It has no script and asks nothing of a network; while the run goes, the browser reads it again every minute.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from ldm.files import atomic_write
 from ldm.report import line_plot
-from ldm.training.loop.logs import Best, Records
+from ldm.training.loop.logs import Best, RunLogs
 from ldm.training.loop.trackers import flat
 from ldm.training.settings import Settings, as_dict
 
@@ -41,7 +41,7 @@ td:first-child { opacity: .7; white-space: nowrap; } tr { break-inside: avoid; }
 
 
 def write_page(
-    records: Records,
+    logs: RunLogs,
     settings: Settings,
     step: int,
     status: str,  # "running", "done", "stopped: …"
@@ -50,7 +50,7 @@ def write_page(
     pace: tuple[float, float] | None,  # samples a second, seconds a step
 ) -> Path:
     """Write the page over that of before. Raises ResourceError where it cannot be written."""
-    out, losses, scores = records.out, records.rows("loss.jsonl"), records.rows("scores.jsonl")
+    out, losses, scores = logs.out, logs.rows("loss.jsonl"), logs.rows("scores.jsonl")
     body = [f"<h1>{escape(out.resolve().name)}: {escape(settings.stage)}, {escape(status)}</h1>"]
     body.append(_facts(settings, step, scores, best, pace))
     body.append(f'<div class="bar"><i style="width:{100 * step / settings.steps:.1f}%"></i></div>')

@@ -1,4 +1,4 @@
-"""Stage 1, the autoencoder: pictures to latents of unit variance and back (Rombach et al. 2022, section 3.1)."""
+"""Stage 1, the autoencoder: images to latents of unit variance and back (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Crops(NamedTuple):
 
 
 class Autoencoder:
-    """diffusers' AutoencoderKL on crops of the pictures: L1 + MSE + gradient difference + small KL."""
+    """diffusers' AutoencoderKL on crops of the images: L1 + MSE + gradient difference + small KL."""
 
     def __init__(self, settings: AutoencoderSettings):
         self.settings = settings
@@ -49,9 +49,9 @@ class Autoencoder:
 
     def batches(self, first_step: int) -> Iterator[Crops]:
         s = self.settings
-        pictures = s.batch_size // s.crops
-        start = first_step * s.accumulation * pictures
-        for number, (batch, _) in enumerate(stream(self.samples, start, pictures, s.workers)):
+        count = s.batch_size // s.crops
+        start = first_step * s.accumulation * count
+        for number, (batch, _) in enumerate(stream(self.samples, start, count, s.workers)):
             step, micro = divmod(number + first_step * s.accumulation, s.accumulation)
             whole = not s.crop or step >= s.crop_until * s.steps
             batch = batch if whole else random_crops(batch, s.crop, s.crops, s.seed, step, micro)
@@ -71,21 +71,21 @@ class Autoencoder:
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
-        """PSNR in dB on held-out pictures, the mean of the values of single pictures."""
+        """PSNR in dB on held-out images, the mean of the values of single images."""
         values = []
         for start in range(0, self.settings.validation, 10):
-            x = self._pictures(range(start, min(start + 10, self.settings.validation)))
+            x = self._images(range(start, min(start + 10, self.settings.validation)))
             mse = ((_reconstruct(ema, x) - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
             values += (-10 * mse.clamp_min(1e-10).log10()).tolist()
         return {"psnr": sum(values) / len(values)}
 
     @torch.no_grad()
-    def picture(self, ema: nn.Module):
-        """Eight held-out pictures above their reconstructions."""
-        x = self._pictures(range(8))
+    def sample_grid(self, ema: nn.Module):
+        """Eight held-out images above their reconstructions."""
+        x = self._images(range(8))
         return images.grid(images.to_pil(torch.cat([x, _reconstruct(ema, x)]).cpu()), columns=8)
 
-    def _pictures(self, indices: range) -> Tensor:
+    def _images(self, indices: range) -> Tensor:
         batch = torch.stack([torch.from_numpy(self.held_out[i][0]) for i in indices])
         return to_float(batch, self.device).contiguous(memory_format=torch.channels_last)
 
@@ -96,11 +96,11 @@ class Autoencoder:
         module = AutoencoderKL.from_config(dict(ema.config))
         module.load_state_dict(ema.state_dict())
         if not self.settings.freeze_encoder:  # else the latents stay what they were
-            x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_pictures(256)])
+            x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_images(256)])
             standardize(module, x)
         return save_parts(folder, torch.bfloat16, vae=VAE(module))
 
-    def _train_pictures(self, count: int) -> Iterator[Tensor]:
+    def _train_images(self, count: int) -> Iterator[Tensor]:
         batches = stream(self.samples, 0, 32, 0)
         return (next(batches)[0] for _ in range(count // 32))
 
@@ -111,7 +111,7 @@ def _reconstruct(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardize(module: nn.Module, x: Tensor) -> None:
-    """Give every latent channel mean 0 and variance 1 over the pictures `x`, without changing a reconstruction.
+    """Give every latent channel mean 0 and variance 1 over the images `x`, without changing a reconstruction.
 
     The affine map goes into the 1×1 convolutions on both sides of the latents, so scaling_factor is 1 and every
     reader of the format gets it right.
@@ -136,7 +136,7 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def random_crops(batch: Tensor, size: int, count: int, seed: int, step: int, micro: int) -> Tensor:
-    """`count` crops (B·count, size, size, 3) from each picture (B, H, W, 3), places keyed by (seed, step)."""
+    """`count` crops (B·count, size, size, 3) from each image (B, H, W, 3), places keyed by (seed, step)."""
     b, h, w, _ = batch.shape
     u = seeded.uniform((b * count, 2), seed, "crop", step, micro)
     tops, lefts = (u[:, 0] * (h - size + 1)).long().tolist(), (u[:, 1] * (w - size + 1)).long().tolist()

@@ -49,7 +49,7 @@ def distinct(samples: Samples, count: int) -> dict[str, int]:
 
 
 def conditioned(unet: Callable[..., Tensor], time_ids: tuple[float, ...] | Tensor | None = None) -> Network:
-    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every picture."""
+    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every image."""
 
     def network(x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         ids = x.new_tensor([time_ids] * len(x)) if isinstance(time_ids, tuple) else time_ids
@@ -58,7 +58,7 @@ def conditioned(unet: Callable[..., Tensor], time_ids: tuple[float, ...] | Tenso
     return network
 
 
-def spread(u: Tensor, timesteps: str, shift: float) -> Tensor:
+def shape_timesteps(u: Tensor, timesteps: str, shift: float) -> Tensor:
     """Uniform (B,) in [0, 1) → [0, 1), as often at low and at high noise as the settings say."""
     if timesteps == "logit_normal":
         u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
@@ -97,13 +97,13 @@ def draw_grid(
     schedule: Schedule,
     sigmas: Tensor,
     sampler: str,
-    shape: tuple[int, ...],  # of one picture's latents: (C, h, w)
+    shape: tuple[int, ...],  # of one image's latents: (C, h, w)
     rows: Iterable[int],
     seed: int,
     device: torch.device,
     spacing: str | None = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) of the grid's pictures `rows`, each from noise of its own that is always the same."""
+    """Latents (B, C, h, w) of the grid's images `rows`, each from noise of its own that is always the same."""
 
     def noise(*step: int) -> Tensor:
         return torch.stack([seeded.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)

@@ -36,7 +36,7 @@ from ldm.training.stages.common import (
     conditioned,
     draw_grid,
     fixed_levels,
-    spread,
+    shape_timesteps,
     timesteps_at,
     validation_scores,
 )
@@ -140,7 +140,7 @@ class Finetune:
             noise = noise + s.noise_offset * shift
         noise = part.of(noise).to(self.device)
         u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
-        u = part.of(spread(u, s.timesteps, s.timestep_shift))
+        u = part.of(shape_timesteps(u, s.timesteps, s.timestep_shift))
         timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)
         teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
@@ -180,7 +180,7 @@ class Finetune:
         return module if self.settings.train == "full" or is_sharded(module) else folded(module)
 
     @torch.no_grad()
-    def picture(self, ema: nn.Module):
+    def sample_grid(self, ema: nn.Module):
         """The prompts drawn with fixed seeds."""
         s, drawing, vae = self.settings, self.drawing, self.model.vae
         if not self.prompts:

@@ -97,7 +97,7 @@ class Text:
             total += len(part)
         return right / max(1, total)
 
-    def picture(self, ema: nn.Module) -> None:
+    def sample_grid(self, ema: nn.Module) -> None:
         return None
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:

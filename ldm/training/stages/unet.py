@@ -34,13 +34,13 @@ from ldm.training.stages.common import (
     distinct,
     draw_grid,
     fixed_levels,
-    spread,
+    shape_timesteps,
     start_from,
     timesteps_at,
     validation_scores,
 )
 
-GRID = 16  # pictures in the sample grid
+GRID = 16  # images in the sample grid
 
 
 class PoolBatch(NamedTuple):
@@ -91,8 +91,8 @@ class UNetStage:
         s = self.settings
         held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
         found = distinct(held_out, s.validation)
-        pictures = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
-        x0 = self._latents(pictures)
+        held_out_images = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
+        x0 = self._latents(held_out_images)
         noise = seeded.normal(tuple(x0.shape), s.seed, "validation").to(self.device)
         self.validation = (x0, noise, fixed_levels(len(x0), s.seed), self._states(list(found)))
         self.grid_captions = list(found)[:GRID]
@@ -111,8 +111,8 @@ class UNetStage:
         mask = packed[..., width].bool() if packed.shape[-1] > width else None
         return Conditioning(packed[..., :width], None, mask)
 
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return encode_images(self.vae, pictures, self.device)
+    def _latents(self, images: Tensor) -> Tensor:
+        return encode_images(self.vae, images, self.device)
 
     def batches(self, first_step: int) -> Iterator[PoolBatch]:
         s, part = self.settings, current().part(self.settings.batch_size)
@@ -128,7 +128,7 @@ class UNetStage:
         size = part.size
         noise = seeded.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)
         u = seeded.uniform((2, size), s.seed, "timesteps", step, micro)
-        even = spread(
+        even = shape_timesteps(
             (torch.arange(size) + u[0]) / size, s.timesteps, s.timestep_shift
         )  # one from each of B equal parts
         timesteps = timesteps_at(self.schedule, part.of(even)).to(self.device)
@@ -150,7 +150,7 @@ class UNetStage:
         return validation_scores(bound, self.schedule, self.settings.snr_gamma)
 
     @torch.no_grad()
-    def picture(self, ema: nn.Module):
+    def sample_grid(self, ema: nn.Module):
         """Sixteen held-out captions rendered with fixed seeds."""
         s, captions = self.settings, self.grid_captions
         states = self._states(captions)
