@@ -27,6 +27,10 @@ def run(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "run")
 
 
+def end_of(run):
+    return (run / "checkpoints" / "step-00000012" / state.WEIGHTS).read_bytes()
+
+
 def names(run):
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -57,6 +61,20 @@ def test_after_all_checkpoints_were_set_aside_no_command_begins_anew(run):
     assert names(run) == ["corrupt-step-00000009", "corrupt-step-00000012"]
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_leads_to_the_same_bits(run, whole, capsys):
+    damage(run / "checkpoints" / "step-00000012")
+    train_toy(run, "latest", decay_from=1)
+    assert "set aside as corrupt-step-00000012" in capsys.readouterr().err
+    assert names(run) == ["corrupt-step-00000012", "step-00000009", "step-00000012"] and end_of(run) == end_of(whole)
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_too(run):
+    for folder in state.checkpoints(run):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        train_toy(run, "latest", decay_from=1)
+
+
 def test_a_second_damaged_checkpoint_of_a_step_has_a_name_of_its_own(run):
     shutil.copytree(run / "checkpoints" / "step-00000012", run / "checkpoints" / "corrupt-step-00000012")
     damage(run / "checkpoints" / "step-00000012")
@@ -76,10 +94,11 @@ def test_newer_checkpoints_keep_their_names_until_the_chosen_one_is_taken(run):
     assert names(run) == before
 
 
-def test_going_back_twice_loses_nothing(run):
+def test_going_back_twice_loses_nothing(run, whole):
     chosen = run / "checkpoints" / "step-00000009"
     for _ in range(2):
         train_toy(run, str(chosen), decay_from=1)
+        assert end_of(run) == end_of(whole)
     assert names(run) == ["later-step-00000012", "later-step-00000012-2", "step-00000009", "step-00000012"]
 
 

@@ -254,6 +254,7 @@ def test_bad_steps_do_not_drive_good_checkpoints_away(every, tmp_path):
     with pytest.raises(NumericsError, match=r"5 steps in a row \(10-0, 10-1, 10-2, 10-3\)") as error:
         train_toy(run, kind=broken_from(6), save_every=every, validate_every=100, decay_from=1)
     assert error.value.exit_code == 5 and "the last checkpoint is good (step-00000006)" in str(error.value)
+    assert all(json.loads(line)["loss"] > 0 for line in (run / "loss.jsonl").read_text().splitlines())
     train_toy(whole, steps=6, save_every=every, validate_every=100, decay_from=1)
     assert steps_of(run) == steps_of(whole) == [6 - every, 6]
     for step in steps_of(run):
