@@ -1,8 +1,12 @@
 """A tiny random model as a complete diffusers folder, built once a session with the package's own writer."""
 
 import json
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = ("a", "cat", "dog", "red", "blue", "on", "and")
 MAX_LENGTH = 16  # tokens, start and end included
