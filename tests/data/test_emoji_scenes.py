@@ -251,15 +251,3 @@ def test_a_still_scene_has_one_place_for_each_arrangement(kind, ways):
 
     sides = {tuple((p.x, p.y, p.size) for p in still.spec(i).objects) for i in range(150)}
     assert len(sides) == ways and len(seen(free)) > 100
-
-
-def test_settings_under_their_old_names_are_the_same_settings():
-    old = {"favourites": ["duck"], "favourites_share": 0.9, "still": 0.5, "grounds": "any", "jitter": 3}
-    new = {"oversampled": ["duck"], "oversampled_share": 0.9, "fixed_layout": 0.5, "backgrounds": "any", "jitter": 3}
-    assert (
-        emoji.scene_config(old)
-        == emoji.scene_config(new)
-        == SceneConfig(oversampled=("duck",), oversampled_share=0.9, fixed_layout=0.5, backgrounds="any", jitter=3)
-    )
-    with pytest.raises(ConfigError, match=r"data.scenes: unknown setting 'stil'"):
-        emoji.scene_config({"stil": 0.5})

@@ -7,6 +7,7 @@ import pytest
 
 from ldm.errors import ConfigError
 from ldm.training.checks import check_same_settings
+from ldm.training.data.samples import EmojiSamples
 from ldm.training.distributed import processes
 from ldm.training.finetuning.options import resolve_aliases
 from ldm.training.settings import FinetuneSettings, as_dict, changed, read_settings
@@ -42,3 +43,17 @@ def test_processes_with_other_settings_are_refused(tmp_path):
     said = (tmp_path / "0.txt").read_text()
     assert said == "error: run: process 1 of 2 has other settings than process 0: give all of them\n"
     assert (tmp_path / "1.txt").read_text() == ""
+
+
+def test_scenes_keep_the_old_names_of_their_settings(unet_mapping, tmp_path):
+    """In files, on the command line, and in the settings of a run from before, which can go on."""
+    old = {"favourites": ["duck"], "favourites_share": 0.9, "grounds": "any", "jitter": 3}
+    new = {"oversampled": ["duck"], "oversampled_share": 0.9, "backgrounds": "any", "jitter": 3, "fixed_layout": 0.5}
+    path = tmp_path / "unet.json"
+    path.write_text(json.dumps({**unet_mapping, "data": {**unet_mapping["data"], "scenes": old}}))
+    settings = read_settings(path, ["data.scenes.still=0.5"])
+    assert settings.data.scenes == new
+    before = {**as_dict(settings), "data": {**as_dict(settings)["data"], "scenes": {**old, "still": 0.5}}}
+    assert changed(before, settings) == {} and EmojiSamples(settings.data, 0).scenes.config.fixed_layout == 0.5
+    before["data"]["scenes"]["still"] = 0.4
+    assert list(changed(before, settings)) == ["data"]

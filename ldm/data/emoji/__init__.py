@@ -4,7 +4,7 @@ from ldm.data.emoji.captions import vocabulary
 from ldm.data.emoji.colours import COLOURS, nearest_colour
 from ldm.data.emoji.holdout import canonical, held_out
 from ldm.data.emoji.imagefolder import MIXED, export
-from ldm.data.emoji.scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render, scene_config
+from ldm.data.emoji.scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render
 from ldm.data.emoji.sprites import find_font, scaled, sprite
 from ldm.data.emoji.table import EmojiObject, class_of, everyday, find, lookalikes, objects
 
@@ -33,7 +33,6 @@ __all__ = [
     "objects",
     "render",
     "scaled",
-    "scene_config",
     "sprite",
     "vocabulary",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ldm.config import build, require
+from ldm.config import require
 from ldm.data.emoji.colours import COLOURS, nearest_colour
 from ldm.data.emoji.draws import Draw
 from ldm.data.emoji.holdout import Combination, held_out
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 KINDS = ("single", "pair", "count", "card")
-RENAMED = {  # old names of settings, which are still accepted
+RENAMED = {  # old names of the settings `data.scenes`, which are still accepted
     "favourites": "oversampled",
     "favourites_share": "oversampled_share",
     "grounds": "backgrounds",
@@ -71,11 +70,6 @@ class SceneConfig:
         require(
             not (self.held_out and self.backgrounds == "any"), "held-out scenes need named backgrounds", "backgrounds"
         )
-
-
-def scene_config(settings: Mapping[str, Any]) -> SceneConfig:
-    """The config of settings under their present or their old names (see RENAMED). Raises ConfigError."""
-    return build(SceneConfig, {RENAMED.get(name, name): value for name, value in settings.items()}, "data.scenes")
 
 
 @dataclass(frozen=True)

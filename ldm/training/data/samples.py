@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.config import require
+from ldm.config import build, require
 from ldm.device import is_out_of_memory
 from ldm.errors import DataError, first_line
 from ldm.training.checkpoints.state import last_good
@@ -35,10 +35,10 @@ class EmojiSamples:
     """Scenes drawn from the emoji font."""
 
     def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
-        from ldm.data.emoji import Scenes, scene_config
+        from ldm.data.emoji import SceneConfig, Scenes
 
         require("held_out" not in data.scenes, "is set by the stages, which draw both", "data.scenes.held_out")
-        config = scene_config({**data.scenes, "resolution": data.resolution, "held_out": held_out})
+        config = build(SceneConfig, {**data.scenes, "resolution": data.resolution, "held_out": held_out}, "data.scenes")
         self.scenes = Scenes(config, seed, font=data.font)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:

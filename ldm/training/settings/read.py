@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import config
+from ldm.data.emoji import scenes
 from ldm.errors import ConfigError, nearest
 from ldm.training.settings.base import Settings
 from ldm.training.settings.finetune import FinetuneSettings
@@ -18,6 +19,7 @@ from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNet
 SETTINGS: dict[str, type[Settings]] = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
 SETTINGS["finetune"] = FinetuneSettings
 RENAMED = {"bank": "latent_pool"}  # old names of settings, which are still accepted
+RENAMED |= {f"data.scenes.{old}": f"data.scenes.{new}" for old, new in scenes.RENAMED.items()}
 RENAMED_VALUES = {("prior_target", "pictures"): "images"}
 # Settings that may differ between a run and its continuation without --allow-changed.
 FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
@@ -61,6 +63,10 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
 def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings under their present names, with the present names of their values."""
     renamed = {RENAMED.get(name, name): value for name, value in mapping.items()}
+    data = renamed.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("scenes"), Mapping):
+        present = {scenes.RENAMED.get(name, name): value for name, value in data["scenes"].items()}
+        renamed["data"] = {**data, "scenes": present}
     return {
         name: RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
         for name, value in renamed.items()
