@@ -1,7 +1,9 @@
-"""Pictures of numbers without a plotting library: SVG line plots, one or several beside each other."""
+"""Pages and plots without a library: the frame of a static HTML page; SVG line plots, one or several side by side."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,6 +11,47 @@ from html import escape
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 76, 44, 16, 24
 POINTS = 600  # more than this many points a line are averaged
+
+
+BASE_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0; }
+h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
+figure { margin: 0; }
+.row { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; }
+img { display: block; max-width: 100%; }
+table { border-collapse: collapse; }
+"""
+
+
+def html_page(title: str, body: str, style: str, images: str, script: str = "", refresh: int | None = None) -> str:
+    """A static HTML page without server, network or anything from elsewhere.
+
+    title    as text
+    body     HTML
+    style    CSS behind BASE_STYLE
+    images   where images may come from, as a Content-Security-Policy says it: "data:", "'self' file:"
+    script   JavaScript, run when the body is there
+    refresh  seconds after which the browser reads the page again
+
+    The page's policy lets the browser run this very script and load nothing from elsewhere.
+    """
+    style = BASE_STYLE + style
+    policy = f"default-src 'none'; img-src {images}; "
+    policy += f"script-src {_hash(script)}; style-src {_hash(style)}" if script else "style-src 'unsafe-inline'"
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh is not None else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">\n"
+        f'<meta name="viewport" content="width=device-width">\n{again}'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n{body}\n"
+        + (f"<script>{script}</script>\n" if script else "")
+        + "</body>\n</html>\n"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def line_plot(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, log: bool = False) -> str:

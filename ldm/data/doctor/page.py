@@ -12,21 +12,20 @@ from ldm.data.doctor.diagnosis import Diagnosis, Finding
 from ldm.data.sources import Source
 from ldm.errors import DataError
 from ldm.files import atomic_write
+from ldm.report import html_page
 
 THUMB = 112  # pixels
 SHEET = 60  # images of the contact sheet, evenly spread
 GROUPS, MEMBERS = 8, 6  # shown at most for a finding
 STYLE = """
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 72em; padding: 1em; overflow-wrap: anywhere; }
-h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
 .mend { border-left: .3em solid #c33; padding-left: .8em; } .note { border-left: .3em solid #888; padding-left: .8em; }
 .hint { font-weight: 600; margin: .2em 0; }
 .row, .group { display: flex; flex-wrap: wrap; gap: .8em; align-items: flex-start; }
 .group { border: 1px solid color-mix(in srgb, CanvasText 25%, Canvas); padding: .4em; gap: .4em; }
-figure { margin: 0; width: 7.5em; } figcaption { font-size: .72em; line-height: 1.25; }
-img { display: block; max-width: 100%; background: #fff; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
-table { border-collapse: collapse; } td, th { text-align: right; padding: .1em .8em .1em 0; font-weight: normal; }
+figure { width: 7.5em; } figcaption { font-size: .72em; line-height: 1.25; }
+img { background: #fff; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
+td, th { text-align: right; padding: .1em .8em .1em 0; font-weight: normal; }
 th { opacity: .7; } td.bar { width: 22em; text-align: left; }
 td.bar i { display: block; height: .8em; background: #1f77b4; }
 """
@@ -47,11 +46,7 @@ def write_page(path: Path, diagnosis: Diagnosis, source: Source) -> Path:
     body += ["<h2>Some of the images, as they are read</h2>", '<div class="row">']
     step = max(1, len(source) // SHEET)
     body += [images.figure(source[i].id) for i in range(0, len(source), step)][:SHEET]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += f"<title>{escape(diagnosis.path)}</title><style>{STYLE}</style>"
-    text = "\n".join(body)
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{text}</div></body></html>\n'
+    page = html_page(diagnosis.path, "\n".join([*body, "</div>"]), STYLE, images="data:")
     return atomic_write(path, page.encode("utf-8", "replace"))
 
 

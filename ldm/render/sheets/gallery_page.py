@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-from html import escape
+
+from ldm.report import html_page
 
 STYLE = """
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-body { margin: 0; }
 header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5em 1em; align-items: center;
   padding: .6em 1em; background: Canvas; border-bottom: 1px solid color-mix(in srgb, CanvasText 20%, Canvas); }
 h1 { font-size: 1.1em; margin: 0; }
 input[type=search] { flex: 1 1 16em; font: inherit; padding: .3em .6em; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(11em, 1fr)); gap: 1em; padding: 1em; }
-figure { margin: 0; }
 figure button { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: pointer; }
 figure img { display: block; width: 100%; height: auto; background: color-mix(in srgb, CanvasText 10%, Canvas); }
 figcaption { font-size: .85em; overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical;
@@ -28,7 +24,7 @@ dialog { width: min(94vw, 80em); max-height: 94vh; box-sizing: border-box; overf
 dialog > div { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; }
 dialog img { flex: 0 1 auto; min-width: 8em; max-width: 100%; max-height: 80vh; object-fit: contain; }
 section { flex: 1 1 20em; min-width: 0; }
-table { border-collapse: collapse; width: 100%; }
+table { width: 100%; }
 th { width: 1%; text-align: left; vertical-align: top; font-weight: normal; opacity: .7; padding: .1em 1em .1em 0;
   white-space: nowrap; }
 td { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -41,7 +37,7 @@ BODY = """
   placeholder="words of prompts and settings, as in: cat seed:7 sampler:euler"><span id="count"></span></header>
 <noscript><p>This page needs JavaScript, its own and nobody else's.</p></noscript>
 <details id="failures" hidden><summary></summary><ul></ul></details>
-<main id="pictures"></main><div id="end"></div>
+<main id="images"></main><div id="end"></div>
 <dialog id="one"><div><img alt=""><section><table></table><p>Draw it again:</p><pre></pre>
 <p><button id="copy">Copy</button> <button id="previous">&larr;</button> <button id="next">&rarr;</button>
 <button id="close">Close</button></p></section></div></dialog>
@@ -54,18 +50,18 @@ const find = (selector) => document.querySelector(selector);
 const make = (tag, text) => { const it = document.createElement(tag); it.textContent = text; return it; };
 const AT_ONCE = 120, MARGIN = 600;
 
-const pictures = data.pictures.map((picture) => {
-  const settings = Object.assign({}, data.common, picture.settings);
-  const said = Object.entries(settings).map(([name, value]) => name + ":" + value);
-  const text = [picture.number, picture.file, picture.where, ...said].join("\\n").toLowerCase();
-  return { ...picture, settings, text };
+const images = data.images.map((image) => {
+  const settings = Object.assign({}, data.common, image.settings);
+  const pairs = Object.entries(settings).map(([name, value]) => name + ":" + value);
+  const text = [image.number, image.file, image.where, ...pairs].join("\\n").toLowerCase();
+  return { ...image, settings, text };
 });
-let shown = pictures, drawn = 0, open = -1;
+let shown = images, drawn = 0, open = -1;
 
 function more() {
   const part = document.createDocumentFragment();
   for (const end = Math.min(drawn + AT_ONCE, shown.length); drawn < end; drawn++) part.append(tile(drawn));
-  find("#pictures").append(part);
+  find("#images").append(part);
 }
 
 function fill() {
@@ -73,25 +69,25 @@ function fill() {
 }
 
 function tile(place) {
-  const picture = shown[place], figure = make("figure", ""), button = make("button", ""), image = make("img", "");
-  image.loading = "lazy";
-  if (picture.settings.width > 0 && picture.settings.height > 0) {
-    image.width = picture.settings.width;
-    image.height = picture.settings.height;
+  const image = shown[place], figure = make("figure", ""), button = make("button", ""), element = make("img", "");
+  element.loading = "lazy";
+  if (image.settings.width > 0 && image.settings.height > 0) {
+    element.width = image.settings.width;
+    element.height = image.settings.height;
   }
-  image.alt = picture.settings.prompt;
-  image.src = picture.url;
-  button.append(image);
+  element.alt = image.settings.prompt;
+  element.src = image.url;
+  button.append(element);
   button.addEventListener("click", () => show(place));
-  figure.append(button, make("figcaption", picture.number + "  " + picture.settings.prompt));
+  figure.append(button, make("figcaption", image.number + "  " + image.settings.prompt));
   return figure;
 }
 
 function search() {
   const words = find("#search").value.toLowerCase().split(/\\s+/).filter((word) => word);
-  shown = words.length ? pictures.filter((it) => words.every((word) => it.text.includes(word))) : pictures;
-  find("#count").textContent = shown.length + " of " + pictures.length + " pictures";
-  find("#pictures").replaceChildren();
+  shown = words.length ? images.filter((it) => words.every((word) => it.text.includes(word))) : images;
+  find("#count").textContent = shown.length + " of " + images.length + " images";
+  find("#images").replaceChildren();
   drawn = 0;
   fill();
 }
@@ -99,16 +95,16 @@ function search() {
 function show(place) {
   if (place < 0 || place >= shown.length) return;
   open = place;
-  const picture = shown[place], dialog = find("#one"), settings = picture.settings;
-  const rows = [["prompt", settings.prompt], ["number", picture.number], ["file", picture.file]];
-  rows.push(["line", picture.where], ...Object.entries(settings).filter(([name]) => name !== "prompt"));
-  dialog.querySelector("img").src = picture.url;
+  const image = shown[place], dialog = find("#one"), settings = image.settings;
+  const rows = [["prompt", settings.prompt], ["number", image.number], ["file", image.file]];
+  rows.push(["line", image.where], ...Object.entries(settings).filter(([name]) => name !== "prompt"));
+  dialog.querySelector("img").src = image.url;
   dialog.querySelector("table").replaceChildren(...rows.map(([name, value]) => {
     const row = make("tr", "");
     row.append(make("th", name), make("td", value));
     return row;
   }));
-  dialog.querySelector("pre").textContent = picture.command;
+  dialog.querySelector("pre").textContent = image.command;
   find("#copy").textContent = "Copy";
   if (!dialog.open) dialog.showModal();
 }
@@ -146,22 +142,12 @@ _ENTITIES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # so that no text 
 
 
 def page(title: str, data: object) -> str:
-    """A page that needs nothing but itself and pictures beside it: its script finds `data` in #data, as JSON.
+    """A page that needs nothing but itself and images beside it: its script finds `data` in #data, as JSON.
 
-    Its policy lets the browser run this very script and style, show pictures from where the page is, and nothing else:
-    what stands in `data` stays data. `data` holds no NaN or infinity (ValueError).
+    The browser runs this very script and style, shows images from where the page is, and nothing else: what stands in
+    `data` stays data. `data` holds no NaN or infinity (ValueError).
     """
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     text = re.sub("[<>&]", lambda mark: _ENTITIES[mark[0]], text)
-    policy = f"default-src 'none'; img-src 'self' file:; script-src {_hash(SCRIPT)}; style-src {_hash(STYLE)}"
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">\n"
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{BODY}\n"
-        f'<script type="application/json" id="data">{text}</script>\n<script>{SCRIPT}</script>\n</html>\n'
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    body = f'{BODY}\n<script type="application/json" id="data">{text}</script>'
+    return html_page(title, body, STYLE, images="'self' file:", script=SCRIPT)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import atomic_write
-from ldm.report import line_plot
+from ldm.report import html_page, line_plot
 from ldm.training.loop.logs import Best, RunLogs
 from ldm.training.loop.trackers import flat
 from ldm.training.settings import Settings, as_dict
@@ -22,19 +22,15 @@ from ldm.training.settings import Settings, as_dict
 GRIDS = 24  # sample grids shown, evenly spread over the run; the first and the last always
 EVERY = 60  # seconds between two readings of a run that goes
 STYLE = """
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; max-width: 84em; padding: 1em; overflow-wrap: anywhere; }
-h1 { font-size: 1.3em; } h2 { font-size: 1.1em; margin: 1.6em 0 .4em; }
 .facts { display: flex; flex-wrap: wrap; gap: .3em 2.4em; margin: 0; padding: 0; list-style: none; }
 .facts b { display: block; font-size: 1.25em; } .facts span { opacity: .7; }
 .bar { height: .5em; margin: .8em 0; background: color-mix(in srgb, CanvasText 15%, Canvas); }
 .bar i { display: block; height: 100%; background: #1f77b4; }
-.row { display: flex; flex-wrap: wrap; gap: 1em; align-items: flex-start; }
 svg { display: block; border: 1px solid color-mix(in srgb, CanvasText 15%, Canvas); }
-figure { margin: 0; flex: 0 1 34em; } figcaption { font-size: .85em; }
+figure { flex: 0 1 34em; } figcaption { font-size: .85em; }
 .plots figure { flex: 1 1 24em; max-width: 36em; }
-img { display: block; max-width: 100%; }
-table { border-collapse: collapse; } td { padding: .1em 1.2em .1em 0; vertical-align: top; }
+td { padding: .1em 1.2em .1em 0; vertical-align: top; }
 td:first-child { opacity: .7; white-space: nowrap; } tr { break-inside: avoid; }
 .columns { columns: 26em; }
 """
@@ -60,12 +56,8 @@ def write_page(
     if lines:
         body += ["<h2>Data</h2>", "<p>", "<br>".join(map(escape, lines)), "</p>"]
     body += ["<h2>Settings</h2>", _table(flat(as_dict(settings)))]
-    policy = "default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += f'<meta http-equiv="refresh" content="{EVERY}">' if status == "running" else ""
-    head += f"<title>{escape(out.resolve().name)}</title><style>{STYLE}</style>"
-    text = "\n".join(body)
-    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{text}</body></html>\n'
+    refresh = EVERY if status == "running" else None
+    page = html_page(out.resolve().name, "\n".join(body), STYLE, images="'self' file:", refresh=refresh)
     return atomic_write(out / "index.html", page.encode("utf-8", "replace"))
 
 
