@@ -19,7 +19,7 @@ def level(monkeypatch):
 
 
 @pytest.mark.parametrize(("at", "shown"), [(-1, ["warned"]), (0, ["said", "warned"]), (1, ["said", "more", "warned"])])
-def test_what_is_shown_at_which_level(at, shown, level, capsys):
+def test_what_is_said_at_which_level(at, shown, level, capsys):
     level(at)
     console.say("said")
     console.say("more", verbosity=1)

@@ -391,7 +391,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_too_little_space_is_reported_before(tmp_path):
+def test_too_little_space_is_said_before(tmp_path):
     with pytest.raises(ResourceError, match=r"^.*/new: 1000000000000000 MB are needed, \d+ MB are free; free some"):
         files.require_space(tmp_path / "new", 10**21)
     files.require_space(tmp_path / "new", 1)
@@ -509,7 +509,7 @@ def test_mutants_of_a_manifest_never_verify_and_never_escape(model):
 # locks
 
 
-def test_a_second_process_is_refused_and_shown_who_holds_it(tmp_path):
+def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
     def work():
         with files.Lock(tmp_path):
             pass

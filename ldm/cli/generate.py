@@ -97,7 +97,7 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     plain = vars(parse(["generate"]))  # an option that is not at its default was given
     given = ({name: value for name, value in part.items() if value != plain[name]} for part in (own, call))
     (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
-    return own, call, replays[0].told
+    return own, call, replays[0].source
 
 
 def _say_differences(told: Mapping, record: Mapping) -> None:

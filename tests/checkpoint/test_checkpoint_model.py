@@ -76,8 +76,8 @@ def diffusers_pipeline(folder, caplog, **kwargs):
         for logger in loggers:
             logger.removeHandler(caplog.handler)
     pipe.set_progress_bar_config(disable=True)
-    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    return pipe, [line for line in messages if "torchvision" not in line]  # of image processors, once per process
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return pipe, [line for line in said if "torchvision" not in line]  # of image processors, once per process
 
 
 def test_diffusers_loads_the_folder_without_a_warning_and_draws_the_same_image(saved, caplog, recwarn):
@@ -127,7 +127,7 @@ def test_diffusers_loads_bf16_shards_and_keeps_their_bits(tiny, tmp_path, caplog
     )
 
 
-def test_diffusers_draws_from_a_bf16_folder_without_a_given_dtype(tiny, tmp_path, caplog):
+def test_diffusers_draws_from_a_bf16_folder_without_being_told_a_dtype(tiny, tmp_path, caplog):
     """As README and forums say it: from_pretrained(folder) and nothing else."""
     folder = save_model(tiny, tmp_path / "bf16", "bf16")
     pipe, warnings = diffusers_pipeline(folder, caplog)
@@ -412,14 +412,14 @@ CHEAP = list(breaks(None))[: list(breaks(None)).index("sha")]
 
 @pytest.mark.parametrize("name", breaks(None))
 def test_a_broken_folder_is_one_line_that_names_the_file(copied, name):
-    damage, message = breaks(name)
+    damage, said = breaks(name)
     damage(copied)
-    with pytest.raises(LdmError, match=message) as error:
+    with pytest.raises(LdmError, match=said) as error:
         load_model(copied, "cpu", "fp32")
     assert isinstance(error.value, ModelError) and "\n" not in str(error.value)
     assert copied.name in str(error.value) or name == "schedule"
     if name in CHEAP:
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match=said):
             check_model(copied)
     else:
         assert check_model(copied) == copied
@@ -428,9 +428,9 @@ def test_a_broken_folder_is_one_line_that_names_the_file(copied, name):
 @pytest.mark.parametrize("name", ["config", "width", "channels", "schedule"])
 def test_settings_are_refused_before_a_weight_is_read(copied, name):
     breaks("NaN")[0](copied)  # would be found by reading
-    damage, message = breaks(name)
+    damage, said = breaks(name)
     damage(copied)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=said):
         load_model(copied, "cpu", "fp32")
 
 
@@ -477,7 +477,7 @@ print([m for m in ("torch", "diffusers", "transformers", "huggingface_hub") if m
     assert result.stdout.strip() == "[]"
 
 
-def test_single_files_and_near_misses_are_distinguished(saved, tmp_path):
+def test_single_files_and_near_misses_are_told_apart(saved, tmp_path):
     single = next((saved / "unet").glob("*.safetensors"))
     (tmp_path / "m.ckpt").write_bytes(b"\x80\x02")
     (tmp_path / "run").mkdir()
@@ -485,8 +485,8 @@ def test_single_files_and_near_misses_are_distinguished(saved, tmp_path):
     cases = {single: "holds no U-Net", tmp_path / "m.ckpt": "pickle", tmp_path / "run": "did you mean .*run/model"}
     cases |= {saved / "unet": "a single UNet2DConditionModel", saved / "model_index.json": "neither a model folder"}
     cases |= {"": "name is empty", tmp_path / "none": "no such model folder", "owner/m.ckpt": "no such model folder"}
-    for model, message in cases.items():
-        with pytest.raises(ModelError, match=message):
+    for model, said in cases.items():
+        with pytest.raises(ModelError, match=said):
             check_model(model)
 
 

@@ -162,7 +162,7 @@ def test_inpainting_differs_in_the_first_layer_alone(name):
 
 
 @pytest.mark.parametrize(
-    "shapes, message",
+    "shapes, said",
     [
         ({"a": (1,)}, "holds no U-Net"),
         ({"lora_unet_down.lora_down.weight": (4, 320)}, "is a LoRA"),
@@ -174,8 +174,8 @@ def test_inpainting_differs_in_the_first_layer_alone(name):
         ({"conv_in.weight": (64, 4, 3, 3), "x.attn2.to_k.weight": (8, 768)}, "no known family"),
     ],
 )
-def test_what_is_none_of_these_is_named(shapes, message):
-    with pytest.raises(ModelError, match=message):
+def test_what_is_none_of_these_is_named(shapes, said):
+    with pytest.raises(ModelError, match=said):
         family_of(shapes, "f.safetensors")
 
 

@@ -255,7 +255,7 @@ def test_saved_again_the_folder_is_what_diffusers_would_write_and_reads(families
     assert np.abs(theirs(read, "ddim")[0] - ours(again, "ddim")[0]).max() <= 1
 
 
-def test_a_long_prompt_of_xl_is_read_whole_and_not_reported_as_cut(families, capsys):
+def test_a_long_prompt_of_xl_is_read_whole_and_not_told_as_cut(families, capsys):
     model = families["xl"][2]
     long = " ".join(["a dog"] * MAX_LENGTH)
     settings = {"num_inference_steps": 1, "sampler": "euler", "seed": 1}
@@ -281,10 +281,10 @@ def test_xl_parts_that_do_not_belong_together_are_refused(families, tmp_path):
         "unet/config.json": ({"projection_class_embeddings_input_dim": 70}, "pooled text of width 22, this one has 24"),
         "text_encoder_2/config.json": ({"hidden_size": 64}, "for text of width 80, this one has 96"),
     }
-    for i, (name, (values, message)) in enumerate(cases.items()):
+    for i, (name, (values, said)) in enumerate(cases.items()):
         copy = shutil.copytree(folder, tmp_path / str(i))
         (copy / name).write_text(json.dumps({**json.loads((copy / name).read_text()), **values}))
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match=said):
             load_model(copy, "cpu", "fp32")
     with pytest.raises(ModelError, match="no projection"):
         XLText(model.text.first, model.text.first, True)

@@ -206,19 +206,19 @@ def test_half_precision_is_taken_where_there_is_nothing_else(served, saved, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "said"),
     [
         ("someone/nothing", r"model_index.json of the repository someone/nothing .*there is none of this name"),
         ("someone/model@v9", r"someone/model@v9: .*it has no such revision\); check what follows the @"),
         ("someone/pickled", r"has no vae/diffusion_pytorch_model.safetensors, and pickles are never fetched"),
     ],
 )
-def test_what_the_hub_has_not_is_one_line(served, cache, name, message):
+def test_what_the_hub_has_not_is_one_line(served, cache, name, said):
     folder = shutil.copytree(served.repositories["someone/model"][COMMIT], cache.parent / "pickled")
     for path in (folder / "vae").glob("*.safetensors*"):
         path.rename(path.with_suffix(".bin"))
     served.repositories["someone/pickled"] = {COMMIT: folder}
-    with pytest.raises(ModelError, match=message) as error:
+    with pytest.raises(ModelError, match=said) as error:
         load_model(name, "cpu", "fp32")
     assert str(cache) in str(error.value) and "\n" not in str(error.value)
     assert not list(cache.rglob("*.bin"))
@@ -252,8 +252,8 @@ def test_the_command_draws_from_the_hub_and_writes_the_commit_into_the_image(ser
     from PIL import Image
 
     with Image.open(tmp_path / "a.png") as image:
-        metadata = json.loads(image.text["ldm"])
-    assert metadata["model"] == "someone/model" and metadata["commit"] == COMMIT
+        record = json.loads(image.text["ldm"])
+    assert record["model"] == "someone/model" and record["commit"] == COMMIT
     assert {path.name for path in (tmp_path / "other").iterdir()} >= {"models--someone--model"}
 
 

@@ -83,7 +83,7 @@ def test_layers_are_those_of_the_networks(name):
         assert {n.removeprefix("text_model."): s for n, s in target.shapes[part].items()} == theirs
 
 
-def test_a_folder_is_described_part_by_part(saved):
+def test_a_folder_is_told_part_by_part(saved):
     found = ldm.inspect(saved)
     model = load_model(saved, "cpu", "fp32")
     count = {"unet": model.unet, "vae": model.vae.module, "text_encoder": model.text.model}
@@ -136,7 +136,7 @@ def test_a_single_file_of_ours_comes_with_its_settings(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_full_width_file_is_described_within_a_second(name, tmp_path):
+def test_a_full_width_file_is_told_within_a_second(name, tmp_path):
     path = sparse(tmp_path / "m.safetensors", original(name), {"modelspec.author": "someone"})
     start = time.process_time()
     found = ldm.inspect(path)
@@ -151,7 +151,7 @@ def test_a_full_width_file_is_described_within_a_second(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd2", "xl"])
-def test_a_full_width_folder_of_the_fp16_variant_is_described(name, tmp_path):
+def test_a_full_width_folder_of_the_fp16_variant_is_told(name, tmp_path):
     family = FAMILIES[name]
     configs, xl = family.configs("v_prediction"), "XL" if name == "xl" else ""
     index = {"_class_name": f"StableDiffusion{xl}Pipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
@@ -190,7 +190,7 @@ def test_what_says_the_prediction_type_is_heard(tmp_path):
     assert ldm.inspect(path)["prediction_type"] == "v_prediction"
 
 
-def test_a_kohya_lora_shows_base_rank_alpha_and_training(tmp_path):
+def test_a_kohya_lora_tells_base_rank_alpha_and_training(tmp_path):
     metadata = {"ss_sd_model_name": "v1-5.safetensors", "ss_base_model_version": "sd_v1", "ss_epoch": "3"}
     save_file(kohya(4, 2), tmp_path / "l.safetensors", metadata)
     found = ldm.inspect(tmp_path / "l.safetensors")
@@ -200,7 +200,7 @@ def test_a_kohya_lora_shows_base_rank_alpha_and_training(tmp_path):
     assert found["parameters"] == 4 * 768 + 640 * 4 and found["unapplied"] == []
 
 
-def test_keys_that_would_not_apply_are_described_with_the_reason(tmp_path):
+def test_keys_that_would_not_apply_are_told_with_the_reason(tmp_path):
     stranger = kohya(4, layer="lora_unet_down_blocks_7_attentions_0_transformer_blocks_0_attn1_to_q", out=768)
     te = kohya(4, layer="lora_te_text_model_encoder_layers_12_mlp_fc1", out=3072)
     save_file({**kohya(4), **stranger, **te, "emb": torch.ones(1)}, tmp_path / "l.safetensors")
@@ -251,7 +251,7 @@ def test_kinds_and_bases_of_loras(tensors, expected, tmp_path):
     assert ldm.inspect(tmp_path)["kind"] == found["kind"]  # a folder with this one file
 
 
-def test_peft_shows_alpha_in_its_header(tmp_path):
+def test_peft_tells_alpha_in_its_header(tmp_path):
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {f"{layer}.lora_A.weight": torch.ones(8, 768), f"{layer}.lora_B.weight": torch.ones(640, 8)}
     settings = json.dumps({"unet.r": 8, "unet.lora_alpha": 16})
@@ -276,7 +276,7 @@ def test_what_is_something_else_says_so(key, tmp_path):
     assert found["kind"] == "other" and OTHERS[key] in found["what"] and found["parameters"] == 15
 
 
-def test_a_lone_unet_and_autoencoder_are_described(tmp_path, tiny):
+def test_a_lone_unet_and_autoencoder_are_told(tmp_path, tiny):
     shapes = {name: ("BF16", shape) for name, shape in FIXTURES.read("sd15").items()}
     found = ldm.inspect(sparse(tmp_path / "u.safetensors", shapes))
     assert (found["kind"], found["family"], found["dtypes"]) == ("U-Net", "sd1", {"bf16": found["parameters"]})
@@ -285,7 +285,7 @@ def test_a_lone_unet_and_autoencoder_are_described(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "said"),
     [
         ("m.ckpt", b"\x80\x02", "pickle"),
         ("m.safetensors", b"PK\x03\x04" + bytes(99), "pickle"),
@@ -297,15 +297,15 @@ def test_a_lone_unet_and_autoencoder_are_described(tmp_path, tiny):
         ("folder/config.json", b"{}", "unknown class"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_and_exit_2(name, content, message, tmp_path, capsys):
+def test_what_cannot_be_read_is_one_line_and_exit_2(name, content, said, tmp_path, capsys):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     place = tmp_path / name.partition("/")[0]
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=said):
         ldm.inspect(place)
     assert main(["inspect", str(place)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    assert error.count("\n") == 1 and said in error
     with pytest.raises(ModelError, match="no such file or folder"):
         ldm.inspect(tmp_path / "missing")
 

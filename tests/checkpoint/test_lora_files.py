@@ -147,7 +147,7 @@ def test_where_alpha_comes_from(lora_file):
     assert alpha_of(lora_file(pair(), {"ss_network_alpha": "8.0", "ss_network_dim": "4"})) == 2
 
 
-def test_a_missing_alpha_is_reported_once(trained, lora_file, capsys):
+def test_a_missing_alpha_is_said_once(trained, lora_file, capsys):
     file = lora_file(pair())
     pipe = Pipeline(["a cat", "a dog"], trained("1.5").folder, lora=[file, (file, -1)])
     pipe.generate(num_inference_steps=1, sampler="ddim")

@@ -75,7 +75,7 @@ def test_writing_and_reading_keeps_every_bit(trained, kind, layout, tmp_path):
         assert update.magnitude is None or torch.equal(update.magnitude, again.magnitude)
 
 
-def test_headers_and_card_show_alpha_and_rank(trained, tmp_path):
+def test_headers_and_card_tell_alpha_and_rank(trained, tmp_path):
     case = trained("xl")
     with safe_open(case.written(tmp_path / "mine", "peft"), "pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])

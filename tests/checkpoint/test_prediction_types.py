@@ -53,7 +53,7 @@ def write(tables, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family, keys, metadata, expected",
+    "family, keys, metadata, said",
     [
         ("sd1", (), {}, EPSILON),
         ("xl", (), {}, EPSILON),
@@ -69,13 +69,13 @@ def write(tables, tmp_path):
         ("sd2", ("v_pred",), {"modelspec.prediction_type": "v"}, V),
     ],
 )
-def test_it_is_read_from_keys_and_metadata(write, family, keys, metadata, expected):
+def test_it_is_read_from_keys_and_metadata(write, family, keys, metadata, said):
     plan = plan_of(write(family, keys, metadata))
-    assert plan.configs["scheduler"]["prediction_type"] == expected and plan.family == family
+    assert plan.configs["scheduler"]["prediction_type"] == said and plan.family == family
     zero = "ztsnr" in keys
     assert plan.configs["scheduler"]["rescale_betas_zero_snr"] is zero and plan.ignored == {}
     assert plan.configs["scheduler"]["timestep_spacing"] == ("trailing" if zero else "leading")
-    side = {"sd1": 64, "sd2": 96 if expected == V else 64, "xl": 128}[family]
+    side = {"sd1": 64, "sd2": 96 if said == V else 64, "xl": 128}[family]
     assert plan.configs["unet"]["sample_size"] == side
 
 
@@ -84,9 +84,9 @@ def test_a_2x_file_that_does_not_say_it_is_refused(write):
     with pytest.raises(ModelError, match=r"Stable Diffusion 2.x, and its prediction type is not in the file") as error:
         check_model(path)
     assert "give --prediction-type epsilon" in str(error.value) and str(error.value).startswith(str(path))
-    for asked, expected in (("epsilon", EPSILON), ("v", V), ("v_prediction", V)):
+    for asked, said in (("epsilon", EPSILON), ("v", V), ("v_prediction", V)):
         assert check_model(path, prediction_type=asked) == path
-        assert plan_of(path, expected).configs["scheduler"]["prediction_type"] == expected
+        assert plan_of(path, said).configs["scheduler"]["prediction_type"] == said
     with pytest.raises(ConfigError, match=r"unknown prediction type 'velocity'"):
         check_model(path, prediction_type="velocity")
 
@@ -96,7 +96,7 @@ SGM = "denoiser_config: {{params: {{scaling_config: {{target: sgm.modules.diffus
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, said",
     [
         (YAML.format('parameterization: "v"'), V),
         (YAML.format("linear_start: 0.00085"), EPSILON),
@@ -104,10 +104,10 @@ SGM = "denoiser_config: {{params: {{scaling_config: {{target: sgm.modules.diffus
         (YAML.format(SGM.format("EpsScaling")), EPSILON),
     ],
 )
-def test_it_is_read_from_a_yaml_beside_the_file(write, text, expected):
+def test_it_is_read_from_a_yaml_beside_the_file(write, text, said):
     path = write("sd2")
     path.with_suffix(".yaml").write_text(text)
-    assert plan_of(path).configs["scheduler"]["prediction_type"] == expected
+    assert plan_of(path).configs["scheduler"]["prediction_type"] == said
 
 
 @pytest.mark.parametrize("text", ["a: 1", "model: 3", "", "- 1"])
@@ -118,10 +118,10 @@ def test_a_yaml_of_another_kind_says_nothing_or_is_refused(write, text):
         check_model(path)
 
 
-def test_two_sources_have_to_agree(write):
+def test_two_ways_of_telling_it_have_to_agree(write):
     path = write("sd2", ("v_pred",), {"modelspec.prediction_type": "epsilon"})
-    message = "modelspec.prediction_type says epsilon, the key v_pred says v_prediction; give --prediction-type"
-    with pytest.raises(ModelError, match=message):
+    said = "modelspec.prediction_type says epsilon, the key v_pred says v_prediction; give --prediction-type"
+    with pytest.raises(ModelError, match=said):
         check_model(path)
     assert plan_of(path, EPSILON).configs["scheduler"]["prediction_type"] == EPSILON
 

@@ -188,7 +188,7 @@ def test_a_pickle_is_judged_by_its_first_4_kb(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content, said",
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "web page"),
@@ -196,18 +196,16 @@ def test_a_pickle_is_judged_by_its_first_4_kb(tmp_path):
         (b"\0" * 257 + b"ustar\0", "tar archive"),
     ],
 )
-def test_other_things_under_the_name_are_named(tmp_path, content, message):
+def test_other_things_under_the_name_are_named(tmp_path, content, said):
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=said):
         read_header(path)
 
 
-@pytest.mark.parametrize(
-    "text, message", [("{\n'a'}", ":2: is not valid JSON"), ("[1]", "not a table"), ("\xff", "read")]
-)
-def test_bad_json_is_named_with_its_line(tmp_path, text, message):
+@pytest.mark.parametrize("text, said", [("{\n'a'}", ":2: is not valid JSON"), ("[1]", "not a table"), ("\xff", "read")])
+def test_bad_json_is_named_with_its_line(tmp_path, text, said):
     path = tmp_path / "config.json"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=said):
         read_json(path)

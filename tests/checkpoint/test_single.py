@@ -235,9 +235,9 @@ def test_the_metadata_of_an_image_names_the_file(models):
     for asked in (None, "v"):
         pipe = Pipeline("a cat", file, prediction_type=asked)
         (drawn[asked],) = pipe.generate(seed=1, num_inference_steps=2, height=SIZE, width=SIZE)
-        metadata = pipe.generate(seed=1, num_inference_steps=2, height=SIZE, width=SIZE).metadata[0]
-        assert (metadata["model"], metadata["model_hash"]) == (file.stem, digest)
-        assert metadata["schedule"]["prediction_type"] == ("v_prediction" if asked else "epsilon")
+        record = pipe.generate(seed=1, num_inference_steps=2, height=SIZE, width=SIZE).metadata[0]
+        assert (record["model"], record["model_hash"]) == (file.stem, digest)
+        assert record["schedule"]["prediction_type"] == ("v_prediction" if asked else "epsilon")
     assert np.abs(np.asarray(drawn[None], float) - np.asarray(drawn["v"], float)).max() > 5
 
 
@@ -297,7 +297,7 @@ def test_position_ids_and_keys_without_the_prefix_load(models, tmp_path):
 
 
 def breaks():
-    """(how to break a file's tensors, the message); each file also holds NaN, which only reading would find."""
+    """(how to break a file's tensors, what is said); each file also holds NaN, which only reading would find."""
 
     def rename(tensors):
         for i in range(7):
@@ -332,19 +332,19 @@ def breaks():
 
 
 @pytest.mark.parametrize("name", breaks())
-def test_what_does_not_fit_is_reported_before_a_tensor_is_read(models, tmp_path, name):
-    change, message = breaks()[name]
+def test_what_does_not_fit_is_said_before_a_tensor_is_read(models, tmp_path, name):
+    change, said = breaks()[name]
 
     def also_nan(tensors):
         change(tensors)
         tensors["model.diffusion_model.out.0.bias"][0] = float("nan")
 
     path = damaged(tmp_path, models["1.5"][2], also_nan)
-    with pytest.raises(ModelError, match=message) as error:
+    with pytest.raises(ModelError, match=said) as error:
         load_model(path, "cpu", "fp32", cache=False)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
     if name in ("strangers", "no vae", "no text"):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match=said):
             check_model(path)
 
 

@@ -78,7 +78,7 @@ def test_states_are_the_models_and_end_with_the_text(text):
     assert torch.allclose(text.encode_together(texts[:3]).states, found.states[:3], atol=1e-5)
 
 
-def test_what_t5_does_not_see_is_described(text):
+def test_what_t5_does_not_see_is_told(text):
     assert text.truncated("a red cat") == "" and text.truncated("a red cat on a blue card and a dog") == "and a dog"
     assert text.unknown_words("A zebra and a cat, two zebra") == ["zebra", "two"]
     with pytest.raises(ConfigError, match="clip_skip 1 is impossible"):
@@ -142,7 +142,7 @@ def test_a_description_knows_t5_in_a_folder_and_in_a_single_file(folder, tmp_pat
         assert describe(path).clip_layers == ()
 
 
-def test_an_image_shows_what_t5_did_not_see(model):
+def test_an_image_tells_what_t5_did_not_see(model):
     _, images = draw(model, ["a red cat on a blue card and a dog"])
     assert images.metadata[0]["truncated"] == "and a dog"
 

@@ -36,7 +36,7 @@ def test_the_pad_is_the_end_or_the_first_token():
     assert clip_tokenizer().model_max_length == 77
 
 
-def test_another_tokenizer_is_distinguished():
+def test_another_tokenizer_is_told_apart():
     table = json.loads(clip_tokenizer("!").backend_tokenizer.to_str())
     assert is_clips(json.dumps(table))
     table["model"]["merges"][0], table["model"]["merges"][1] = table["model"]["merges"][1], table["model"]["merges"][0]

@@ -84,7 +84,7 @@ def test_standard_input_defaults_and_formats(tiny_folder, tmp_path, monkeypatch)
         (["p.txt", "--hires-scale", "0.5"], "hires_scale: 0.5 is not above 1"),
         (["p.txt", "--variation-strength", "0.5"], "a variation needs its own seed"),
         (["p.txt", "--set", "steps=3"], "belongs to --from"),
-        (["--from", "nowhere.png"], "no such picture or manifest"),
+        (["--from", "nowhere.png"], "no such image or manifest"),
         (["p.txt", "--grid", "stepz=1,2"], "--grid"),
         (["p.txt", "--format", "gif"], "unknown image format"),
         (["p.txt", "-o", "p.txt"], "is a file, not a folder"),

@@ -70,15 +70,15 @@ def test_workers_take_what_the_cluster_has():
 def test_workers_are_given_whole_batches():
     lines = [{"prompt": "a cat", "seed": i, "num_inference_steps": i % 2 + 1} for i in range(14)]
     jobs = jobs_of(lines, {"negative_prompt": "", "model": "tiny"})
-    parts = list(ray_pool.parts(jobs, 3))
+    parts = list(ray_pool.job_batches(jobs, 3))
     assert sorted(len(part.jobs) for part in parts) == [1, 1, 3, 3, 3, 3]
     assert all(len({Group.of(job.settings) for job in part.jobs}) == 1 for part in parts)
     assert sorted(job.seed for part in parts for job in part.jobs) == list(range(14))
 
 
 def test_a_resolver_is_sent_as_its_arguments(tiny_folder):
-    resolver = Resolver("loras", "fp32", device="cpu", attention="chunked")
-    asked = {"prompt": "a cat", "seed": 1, "model": str(tiny_folder)}
+    resolver = Resolver("loras", device="cpu", attention="chunked")
+    asked = {"prompt": "a cat", "seed": 1, "model": str(tiny_folder), "dtype": "fp32"}
     settings, _ = resolver(asked)
     sent = pickle.loads(pickle.dumps(resolver))
     assert sent(asked) == resolver(asked) and settings["dtype"] == "fp32" and sent.device == "cpu"
@@ -89,12 +89,15 @@ def test_pictures_come_as_the_bytes_of_their_files_in_their_order():
     from PIL import Image
 
     jobs, image = jobs_of(["a cat", "a dog"]), Image.new("RGB", (8, 8), "red")
-    desk, bare = ray_pool.RayEncoder(Encode("png", metadata=False), 2), {"prompt": "a", "remarks": ["an open bracket"]}
-    desk.put(Drawn(jobs[0], image, bare))
-    desk.put(Drawn(jobs[1], None, {}, ModelError("broken")))
-    first, second = pickle.loads(pickle.dumps(desk.take()))
-    assert first.image == encode(image) == Encode("png", True)(first) and first.remarks == first.record
-    assert second.job == jobs[1] and str(second.error) == "broken" and desk.take() == []
+    encoder, bare = (
+        ray_pool.RayEncoder(Encode("png", metadata=False), 2),
+        {"prompt": "a", "remarks": ["an open bracket"]},
+    )
+    encoder.put(Drawn(jobs[0], image, bare))
+    encoder.put(Drawn(jobs[1], None, {}, ModelError("broken")))
+    first, second = pickle.loads(pickle.dumps(encoder.take()))
+    assert first.image == encode(image) == Encode("png", True)(first) and first.remarks == first.metadata
+    assert second.job == jobs[1] and str(second.error) == "broken" and encoder.take() == []
 
 
 # On a cluster of two workers
@@ -166,10 +169,10 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(tiny_folder, tmp
 @pytest.mark.slow
 def test_signals_and_a_picture_that_kills_its_workers(tiny_folder, tmp_path, lines, on_one_thread, monkeypatch, capsys):
     class Mortal(ray_pool.Worker):
-        def draw(self, jobs, told):
+        def draw(self, jobs):
             if any(job.seed == 13 for job in jobs):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().draw(jobs, told)
+            return super().draw(jobs)
 
     monkeypatch.setattr(ray_pool, "Worker", Mortal)
     words, handler = {"model": str(tiny_folder), "batch_size": 4, "ray": "local"}, signal.getsignal(signal.SIGTERM)
@@ -183,4 +186,4 @@ def test_signals_and_a_picture_that_kills_its_workers(tiny_folder, tmp_path, lin
     assert found.counts["rendered"] == 39 - before and found.counts["failed"] == 1 and found.exit_code == 3
     (line,) = (record for record in read_manifest(tmp_path / "ray") if record["status"] == "failed")
     assert line["seed"] == 13 and "3 workers were lost while they drew it" in line["error"]
-    assert "warning: a worker was lost; the 4 pictures that it had in hand go to others" in capsys.readouterr().err
+    assert "warning: a worker was lost; the 4 images that it had in hand go to others" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def render(folder, prompts, fail=(), shard=None, **options):
     with Manifest(folder, shard) as ledger, Report(folder, shard) as report:
         for job in jobs:
             if job.index in fail:
-                ledger.fail(job, NumericsError("the picture holds <b>NaN</b>"))
+                ledger.fail(job, NumericsError("the image holds <b>NaN</b>"))
             else:
                 ledger.save(job, encode(Image.new("RGB", (128, 128), colour(job.index))))
         for entry in read_entries(["x --steps y</script>"]):
@@ -95,10 +95,8 @@ def gallery(tmp_path_factory):
 def test_hostile_prompts_are_data_and_nothing_else(gallery):
     folder, jobs, page, data = gallery
     drawn = [job for job in jobs if job.index != 3]
-    assert [picture["settings"]["prompt"] for picture in data["pictures"]] == [job.settings["prompt"] for job in drawn]
-    assert [{**data["common"], **picture["settings"]} for picture in data["pictures"]] == [
-        job.settings for job in drawn
-    ]
+    assert [picture["settings"]["prompt"] for picture in data["images"]] == [job.settings["prompt"] for job in drawn]
+    assert [{**data["common"], **picture["settings"]} for picture in data["images"]] == [job.settings for job in drawn]
     assert [tag for tag, _, _ in page.elements].count("script") == 2  # the data and the script
     assert page.one("title") == data["title"] == folder.name
     assert not [e for e in page.elements if {"src", "href", "onerror", "onclick", "style"} & set(e[1])]
@@ -121,22 +119,22 @@ def test_the_page_may_load_nothing_but_pictures_beside_it(gallery):
 
 def test_every_picture_is_there_under_its_name(gallery):
     folder, _, _, data = gallery
-    for picture in data["pictures"]:
+    for picture in data["images"]:
         assert unquote(picture["url"]) == picture["file"] and (folder / picture["file"]).is_file()
         assert not re.search(r"[^\w.%/~-]", picture["url"], re.ASCII)
-    assert "odd-#%-&-é-name.png" in [picture["file"] for picture in data["pictures"]]
+    assert "odd-#%-&-é-name.png" in [picture["file"] for picture in data["images"]]
 
 
 def test_failures_are_listed(gallery):
     _, jobs, _, data = gallery
-    assert data["failures"][0] == f"{jobs[2].where}: the picture holds <b>NaN</b>"
+    assert data["failures"][0] == f"{jobs[2].where}: the image holds <b>NaN</b>"
     assert "expected a whole number" in data["failures"][1] and len(data["failures"]) == 2
 
 
 def test_commands_say_the_settings_again(gallery):
     _, jobs, _, data = gallery
     drawn = [job for job in jobs if job.index != 3]
-    for picture, job in zip(data["pictures"], drawn, strict=True):
+    for picture, job in zip(data["images"], drawn, strict=True):
         words = shlex.split(picture["command"])
         assert words[:2] == ["ldm", "generate"]
         args = vars(parse(words[1:]))
@@ -187,7 +185,7 @@ def test_odd_manifests_make_a_page_all_the_same(tmp_path):
     (tmp_path / "manifest.jsonl").write_text(f"{text}\nnull\n[]\n{{}}\nnot json\n")
     (tmp_path / "report-1-of-2.jsonl").write_text("[1]\nnull\n{}\n")
     data = json.loads(Reader(write_gallery(tmp_path).read_text()).one("script", id="data"))
-    assert len(data["pictures"]) == 2 and len(jobs) == 3 and data["pictures"][0]["number"] == "x"
+    assert len(data["images"]) == 2 and len(jobs) == 3 and data["images"][0]["number"] == "x"
     assert len(write_contact_sheets(tmp_path)) == 1
 
 
@@ -249,14 +247,14 @@ globalThis.IntersectionObserver = class { observe() {} };
 known("#data").textContent = DATA;
 """
     asked = """
-const pictureNames = () => known("#pictures").children.map((figure) => figure.children[0].children[0].src);
+const pictureNames = () => known("#images").children.map((figure) => figure.children[0].children[0].src);
 const answers = { all: pictureNames(), title: known("#title").textContent };
 answers.failures = known("#failures ul").children.length;
 known("#search").value = "NAMED num_inference_steps:3";
 known("#search").heard.input();
 answers.found = pictureNames();
 answers.count = known("#count").textContent;
-known("#pictures").children[0].children[0].heard.click();
+known("#images").children[0].children[0].heard.click();
 answers.command = known("#one pre").textContent;
 answers.rows = known("#one table").children.map((row) => row.children.map((cell) => cell.textContent));
 console.log(JSON.stringify(answers));
@@ -265,8 +263,8 @@ console.log(JSON.stringify(answers));
     (tmp_path / "page.js").write_text(stand_in + script.replace('"use strict";', "") + asked, encoding="utf-8")
     done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    answers, last = json.loads(done.stdout), data["pictures"][-1]
-    assert answers["all"] == [picture["url"] for picture in data["pictures"]] and answers["failures"] == 2
-    assert answers["found"] == [last["url"]] and answers["count"] == f"1 of {len(data['pictures'])} pictures"
+    answers, last = json.loads(done.stdout), data["images"][-1]
+    assert answers["all"] == [picture["url"] for picture in data["images"]] and answers["failures"] == 2
+    assert answers["found"] == [last["url"]] and answers["count"] == f"1 of {len(data['images'])} images"
     assert answers["command"] == last["command"] and ["prompt", "named"] in answers["rows"]
     assert answers["title"] == data["title"]

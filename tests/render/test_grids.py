@@ -11,15 +11,14 @@ from prompt_files import jobs_of, resolve
 from ldm.errors import ConfigError
 from ldm.images import encode
 from ldm.pipeline.result import Target
-from ldm.render.jobs.jobs import Job, Shard, short
-from ldm.render.jobs.scan import Run
+from ldm.render.jobs.jobs import Shard, short
+from ldm.render.jobs.scan import Run, scan
 from ldm.render.output.folder import finished
 from ldm.render.output.manifest import Manifest
-from ldm.render.prompts.files import read_entries
-from ldm.render.prompts.snapshot import Prompts, gridded
-from ldm.render.sheets import axes
-from ldm.render.sheets.axes import draw_sheet, grid_entries, read_axes
-from ldm.render.sheets.grid_sheet import write_sheets
+from ldm.render.prompts.files import Prompts, read_entries
+from ldm.render.sheets import grid_sheet
+from ldm.render.sheets.axes import grid_entries, gridded, read_axes
+from ldm.render.sheets.grid_sheet import draw_sheet, write_sheets
 from ldm.render.sheets.labels import cut, wrapped
 
 
@@ -98,12 +97,12 @@ def test_an_axis_wins_over_the_line_and_automatic_takes_the_lines_spacing_away()
         (["steps=4-9:0"], "4-9:0 is no range"),
         (["seed=1-999999999"], "are 999,999,999 values"),
         (["sampler=eular"], "did you mean 'euler'"),
-        (["n_iter=1,2"], "says nothing about a picture"),
+        (["n_iter=1,2"], "changes no image"),
         (["steps=1", "cfg=1", "seed=1", "eta=1"], "4 axes are more than 3"),
         (["steps=1,2", "num_inference_steps=3"], "change the same setting"),
         (["sampler=DPM++ 2M Karras", "spacing=beta"], "change the same setting"),
         (["prompt=a", "prompt=b"], "change the same setting"),
-        (["seed=1-50", "steps=1-50"], "50 x 50 are 2,500 pictures a prompt, more than 1,000"),
+        (["seed=1-50", "steps=1-50"], "50 x 50 are 2,500 images a prompt, more than 1,000"),
         (["prompt=->dog"], "nothing to search for"),
         (['prompt="a'], "cannot be split"),
         (["lora=nowhere.safetensors"], "nowhere.safetensors"),
@@ -118,8 +117,8 @@ def test_bad_axes_are_refused(items, said):
     ("line", "item", "said"),
     [
         ("a dog", "prompt=cat->bird", "'cat' is not in the prompt"),
-        ("a cat --d 1,2", "steps=1,2", "a cell of a grid holds one picture"),
-        ({"prompt": "a", "num_images": 2}, "steps=1,2", "a cell of a grid holds one picture"),
+        ("a cat --d 1,2", "steps=1,2", "a cell of a grid holds one image"),
+        ({"prompt": "a", "num_images": 2}, "steps=1,2", "a cell of a grid holds one image"),
         ("a cat --steps x", "cfg=1,2", "expected a whole number"),
     ],
 )
@@ -177,16 +176,17 @@ def test_smaller_pictures_are_centred_and_missing_ones_grey(tmp_path):
 def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
     entries = list(read_entries(["a cat --d 1", "a dog --s x", "a cat --d 1", "a bird"]))
     axes = read_axes(["steps=1,2,3", "cfg=1,2"])
-    base = Prompts("prompts", lambda: iter(entries))
-    own = {"prompts": gridded(base, axes, 0), "target": Target.of(tmp_path), "resolver": resolve, "shard": Shard()}
-    run = Run(**own, defaults={}, wildcards=None, seed=0, batch_size=None, metadata=True)
-    jobs = [job for job in run.plan() if isinstance(job, Job)]
-    with Manifest(tmp_path) as ledger:
+    prompts = gridded(Prompts("prompts", iter(entries)), axes, 0)
+    rest = {"target": Target.of(tmp_path), "resolver": resolve, "shard": Shard(), "metadata": True}
+    run = Run(prompts, **rest, defaults={}, wildcards=None, seed=0, batch_size=None)
+    with Manifest(tmp_path) as ledger, ledger.job_file() as job_file:
+        assert scan(run, ledger.finished, lambda entry: None, job_file).bad == 1
+        jobs, sheets = list(job_file.jobs()), list(job_file.sheets())
         ledger.save(replace(jobs[0], key="0" * 32, stem="of-an-older-run"), encode(Image.new("RGB", (64, 64), "white")))
         for job in jobs:
             if job.index != 9:
                 ledger.save(job, encode(Image.new("RGB", (64, 64), colour(job.index))))
-    paths = write_sheets(run, base, axes, {short(line["key"]): line["path"] for line in finished(tmp_path)})
+    paths = write_sheets(tmp_path, sheets, axes, {short(line["key"]): line["path"] for line in finished(tmp_path)})
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"grids/00{i}.png" for i in (1, 2, 3)]
     for path, own in zip(paths, (range(1, 7), (7, 8, 10, 11, 12), range(13, 19))):
         with Image.open(path) as sheet:
@@ -194,10 +194,10 @@ def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
 
 
 def test_a_sheet_of_many_large_pictures_is_made_smaller(monkeypatch):
-    monkeypatch.setattr(axes, "MAX_AREA", 500_000)
+    monkeypatch.setattr(grid_sheet, "MAX_AREA", 500_000)
     sheet = draw_sheet(read_axes(["steps=1-10", "cfg=1-5"]), [Image.new("RGB", (512, 512), colour(3))] * 50)
     assert 300_000 < sheet.width * sheet.height < 700_000
-    monkeypatch.setattr(axes, "MAX_SIDE", 600)
+    monkeypatch.setattr(grid_sheet, "MAX_SIDE", 600)
     assert draw_sheet(read_axes(["steps=1-10"]), [Image.new("RGB", (512, 512), colour(3))] * 10).width < 700
 
 

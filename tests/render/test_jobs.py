@@ -1,5 +1,6 @@
 """Jobs: keys and seeds that do not depend on what stands above, names that stay in their folder."""
 
+import hashlib
 import json
 import random
 import subprocess
@@ -112,21 +113,49 @@ def test_each_picture_expands_by_its_own_seed():
     assert jobs_of(["{a|b}"])[0].settings["prompt"] == "{a|b}"  # replayed: no templates
 
 
-def test_keys_and_seeds_are_written_down_once():
-    jobs = jobs_of(["a cat's eye, été --n bad", {"prompt": "b", "cfg": 7, "seed": 3}], {"guidance_scale": 5.0})
-    assert [(job.key, job.seed) for job in jobs] == GOLDEN
+def test_keys_and_seeds_are_hashes_of_these_very_texts():
+    """Folders of every release are resumed: what is hashed is written out here, and may not change."""
+    line = '{"negative_prompt":"bad","prompt":"a cat\'s eye, été"}'
+    seed = int(hashlib.sha256(f"0:0:{line}".encode()).hexdigest()[:16], 16) % (2**32 - 100_000)
+    resolved = '{"guidance_scale":5,"height":128,"model":"sha-of-the-model","negative_prompt":"bad",'
+    resolved += '"num_inference_steps":25,"prompt":"a cat\'s eye, été","sampler":"euler","seed":SEED,"width":128}'
+    resolved = resolved.replace("SEED", str(seed))
+    given = '{"guidance_scale":7,"height":128,"model":"sha-of-the-model","num_inference_steps":25,"prompt":"b",'
+    given += '"sampler":"euler","seed":3,"width":128}'
+    prompts = ["a cat's eye, été --n bad", {"prompt": "b", "cfg": 7, "seed": 3}, {"prompt": "b", "cfg": 7, "seed": 3}]
+    jobs = jobs_of(prompts, {"guidance_scale": 5.0})
+    assert [job.seed for job in jobs] == [seed, 3, 3]
+    for job, text, equal_before in zip(jobs, (resolved, given, given), (0, 0, 1)):
+        content = hashlib.sha256(text.encode()).digest()
+        assert job.key == hashlib.sha256(content + equal_before.to_bytes(8, "big")).hexdigest()[:32]
+    assert [job.key for job in jobs[:2]] == ["ea782057d541fb9274783d5de9b41212", "bec400593863909a8d7a99f5af81eaad"]
+
+
+def test_variations_of_a_line_share_its_seed_and_count_their_own(tmp_path):
+    """As generate's, so that A1111's lines give A1111's images."""
+
+    def seeds(line, defaults=None):
+        return [(job.seed, job.settings["variation_seed"]) for job in jobs_of([line], defaults)]
+
+    varied = {"prompt": "a", "subseed": 5, "subseed_strength": 0.3, "num_images": 3}
+    assert seeds({**varied, "seed": 7}) == [(7, 5), (7, 6), (7, 7)]
+    (drawn,) = {seed for seed, _ in seeds(varied)}
+    assert seeds(varied) == [(drawn, 5), (drawn, 6), (drawn, 7)]
+    assert seeds({**varied, "seed": [1, 2, 9]}) == [(1, 5), (2, 6), (9, 7)]
+    by_option = {"variation_seed": 5, "variation_strength": 0.3, "num_images": 2}
+    assert seeds("a --d 7", by_option) == [(7, 5), (7, 6)]
 
 
 def test_bad_lines_are_counted_and_what_the_model_refuses_is_one():
     def picky(settings):
         if settings.get("width") == 100:
-            raise ConfigError("100 is not a multiple of 8", where="width", todo="use 96 or 104")
+            raise ConfigError("100 is not a multiple of 8", where="width", hint="use 96 or 104")
         return resolve(settings)
 
     lines = ["a", "b --w 100", "c --s 0", "d --n {d", "e --num_images 2"]
     plan = Plan(read_entries(lines), {}, picky, wildcards=Wildcards())
     items = list(plan)
-    assert (plan.lines, plan.bad, plan.jobs, plan.elsewhere) == (5, 3, 3, 0)
+    assert (plan.lines, plan.bad, plan.jobs, plan.other_shards) == (5, 3, 3, 0)
     assert [str(item.error) for item in items if isinstance(item, Entry)] == [
         "prompts, entry 2 (width): 100 is not a multiple of 8; use 96 or 104",
         "prompts, entry 3 (s): 0 is outside 1 to 1000",
@@ -141,7 +170,7 @@ def test_shards_share_the_jobs_out():
     plans = [Plan(read_entries(lines), {}, resolve, shard=Shard(i, 3)) for i in (1, 2, 3)]
     parts = [list(plan) for plan in plans]
     assert sorted((job for part in parts for job in part), key=lambda job: job.index) == whole
-    assert all(80 < len(part) < 190 and plan.elsewhere == 400 - len(part) for part, plan in zip(parts, plans))
+    assert all(80 < len(part) < 190 and plan.other_shards == 400 - len(part) for part, plan in zip(parts, plans))
     assert len({job.stem.casefold() for job in whole}) == 400
 
 
@@ -303,6 +332,3 @@ def test_canonical_is_one_text_for_one_value():
     assert json.loads(canonical({"x": 0.1})) == {"x": 0.1}
     with pytest.raises(ValueError):
         canonical({"x": float("nan")})
-
-
-GOLDEN = [("ea782057d541fb9274783d5de9b41212", 172238977), ("bec400593863909a8d7a99f5af81eaad", 3)]

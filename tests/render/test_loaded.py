@@ -9,7 +9,7 @@ from ldm.checkpoint import load_model
 from ldm.errors import ConfigError
 from ldm.images import read_metadata
 from ldm.render.drawing.runner import render
-from ldm.render.jobs.loaded_models import known, weights_hash
+from ldm.render.jobs.loaded_models import name_of_loaded, weights_hash
 from ldm.render.output.manifest import read_manifest
 from tests.conftest import build_tiny_model
 
@@ -42,7 +42,7 @@ def test_a_model_made_in_memory_is_known_by_its_weights(tmp_path):
 
 def test_a_changed_model_is_not_taken_for_its_folder(tiny_folder):
     loaded = load_model(tiny_folder, device="cpu", dtype="fp32")
-    name, same = known(loaded)
+    name, same = name_of_loaded(loaded)
     assert same is loaded and name == str(loaded.path)
     changed = {
         "lora": dataclasses.replace(loaded, info={"lora": [{"name": "red"}]}),
@@ -50,7 +50,7 @@ def test_a_changed_model_is_not_taken_for_its_folder(tiny_folder):
         "hash": dataclasses.replace(loaded, hash="0" * 64),
     }
     for what, model in changed.items():
-        name, found = known(model)
+        name, found = name_of_loaded(model)
         assert name.startswith("loaded:") and found.hash not in (loaded.hash, model.hash), what
         assert found.unet is loaded.unet
     assert weights_hash(changed["schedule"]) != weights_hash(loaded)

@@ -9,7 +9,8 @@ import pytest
 from prompt_files import jobs_of, resolve
 
 from ldm.errors import NumericsError, ResourceError
-from ldm.render.jobs.jobs import Plan, Shard
+from ldm.render.jobs.jobs import Job, Plan, Shard
+from ldm.render.jobs.scan import Scan
 from ldm.render.output.manifest import Manifest, Report, read_manifest
 from ldm.render.prompts.files import read_entries
 from tests.children import in_child, status_of
@@ -254,7 +255,7 @@ def test_failures_are_lines_too_and_are_tried_again(tmp_path):
     jobs = jobs_of(["a", "b"])
     with Manifest(tmp_path) as ledger:
         ledger.save(jobs[0], picture(jobs[0]))
-        ledger.fail(jobs[1], NumericsError("the picture holds NaN", todo="use dtype fp32"))
+        ledger.fail(jobs[1], NumericsError("the picture holds NaN", hint="use dtype fp32"))
     (failed,) = records(tmp_path, "failed")
     assert failed["key"] == jobs[1].key and failed["path"] is None and "holds NaN" in failed["error"]
     assert render(tmp_path, jobs) == [jobs[1].key]
@@ -264,36 +265,23 @@ def test_the_report_names_everything_and_adds_up(tmp_path):
     lines = ["a", "b --s 0", "c --stepz", "d --num_images 3", "e"]
     plan = Plan(read_entries(lines), {}, resolve)
     items = list(plan)
+    scan = Scan(lines=plan.lines, bad=plan.bad, jobs=plan.jobs, finished=2)
     with Report(tmp_path) as report:
         for item in items:
-            if getattr(item, "error", None):
+            if not isinstance(item, Job):
                 report.bad_line(item)
-        report.count("finished_before", 2)
-        report.count("rendered")
+        report.rendered += 1
         report.failed(items[0], NumericsError("holds NaN"))
-        counts = report.finish(plan.lines, plan.jobs)
+        report.finish(scan)
     said = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in said] == ["bad line", "bad line", "failed", "counts"]
     assert [(line["line"], line["field"]) for line in said[:2]] == [(2, "s"), (3, "--stepz")]
-    assert (
-        said[3]
-        == counts
-        == {
-            "kind": "counts",
-            "lines": 5,
-            "good_lines": 3,
-            "bad_lines": 2,
-            "jobs": 5,
-            "rendered": 1,
-            "finished_before": 2,
-            "failed": 1,
-            "not_reached": 1,
-            "other_shards": 0,
-        }
-    )
+    counts = {"lines": 5, "good_lines": 3, "bad_lines": 2, "jobs": 5, "rendered": 1, "finished_before": 2}
+    counts |= {"failed": 1, "not_reached": 1, "other_shards": 0}
+    assert report.counts(scan) == counts and said[3] == {"kind": "counts", **counts}
     with Report(tmp_path) as report, pytest.raises(AssertionError, match="do not add up"):
-        report.count("rendered", 6)
-        report.finish(5, 5)
+        report.rendered += 6
+        report.finish(scan)
     assert (tmp_path / "report.jsonl").read_text() == ""  # each run begins its own
 
 

@@ -13,19 +13,20 @@ from ldm.render.jobs.batches import groups, windows
 from ldm.render.prompts.templates import Wildcards
 from ldm.render.jobs.jobs import Shard
 from ldm.render.drawing.runner import _resolver
-from ldm.render.prompts.snapshot import held
-from ldm.render.jobs.scan import Run, survey, unfinished
+from ldm.render.prompts.files import open_prompts
+from ldm.render.jobs.job_file import JobFile
+from ldm.render.jobs.scan import Run, scan
 
 def used():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 resolver, defaults = _resolver({"model": sys.argv[2]})
-with held(sys.argv[1]) as prompts:
-    rest = {"seed": 0, "shard": Shard(), "batch_size": None, "metadata": True}
-    run = Run(prompts, Target.of("nowhere/"), defaults, resolver, Wildcards(), **rest)
-    before = used()
-    found = survey(run, lambda job: job.index % 2, print)  # every other one was finished before
-    drawn = sum(len(jobs) for window in windows(unfinished(run, found.finished)) for _, jobs in groups(window))
+rest = {"seed": 0, "shard": Shard(), "batch_size": None, "metadata": True}
+run = Run(open_prompts(sys.argv[1]), Target.of("nowhere/"), defaults, resolver, Wildcards(), **rest)
+before = used()
+with JobFile() as job_file:
+    found = scan(run, lambda job: job.index % 2, print, job_file)  # every other one was finished before
+    drawn = sum(len(jobs) for window in windows(job_file.jobs()) for _, jobs in groups(window))
     print(found.jobs, drawn, used() - before)
 """
 

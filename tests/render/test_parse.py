@@ -12,8 +12,9 @@ from prompt_files import entries_of, settings_of
 from ldm.errors import ConfigError
 from ldm.pipeline.keywords import ALIASES
 from ldm.render.prompts import files
-from ldm.render.prompts.files import read_entries, stdin_file
-from ldm.render.prompts.line_settings import FIELDS, WORDS
+from ldm.render.prompts.files import open_prompts, read_entries
+from ldm.render.prompts.line_settings import WORDS
+from ldm.render.prompts.setting_table import SETTINGS
 
 
 def one(tmp_path, line, name="prompts.txt"):
@@ -103,7 +104,7 @@ def test_backslash_makes_a_flag_text(tmp_path):
 )
 def test_an_unknown_flag_is_named_with_its_line_and_the_nearest(tmp_path, line, field, near):
     entry = entries_of(tmp_path, f"fine\n{line}\nfine too\n")[1]
-    assert entry.field == field and near in entry.error.todo
+    assert entry.field == field and near in entry.error.hint
     assert str(entry.error).startswith(f"prompts.txt:2 ({field})")
 
 
@@ -159,7 +160,7 @@ def test_python_lists_of_texts_and_groups():
     assert str(entries[2].error).startswith("prompts, entry 3: expected a text")
 
 
-def test_standard_input_is_told_line_by_line_and_can_be_kept(monkeypatch):
+def test_standard_input_is_read_line_by_line(monkeypatch):
     data = b'a cat\n{"prompt": "b", "d": 3}\nc --s 9\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     entries = list(read_entries("-"))
@@ -169,8 +170,8 @@ def test_standard_input_is_told_line_by_line_and_can_be_kept(monkeypatch):
     ]
     assert entries[0].where == "stdin:1"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-    with stdin_file() as path:
-        assert list(read_entries(path, "stdin")) == list(read_entries(path, "stdin")) == entries
+    prompts = open_prompts("-")
+    assert prompts.name == "stdin" and list(prompts.entries) == entries
 
 
 def test_csv_records_over_several_lines_and_broken_ones(tmp_path):
@@ -199,6 +200,7 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
     (tmp_path / "x.png").touch()
     values = {"size": "64x96", "sampler": "Euler", "spacing": "trailing", "negative_prompt": "no", "clip_skip": "1"}
     values |= dict.fromkeys(("image", "mask_image", "lora"), "x.png") | dict.fromkeys(("eta", "guidance_rescale"), "0")
+    values |= {"variation_strength": "0.3", "dtype": "bf16"}
     value = values.get(name, {"strength": "0.8", "name": "cat", "model": "default"}.get(name, "3"))
     needs_image = name == "mask_image"
     rest = "" if name == "prompt" else "a cat "
@@ -219,7 +221,8 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
 
 
 def test_the_words_of_the_pipeline_are_all_here():
-    missing = {word for word, name in ALIASES.items() if name in FIELDS} - set(WORDS) - {"generator"}
+    parsed = {name for name, setting in SETTINGS.items() if setting.parser}
+    missing = {word for word, name in ALIASES.items() if name in parsed} - set(WORDS) - {"generator"}
     assert missing == set()
 
 
@@ -289,7 +292,21 @@ def test_bad_values_are_named(tmp_path, settings, field, said):
 def test_what_changes_nothing_is_taken(tmp_path):
     line = "a --restore_faces false --tiling False --subseed -1 --do_not_save_grid --subseed_strength 0.0"
     assert one(tmp_path, line) == {"prompt": "a"}
+    assert one(tmp_path, "a --subseed 5 --subseed_strength 0") == {"prompt": "a"}  # A1111 writes a drawn subseed
     assert "not supported" in str(refused(tmp_path, "a --tiling").error)
+
+
+def test_variations_are_taken_under_everybodys_words(tmp_path):
+    varied = {"prompt": "a", "variation_seed": 5, "variation_strength": 0.3}
+    for line in ("a --subseed 5 --subseed_strength 0.3", "a --variation_seed 5 --variation-strength .3"):
+        assert one(tmp_path, line) == varied
+    entry = refused(tmp_path, "a --subseed 5 --subseed_strength 2")
+    assert entry.field == "subseed_strength" and "2 is outside 0 to 1" in str(entry.error)
+
+
+def test_a_line_may_hold_its_dtype(tmp_path):
+    assert one(tmp_path, "a --dtype bf16") == one(tmp_path, "a --torch_dtype bf16") == {"prompt": "a", "dtype": "bf16"}
+    assert "did you mean 'bf16'" in str(refused(tmp_path, "a --dtype bf").error)
 
 
 def test_clip_skip_counts_as_a1111_does_in_files(tmp_path):

@@ -65,6 +65,8 @@ def test_an_a1111_picture_says_what_it_can_and_names_the_rest(tmp_path, format):
         "seed": 965400086,
         "width": 512,
         "height": 768,
+        "variation_seed": 5,
+        "variation_strength": 0.2,
     }
     assert replay.notes == (
         "not repeated: prompt: <hypernet:old:1>",
@@ -73,8 +75,6 @@ def test_an_a1111_picture_says_what_it_can_and_names_the_rest(tmp_path, format):
         "not repeated: Hires upscaler: Latent",
         'not repeated: ControlNet 0: preprocessor: canny, model: "x"',
         "not repeated: ADetailer model: face_yolov8n.pt",
-        "not repeated: Variation seed: 5",
-        "not repeated: Variation seed strength: 0.2",
     )
     told = {
         "program": "v1.10.1",
@@ -82,7 +82,7 @@ def test_an_a1111_picture_says_what_it_can_and_names_the_rest(tmp_path, format):
         "model_hash": "45dee52b01",
         "lora": "style: abcdef012345, other: 00",
     }
-    assert replay.told == told
+    assert replay.source == told
 
 
 def test_a_comfyui_picture_in_a1111_style(tmp_path):
@@ -97,7 +97,7 @@ def test_a_stable_diffusion_cpp_picture(tmp_path):
     assert replay.notes == (
         "not repeated: SLG scale: 2.5",
         "not repeated: Skip layers: [7, 8, 9, ]",
-        "not repeated: RNG: cuda (noise is drawn on the CPU here: the picture will differ)",
+        "not repeated: RNG: cuda (noise is drawn on the CPU here: the image will differ)",
     )
     settings = dict(replay.entry.settings)
     assert settings["sampler"] == "euler_ancestral" and settings["spacing"] == "linspace" and "eta" not in settings
@@ -129,7 +129,7 @@ def test_samplers_and_what_an_absent_schedule_means(tmp_path, fields, sampler, s
 def test_a_missing_rng_is_the_gpus(tmp_path):
     line = "x\nSteps: 5, Sampler: Euler, CFG scale: 2, Seed: 1, Size: 8x8"
     assert replay_of(tmp_path, line).notes == (
-        "not repeated: RNG is not told, so the noise was drawn on a GPU: the picture will differ",
+        "not repeated: RNG is not given, so the noise was drawn on a GPU: the image will differ",
     )
     assert replay_of(tmp_path, f"{line}, RNG: CPU").notes == ()
     assert "drawn on the CPU here" in replay_of(tmp_path, f"{line}, RNG: NV").notes[0]
@@ -145,7 +145,7 @@ def test_clip_skip_counts_as_a1111_does(tmp_path):
 def test_a_prompt_alone_is_a_prompt(tmp_path):
     replay = replay_of(tmp_path, "a portrait, style: oil, mood: dark, light: soft")
     assert replay.entry.settings["prompt"] == "a portrait, style: oil, mood: dark, light: soft"
-    assert replay.notes == ("not told: seed, steps, guidance scale, size, sampler (drawn, or the model's own)",)
+    assert replay.notes == ("not given: seed, steps, guidance scale, size, sampler (drawn, or the model's own)",)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_bad_changes_are_refused_before_anything_is_read(tmp_path, change, said)
 
 
 def test_sources_that_say_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="no such picture"):
+    with pytest.raises(ConfigError, match="no such image"):
         read_replays([tmp_path / "nowhere.png"])
-    assert "tells nothing of how it was drawn" in str(replay_of(tmp_path).entry.error)
+    assert "holds nothing of how it was drawn" in str(replay_of(tmp_path).entry.error)
     (tmp_path / "text.png").write_text("no picture")
     replays = list(read_replays([tmp_path / "text.png", picture(tmp_path / "good.png", A1111)]))
     assert "cannot be read as a picture" in str(replays[0].entry.error) and replays[1].entry.error is None
@@ -219,7 +219,7 @@ def test_lines_behind_the_fields_are_fields_too():
 
 def test_damaged_texts_raise_nothing_but_ldm_errors(tmp_path):
     """Cut, doubled, shuffled and overwritten texts, through the whole reader; and none takes long."""
-    from ldm.render.replay.a1111_settings import of_infotext
+    from ldm.render.replay.a1111_settings import a1111_settings
     from ldm.render.replay.overrides import Changes
 
     draw, seen = random.Random(7), {"read": 0, "refused": 0}
@@ -231,7 +231,7 @@ def test_damaged_texts_raise_nothing_but_ldm_errors(tmp_path):
             i, j = sorted(draw.randrange(len(text) + 1) for _ in range(2))
             text = draw.choice([text[:i] + text[j:], text[:i] + draw.choice(pieces) + text[i:], text[j:] + text[:i]])
         try:
-            settings, notes, _ = of_infotext(read_infotext(text), tmp_path, Changes.read([]))
+            settings, notes, _ = a1111_settings(read_infotext(text), tmp_path, Changes.read([]))
             assert isinstance(settings.get("prompt", ""), str) and all("\n" not in note for note in notes)
             json.dumps(settings)
             seen["read"] += 1
@@ -278,7 +278,7 @@ def replay_of_record(folder, record):
     from ldm.render.replay.overrides import Changes
 
     entry = Entry("old.png", 1, "", None)
-    return replay._replay(entry, lambda: replay._of_record(record, folder, Changes.read([])), Changes.read([]))
+    return replay._replay(entry, lambda: replay._of_metadata(record, folder, Changes.read([])), Changes.read([]))
 
 
 def test_our_record_says_every_setting(tmp_path):
@@ -354,7 +354,7 @@ def test_damaged_records_raise_nothing_but_ldm_errors(tmp_path):
         replay = replay_of_record(tmp_path, record)
         refused += replay.entry.error is not None
         if replay.entry.error is None:
-            assert all("\n" not in line for line in (*replay.notes, *differences(replay.told, record_of())))
+            assert all("\n" not in line for line in (*replay.notes, *differences(replay.source, record_of())))
     assert 500 < refused < 2900
 
 
@@ -438,7 +438,7 @@ def test_what_will_differ_is_said_in_one_line_each():
     assert differences(record, record) == []
     other = record_of(model="other", model_hash="cd" * 32, dtype="fp32", versions={"torch": "3.0"})
     assert differences(record, {**other, "lora": [{"name": "red", "short_hash": "ffff"}]}) == [
-        "the picture was drawn by default (hash ababababab), this model is other (hash cdcdcdcdcd): it will differ",
+        "the image was drawn by default (hash ababababab), this model is other (hash cdcdcdcdcd): it will differ",
         "LoRA red had the hash abcdef0123, this one has ffff: it will differ",
         "dtype was bf16, is fp32: the last bits may differ",
         "torch was 2.13, is 3.0: the last bits may differ",
@@ -460,7 +460,7 @@ def test_a_picture_of_the_default_model_comes_out_to_the_bit(tmp_path):
     own, call = keywords(replay)
     again = Pipeline(**own).generate(**call)
     assert again[0].tobytes() == first[0].tobytes()
-    assert differences(replay.told, again.metadata[0]) == []
+    assert differences(replay.source, again.metadata[0]) == []
     (changed,) = read_replays([tmp_path / "old.png"], ["steps=3"])
     own, call = keywords(changed)
     assert Pipeline(**own).generate(**call)[0].tobytes() != first[0].tobytes()

@@ -25,7 +25,8 @@ def test_what_changes_nothing_is_left_out(tiny_folder):
     plain = resolve(line)
     neutral = {"guidance": "cfg", "clip_skip": 0, "emphasis": "original", "eta": None, "guidance_rescale": 0.0}
     assert resolve({**line, **neutral, "negative_prompt": "", "guidance_scale": 6, "height": 32}) == plain
-    assert Resolver(dtype="fp32")(line)[0] == {**plain[0], "dtype": "fp32"}  # asked for: another picture
+    assert resolve({**line, "dtype": "auto"}) == plain
+    assert resolve({**line, "dtype": "fp32"})[0] == {**plain[0], "dtype": "fp32"}  # asked for: another image
 
 
 def test_resolved_settings_resolve_to_themselves(tiny_folder):
@@ -33,8 +34,8 @@ def test_resolved_settings_resolve_to_themselves(tiny_folder):
     line = {"prompt": "a", "seed": 1, "model": str(tiny_folder), "sampler": "lcm", "guidance": "pag", "pag_scale": 2.0}
     settings, _ = resolve(line)
     assert resolve(settings)[0] == settings
-    painter, call = resolve.drawable(settings)
-    assert painter.info.path == tiny_folder.resolve() and call.sampler == "lcm" and call.guidance.pag_scale == 2.0
+    engine, call = resolve.drawable(settings)
+    assert engine.info.path == tiny_folder.resolve() and call.sampler == "lcm" and call.guidance.pag_scale == 2.0
 
 
 def test_another_vae_is_in_the_hashes(tiny_folder, tmp_path):

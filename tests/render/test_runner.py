@@ -101,7 +101,7 @@ def test_what_is_finished_is_left_alone_and_needs_no_model(draw, tmp_path, monke
     found = draw([LINES[4], LINES[1], LINES[3]])
     assert found.counts["finished_before"] == 1 and found.counts["rendered"] == 2
     assert identity(tmp_path / "out").items() >= before.items()
-    assert "holds 2 pictures of other lines or settings: they stay" in capsys.readouterr().err
+    assert "holds 2 images of other lines or settings: they stay" in capsys.readouterr().err
 
 
 def test_the_record_in_the_file_says_everything(draw, tmp_path):
@@ -305,11 +305,73 @@ def test_a_dry_run_writes_nothing_and_tells(draw, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "out").exists() and found.counts["not_reached"] == 2
     assert said[0].split("\t")[1:] == ["prompts, entry 1", said[0].split("\t")[2], "seed 3", "a cat"]
-    assert said[2] == "2 pictures to draw in 2 batches, 3 steps" and said[3].startswith("about ")
+    assert said[2] == "2 images to draw in 2 batches, 3 steps" and said[3].startswith("about ")
     drawn = draw(["a cat --d 3", "a dog --d 4 --s 2", "b --s 0"])
     assert [path.name for path in drawn.paths] == [line.split("\t")[2] for line in said[:2]]
     draw(["a cat --d 3", "a dog --d 4 --s 2"], dry_run=True)
-    assert capsys.readouterr().out == "0 pictures to draw in 0 batches, 0 steps\n"
+    assert capsys.readouterr().out == "0 images to draw in 0 batches, 0 steps\n"
+
+
+def test_counts_are_the_same_names_in_python_in_a_dry_run_and_in_the_report(draw, tmp_path):
+    lines = ["a cat --d 3", "a dog --d 4", "b --s 0"]
+    dry, real = draw(lines, dry_run=True).counts, draw(lines).counts
+    assert list(dry) == list(real) and real["good_lines"] == dry["good_lines"] == 2
+    assert report_of(tmp_path / "out")[-1] == {"kind": "counts", **real} and "kind" not in real
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_disk_that_is_full_at_the_reports_last_line_is_named(draw, tmp_path, monkeypatch, capsys, stopped):
+    """What was drawn is said all the same; where something else stopped the run, that is the error."""
+    from ldm.render.output import manifest
+
+    append = manifest._Log.append
+
+    def full(self, line):
+        if line.get("kind") == "counts":
+            raise ResourceError("cannot be written (No space left on device)", where=self._path)
+        return append(self, line)
+
+    def broken(self, job, data, **more):
+        raise NumericsError("the encoder is broken")
+
+    monkeypatch.setattr(manifest._Log, "append", full)
+    if stopped:
+        monkeypatch.setattr(manifest.Manifest, "save", broken)
+    with pytest.raises(NumericsError if stopped else ResourceError) as error:
+        draw(["a cat --d 3", "b --s 0"])
+    assert error.value.exit_code == (5 if stopped else 4)
+    assert f"{0 if stopped else 1} rendered, 0 finished before, 1 bad lines, 0 failed" in capsys.readouterr().err
+
+
+def test_the_folder_stays_away_where_the_file_is_refused_as_a_whole(draw, tmp_path):
+    (tmp_path / "p.csv").write_text("seed,steps\n1,2\n")
+    with pytest.raises(ConfigError, match="no column is named prompt"):
+        draw(tmp_path / "p.csv")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_images_has_no_contact_sheet(draw, spy, capsys):
+    def never(seeds, settings):
+        raise ResourceError("out of memory")
+
+    spy.before = never
+    assert draw(["a cat"], contact_sheet=True).counts["failed"] == 1
+    assert "contact sheets: 0" in capsys.readouterr().err
+
+
+def test_variations_of_lines_are_those_of_generate(draw, tiny_folder, tmp_path):
+    from ldm import Pipeline
+
+    found = draw(["a cat --d 7 --subseed 5 --subseed_strength 0.4 --num_images 2"], metadata=False)
+    pipe = Pipeline("a cat", model=tiny_folder)
+    images = pipe.generate(seed=7, variation_seed=5, variation_strength=0.4, num_images=2, num_inference_steps=1)
+    assert [bytes_without_key(path) for path in found.paths] == [image.tobytes() for image in images]
+
+
+def test_a_line_has_the_dtype_that_it_says(draw, tmp_path):
+    found = draw(["a cat --d 1", "a cat --d 1 --dtype bf16", "a cat --d 1 --dtype fp32"])
+    assert [read_metadata(path).ldm["dtype"] for path in found.paths] == ["fp32", "bf16", "fp32"]
+    assert {line["settings"].get("dtype") for line in read_manifest(found.folder)} == {None, "bf16", "fp32"}
 
 
 def test_a_dry_run_takes_damaged_lines_of_a_manifest_for_nothing(draw, tmp_path, capsys):
@@ -321,7 +383,7 @@ def test_a_dry_run_takes_damaged_lines_of_a_manifest_for_nothing(draw, tmp_path,
     found.manifest.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     capsys.readouterr()
     again = draw(["a cat --d 3", "a dog --d 4", "a cow --d 5"], dry_run=True)
-    assert again.counts["finished_before"] == 1 and "2 pictures to draw" in capsys.readouterr().out
+    assert again.counts["finished_before"] == 1 and "2 images to draw" in capsys.readouterr().out
 
 
 def test_the_progress_bar_tells_pictures_a_second_and_time_left(draw, monkeypatch, capsys):
@@ -366,8 +428,8 @@ def test_pictures_are_drawn_again_to_the_bit(draw, tmp_path, capsys):
     pictures_of_c = sorted((tmp_path / "c").glob("*.png"))
     assert [read_metadata(path).ldm["seed"] for path in pictures_of_c] == [4, 4]
     assert not {bytes_without_key(path) for path in pictures_of_c} & expected
-    assert "warning: the picture was drawn by" not in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="prompts and pictures"):
+    assert "warning: the image was drawn by" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="prompts and images"):
         draw(["a"], sources=first)
     with pytest.raises(ConfigError, match="belongs to --from"):
         draw(["a"], changes=["seed=4"])

@@ -94,7 +94,7 @@ def test_a_signal_finishes_the_batch_in_hand(tiny_folder, tmp_path, spy, number,
     spy.before, handler = signalled(spy, number), signal.getsignal(number)
     assert main(words) == 128 + number
     assert spy.batches == [[0, 1], [2, 3]] and done_in(tmp_path / "out") == {0, 1, 2, 3}
-    assert "stopped after 4 pictures, all saved; the same command goes on" in capsys.readouterr().err
+    assert "stopped after 4 images, all saved; the same command goes on" in capsys.readouterr().err
     assert report_of(tmp_path / "out")[-1]["not_reached"] == 5
     assert signal.getsignal(number) is handler
     spy.before = None
@@ -113,7 +113,7 @@ def test_a_second_signal_stops_at_once(tiny_folder, tmp_path, spy):
 
 def test_python_callers_get_interrupted(tiny_folder, tmp_path, spy):
     spy.before = signalled(spy, signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped after 4 pictures") as stop:
+    with pytest.raises(Interrupted, match="stopped after 4 images") as stop:
         render([f"a cat --d {i}" for i in range(9)], tmp_path / "out", model=tiny_folder, steps=1, batch_size=2)
     assert stop.value.exit_code == 130
 

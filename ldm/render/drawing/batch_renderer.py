@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm import console
@@ -14,36 +14,27 @@ from ldm.pipeline.metadata import make_records, warnings_of
 from ldm.render.drawing.writer import Drawn, Writer
 from ldm.render.jobs.batches import Group, batch_size, groups, windows
 from ldm.render.jobs.jobs import Job
-from ldm.render.jobs.resolve import Resolver, adapters_of, picture
+from ldm.render.jobs.resolve import Resolver, adapters_of, image_request
 from ldm.render.replay.replay import differences
 
 if TYPE_CHECKING:
     from ldm.pipeline.engine import Engine
     from ldm.pipeline.request import Settings
 
-IN_MEMORY = 32  # pictures that drawing begins at
+IN_MEMORY = 32  # init images
 WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest
 
 
 class BatchRenderer:
     """Draws jobs and hands them to a writer.
 
-    size  pictures in a batch; None: by the memory that is free
-    stop  looked at after each batch
-    told  of jobs that draw something again, by `where`: what their source says of model and machine
+    stop        looked at after each batch
+    batch_size  None: by the memory that is free
     """
 
-    def __init__(
-        self,
-        resolver: Resolver,
-        writer: Writer,
-        stop: StopRequest,
-        size: int | None = None,
-        told: Mapping[str, Mapping[str, Any]] | None = None,
-    ):
-        self._resolver, self._writer, self._stop, self._size = resolver, writer, stop, size
-        self._told = {} if told is None else told
-        self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> pictures that memory had room for
+    def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, batch_size: int | None = None):
+        self._resolver, self._writer, self._stop, self._batch_size = resolver, writer, stop, batch_size
+        self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> images that memory had room for
         self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
         self._last: Group | None = None
         self._warned: set[str] = set()
@@ -55,20 +46,20 @@ class BatchRenderer:
         Raises Interrupted after the batch in which a signal came, and WriterStopped.
         """
         for window in windows(jobs):
-            for group, of_it in groups(window, self._last):
+            for group, members in groups(window, self._last):
                 self._last = group
-                part = IN_MEMORY if "image" in of_it[0].settings else len(of_it)
-                for start in range(0, len(of_it), part):
-                    self._draw_group(group, of_it[start : start + part])
+                size = IN_MEMORY if "image" in members[0].settings else len(members)
+                for start in range(0, len(members), size):
+                    self._draw_group(group, members[start : start + size])
 
     def _draw_group(self, group: Group, jobs: Sequence[Job]) -> None:
         """Jobs that share model, LoRAs and settings; a model that cannot be loaded fails all of them."""
         left = dict(enumerate(jobs))
         try:
-            painter, settings = self._loaded(group, jobs[0])
-            records = self._records(painter, settings, jobs)
+            engine, settings = self._loaded(group, jobs[0])
+            metadata = self._metadata(engine, settings, jobs)
             while left:
-                self._some(painter, settings, left, records)
+                self._draw_left(engine, settings, left, metadata)
         except Interrupted:
             raise
         except LdmError as error:
@@ -80,24 +71,24 @@ class BatchRenderer:
                     self._draw_group(group, [job])
 
     def _loaded(self, group: Group, job: Job) -> tuple[Engine, Settings]:
-        """Who draws a group, ready to work. Raises what loading its model or LoRAs raised before."""
+        """The engine of a group with its weights loaded, and its settings. Raises what loading raised before."""
         if group.weights in self._broken:
             raise self._broken[group.weights]
-        painter, settings = self._resolver.drawable(job.settings)
+        engine, settings = self._resolver.drawable(job.settings)
         try:
-            painter.adapted(painter.load(), adapters_of(job.settings))
+            engine.adapted(engine.load(), adapters_of(job.settings))
         except LdmError as error:
             self._broken[group.weights] = error
             raise
-        return painter, settings
+        return engine, settings
 
-    def _records(self, painter: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        pictures = [picture(job.settings) for job in jobs]
-        records = make_records(painter.load(), painter.work, settings, pictures)
-        self._warn(warnings_of(records, shown=len(records)))
-        for job, record in zip(jobs, records):
-            self._warn(differences(self._told[job.where], record) if job.where in self._told else ())
-        return [{**record, "job": job.key} for record, job in zip(records, jobs)]
+    def _metadata(self, engine: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        requests = [image_request(job.settings) for job in jobs]
+        metadata = make_records(engine.load(), engine.work, settings, requests)
+        self._warn(warnings_of(metadata, shown=len(metadata)))
+        for job, of_image in zip(jobs, metadata):
+            self._warn(differences(job.source, of_image) if job.source else ())
+        return [{**of_image, "job": job.key} for of_image, job in zip(metadata, jobs)]
 
     def _warn(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -105,9 +96,11 @@ class BatchRenderer:
                 self._warned.add(line)
                 console.warn(line)
 
-    def _some(self, painter: Engine, settings: Settings, left: dict[int, Job], records: list[dict[str, Any]]) -> None:
+    def _draw_left(
+        self, engine: Engine, settings: Settings, left: dict[int, Job], metadata: list[dict[str, Any]]
+    ) -> None:
         """Draw what is `left` until a batch fails; what was drawn, or is the failure's, is taken out of `left`."""
-        size = self._size_of(painter, settings)
+        size = self._size_of(engine, settings)
         numbers = list(left) if size > 1 else list(left)[:1]
         batch: list[int] = numbers  # of the batch at work
         began = time.monotonic()
@@ -117,13 +110,13 @@ class BatchRenderer:
             batch = [numbers[row] for row in rows]
 
         try:
-            drawn = painter.draw(settings, [picture(left[n].settings) for n in numbers], size, watch)
+            drawn = engine.draw(settings, [image_request(left[n].settings) for n in numbers], size, watch)
             for row, image, notes in drawn:
                 number = numbers[row]
                 seconds = (time.monotonic() - began) / len(batch)
-                self._writer.put(Drawn(left.pop(number), image, records[number] | notes, seconds=seconds))
+                self._writer.put(Drawn(left.pop(number), image, metadata[number] | notes, seconds=seconds))
                 if not any(number in left for number in batch):
-                    self._look_up()
+                    self._check_stop()
                     began = time.monotonic()
         except NumericsError as error:  # of the first of the batch that was not given back
             self._fail(left, next(number for number in batch if number in left), error)
@@ -133,25 +126,25 @@ class BatchRenderer:
             else:
                 self._shrink(settings, min(size, len(batch)))
 
-    def _look_up(self) -> None:
-        """Between two batches: is the work to end?"""
+    def _check_stop(self) -> None:
+        """Between two batches: raise what ends the work."""
         self._writer.check()
         if self._stop.signal:
             raise Interrupted(self._stop.signal, "stopped")
 
     def _fail(self, left: dict[int, Job], number: int, error: LdmError) -> None:
         self._writer.put(Drawn(left.pop(number), None, {}, error))
-        self._look_up()
+        self._check_stop()
 
-    def _size_of(self, painter: Engine, settings: Settings) -> int:
+    def _size_of(self, engine: Engine, settings: Settings) -> int:
         limit = self._limits.get((settings.height, settings.width))
         if limit is None:
-            limit = self._size or batch_size(painter.info, settings, painter.device, painter.dtype)
+            limit = self._batch_size or batch_size(engine.info, settings, engine.device, engine.dtype)
             self._limits[settings.height, settings.width] = limit
         return limit
 
     def _shrink(self, settings: Settings, tried: int) -> None:
-        """Half as many together from now on, for this size and all that are larger."""
+        """Halve the batches from now on, for this size and all that are larger."""
         half = max(1, tried // 2)
         console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
         area = settings.height * settings.width

@@ -1,6 +1,6 @@
-"""The thread that turns drawn pictures into files and lines, while the next batch is drawn.
+"""The thread that turns drawn images into files and lines, while the next batch is drawn.
 
-Decoding is not done here. On a CPU it needs the cores that the next batch needs: of a picture's time (the default
+Decoding is not done here. On a CPU it needs the cores that the next batch needs: of an image's time (the default
 model, 25 steps, fp32) it is 6 %, the PNG 0.5 %, and in a thread beside the U-Net it took 1.02 of the CPU time.
 """
 
@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm import images
 from ldm.errors import Interrupted, LdmError
+from ldm.images import Metadata
+from ldm.images import encode as encode_image
 from ldm.pipeline.metadata import parameters
 from ldm.render.jobs.jobs import Job
 from ldm.render.output.manifest import Manifest, Report
@@ -22,37 +23,37 @@ if TYPE_CHECKING:
     from PIL import Image
 
 REMARKS = ("truncated", "unknown_words", "remarks")
-WAITING = 16  # pictures at most between the networks and the disk
+WAITING = 16  # images at most between the networks and the disk
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What became of a job: a picture with its record, or the reason why there is none."""
+    """What became of a job: an image with its metadata, or the reason why there is none."""
 
     job: Job
     image: Image.Image | bytes | None  # bytes: those of its file
-    record: dict[str, Any]
+    metadata: dict[str, Any]
     error: LdmError | None = None
-    seconds: float = 0.0  # of its batch, divided by the pictures in it
+    seconds: float = 0.0  # of its batch, divided by the images in it
 
     @property
     def remarks(self) -> dict[str, Any]:
-        """What of the record the manifest's line tells too."""
-        return {name: self.record[name] for name in REMARKS if self.record.get(name)}
+        """The metadata that the manifest's line has too."""
+        return {name: self.metadata[name] for name in REMARKS if self.metadata.get(name)}
 
 
 @dataclass(frozen=True)
 class Encode:
-    """How a picture becomes the bytes of a file: `encode(drawn)`."""
+    """How an image becomes the bytes of a file: `encode(drawn)`."""
 
     format: str
-    metadata: bool  # whether its record goes inside
+    metadata: bool  # whether its metadata goes inside
 
     def __call__(self, drawn: Drawn) -> bytes:
         if isinstance(drawn.image, bytes):
             return drawn.image
-        inside = images.Metadata(parameters(drawn.record), drawn.record) if self.metadata else None
-        return images.encode(drawn.image, self.format, inside)
+        inside = Metadata(parameters(drawn.metadata), drawn.metadata) if self.metadata else None
+        return encode_image(drawn.image, self.format, inside)
 
 
 class WriterStopped(Exception):
@@ -64,24 +65,24 @@ class WriterStopped(Exception):
 
 
 class Writer:
-    """Encodes and saves what it is given, one after the other: `with Writer(…) as writer: writer.put(drawn)`.
+    """Encodes and saves images, one after the other: `with Writer(…) as writer: writer.put(drawn)`.
 
-    encode     a Drawn's picture as the bytes of a file
+    encode     a Drawn's image as the bytes of a file
     advance    called with 1 after each job that is written
 
-    All that touches manifest and report while pictures are drawn happens in this one thread. The first error in it
+    All that touches manifest and report while images are drawn happens in this one thread. The first error in it
     (disk full) ends the writing: what waits is dropped, and `put`, `check` and leaving the block raise WriterStopped.
     Leaving the block writes what waits, unless KeyboardInterrupt is what leaves it.
     """
 
     def __init__(
         self,
-        ledger: Manifest,
+        manifest: Manifest,
         report: Report,
         encode: Callable[[Drawn], bytes],
         advance: Callable[[int], object],
     ):
-        self._ledger, self._report, self._encode, self._advance = ledger, report, encode, advance
+        self._manifest, self._report, self._encode, self._advance = manifest, report, encode, advance
         self._queue: queue.Queue[Drawn | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._dropping = False
@@ -99,7 +100,7 @@ class Writer:
             self.check()
 
     def put(self, drawn: Drawn) -> None:
-        """Hand a picture over; waits while too many are waiting. Raises WriterStopped."""
+        """Hand an image over; waits while too many are waiting. Raises WriterStopped."""
         self.check()
         self._queue.put(drawn)
 
@@ -119,9 +120,9 @@ class Writer:
 
     def _write(self, drawn: Drawn) -> None:
         if drawn.error is None:
-            self._ledger.save(drawn.job, self._encode(drawn), seconds=round(drawn.seconds, 4), **drawn.remarks)
-            self._report.count("rendered")
+            self._manifest.save(drawn.job, self._encode(drawn), seconds=round(drawn.seconds, 4), **drawn.remarks)
+            self._report.rendered += 1
         else:
-            self._ledger.fail(drawn.job, drawn.error)
+            self._manifest.fail(drawn.job, drawn.error)
             self._report.failed(drawn.job, drawn.error)
         self._advance(1)

@@ -1,4 +1,4 @@
-"""Which jobs are drawn together and in which order: windows of jobs, groups in a window, pictures in a batch."""
+"""Which jobs are drawn together and in which order: windows of jobs, groups in a window, images in a batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.pipeline.keywords import BATCH
 from ldm.render.jobs.jobs import Job, canonical
+from ldm.render.prompts.setting_table import IMAGE, of_scope
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +17,8 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
-# Settings that may differ inside a batch.
-OF_THE_PICTURE = ("prompt", "negative_prompt", "seed", "guidance_scale", "variation_seed", "variation_strength")
-OF_THE_PICTURE += ("image", "mask_image", "outpaint")
-MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # pictures in a batch
+VARY = of_scope(IMAGE)  # settings that may differ inside a batch
+MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # images in a batch
 TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
 SPARE = 0.7  # of the free memory that is planned with
 
@@ -34,7 +33,7 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Group:
-        shared = {name: value for name, value in settings.items() if name not in OF_THE_PICTURE}
+        shared = {name: value for name, value in settings.items() if name not in VARY}
         guided = settings["guidance_scale"] > 1
         return cls(settings["model"], str(settings.get("lora", "")), canonical(shared), guided)
 
@@ -59,20 +58,20 @@ def windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 def groups(window: Iterable[Job], last: Group | None = None) -> list[tuple[Group, list[Job]]]:
     """A window's jobs by what they share, ordered so that models, then LoRAs, change seldom; `last` is in memory."""
-    found: dict[Group, list[Job]] = {}
+    by_group: dict[Group, list[Job]] = {}
     for job in window:
-        found.setdefault(Group.of(job.settings), []).append(job)
+        by_group.setdefault(Group.of(job.settings), []).append(job)
     models, weights = {}, {}  # in their order
-    for group in ([last] if last else []) + list(found):
+    for group in ([last] if last else []) + list(by_group):
         models.setdefault(group.model, len(models))
         weights.setdefault(group.weights, len(weights))
-    return sorted(found.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
+    return sorted(by_group.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
 
 
 def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
-    """How many pictures are denoised together, by the memory that is free; a bound, not a promise.
+    """How many images are denoised together, by the memory that is free; a bound, not a promise.
 
-    `settings` are a group's (height and width in pixels). A picture is two rows of the U-Net, with and without prompt.
+    `settings` are a group's (height and width in pixels). An image is two rows of the U-Net, with and without prompt.
     """
     config, factor = info.unet, info.factor
     area = (settings.height // factor) * (settings.width // factor)

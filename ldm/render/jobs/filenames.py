@@ -1,4 +1,4 @@
-"""File names that stay in their folder on every system, made from whatever a line calls its picture."""
+"""File names that stay in their folder on every system, made from whatever a line calls its image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEVICES = re.compile(r"(?:con|prn|aux|nul|clock\$|conin\$|conout\$|(?:com|lpt)[
 def safe_name(name: str) -> str:
     """`name` without separators, invisible characters, leading dots and dashes, and the names of Windows' devices.
 
-    At most 120 bytes, NFC, without the suffix of a picture; "" where nothing is left.
+    At most 120 bytes, NFC, without the suffix of an image file; "" where nothing is left.
     """
     text = unicodedata.normalize("NFC", name[: 8 * MAX_BYTES])
     text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")

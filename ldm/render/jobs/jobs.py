@@ -1,8 +1,8 @@
-"""From entries to jobs: one a picture, with a key that tells it from every other and a name for its file.
+"""From entries to jobs: one for each image, with a key of its own and a name for its file.
 
-A job's key hashes its resolved settings, the hashes of model, LoRAs and input pictures, and how many equal jobs came
-before it. A line without seed gets one from the run's seed, what it says, and how many equal lines came before it. So
-a line inserted above changes no picture below it.
+A job's key hashes its resolved settings, the hashes of model, LoRAs and input images, and how many equal jobs came
+before it. A line without seed gets one from the run's seed, its content, and how many equal lines came before it. So
+a line inserted above changes no image below it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.filenames import safe_name, same_name
 from ldm.render.prompts.files import Entry
-from ldm.render.prompts.line_settings import TEXTS
+from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, TEXTS, of_scope
 from ldm.render.prompts.templates import Wildcards, expand
 
-NOT_OF_THE_PICTURE = ("name", "num_images", "seed")  # of a line's settings
+NOT_RESOLVED = of_scope(LINE)  # a line's settings that are no job's
 LONG, SHORT = 12, 8  # hex digits of the key in file names
 
 # (a job's settings with its seed) -> (them with every default of the model, {setting: hash of what it names})
@@ -41,8 +41,8 @@ class Shard:
         """From i/n, i counting from 1. Raises ConfigError."""
         match = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            todo = "write for example 1/3, 2/3 and 3/3 on three machines"
-            raise ConfigError(f"{text!r:.40} is no shard", where="shard", todo=todo)
+            hint = "write for example 1/3, 2/3 and 3/3 on three machines"
+            raise ConfigError(f"{text!r:.40} is no shard", where="shard", hint=hint)
         return cls(int(match[1]), int(match[2]))
 
     def __contains__(self, key: str) -> bool:
@@ -55,20 +55,22 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture to draw."""
+    """One image to draw."""
 
-    index: int  # among all pictures of the file, from 1
+    index: int  # among all images of the prompt file, from 1
     key: str  # 32 hex digits
     where: str  # prompts.txt:12
-    stem: str  # of its file's name, if nobody has it
-    settings: Mapping[str, Any]  # as the runner resolved them
+    stem: str  # of its file's name, where that is free
+    settings: Mapping[str, Any]  # resolved: JSON
+    source: Mapping[str, Any] | None = None  # the Entry's
+    sheet: tuple[int, str] | None = None  # the Entry's
 
     @property
     def seed(self) -> int:
         return self.settings["seed"]
 
     def stems(self) -> tuple[str, str, str]:
-        """Names for its file, to be tried in this order; the last is the job's alone."""
+        """Names for its file, to be tried in this order; no other job has the last."""
         return self.stem, f"{self.stem}-{self.key[:LONG]}", f"{self.stem}-{self.key}"
 
 
@@ -76,13 +78,13 @@ class Plan:
     """The jobs of a prompt file, in its order: iterate once; bad lines come as entries with an error, in their place.
 
     entries    from read_entries
-    defaults   settings for lines that say nothing, under our names (the command line's)
+    defaults   settings of lines that leave them out, under our names (the command line's)
     resolve    fills in what the model decides and checks it; raises LdmError for settings that do not fit the model
-    run_seed   what the seeds of lines without one come from
+    run_seed   the seeds of lines without one come from it
     wildcards  the folder of __wildcards__; None: prompts hold no templates (they were expanded before)
-    shard      only these jobs are given; the others are counted in `elsewhere`
+    shard      only these jobs are given; the others are counted in `other_shards`
 
-    After iterating: lines, bad (of them), jobs (of this shard), elsewhere. Memory: at most 150 bytes a picture.
+    After iterating: lines, bad (of them), jobs (of this shard), other_shards. Memory: at most 150 bytes an image.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Plan:
         self._entries, self._defaults, self._resolve = entries, dict(defaults), resolve
         self._run_seed, self._wildcards, self._shard = run_seed, wildcards, shard or Shard()
         self._lines, self._keys, self._names = Table(), Table(), Table()
-        self.lines = self.bad = self.jobs = self.elsewhere = 0
+        self.lines = self.bad = self.jobs = self.other_shards = 0
 
     def __iter__(self) -> Iterator[Job | Entry]:
         for entry in self._entries:
@@ -113,35 +115,42 @@ class Plan:
 
     def _of_line(self, entry: Entry) -> Iterator[Job]:
         """The jobs of one line; raises LdmError at the first that cannot be."""
-        line = entry.settings
-        asked = {name: value for name, value in {**self._defaults, **line}.items() if name not in NOT_OF_THE_PICTURE}
-        for number, seed in enumerate(self._seeds(line)):
-            settings, hashes = self._resolve({**asked, **self._texts(asked, seed), "seed": seed})
+        line, given = entry.settings, {**self._defaults, **entry.settings}
+        asked = {name: value for name, value in given.items() if name not in NOT_RESOLVED}
+        varied = bool(asked.get("variation_strength")) and asked.get("variation_seed") is not None
+        for number, seed in enumerate(self._seeds(line, given.get("num_images") or 1, varied)):
+            variation = {"variation_seed": asked["variation_seed"] + number} if varied else {}
+            texts = self._texts(asked, seed)
+            settings, hashes = self._resolve({**asked, **texts, **variation, "seed": seed})
             job = self._job(entry, settings, hashes, number)
             if job.key in self._shard:
                 self.jobs += 1
                 yield job
             else:
-                self.elsewhere += 1
+                self.other_shards += 1
 
-    def _seeds(self, line: Mapping[str, Any]) -> Iterator[int]:
-        """The seed of each picture of a line: its own, or drawn from what the line says."""
-        given = line.get("seed")
-        images = line.get("num_images") or self._defaults.get("num_images") or 1
-        if not isinstance(given, tuple):
-            given = [None] * images if given is None else range(given, given + images)
-        own = canonical({name: value for name, value in line.items() if name not in NOT_OF_THE_PICTURE})
-        for k, seed in enumerate(given):
-            yield self._drawn_seed(own, k) if seed is None else seed
+    def _seeds(self, line: Mapping[str, Any], images: int, varied: bool) -> Iterator[int]:
+        """The seed of each image of a line: the line's, or drawn from its content.
+
+        Image k has seed + k; variations of one image share its seed, and their own seed counts up instead.
+        """
+        seeds = line.get("seed")
+        content = canonical({name: value for name, value in line.items() if name not in NOT_CONTENT})
+        if varied and not isinstance(seeds, tuple):
+            seeds = (self._drawn_seed(content, 0) if seeds is None else seeds,) * images
+        elif not isinstance(seeds, tuple):
+            seeds = [None] * images if seeds is None else range(seeds, seeds + images)
+        for k, seed in enumerate(seeds):
+            yield self._drawn_seed(content, k) if seed is None else seed
 
     def _drawn_seed(self, content: bytes, k: int) -> int:
-        """The seed of picture `k` of a line that has none; k more than picture 0's, whose line comes as often."""
+        """The seed of image `k` of a line without one: k more than that of image 0 of as many equal lines."""
         occurrence = self._lines.count(hashlib.sha256(content + k.to_bytes(4, "big")).digest())
         drawn = hashlib.sha256(b"%d:%d:" % (self._run_seed, occurrence) + content).digest()
         return int.from_bytes(drawn[:8], "big") % (2**32 - MAX_IMAGES) + k
 
     def _texts(self, asked: Mapping[str, Any], seed: int) -> dict[str, str]:
-        """The texts with their templates drawn by `seed`."""
+        """The texts with their templates expanded by `seed`."""
         texts = {}
         for name in TEXTS if self._wildcards is not None else ():
             try:
@@ -149,20 +158,20 @@ class Plan:
                     texts[name] = expand(asked[name], seed, self._wildcards, name)
             except ConfigError as error:
                 where = name if error.where == "prompt" else error.where  # or the line of a wildcard file
-                raise ConfigError(error.what, where=where, todo=error.todo) from None
+                raise ConfigError(error.what, where=where, hint=error.hint) from None
         return texts
 
     def _job(self, entry: Entry, settings: dict[str, Any], hashes: Mapping[str, Any], number: int) -> Job:
         same = hashlib.sha256(canonical({**settings, **hashes})).digest()
         key = hashlib.sha256(same + self._keys.count(same).to_bytes(8, "big")).hexdigest()[:32]
-        index = self.jobs + self.elsewhere + 1
+        index = self.jobs + self.other_shards + 1
         stem = f"{index:06d}-{key[:LONG]}"
         name = safe_name(entry.settings.get("name", ""))
         if name:
             name += f"-{number + 1}" if number else ""
             taken = self._names.count(hashlib.sha256(same_name(name)).digest())
             stem = f"{name}-{key[:SHORT]}" if taken else name
-        return Job(index, key, entry.where, stem, settings)
+        return Job(index, key, entry.where, stem, settings, entry.source, entry.sheet)
 
 
 def short(key: str) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ldm.checkpoint import Model
 
 
-def known(model: Any) -> tuple[str, Model]:
+def name_of_loaded(model: Any) -> tuple[str, Model]:
     """(what manifests call a loaded model, itself with the hash that keys are made of). Raises ConfigError.
 
     One that is what its folder or file holds keeps that name and hash, so that either is the same job. Any other (made
@@ -34,14 +34,14 @@ def _as_its_files(model: Model) -> bool:
     if model.path is None or not model.hash or model.info.get("lora"):
         return False
     try:
-        there = describe(str(model.path), hashed=True)
+        info = describe(str(model.path), hashed=True)
     except LdmError:
         return False
-    return there.hash == model.hash and there.schedule == model.schedule
+    return info.hash == model.hash and info.schedule == model.schedule
 
 
 def weights_hash(model: Model) -> str:
-    """sha256 over all weights of a model, their names and types, and the settings that decide its pictures."""
+    """sha256 over all weights of a model, their names and types, and the settings that decide its images."""
     import torch
 
     vae = model.vae

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ldm import console
-from ldm.errors import ConfigError
-from ldm.render.jobs.digest_table import Table
+from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job, Plan, Shard, short
-from ldm.render.jobs.resolve import Resolver
-from ldm.render.prompts.files import Entry
-from ldm.render.prompts.snapshot import Prompts
+from ldm.render.prompts.files import Entry, Prompts
 from ldm.render.prompts.templates import Wildcards
 
 if TYPE_CHECKING:
     from ldm.pipeline.result import Target
+    from ldm.render.jobs.resolve import Resolver
 
-SHOWN = 10  # bad lines that are told one by one; the report holds all
+SHOWN = 10  # bad lines that are shown one by one; the report holds all
 
 
 @dataclass(frozen=True)
@@ -37,50 +35,76 @@ class Run:
     metadata: bool
     ray: str | None = None  # the address of a cluster
 
-    def plan(self) -> Plan:
-        """Goes through the lines once."""
-        return Plan(self.prompts.read(), self.defaults, self.resolver, self.seed, self.wildcards, self.shard)
-
 
 @dataclass
-class Survey:
-    """What the first pass over the lines finds."""
+class Scan:
+    """What the lines of a run come to."""
 
     lines: int = 0
     bad: int = 0  # of them
     jobs: int = 0  # of this shard
-    elsewhere: int = 0  # of the others
+    finished: int = 0  # of them, before this run
+    other_shards: int = 0  # jobs of the others
     keys: array = field(default_factory=lambda: array("Q"))  # of all jobs of this shard, `short`
-    finished: Table = field(default_factory=Table)  # keys of those that are finished
 
     @property
     def left(self) -> int:
-        return self.jobs - len(self.finished)
+        return self.jobs - self.finished
+
+    def counts(self, rendered: int = 0, failed: int = 0) -> dict[str, int]:
+        """What became of lines and jobs: jobs = rendered + finished_before + failed + not_reached."""
+        left = self.left - rendered - failed
+        if left < 0 or self.bad > self.lines:
+            raise AssertionError(f"the counts do not add up: {self}, {rendered} rendered, {failed} failed")
+        lines = {"lines": self.lines, "good_lines": self.lines - self.bad, "bad_lines": self.bad}
+        jobs = {"jobs": self.jobs, "rendered": rendered, "finished_before": self.finished, "failed": failed}
+        return {**lines, **jobs, "not_reached": left, "other_shards": self.other_shards}
 
 
-def survey(run: Run, finished: Callable[[Job], Any], bad_line: Callable[[Entry], Any]) -> Survey:
-    """Go through all lines: count, resolve, ask of each job whether it is finished, and hand bad lines to `bad_line`.
+def scan(
+    run: Run, is_finished: Callable[[Job], Any], report_bad_line: Callable[[Entry], Any], job_file: JobFile
+) -> Scan:
+    """Go through all lines once: parse, resolve and count them; jobs that are not finished are added to `job_file`.
 
-    Raises ConfigError where there is no line at all, and for what is wrong with the file as a whole.
+    Raises ConfigError for what is wrong with the prompt file as a whole, ResourceError where `job_file` has no room.
     """
-    found, plan = Survey(), run.plan()
-    for item in console.progress(plan, desc="reading", unit=" pictures"):
+    plan = Plan(run.prompts.entries, run.defaults, run.resolver, run.seed, run.wildcards, run.shard)
+    result, sheets = Scan(), _Sheets(job_file)
+    for item in console.progress(plan, desc="reading", unit=" images"):
+        sheets.add(item)
         if isinstance(item, Entry):
-            bad_line(item)
+            report_bad_line(item)
             if plan.bad <= SHOWN:
                 console.warn(str(item.error))
             continue
-        found.keys.append(short(item.key))
-        if finished(item):
-            found.finished.set(bytes.fromhex(item.key), 1)
-    if plan.lines == 0:
-        raise ConfigError("holds no prompts", where=run.prompts.name)
+        result.keys.append(short(item.key))
+        if is_finished(item):
+            result.finished += 1
+        else:
+            job_file.add(item)
+    sheets.end()
     if plan.bad > SHOWN:
         console.warn(f"{plan.bad - SHOWN} more bad lines")
-    found.lines, found.bad, found.jobs, found.elsewhere = plan.lines, plan.bad, plan.jobs, plan.elsewhere
-    return found
+    result.lines, result.bad, result.jobs, result.other_shards = plan.lines, plan.bad, plan.jobs, plan.other_shards
+    return result
 
 
-def unfinished(run: Run, finished: Table) -> Iterator[Job]:
-    """The second pass: every job but those that were finished in the first."""
-    return (job for job in run.plan() if isinstance(job, Job) and finished.get(bytes.fromhex(job.key)) is None)
+class _Sheets:
+    """Gathers the cells of each grid as they come."""
+
+    def __init__(self, job_file: JobFile):
+        self._file, self._sheet = job_file, None
+        self._keys: list[int | None] = []
+
+    def add(self, item: Job | Entry) -> None:
+        if item.sheet != self._sheet:
+            self.end()
+            self._sheet = item.sheet
+        if self._sheet is not None:
+            self._keys.append(short(item.key) if isinstance(item, Job) else None)
+
+    def end(self) -> None:
+        """Write the sheet down, if any of its cells is a job."""
+        if any(key is not None for key in self._keys):
+            self._file.add_sheet(self._sheet[1], self._keys)
+        self._keys = []

@@ -1,4 +1,4 @@
-"""What a folder of rendered pictures holds, by its manifests and reports."""
+"""What a folder of rendered images holds, by its manifests and reports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ldm.render.output.manifest import DONE, is_inside, last_lines
 
 
 def finished(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The manifests' lines of the pictures that are drawn, in the order of the prompt file.
+    """The manifests' lines of the images that are drawn, in the order of the prompt file.
 
     Raises ConfigError where there is no manifest.
     """
     folder = Path(folder)
     if not any(folder.glob("manifest*.jsonl")):
-        raise ConfigError("holds no manifest.jsonl", where=folder, todo="give a folder that ldm render wrote")
+        raise ConfigError("holds no manifest.jsonl", where=folder, hint="give a folder that ldm render wrote")
     lines = (line for line in last_lines(folder) if line["status"] == DONE and is_inside(line.get("path")))
     return sorted((line for line in lines if isinstance(line.get("settings"), dict)), key=_order)
 
@@ -40,8 +40,8 @@ def _bad_lines(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("report*.jsonl")):
         for line in path.read_bytes().split(b"\n"):
             try:
-                told = json.loads(line)
-                message = told["kind"] == "bad line" and str(told["message"])
+                entry = json.loads(line)
+                message = entry["kind"] == "bad line" and str(entry["message"])
             except (ValueError, LookupError, TypeError, RecursionError):
                 continue
             if message and message not in seen:

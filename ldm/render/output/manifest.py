@@ -1,9 +1,9 @@
 """What was rendered: `manifest.jsonl`, one line a job, written after its file; and `report.jsonl`, what was not.
 
-Each shard writes a manifest of its own and all are read. A line reaches the kernel before the next picture is begun, so
-that a killed process loses none; it is forced to the disk every 5 seconds and at the end. Pictures are forced to the
-disk before their line is written: after a power failure at most the lines of the last 5 seconds are missing, and their
-pictures are drawn again, found to be there, and kept.
+Each shard writes its own manifest and all are read. A line reaches the kernel before the next image is begun, so that a
+killed process loses none; it is forced to the disk every 5 seconds and at the end. Images are forced to the disk before
+their line is written: after a power failure at most the lines of the last 5 seconds are missing, and their images are
+drawn again, found to be there, and kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -22,17 +21,19 @@ from typing import Any, BinaryIO
 from ldm.errors import ConfigError, LdmError, ResourceError
 from ldm.files import Lock, atomic_write, disk_errors, require_writable, sha256, sweep
 from ldm.render.jobs.digest_table import Table
+from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job, Shard
+from ldm.render.jobs.scan import Scan
 from ldm.render.prompts.files import Entry
 
 DONE, FAILED = "done", "failed"
 SYNC_EVERY = 5.0  # seconds
-STATE = ".render"  # holds, for each shard, its lock and its unfinished files
+STATE = ".render"  # holds, for each shard, its lock, its unfinished files and its jobs
 _OFFSET = 40  # bits of a line's place in its file; above them the file's number
 
 
 class Manifest:
-    """The manifests of a folder, open for the jobs of one shard: `with Manifest(folder) as ledger`.
+    """The manifests of a folder, open for the jobs of one shard: `with Manifest(folder) as manifest`.
 
     Entering takes the shard's lock, removes what a killed run left unfinished, and cuts a torn last line off. Raises
     ResourceError where another process holds the lock or the folder cannot be written.
@@ -41,7 +42,7 @@ class Manifest:
     def __init__(self, folder: str | os.PathLike, shard: Shard | None = None, suffix: str = ".png"):
         self.folder, self.suffix, self._shard = Path(folder), suffix, shard or Shard()
         self._state = self.folder / STATE / f"{self._shard.number}-of-{self._shard.of}"
-        self._table = Table()  # key -> place of its "done" line
+        self._done = Table()  # key -> place of its "done" line
         self._files: list[BinaryIO] = []
         self.damaged = 0  # lines that could not be read
 
@@ -50,10 +51,10 @@ class Manifest:
             stack.enter_context(Lock(self._state))
             require_writable(self.folder)
             sweep(self._state)
-            own = self.folder / self._shard.file("manifest")
-            self._log = stack.enter_context(_Log(own))
-            others = sorted(path for path in self.folder.glob("manifest*.jsonl") if path != own)
-            for path in [own, *others]:
+            written = self.folder / self._shard.file("manifest")
+            self._log = stack.enter_context(_Log(written))
+            others = sorted(path for path in self.folder.glob("manifest*.jsonl") if path != written)
+            for path in [written, *others]:
                 self._files.append(stack.enter_context(path.open("rb")))
                 self._index(len(self._files) - 1)
             self._stack = stack.pop_all()
@@ -64,32 +65,36 @@ class Manifest:
 
     def __len__(self) -> int:
         """How many jobs the folder's manifests call done, of any prompt file."""
-        return len(self._table)
+        return len(self._done)
+
+    def job_file(self) -> JobFile:
+        """For the jobs of this run; the shard's lock, which this manifest holds, keeps others from it."""
+        return JobFile(self.folder / STATE / self._shard.file("jobs"))
 
     def _index(self, number: int) -> None:
         place = 0
         for line in self._files[number]:
-            record = _record(line)
-            if record is None:
+            entry = _parsed(line)
+            if entry is None:
                 self.damaged += line.endswith(b"\n")  # another shard's last line may be half-written
-            elif record["status"] == DONE:
-                self._table.set(bytes.fromhex(record["key"]), number << _OFFSET | place)
+            elif entry["status"] == DONE:
+                self._done.set(bytes.fromhex(entry["key"]), number << _OFFSET | place)
             place += len(line)
 
     def finished(self, job: Job) -> dict[str, Any] | None:
         """The manifest's line of a job that is done and whose file is there, or None."""
-        place = self._table.get(bytes.fromhex(job.key))
+        place = self._done.get(bytes.fromhex(job.key))
         if place is None:
             return None
         handle = self._files[place >> _OFFSET]
         handle.seek(place & ((1 << _OFFSET) - 1))
-        record = _record(handle.readline())
-        if record is None or record["key"] != job.key or not is_inside(record.get("path")):
+        entry = _parsed(handle.readline())
+        if entry is None or entry["key"] != job.key or not is_inside(entry.get("path")):
             return None
-        return record if (self.folder / record["path"]).is_file() else None
+        return entry if (self.folder / entry["path"]).is_file() else None
 
     def save(self, job: Job, data: bytes, **more: Any) -> dict[str, Any]:
-        """Write a job's picture, then its line, and return the line. `more` is kept in it (time taken, notes).
+        """Write a job's image, then its line, and return the line. `more` is kept in it (time taken, notes).
 
         A file is never overwritten: where the name is taken, the key is put behind it. A file that is there and is this
         job's (equal bytes, or the key inside) stays untouched. Raises ResourceError (disk full) with nothing half-done.
@@ -97,7 +102,7 @@ class Manifest:
         path, digest = self._publish(job, data)
         line = {"status": DONE, **_about(job), "path": path.name, "sha256": digest, **more}
         place = self._log.append(line)
-        self._table.set(bytes.fromhex(job.key), place)  # own file is number 0
+        self._done.set(bytes.fromhex(job.key), place)  # the file that is written is number 0
         return line
 
     def fail(self, job: Job, error: LdmError, **more: Any) -> dict[str, Any]:
@@ -107,7 +112,7 @@ class Manifest:
         return line
 
     def _publish(self, job: Job, data: bytes) -> tuple[Path, str]:
-        """(the file that holds the picture, its sha256)."""
+        """(the file that holds the image, its sha256)."""
         digest = hashlib.sha256(data).hexdigest()
         for stem in job.stems():
             path = self.folder / f"{stem}{self.suffix}"
@@ -117,17 +122,17 @@ class Manifest:
                 atomic_write(path, data, overwrite=False, scratch=self._state)
                 return path, digest
             except FileExistsError:
-                there = self._own_digest(path, job, digest)
-                if there:
-                    return path, there
-        raise ResourceError("three files with this job's names are there already", where=path, todo="move them away")
+                existing = self._digest_of_same(path, job, digest)
+                if existing:
+                    return path, existing
+        raise ResourceError("three files with this job's names are there already", where=path, hint="move them away")
 
-    def _own_digest(self, path: Path, job: Job, digest: str) -> str | None:
-        """The sha256 of a file that is this job's picture, written by a run that was killed before its line was."""
+    def _digest_of_same(self, path: Path, job: Job, digest: str) -> str | None:
+        """The sha256 of a file that is this job's image, written by a run that was killed before its line was."""
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 30:
             return None
-        there = sha256(path)
-        return there if there == digest or job.key.encode() in path.read_bytes() else None
+        existing = sha256(path)
+        return existing if existing == digest or job.key.encode() in path.read_bytes() else None
 
 
 def _about(job: Job) -> dict[str, Any]:
@@ -136,14 +141,14 @@ def _about(job: Job) -> dict[str, Any]:
     return {**about, "seed": job.seed, "settings": dict(job.settings)}
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """A manifest's line, or None where it is none."""
     try:
-        record = json.loads(line)
-        good = len(bytes.fromhex(record["key"])) == 16 and isinstance(record["status"], str)
+        entry = json.loads(line)
+        good = len(bytes.fromhex(entry["key"])) == 16 and isinstance(entry["status"], str)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return record if good and line.endswith(b"\n") else None
+    return entry if good and line.endswith(b"\n") else None
 
 
 def is_inside(name: Any) -> bool:
@@ -153,7 +158,7 @@ def is_inside(name: Any) -> bool:
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The lines of all manifests of a folder, shard by shard, as they were written; half-written ones are left out."""
-    yield from _records(sorted(Path(folder).glob("manifest*.jsonl")))
+    yield from _entries(sorted(Path(folder).glob("manifest*.jsonl")))
 
 
 def last_lines(place: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -161,21 +166,21 @@ def last_lines(place: str | os.PathLike) -> Iterator[dict[str, Any]]:
     place = Path(place)
     paths = sorted(place.glob("manifest*.jsonl")) if place.is_dir() else [place]
     counts = Table()
-    for number, record in enumerate(_records(paths), 1):
-        key, value = bytes.fromhex(record["key"]), 2 * number + (record["status"] == DONE)
+    for number, entry in enumerate(_entries(paths), 1):
+        key, value = bytes.fromhex(entry["key"]), 2 * number + (entry["status"] == DONE)
         before = counts.get(key) or 0
         if value % 2 >= before % 2:
             counts.set(key, value)
-    for number, record in enumerate(_records(paths), 1):
-        if (counts.get(bytes.fromhex(record["key"])) or 0) // 2 == number:
-            yield record
+    for number, entry in enumerate(_entries(paths), 1):
+        if (counts.get(bytes.fromhex(entry["key"])) or 0) // 2 == number:
+            yield entry
 
 
-def _records(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _entries(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:
             with path.open("rb") as handle:
-                yield from (record for line in handle if (record := _record(line)) is not None)
+                yield from (entry for line in handle if (entry := _parsed(line)) is not None)
         except OSError as error:
             raise ConfigError(f"cannot be read ({error.strerror or error})", where=path) from None
 
@@ -233,14 +238,11 @@ def _whole_lines(handle: int, block: int = 1 << 16) -> int:
 
 
 class Report:
-    """`report.jsonl` of one run: every bad line and failure as it happens, then a line of counts that add up.
-
-    Count with `count("rendered")`, `count("finished_before")`; `bad_line` and `failed` count themselves.
-    """
+    """`report.jsonl` of one run: every bad line and failure as it happens, then a line of counts that add up."""
 
     def __init__(self, folder: str | os.PathLike, shard: Shard | None = None):
         self.path = Path(folder) / (shard or Shard()).file("report")
-        self.counts: Counter[str] = Counter()
+        self.rendered = self.failures = 0
 
     def __enter__(self) -> Report:
         self._log = _Log(self.path, fresh=True).__enter__()
@@ -250,32 +252,22 @@ class Report:
         self._log.__exit__(*exc)
 
     def bad_line(self, entry: Entry) -> None:
-        self.counts["bad_lines"] += 1
+        """Write down a line of the prompt file that cannot be drawn."""
         self._write("bad line", entry.where, entry.field, entry.error, line=entry.line, text=entry.text)
 
     def failed(self, job: Job, error: LdmError) -> None:
-        self.counts["failed"] += 1
+        """Count and write down a job that could not be drawn."""
+        self.failures += 1
         self._write("failed", job.where, None, error, key=job.key, seed=job.seed)
 
-    def count(self, what: str, number: int = 1) -> None:
-        """`what` is rendered or finished_before."""
-        self.counts[what] += number
+    def counts(self, scan: Scan) -> dict[str, int]:
+        """What became of all lines and jobs; what is left where a run was stopped is `not_reached`."""
+        return scan.counts(self.rendered, self.failures)
 
-    def finish(self, lines: int, jobs: int, elsewhere: int = 0) -> dict[str, Any]:
-        """Write and return the line of counts: `lines` prompt lines made `jobs` jobs of this shard.
-
-        jobs = rendered + finished_before + failed + not_reached, which is what is left where a run was stopped.
-        """
-        known = {name: self.counts[name] for name in ("rendered", "finished_before", "failed")}
-        left = jobs - sum(known.values())
-        if left < 0 or self.counts["bad_lines"] > lines:
-            raise AssertionError(f"the counts do not add up: {jobs} jobs, {lines} lines, {dict(self.counts)}")
-        bad = self.counts["bad_lines"]
-        line = {"kind": "counts", "lines": lines, "good_lines": lines - bad, "bad_lines": bad, "jobs": jobs}
-        line |= {**known, "not_reached": left, "other_shards": elsewhere}
-        self._log.append(line)
-        return line
+    def finish(self, scan: Scan) -> None:
+        """Write the line of counts. Raises ResourceError where the disk is full."""
+        self._log.append({"kind": "counts", **self.counts(scan)})
 
     def _write(self, kind: str, where: str, field: str | None, error: LdmError, **more: Any) -> None:
-        told = {"kind": kind, "where": where, "field": field, "what": error.what, "todo": error.todo}
-        self._log.append({**told, "message": str(error), **more})
+        line = {"kind": kind, "where": where, "field": field, "what": error.what, "todo": error.hint}
+        self._log.append({**line, "message": str(error), **more})

@@ -1,6 +1,6 @@
 """Prompt files of any tool as a stream of entries: settings that were checked, or an error with its line.
 
-Text (plain, A1111's and kohya's flags, JSON objects; told line by line), .jsonl, .csv and .tsv are streamed: memory
+Text (plain, A1111's and kohya's flags, JSON objects; each line by itself), .jsonl, .csv and .tsv are streamed: memory
 does not grow with the file. .json (up to 32 MiB) and .toml (up to 8 MiB, kohya's [prompt] [[prompt.subset]] too) are
 read whole. UTF-8; # starts a comment line.
 """
@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm import config
 from ldm.errors import ConfigError, LdmError
 from ldm.render.prompts.line_parser import DECODER, is_comment, pairs_of_json, pairs_of_line, pairs_of_value
-from ldm.render.prompts.line_settings import WORDS, check_words, known_word
+from ldm.render.prompts.line_settings import WORDS, find_word, parse_settings
 
 MAX_LINE = 4 << 20  # bytes; two texts of 100,000 characters fit, however they are escaped
 MAX_JSON, MAX_TOML = 32 << 20, 8 << 20  # bytes of a file that is read whole
@@ -36,18 +37,29 @@ class Entry:
     """One prompt line: its settings under our names, or what is wrong with it."""
 
     where: str  # prompts.txt:12
-    line: int  # from 1; the number of the entry where the format tells no lines
-    text: str  # how it begins
+    line: int  # from 1; the number of the entry where the format has no lines
+    text: str  # its beginning
     settings: Mapping[str, Any] | None
     error: LdmError | None = None  # says where, field and what to do
     field: str | None = None  # the word that the error is about
+    source: Mapping[str, Any] | None = None  # of an image to draw again: what its file says of model and machine
+    sheet: tuple[int, str] | None = None  # of a cell of a grid: number and title of its sheet
 
     def refused(self, error: LdmError) -> Entry:
         """This entry with an error in place of its settings."""
         field = None if error.where is None else str(error.where)
         where = self.where if field is None else f"{self.where} ({field})"
-        named = ConfigError(error.what, where=where, todo=error.todo)
-        return Entry(self.where, self.line, self.text, None, named, field)
+        named = ConfigError(error.what, where=where, hint=error.hint)
+        return replace(self, settings=None, error=named, field=field)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where the entries of a run come from."""
+
+    name: str  # for messages
+    entries: Iterable[Entry]  # read once
+    dtype: str = "auto"  # that of images that are drawn again, where all have the same
 
 
 def read_entries(
@@ -68,7 +80,7 @@ def read_entries(
     path = Path(prompts)
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml", ".parquet", ".xlsx"):
-        raise ConfigError(f"{suffix} files are not read", where=path, todo="write .txt, .jsonl, .json, .csv or .toml")
+        raise ConfigError(f"{suffix} files are not read", where=path, hint="write .txt, .jsonl, .json, .csv or .toml")
     if suffix == ".toml":
         yield from _toml(path, name or str(path), base or path.parent)
         return
@@ -76,16 +88,20 @@ def read_entries(
         yield from _read(handle, name or str(path), suffix, base or path.parent)
 
 
-@contextlib.contextmanager
-def stdin_file() -> Iterator[Path]:
-    """Standard input as a temporary file, for reading it more than once; hand `name="stdin"` to read_entries."""
-    import shutil
-    import tempfile
+def open_prompts(prompts: str | os.PathLike | Iterable) -> Prompts:
+    """A prompt file, "-" or a list of prompts, read as far as its first entry.
 
-    with tempfile.NamedTemporaryFile(prefix="prompts-", suffix=".txt") as handle:
-        shutil.copyfileobj(sys.stdin.buffer, handle)
-        handle.flush()
-        yield Path(handle.name)
+    Raises ConfigError where there is no such file, or it is refused as a whole, or holds no prompt.
+    """
+    if not isinstance(prompts, (str, os.PathLike)):
+        name = "prompts"
+    else:
+        name = "stdin" if os.fspath(prompts) == "-" else str(Path(prompts))
+    entries = read_entries(prompts)
+    first = next(entries, None)
+    if first is None:
+        raise ConfigError("holds no prompts", where=name)
+    return Prompts(name, itertools.chain([first], entries))
 
 
 @contextlib.contextmanager
@@ -110,7 +126,7 @@ def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entr
         first = next(lines, None)
     if first is None:
         return
-    rest = _chained(first, lines)
+    rest = itertools.chain([first], lines)
     if suffix in (".csv", ".tsv") or (suffix not in (".jsonl", ".ndjson") and _is_header(first[1])):
         yield from _csv(rest, name, base)
         return
@@ -119,11 +135,6 @@ def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entr
         if isinstance(line, str) and _is_blank(line):
             continue
         yield _entry(f"{name}:{number}", number, line, pairs_of, base)
-
-
-def _chained(first: tuple[int, str | ConfigError], rest: Lines) -> Lines:
-    yield first
-    yield from rest
 
 
 def _is_blank(line: str) -> bool:
@@ -136,8 +147,8 @@ def _is_header(line: str | ConfigError) -> bool:
     if not isinstance(line, str):
         return False
     cells = [cell.strip(" \"'\r\n") for cell in re.split("[,;\t]", line)]
-    known = {WORDS.get(known_word(cell) or "") for cell in cells if not is_comment(cell)}
-    return len(cells) > 1 and "prompt" in known and None not in known
+    names = {WORDS.get(find_word(cell) or "") for cell in cells if not is_comment(cell)}
+    return len(cells) > 1 and "prompt" in names and None not in names
 
 
 def _lines(handle: BinaryIO, name: str) -> Lines:
@@ -148,7 +159,7 @@ def _lines(handle: BinaryIO, name: str) -> Lines:
         if number == 1:
             if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
                 kind = "is UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "holds NUL bytes and is no text"
-                raise ConfigError(kind, where=name, todo="save it as UTF-8 text")
+                raise ConfigError(kind, where=name, hint="save it as UTF-8 text")
             line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > MAX_LINE and not line.endswith(b"\n"):
             while (rest := handle.readline(1 << 20)) and not rest.endswith(b"\n"):
@@ -159,7 +170,7 @@ def _lines(handle: BinaryIO, name: str) -> Lines:
             yield number, line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             place = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
-            yield number, ConfigError(f"is not UTF-8 ({place})", todo="save the file as UTF-8")
+            yield number, ConfigError(f"is not UTF-8 ({place})", hint="save the file as UTF-8")
 
 
 def _entry(
@@ -170,13 +181,13 @@ def _entry(
     base: Path,
     common: Mapping[str, Any] | None = None,
 ) -> Entry:
-    """The entry of one line or element; `common` are settings that its own win over."""
+    """The entry of one line or element, whose own settings win over `common`."""
     shown = value if isinstance(value, str) else "" if isinstance(value, ConfigError) else f"{value!r:.{SHOWN}}"
     entry = Entry(where, number, shown[:SHOWN], None)
     try:
         if isinstance(value, ConfigError):
             raise value
-        settings = {**(common or {}), **check_words(pairs_of(value), base)}
+        settings = {**(common or {}), **parse_settings(pairs_of(value), base)}
         if "prompt" not in settings:
             raise ConfigError("there is no prompt", where="prompt")
     except LdmError as error:
@@ -223,8 +234,7 @@ class _Records:
             except (csv.Error, ConfigError) as error:
                 number, line = self.taken[0]
                 self._again.extendleft(reversed(self.taken[1:]))
-                own = line if isinstance(line, ConfigError) else ConfigError(f"bad CSV ({error})")
-                yield number, own
+                yield number, line if isinstance(line, ConfigError) else ConfigError(f"bad CSV ({error})")
             else:
                 yield self.taken[0][0], row
 
@@ -232,15 +242,15 @@ class _Records:
 def _csv(lines: Lines, name: str, base: Path) -> Iterator[Entry]:
     first = next(lines)
     if isinstance(first[1], ConfigError):
-        raise ConfigError(first[1].what, where=f"{name}:{first[0]}", todo=first[1].todo)
+        raise ConfigError(first[1].what, where=f"{name}:{first[0]}", hint=first[1].hint)
     delimiter = max(",;\t", key=first[1].count)
-    records = _Records(_chained(first, lines)).records(delimiter)
+    records = _Records(itertools.chain([first], lines)).records(delimiter)
     number, header = next(records)
     _check_header(header, f"{name}:{number}")
 
     def pairs_of(row: list[str]) -> list[tuple[str, Any]]:
         if len(row) > len(header):
-            raise ConfigError(f"{len(row)} cells in {len(header)} columns", todo="put texts that hold commas in quotes")
+            raise ConfigError(f"{len(row)} cells in {len(header)} columns", hint="put texts that hold commas in quotes")
         return [(word, cell) for word, cell in zip(header, row) if cell.strip() and not is_comment(word)]
 
     for number, row in records:
@@ -250,19 +260,19 @@ def _csv(lines: Lines, name: str, base: Path) -> Iterator[Entry]:
 def _check_header(header: list[str] | ConfigError, where: str) -> None:
     """Raise ConfigError for a column that is unknown or there twice, or a table without prompts."""
     if isinstance(header, ConfigError):
-        raise ConfigError(header.what, where=where, todo=header.todo)
+        raise ConfigError(header.what, where=where, hint=header.hint)
     names = []
     for column in header:
         if column.strip() and not is_comment(column):
-            known = known_word(column)
-            if known is None:
+            word = find_word(column)
+            if word is None:
                 try:
-                    check_words([(column, "")], Path())
+                    parse_settings([(column, "")], Path())
                 except ConfigError as error:
-                    raise ConfigError(f"unknown column {column!r:.80}", where=where, todo=error.todo) from None
-            names.append(WORDS.get(known, known))
+                    raise ConfigError(f"unknown column {column!r:.80}", where=where, hint=error.hint) from None
+            names.append(WORDS.get(word, word))
     if "prompt" not in names:
-        raise ConfigError("no column is named prompt", where=where, todo="name the columns in the first line")
+        raise ConfigError("no column is named prompt", where=where, hint="name the columns in the first line")
 
 
 # Read whole
@@ -272,11 +282,11 @@ def _json(handle: BinaryIO, name: str, base: Path) -> Iterator[Entry]:
     """A list of groups or texts, element by element; or a group with a list of them under `prompts`."""
     data = handle.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
-        raise ConfigError(f"is larger than {MAX_JSON >> 20} MiB", where=name, todo="write .jsonl, which is streamed")
+        raise ConfigError(f"is larger than {MAX_JSON >> 20} MiB", where=name, hint="write .jsonl, which is streamed")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError("is not UTF-8", where=name, todo="save it as UTF-8 text") from None
+        raise ConfigError("is not UTF-8", where=name, hint="save it as UTF-8 text") from None
     del data
     if not text.lstrip(" \t\r\n").startswith("["):
         value, end, line = _json_value(text, 0, 1, name)
@@ -309,7 +319,7 @@ def _skip(text: str, position: int, line: int) -> tuple[int, int]:
 
 
 def _json_value(text: str, position: int, line: int, name: str) -> tuple[Any, int, int]:
-    """(value, where it ends, the line of that). Raises ConfigError: what follows bad JSON cannot be told."""
+    """(value, where it ends, the line of that). Raises ConfigError: what follows bad JSON cannot be read."""
     position, line = _skip(text, position, line)
     try:
         value, end = DECODER.raw_decode(text, position)
@@ -328,7 +338,7 @@ def _toml(path: Path, name: str, base: Path) -> Iterator[Entry]:
     with _opened(path) as handle:
         size = os.fstat(handle.fileno()).st_size
     if size > MAX_TOML:
-        raise ConfigError(f"is larger than {MAX_TOML >> 20} MiB", where=path, todo="write .jsonl, which is streamed")
+        raise ConfigError(f"is larger than {MAX_TOML >> 20} MiB", where=path, hint="write .jsonl, which is streamed")
     value = config.load(path)
     text = path.read_text(encoding="utf-8-sig")
     heads = re.finditer(r"^[ \t]*\[\[[ \t]*(prompts?|prompt[ \t]*\.[ \t]*subset)[ \t]*\]\]", text, re.MULTILINE)
@@ -339,7 +349,7 @@ def _grouped(data: Mapping[str, Any], name: str, base: Path, lines: Iterable[int
     """The prompts of a file that is one group of settings, which hold for all of them.
 
     prompts = […] or [[prompts]]; kohya's [prompt] with [[prompt.subset]]; or a single prompt. `lines` are those where
-    the elements begin, as far as they can be told.
+    the elements begin, as far as they are known.
     """
     common = dict(data)
     items: Any = [{}]
@@ -352,11 +362,11 @@ def _grouped(data: Mapping[str, Any], name: str, base: Path, lines: Iterable[int
     if not isinstance(items, list):
         raise ConfigError("expected a list of prompts", where=f"{name} (subset)")
     try:
-        shared = check_words(pairs_of_value(common), base)
+        shared = parse_settings(pairs_of_value(common), base)
     except LdmError as error:
-        raise ConfigError(error.what, where=f"{name} ({error.where})", todo=error.todo) from None
+        raise ConfigError(error.what, where=f"{name} ({error.where})", hint=error.hint) from None
     places = list(lines)
     for i, item in enumerate(items):
-        told = len(places) == len(items)
-        where = f"{name}:{places[i]}" if told else f"{name}, entry {i + 1}"
-        yield _entry(where, places[i] if told else i + 1, item, pairs_of_value, base, shared)
+        numbered = len(places) == len(items)
+        where = f"{name}:{places[i]}" if numbered else f"{name}, entry {i + 1}"
+        yield _entry(where, places[i] if numbered else i + 1, item, pairs_of_value, base, shared)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.render.prompts.line_settings import REFUSED, WORDS, known_word, near_word
+from ldm.render.prompts.line_settings import REFUSED, WORDS, find_word, suggest_word
 
 FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
 _DOUBLE = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(?=\s+--|\s*$)', re.DOTALL)
@@ -34,9 +34,9 @@ def pairs_of_text(line: str) -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = [("prompt", _unescaped(head))] if head else []
     while match:
         word, equals, rest = match[1].partition("=")
-        if known_word(word) is None:
-            todo = f"{near_word(word[:80], '--')} write \\-- for text".strip()
-            raise ConfigError(f"unknown flag --{word:.80}", where=f"--{word:.80}", todo=todo)
+        if find_word(word) is None:
+            hint = f"{suggest_word(word[:80], '--')} write \\-- for text".strip()
+            raise ConfigError(f"unknown flag --{word:.80}", where=f"--{word:.80}", hint=hint)
         start = match.end() - len(rest) if equals else match.end()
         quoted = _DOUBLE.match(line, start) or _SINGLE.match(line, start)
         match = FLAG.search(line, quoted.end() if quoted else start)
@@ -49,8 +49,8 @@ def pairs_of_text(line: str) -> list[tuple[str, Any]]:
 
 def _flag_value(word: str, value: str, quoted: bool) -> str:
     """The value of a flag; only texts and switches may be empty."""
-    known = known_word(word)
-    if not value and not quoted and known not in REFUSED and WORDS[known] not in ("negative_prompt",):
+    name = find_word(word)
+    if not value and not quoted and name not in REFUSED and WORDS[name] != "negative_prompt":
         raise ConfigError(f"--{word} has no value", where=f"--{word}")
     return value
 
@@ -92,11 +92,11 @@ def decode(text: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [key for key, _ in pairs]
         raise ConfigError(f"duplicate key {next(key for key in names if names.count(key) > 1)!r:.80}")
-    return found
+    return members
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_distinct)

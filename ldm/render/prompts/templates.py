@@ -59,7 +59,7 @@ class Wildcards:
         self._folder = None if folder is None else Path(folder)
         self._read: dict[str, tuple[Option, ...]] = {}
         if self._folder is not None and not self._folder.is_dir():
-            raise ConfigError("is no folder", where=self._folder, todo="give the folder of the wildcard files")
+            raise ConfigError("is no folder", where=self._folder, hint="give the folder of the wildcard files")
 
     def options(self, name: str) -> tuple[Option, ...]:
         """The lines of name.txt, or of all files that a * fits. Raises ConfigError."""
@@ -71,18 +71,18 @@ class Wildcards:
 
     def _files(self, name: str) -> list[Path]:
         if self._folder is None:
-            todo = "give --wildcards FOLDER, or write \\__ for text"
-            raise ConfigError(f"__{name}__ names a wildcard, but no folder to look in", where="prompt", todo=todo)
+            hint = "give --wildcards FOLDER, or write \\__ for text"
+            raise ConfigError(f"__{name}__ names a wildcard, but no folder to look in", where="prompt", hint=hint)
         parts = name.split("/")
         if ".." in parts or "" in parts or len(name) > 200:
             raise ConfigError(f"__{name:.80}__ is no name of a file in the wildcard folder", where="prompt")
-        found = sorted(self._folder.glob(f"{name}.txt")) if "*" in name else [self._folder / f"{name}.txt"]
-        files = [path for path in found if path.is_file()]
+        matches = sorted(self._folder.glob(f"{name}.txt")) if "*" in name else [self._folder / f"{name}.txt"]
+        files = [path for path in matches if path.is_file()]
         if not files:
-            known = [path.relative_to(self._folder).with_suffix("").as_posix() for path in self._folder.rglob("*.txt")]
-            near = nearest(name, known)
-            todo = near if near.startswith("did") else f"put {name}.txt there"
-            raise ConfigError(f"there is no wildcard {name} in {self._folder}", where="prompt", todo=todo)
+            names = [path.relative_to(self._folder).with_suffix("").as_posix() for path in self._folder.rglob("*.txt")]
+            hint = nearest(name, names)
+            hint = hint if hint.startswith("did") else f"put {name}.txt there"
+            raise ConfigError(f"there is no wildcard {name} in {self._folder}", where="prompt", hint=hint)
         return files
 
 
@@ -102,7 +102,7 @@ def _options_of(path: Path, name: str) -> list[Option]:
             try:
                 options.append(Option(weight, template(text)))
             except ConfigError as error:
-                raise ConfigError(f"__{name}__: {error.what}", where=f"{path}:{number}", todo=error.todo) from None
+                raise ConfigError(f"__{name}__: {error.what}", where=f"{path}:{number}", hint=error.hint) from None
     return options
 
 
@@ -114,7 +114,7 @@ def template(text: str) -> tuple[str | Choice | Wildcard, ...]:
     """A template as nodes. Raises ConfigError for braces that do not match and what is not supported."""
     nodes, end = _nodes(text, 0, 0)
     if end < len(text):
-        raise ConfigError(f"a }} without a {{ at character {end + 1}", where="prompt", todo="write \\} for text")
+        raise ConfigError(f"a }} without a {{ at character {end + 1}", where="prompt", hint="write \\} for text")
     return nodes
 
 
@@ -127,8 +127,8 @@ def _nodes(text: str, position: int, depth: int) -> tuple[tuple[str | Choice | W
         if kind == "escape":
             plain.append(match[0] if match[0] == "\\\\" else match[0][1:])
         elif kind == "variable" or match["call"]:
-            todo = "write the words themselves, or \\{ for text" if kind == "variable" else "write \\__ for text"
-            raise ConfigError(f"variables are not supported: {match[0]:.40}", where="prompt", todo=todo)
+            hint = "write the words themselves, or \\{ for text" if kind == "variable" else "write \\__ for text"
+            raise ConfigError(f"variables are not supported: {match[0]:.40}", where="prompt", hint=hint)
         elif kind == "wildcard":
             nodes += ["".join(plain), Wildcard(match["wildcard"])]
             plain = []
@@ -165,7 +165,7 @@ def _choice(text: str, position: int, depth: int) -> tuple[Choice, int]:
         nodes, position = _nodes(text, weight.end() if weight else position, depth)
         options.append(Option(float(weight[1]) if weight else 1.0, nodes))
         if position == len(text):
-            raise ConfigError(f"the {{ at character {start} is not closed", where="prompt", todo="write \\{ for text")
+            raise ConfigError(f"the {{ at character {start} is not closed", where="prompt", hint="write \\{ for text")
         position += 1
         if text[position - 1] == "}":
             break

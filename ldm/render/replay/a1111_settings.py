@@ -1,4 +1,4 @@
-"""A `parameters` text in settings of ours, as A1111, Forge, ComfyUI's save nodes and stable-diffusion.cpp mean it.
+"""A `parameters` text in our settings, as A1111, Forge, ComfyUI's save nodes and stable-diffusion.cpp mean it.
 
 A field that cannot be repeated becomes a note, one line. A field that we have, with a value that we cannot take, is an
 error, unless a change is given in its place.
@@ -14,13 +14,14 @@ from typing import Any
 
 from ldm.errors import ConfigError
 from ldm.pipeline.keywords import UNSUPPORTED
-from ldm.render.prompts.line_settings import PAIRS, WORDS, check_words
+from ldm.render.prompts.line_settings import WORDS, parse_settings
+from ldm.render.prompts.setting_table import SETTINGS
 from ldm.render.replay.a1111_text import Infotext
 from ldm.render.replay.overrides import Changes
 
 SHOWN = 120  # characters of a value in a note
 
-# Fields of the text that are settings of ours: field -> word of prompt lines.
+# Fields of the text that we have settings for: field -> word of prompt lines.
 WORDS_OF_FIELDS = {
     "Steps": "steps",
     "Sampler": "sampler",
@@ -33,18 +34,19 @@ WORDS_OF_FIELDS = {
     "Eta": "eta",
     "Eta DDIM": "eta",
     "Denoising strength": "strength",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
 }
-OF_THE_FILE = ("Version", "User", "Created Date", "Batch size", "Batch pos", "Hashes", "Civitai resources")
-OF_THE_FILE += ("Civitai metadata",)
+IGNORED = ("Version", "User", "Created Date", "Batch size", "Batch pos", "Hashes", "Civitai resources")
+IGNORED += ("Civitai metadata", "Model", "Model hash", "Lora hashes", "RNG", "Sampler RNG")
 NEUTRAL = {  # fields that some programs write always: what changes nothing
     "ENSD": ("0",),
-    "Emphasis": ("Original", "No norm"),  # the second: see of_infotext
+    "Emphasis": ("Original", "No norm"),  # the second: see a1111_settings
     "Face restoration": ("None",),
     "Guidance": ("3.500000",),  # stable-diffusion.cpp: of distilled models
     "Tiling": ("False",),
-    "Variation seed strength": ("0", "0.0"),
 }
-# What A1111 takes for "Automatic", the sampler's own choice. A text that says nothing means the sampler's plain levels:
+# What A1111 takes for "Automatic", the sampler's own choice. A text without one means the sampler's plain levels:
 # older versions joined the name to the sampler's, newer ones write the choice.
 AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_ancestral": "karras", "dpm2": "karras"}
 AUTOMATIC |= {"dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
@@ -53,29 +55,31 @@ SPACINGS = {"ddim": "leading", "ddim_uniform": "leading", "discrete": "linspace"
 _NETWORK = re.compile(r"\s*<(?!lora:)(\w+):[^<>]*>\s*")  # A1111's other extra networks: <hypernet:name:1>
 
 
-def of_infotext(text: Infotext, base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
-    """(settings, notes, told) of a `parameters` text."""
+def a1111_settings(text: Infotext, base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
+    """(settings, notes, source) of a `parameters` text; `source` is what it says of model and LoRAs."""
     fields, notes = dict(text.fields), []
     for name, value in text.fields:
         if name in WORDS_OF_FIELDS and fields[name] != value:
-            notes.append(not_repeated(name, value, f"told twice; {fields[name]!r:.40} is taken"))
+            notes.append(not_repeated(name, value, f"given twice; {fields[name]!r:.40} is taken"))
     prompt = text.prompt
     if "prompt" not in changes.names:
         notes += [not_repeated("prompt", match[0].strip()) for match in _NETWORK.finditer(prompt)]
         prompt = _NETWORK.sub(" ", prompt).strip()
-    settings = check_words([("prompt", prompt)], base) if prompt or fields else {}
-    settings |= check_words([("negative_prompt", text.negative_prompt)], base)
+    settings = parse_settings([("prompt", prompt)], base) if prompt or fields else {}
+    settings |= parse_settings([("negative_prompt", text.negative_prompt)], base)
     for name, value in fields.items():
         settings |= _of_field(name, value, fields, base, changes, notes)
     settings = {key: value for key, value in settings.items() if value is not None}  # Seed: -1
     if fields.get("Emphasis") == "No norm":
         settings["emphasis"] = "no_norm"
+    if "variation_strength" not in settings:
+        settings.pop("variation_seed", None)
     settings = _with_spacing(settings, fields, changes)
     notes += [not_repeated("text", piece) for piece in text.rest]
     notes += _notes_on_noise(fields) + _notes_on_gaps(settings, changes)
     keys = {"model": "Model", "model_hash": "Model hash", "lora": "Lora hashes"}
-    told = {name: fields[key] for name, key in keys.items() if fields.get(key)}
-    return settings, notes, {"program": fields.get("Version", "A1111"), **told}
+    source = {name: fields[key] for name, key in keys.items() if fields.get(key)}
+    return settings, notes, {"program": fields.get("Version", "A1111"), **source}
 
 
 def _of_field(
@@ -84,12 +88,11 @@ def _of_field(
     """The settings of one field; what is not repeated is added to `notes`. Raises ConfigError for a bad value."""
     word = WORDS_OF_FIELDS.get(name)
     if word is None:
-        known = ("Model", "Model hash", "Lora hashes", "RNG", "Sampler RNG", *OF_THE_FILE)
-        if name not in known and value not in NEUTRAL.get(name, ()):
+        if name not in IGNORED and value not in NEUTRAL.get(name, ()):
             notes.append(not_repeated(name, value, "give --vae" if name in ("VAE", "VAE hash") else ""))
         return {}
-    own = WORDS[word]
-    if not set(PAIRS.get(own, (own,))) - changes.names:
+    setting = WORDS[word]
+    if not set(SETTINGS[setting].sets or (setting,)) - changes.names:
         return {}
     if word == "strength":
         return _strength(name, value, fields, base, changes, notes)
@@ -98,19 +101,19 @@ def _of_field(
     if word == "eta" and _is_plain_eta(value, fields):
         return {}
     try:
-        return check_words([(word, _plain(word, value))], base)
+        return parse_settings([(word, _plain(word, value))], base)
     except ConfigError as error:
-        if own in changes.names:
+        if setting in changes.names:
             return {}
-        if own in UNSUPPORTED:
+        if setting in UNSUPPORTED:
             notes.append(not_repeated(name, value, error.what))
             return {}
-        todo = f"--set {word}=VALUE" + (f"; {error.todo}" if error.todo else "")
-        raise ConfigError(error.what, where=name, todo=todo) from None
+        hint = f"--set {word}=VALUE" + (f"; {error.hint}" if error.hint else "")
+        raise ConfigError(error.what, where=name, hint=hint) from None
 
 
 def _plain(word: str, value: str) -> str | None:
-    """A field's value as prompt lines say it; None for one that says nothing."""
+    """A field's value as prompt lines have it; None for one that means nothing."""
     if word == "sampler":
         plain = re.sub(r"_gpu(?=[_ ]|$)", "", value)  # ComfyUI: dpmpp_2m_sde_gpu_karras
         return re.sub(r"[_ ](discrete|ddim_uniform)$", lambda end: f" {SPACINGS[end[1]]}", plain)
@@ -140,13 +143,13 @@ def _float(text: str, default: float) -> float:
 def _strength(
     name: str, value: str, fields: Mapping[str, str], base: Path, changes: Changes, notes: list[str]
 ) -> dict[str, Any]:
-    """Denoising strength: of the second pass where there are Hires fields, else of a first picture, not told."""
+    """Denoising strength: of the second pass where there are Hires fields, else of an init image, which is unknown."""
     hires = any(key.startswith("Hires") for key in fields)
     if not hires and _float(value, 0.0) == 1:
         return {}
     if not hires and "image" in changes.settings:
-        return check_words([("strength", value)], base)
-    why = "of the second pass" if hires else "the picture that it began with is not in the file; --set image=FILE"
+        return parse_settings([("strength", value)], base)
+    why = "of the second pass" if hires else "the image that it began with is not in the file; --set image=FILE"
     notes.append(not_repeated(name, value, why))
     return {}
 
@@ -157,8 +160,8 @@ def _with_spacing(settings: dict[str, Any], fields: Mapping[str, str], changes: 
     named = "spacing" in settings or "spacing" in changes.names
     if named or sampler is None or fields.get("Version", "").startswith("ldm"):
         return settings
-    told = fields.get("Schedule type", fields.get("Scheduler", ""))
-    spacing = AUTOMATIC.get(sampler) if told else None
+    schedule = fields.get("Schedule type", fields.get("Scheduler", ""))
+    spacing = AUTOMATIC.get(sampler) if schedule else None
     spacing = spacing or PLAIN.get(sampler, "linspace")
     return settings if spacing is None else {**settings, "spacing": spacing}
 
@@ -171,18 +174,18 @@ def _notes_on_noise(fields: Mapping[str, str]) -> list[str]:
     notes = []
     for name in ("RNG", "Sampler RNG"):
         if name in fields and fields[name].upper() != "CPU":
-            notes.append(not_repeated(name, fields[name], "noise is drawn on the CPU here: the picture will differ"))
+            notes.append(not_repeated(name, fields[name], "noise is drawn on the CPU here: the image will differ"))
     if "RNG" not in fields and fields:
-        notes.append("not repeated: RNG is not told, so the noise was drawn on a GPU: the picture will differ")
+        notes.append("not repeated: RNG is not given, so the noise was drawn on a GPU: the image will differ")
     return notes
 
 
 def _notes_on_gaps(settings: Mapping[str, Any], changes: Changes) -> list[str]:
-    """One line for the settings that the text does not tell."""
+    """One line for the settings that are not in the text."""
     wanted = {"seed": "seed", "num_inference_steps": "steps", "guidance_scale": "guidance scale", "width": "size"}
     wanted |= {"sampler": "sampler"}
-    gaps = [said for name, said in wanted.items() if name not in settings and name not in changes.names]
-    return [f"not told: {', '.join(gaps)} (drawn, or the model's own)"] if gaps else []
+    gaps = [words for name, words in wanted.items() if name not in settings and name not in changes.names]
+    return [f"not given: {', '.join(gaps)} (drawn, or the model's own)"] if gaps else []
 
 
 def not_repeated(name: str, value: Any, why: str = "") -> str:

@@ -32,7 +32,7 @@ _CLOSES = {"[": "]", "{": "}"}
 
 @dataclass(frozen=True)
 class Infotext:
-    """A `parameters` text: its two prompts, its fields in their order, and what is none of these."""
+    """A `parameters` text: its two prompts, its fields in their order, and the rest."""
 
     prompt: str
     negative_prompt: str
@@ -54,9 +54,9 @@ def read_infotext(text: str) -> Infotext:
         prompts[negative].append(line)
     fields, rest = [], []
     for line in lines[start:]:
-        found, left = split_fields(line)
-        fields += found
-        rest += left
+        line_fields, line_rest = split_fields(line)
+        fields += line_fields
+        rest += line_rest
     return Infotext(*("\n".join(prompts[key]).strip() for key in (False, True)), tuple(fields), tuple(rest))
 
 

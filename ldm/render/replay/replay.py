@@ -1,104 +1,129 @@
-"""From a picture, or a manifest's line, back to the settings that drew it.
+"""From an image, or a manifest's line, back to the settings that drew it.
 
-Our own `ldm` chunk and manifest.jsonl say every resolved setting: with the same model, LoRAs, dtype, threads and torch
-the picture comes out to the bit. A1111's `parameters` text says most (see a1111_settings). What cannot be
-repeated is a note, one line each. `changes` (KEY=VALUE) replace what a source says.
+Our own `ldm` chunk and manifest.jsonl hold every resolved setting: with the same model, LoRAs, dtype, threads and torch
+the image comes out to the bit. A1111's `parameters` text holds most (see a1111_settings). What cannot be
+repeated is a note, one line each. `changes` (KEY=VALUE) replace settings of the source.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm import console
+from ldm.device import DTYPES
 from ldm.errors import ConfigError, DataError, LdmError
-from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS
+from ldm.pipeline.keywords import GUIDANCE_WORDS
 from ldm.pipeline.sources import DIGESTS
 from ldm.render.output.manifest import DONE, FAILED, last_lines
-from ldm.render.prompts.files import Entry
-from ldm.render.prompts.line_settings import FIELDS, check_words
-from ldm.render.replay.a1111_settings import not_repeated, of_infotext
+from ldm.render.prompts.files import Entry, Prompts
+from ldm.render.prompts.line_settings import parse_settings
+from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
+from ldm.render.replay.a1111_settings import a1111_settings, not_repeated
 from ldm.render.replay.a1111_text import read_infotext
 from ldm.render.replay.overrides import Changes
 
-OF_PIPELINE = ("prompt", "negative_prompt", "model", "vae", "lora")
 LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
-# Words of Pipeline and generate that a prompt line has none for; they pass from a record of ours as they are.
-OF_GENERATE = (*GUIDANCE_WORDS, *EDITING_WORDS, *LEVELS, "emphasis", "vae")
-# What a record of ours says beside settings: `differences` looks at it.
+# What our metadata holds beside settings: `differences` compares it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
 REMARKS = ("truncated", "unknown_words", "remarks", "job")
+SHOWN = 5  # notes on what is not repeated
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One picture to draw again."""
+    """One image to draw again."""
 
     entry: Entry  # as a prompt file's, with an error where the source cannot be repeated
     notes: tuple[str, ...] = ()  # what is not repeated, one line each
-    told: Mapping[str, Any] = field(default_factory=dict)  # what the source says of model, LoRAs and machine
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """What the source says of model, LoRAs and machine."""
+        return self.entry.source or {}
 
 
 def read_replays(sources: Sequence[str | os.PathLike], changes: Sequence[str] = ()) -> Iterator[Replay]:
-    """What pictures (PNG, JPEG, WebP), manifests and folders of rendered pictures say, source by source.
+    """What images (PNG, JPEG, WebP), manifests and folders of rendered images say, source by source.
 
     Raises ConfigError for a bad change and a source that does not exist; a source that cannot be repeated is an entry
     with an error, as a bad line of a prompt file is.
     """
-    given = Changes.read(changes)
+    parsed = Changes.read(changes)
     paths = [Path(source) for source in sources]
     for path in paths:
         if not path.exists():
-            raise ConfigError("no such picture or manifest", where=path)
-    return (replay for path in paths for replay in _of_path(path, given))
+            raise ConfigError("no such image or manifest", where=path)
+    return (replay for path in paths for replay in _of_path(path, parsed))
+
+
+def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str]) -> Prompts:
+    """The entries of images, manifests and folders to be drawn again. Raises ConfigError as `read_replays` does."""
+    sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    replays = list(read_replays(sources, changes))  # now: the manifest may be that of the folder that is written to
+    notes = [f"{replay.entry.where}: {note}" for replay in replays for note in replay.notes]
+    for note in notes[:SHOWN]:
+        console.warn(note)
+    if len(notes) > SHOWN:
+        console.warn(f"{len(notes) - SHOWN} more things are not repeated")
+    dtypes = {replay.source.get("dtype") for replay in replays}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "auto"
+    entries = [replace(replay.entry, source=_comparable(replay.source)) for replay in replays]
+    return Prompts(", ".join(map(str, sources[:3])), entries, dtype)
+
+
+def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
+    """`source` without a model that is given by its path alone (in manifests): the same one is used again."""
+    return {name: value for name, value in source.items() if name != "model" or source.get("model_hash")}
 
 
 def _of_path(path: Path, changes: Changes) -> Iterator[Replay]:
     if path.is_dir() or path.suffix.lower() == ".jsonl":
         yield from _of_manifest(path, changes)
     else:
-        yield _replay(Entry(str(path), 1, path.name, None), lambda: _of_picture(path, changes), changes)
+        yield _replay(Entry(str(path), 1, path.name, None), lambda: _of_image(path, changes), changes)
 
 
 def _of_manifest(path: Path, changes: Changes) -> Iterator[Replay]:
     """A replay for each job, finished or failed."""
     folder = path if path.is_dir() else path.parent
     number = 0
-    for number, record in enumerate(last_lines(path), 1):
-        settings = record.get("settings")
-        entry = Entry(f"{path}, {record.get('path') or record['key']}", number, str(record.get("where")), None)
+    for number, line in enumerate(last_lines(path), 1):
+        entry = Entry(f"{path}, {line.get('path') or line['key']}", number, str(line.get("where")), None)
 
-        def read(record=record, settings=settings) -> tuple[dict, list[str], dict]:
-            if record["status"] not in (DONE, FAILED) or not isinstance(settings, Mapping):
+        def read(line=line) -> tuple[dict, list[str], dict]:
+            settings = line.get("settings")
+            if line["status"] not in (DONE, FAILED) or not isinstance(settings, Mapping):
                 raise DataError("the line holds no settings")
-            return _of_record({**settings, "seed": record.get("seed")}, folder, changes)
+            return _of_metadata({**settings, "seed": line.get("seed")}, folder, changes)
 
         yield _replay(entry, read, changes)
     if not number:
-        raise ConfigError(
-            "holds no jobs", where=path, todo="give a picture, or the manifest.jsonl of a rendered folder"
-        )
+        hint = "give an image, or the manifest.jsonl of a rendered folder"
+        raise ConfigError("holds no jobs", where=path, hint=hint)
 
 
 def _replay(entry: Entry, read: Callable[[], tuple[dict, list[str], dict]], changes: Changes) -> Replay:
-    """What `read` gives as a replay: (settings, notes, told) with the changes, or an entry with its error."""
+    """What `read` gives as a replay: (settings, notes, source) with the changes, or an entry with its error."""
     try:
-        settings, notes, told = read()
+        settings, notes, source = read()
         kept = {name: value for name, value in settings.items() if name not in changes.names}
         settings = _consistent({**kept, **changes.settings}, changes)
         if "prompt" not in settings:
-            raise DataError("tells no prompt", todo="--set prompt=TEXT")
+            raise DataError("holds no prompt", hint="--set prompt=TEXT")
     except LdmError as error:
         return Replay(entry.refused(error))
-    return Replay(Entry(entry.where, entry.line, settings["prompt"][:200], settings), tuple(notes), told)
+    return Replay(replace(entry, text=settings["prompt"][:200], settings=settings, source=source), tuple(notes))
 
 
 def _consistent(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """Less what means nothing beside the rest: a strength without a picture, steps beside explicit noise levels."""
+    """Less what means nothing beside the rest: a strength without an image, steps beside explicit noise levels."""
     if "image" not in settings:
         settings = {name: value for name, value in settings.items() if name not in ("strength", "mask_image")}
     if {"num_inference_steps", "spacing"} & changes.names:
@@ -108,53 +133,57 @@ def _consistent(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return settings
 
 
-def _of_picture(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
+def _of_image(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
     from ldm.images import read_metadata
 
     metadata = read_metadata(path)
     if metadata.ldm:
-        return _of_record(metadata.ldm, path.parent, changes)
+        return _of_metadata(metadata.ldm, path.parent, changes)
     if metadata.parameters.strip():
-        return of_infotext(read_infotext(metadata.parameters), path.parent, changes)
-    todo = "only pictures of ldm, A1111 and programs that write its `parameters` text can be repeated"
-    raise DataError("tells nothing of how it was drawn", todo=todo)
+        return a1111_settings(read_infotext(metadata.parameters), path.parent, changes)
+    hint = "only images of ldm, A1111 and programs that write its `parameters` text can be repeated"
+    raise DataError("holds nothing of how it was drawn", hint=hint)
 
 
 # Ours
 
 
-def _of_record(record: Mapping[str, Any], base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
-    """(settings, notes, told) of an `ldm` chunk or of a manifest's settings."""
+def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) -> tuple[dict, list[str], dict]:
+    """(settings, notes, source) of an `ldm` chunk or of a manifest's settings; paths are looked up from `folder`."""
     settings, notes = {}, []
-    known = (*OF_THE_MODEL, *OF_THE_MACHINE, *DIGESTS.values())
-    told = {name: record[name] for name in known if record.get(name) is not None}
-    passed = {*known, *REMARKS} - {"lora"}
-    for name, value in record.items():
-        if name in changes.names or name in passed:
+    compared = (*OF_THE_MODEL, *OF_THE_MACHINE, *DIGESTS.values())
+    source = {name: metadata[name] for name in compared if metadata.get(name) is not None}
+    no_settings = {*compared, *REMARKS} - {"lora"}
+    for name, value in metadata.items():
+        if name in changes.names or name in no_settings:
             continue
         if name == "negative_prompt" and value is None:
             settings[name] = None  # with XL other than ""
         elif name == "latents" and value is not None:
             raise DataError("was drawn from given latents, which are not in the file", where=name)
         elif name in DIGESTS and value == "given":
-            todo = f"--set {name}=FILE"
-            raise DataError("was drawn from a picture that has no file", where=name, todo=todo)
-        elif value is None:
-            continue
-        elif name in OF_GENERATE:
-            settings[name] = tuple(value) if isinstance(value, list) else value
-        elif name in FIELDS:
-            settings |= check_words([(name, _as_word(name, value))], base)
-        else:
-            notes.append(not_repeated(name, value, "this version does not know it"))
+            hint = f"--set {name}=FILE"
+            raise DataError("was drawn from an image that has no file", where=name, hint=hint)
+        elif value is not None:
+            _add(settings, notes, name, value, folder)
     _check_guidance({**settings, **changes.settings})
-    if "model" not in changes.names and (model := _model(record, base)):
+    if "model" not in changes.names and (model := _model(metadata, folder)):
         settings["model"] = model
-    return settings, notes, told
+    return settings, notes, source
 
 
-def _as_word(name: str, value: Any) -> Any:
-    """A recorded value as prompt lines say it."""
+def _add(settings: dict[str, Any], notes: list[str], name: str, value: Any, folder: Path) -> None:
+    """Add one recorded setting as it is, or by the parser of prompt lines where it has one; or a note."""
+    if name not in of_scope(IMAGE, BATCH):
+        notes.append(not_repeated(name, value, "this version does not know it"))
+    elif SETTINGS[name].parser is None or name in DIGESTS or name in GUIDANCE_WORDS:
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    else:
+        settings |= parse_settings([(name, _as_in_lines(name, value))], folder)
+
+
+def _as_in_lines(name: str, value: Any) -> Any:
+    """A recorded value as prompt lines have it."""
     if name == "clip_skip" and isinstance(value, int):
         return value + 1  # lines count as A1111 does
     if name == "lora" and isinstance(value, (list, tuple)):
@@ -165,21 +194,21 @@ def _as_word(name: str, value: Any) -> Any:
 def _check_guidance(settings: Mapping[str, Any]) -> None:
     from ldm.diffusion.guidance import Guidance
 
-    words = {own: settings[word] for word, own in GUIDANCE_WORDS.items() if word in settings}
+    options = {name: settings[word] for word, name in GUIDANCE_WORDS.items() if word in settings}
     try:
-        Guidance(scale=settings.get("guidance_scale", 1.0), **words)
+        Guidance(scale=settings.get("guidance_scale", 1.0), **options)
     except (TypeError, ValueError) as error:
-        raise DataError(f"the record is damaged ({error})", where="guidance") from None
+        raise DataError(f"the metadata is damaged ({error})", where="guidance") from None
 
 
-def _model(record: Mapping[str, Any], base: Path) -> str | None:
-    """The recorded model as Pipeline takes it; None where only the name of a folder or file is told."""
-    name, commit = record.get("model"), record.get("commit")
+def _model(metadata: Mapping[str, Any], folder: Path) -> str | None:
+    """The recorded model as Pipeline takes it; None where only the name of a folder or file is known."""
+    name, commit = metadata.get("model"), metadata.get("commit")
     if not isinstance(name, str) or not name:
         return None
     if name == "default":
         return name
-    for path in (name, os.path.join(base, name)):
+    for path in (name, os.path.join(folder, name)):
         if os.path.exists(path):  # False for what cannot be a name
             return path
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?", name)
@@ -189,43 +218,42 @@ def _model(record: Mapping[str, Any], base: Path) -> str | None:
 # What will differ
 
 
-def differences(told: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """One line for each thing that will make, or may make, the picture another: the model first.
+def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
+    """One line for each thing that will change the image, or may: the model first.
 
-    `told` is a Replay's, `record` the new picture's record (or as much of one as is known before it is drawn).
+    `source` is a Replay's, `metadata` the new image's (or as much of it as is known before it is drawn).
     """
     lines = []
-    was, now = str(told.get("model_hash", "")), str(record.get("model_hash", ""))
+    was, now = str(source.get("model_hash", "")), str(metadata.get("model_hash", ""))
     if was and now and not now.lower().startswith(was.lower()):
-        names = f"{told.get('model', 'a model')} (hash {was[:10]})", f"{record.get('model')} (hash {now[:10]})"
+        names = f"{source.get('model', 'a model')} (hash {was[:10]})", f"{metadata.get('model')} (hash {now[:10]})"
         older = ", or its hash is of the old kind" if len(was) == 8 else ""
-        lines.append(f"the picture was drawn by {names[0]}, this model is {names[1]}: it will differ{older}")
-    elif told.get("model") and not was and told["model"] != record.get("model"):
-        lines.append(
-            f"the picture was drawn by {told['model']!r:.80}, of unknown hash; this model is {record['model']}"
-        )
-    lines += _other_loras(told.get("lora"), record.get("lora") or ())
+        lines.append(f"the image was drawn by {names[0]}, this model is {names[1]}: it will differ{older}")
+    elif source.get("model") and not was and source["model"] != metadata.get("model"):
+        unknown = f"{source['model']!r:.80}, of unknown hash"
+        lines.append(f"the image was drawn by {unknown}; this model is {metadata['model']}")
+    lines += _other_loras(source.get("lora"), metadata.get("lora") or ())
     for word, name in DIGESTS.items():
-        if name in told and name in record and told[name] != record[name]:
-            lines.append(f"{word} is another picture than the one that was drawn from: it will differ")
+        if name in source and name in metadata and source[name] != metadata[name]:
+            lines.append(f"{word} is another image than the one that was drawn from: it will differ")
     for name in OF_THE_MACHINE:
-        old, new = (source.get(name) for source in (told, record))
+        old, new = (values.get(name) for values in (source, metadata))
         if name == "versions":
             name = "torch"
-            old, new = (source.get("torch") if isinstance(source, Mapping) else None for source in (old, new))
+            old, new = (value.get("torch") if isinstance(value, Mapping) else None for value in (old, new))
         if old is not None and new is not None and old != new:
             lines.append(f"{name} was {old}, is {new}: the last bits may differ")
     return lines
 
 
-def _other_loras(told: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
-    """LoRAs under a told name whose hash is another; `told` is our record's list, or A1111's `name: hash, …`."""
-    if isinstance(told, str):
-        pairs = [pair.rpartition(":") for pair in told.split(",")]
+def _other_loras(source: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
+    """LoRAs of the same name whose hash is another; `source` is our metadata's list, or A1111's `name: hash, …`."""
+    if isinstance(source, str):
+        pairs = [pair.rpartition(":") for pair in source.split(",")]
         hashes = {name.strip(): digest.strip() for name, _, digest in pairs}
     else:
-        known = told if isinstance(told, (list, tuple)) else ()
-        hashes = {str(one.get("name")): str(one.get("short_hash", "")) for one in known if isinstance(one, Mapping)}
+        listed = source if isinstance(source, (list, tuple)) else ()
+        hashes = {str(one.get("name")): str(one.get("short_hash", "")) for one in listed if isinstance(one, Mapping)}
     lines = []
     for lora in loras:
         was, now = hashes.get(str(lora.get("name")), ""), str(lora.get("short_hash", ""))
@@ -237,16 +265,18 @@ def _other_loras(told: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
 def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keywords of Pipeline(...) and those of generate(...) that draw a replay; its name is left out.
 
-    The dtype is the one of the picture, where it is told. Raises the error of a source that cannot be repeated.
+    The dtype is that of the image, where it is known. Raises the error of a source that cannot be repeated.
     """
+    from ldm.pipeline import Pipeline
+
     if replay.entry.error is not None:
         raise replay.entry.error
-    settings = {name: value for name, value in replay.entry.settings.items() if name != "name"}
-    own = {name: settings.pop(name) for name in OF_PIPELINE if name in settings}
-    if isinstance(replay.told.get("dtype"), str):
-        own["dtype"] = replay.told["dtype"]
-    if isinstance(settings.get("seed"), tuple):
-        settings["num_images"] = len(settings["seed"])
-    if "lora" in own:
-        own["lora"] = list(own["lora"])
-    return own, settings
+    call = {name: value for name, value in replay.entry.settings.items() if name != "name"}
+    pipeline = {name: call.pop(name) for name in inspect.signature(Pipeline).parameters if name in call}
+    if "dtype" not in pipeline and isinstance(replay.source.get("dtype"), str):
+        pipeline["dtype"] = replay.source["dtype"]
+    if isinstance(call.get("seed"), tuple):
+        call["num_images"] = len(call["seed"])
+    if "lora" in pipeline:
+        pipeline["lora"] = list(pipeline["lora"])
+    return pipeline, call

@@ -1,4 +1,4 @@
-"""Contact sheets: pages with all pictures of a rendered folder, each above its number and how its prompt begins."""
+"""Contact sheets: pages with all images of a rendered folder, each above its number and the beginning of its prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FOLDER = "contact"  # of the pages, in the rendered folder
 COLUMNS, ROWS = 6, 8
-SIDE, LEAST, GAP, FONT_SIZE, LINES = 192, 96, 8, 12, 3  # pixels of the places for pictures, …; lines of text
+SIDE, LEAST, GAP, FONT_SIZE, LINES = 192, 96, 8, 12, 3  # pixels of the places for images, …; lines of text
 _PAGE = re.compile(r"page-\d{3,}\.jpg")
 
 
@@ -33,7 +33,7 @@ def write_contact_sheets(folder: str | os.PathLike, columns: int = COLUMNS, rows
     require(1 <= rows <= 50, f"{rows} is outside 1 to 50", "rows")
     lines = finished(folder)
     target, paths = Path(folder) / FOLDER, []
-    with progress(total=len(lines), desc="contact sheets", unit="picture") as bar:
+    with progress(total=len(lines), desc="contact sheets", unit="image") as bar:
         for number, page in enumerate(contact_sheets(lines, Path(folder), columns, rows), 1):
             paths.append(atomic_write(target / f"page-{number:03d}.jpg", encode(page, "jpg")))
             bar.update(min(columns * rows, len(lines) - bar.n))
@@ -44,7 +44,7 @@ def write_contact_sheets(folder: str | os.PathLike, columns: int = COLUMNS, rows
 
 
 def contact_sheets(lines: list[dict[str, Any]], folder: Path, columns: int, rows: int) -> Iterator[Image]:
-    """Pages of columns x rows pictures from the manifests' lines; one that cannot be read is a grey square."""
+    """Pages of columns x rows images from the manifests' lines; one that cannot be read is a grey square."""
     sides = [
         side for line in lines for name in ("width", "height") if isinstance(side := line["settings"].get(name), int)
     ]

@@ -1,4 +1,4 @@
-"""What sheets of pictures share: text that fits its place, pictures that fit theirs."""
+"""What sheets of images share: text and images that fit their places."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
-    Source = Image | str | os.PathLike | None  # a picture, its file, or nothing to show
+    Source = Image | str | os.PathLike | None  # an image, its file, or nothing to show
 
 INK, PAPER, EMPTY = (30, 30, 30), (255, 255, 255), (225, 225, 225)
-MOST = 1000  # characters of a text that are looked at
+MOST = 1000  # characters of a text that are read
 SPACING = 1.3  # line heights
 
 
 def wrapped(text: str, font: FreeTypeFont, width: float, lines: int) -> list[str]:
     """`text` in at most so many lines of `width` pixels; one that is cut ends in …"""
     words = text[:MOST].split()
-    found, line = [], ""
+    done, line = [], ""
     for number, word in enumerate(words):
         longer = f"{line} {word}" if line else word
         if font.getlength(longer) <= width:
             line = longer
             continue
-        if len(found) == lines - 1:
-            return [*found, cut(" ".join([line, *words[number:]]).strip(), font, width)]
-        found += [line] if line else []
-        line = word if font.getlength(word) <= width or len(found) == lines - 1 else cut(word, font, width)
+        if len(done) == lines - 1:
+            return [*done, cut(" ".join([line, *words[number:]]).strip(), font, width)]
+        done += [line] if line else []
+        line = word if font.getlength(word) <= width or len(done) == lines - 1 else cut(word, font, width)
         if font.getlength(line) > width:
-            return [*found, cut(" ".join([line, *words[number + 1 :]]), font, width)]
-    found += [line] if line else []
-    return found if len(text) <= MOST or not found else [*found[:-1], cut(f"{found[-1]}…", font, width)]
+            return [*done, cut(" ".join([line, *words[number + 1 :]]), font, width)]
+    done += [line] if line else []
+    return done if len(text) <= MOST or not done else [*done[:-1], cut(f"{done[-1]}…", font, width)]
 
 
 def cut(text: str, font: FreeTypeFont, width: float) -> str:
@@ -60,7 +60,7 @@ def line_height(font: FreeTypeFont) -> int:
 
 
 def tile(source: Source, width: int, height: int) -> Image | None:
-    """A picture that fits the place, made smaller if need be; None where there is none or it cannot be read."""
+    """An image that fits the place, made smaller if need be; None where there is none or it cannot be read."""
     from PIL import Image
 
     from ldm.images import flatten
