@@ -163,7 +163,7 @@ def content(path: Path) -> dict[str, object]:
 
     if path.suffix in IMAGES:
         with Image.open(path) as image:
-            return {"pixels": numpy.asarray(image)}
+            return {"pixels": numpy.array(image)}
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     if path.name == "error.txt":
@@ -225,8 +225,8 @@ def _error_in(path: Path) -> str:
     return f" ({path.read_text().strip():.300})" if path.name == "error.txt" else ""
 
 
-def compare(one: Path, other: Path, sections: Sequence[str]) -> int:
-    """Print a table of all cases; 1 where any differs, else 0."""
+def compare(one: Path, other: Path, sections: Sequence[str], listed: bool = False) -> int:
+    """Print what differs, and with `listed` what is equal too; 1 where anything differs, else 0."""
     abouts = [json.loads((out / "about.json").read_text()) for out in (one, other)]
     for name in abouts[0]:
         if abouts[0][name] != abouts[1].get(name):
@@ -235,11 +235,17 @@ def compare(one: Path, other: Path, sections: Sequence[str]) -> int:
     rows = []
     for section in sections:
         cases = [{path.name for path in (out / section).glob("*") if path.is_dir()} for out in (one, other)]
-        names = cases[0] & cases[1] if all(cases) else set()
-        rows += [compare_case(f"{section}/{n}", one / section / n, other / section / n) for n in sorted(names)]
+        if not all(cases):
+            print(f"{section}: not made of both, not compared")
+            continue
+        names = sorted(cases[0] & cases[1])
+        found = [compare_case(f"{section}/{name}", one / section / name, other / section / name) for name in names]
+        rows += found
+        good = sum(not row.faults for row in found)
+        print(f"{section}: {good} of {len(found)} cases equal, {sum(row.files for row in found)} files")
         if alone := sorted(cases[0] ^ cases[1]):
             print(f"{section}: {len(alone)} cases are there once and not compared: {', '.join(alone):.200}")
-    for row in rows:
+    for row in rows if listed else [row for row in rows if row.faults]:
         print(f"{'DIFFERS' if row.faults else 'equal':8}{row.name:44}{row.files:4} files equal")
         for fault in row.faults[:8]:
             print(f"{'':12}{fault}")
@@ -262,13 +268,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a part of the cases")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections with commas between")
     parser.add_argument("--case", action="append", default=[], help="only this case, for looking into it")
+    parser.add_argument("--list", action="store_true", help="name the cases that are equal too")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
     args = parser.parse_args()
     sections = args.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(SECTIONS)}")
     if args.words[0] == "compare" and len(args.words) == 3:
-        return compare(Path(args.words[1]), Path(args.words[2]), sections)
+        return compare(Path(args.words[1]), Path(args.words[2]), sections, args.list)
     if args.words[0] == "make" and len(args.words) == 3:
         out = Path(args.words[2])
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +295,7 @@ def make_both(args: argparse.Namespace, sections: Sequence[str]) -> int:
         outs = [work / letter for letter in "ab"]
         for place, out in zip(args.words, outs):
             make(place, out, inputs, sections, args.quick, args.case)
-        return compare(*outs, sections)
+        return compare(*outs, sections, args.list)
     finally:
         if args.work is None and not args.keep:
             shutil.rmtree(work)
