@@ -143,6 +143,8 @@ def override(mapping: Mapping[str, Any], assignments: Sequence[str]) -> dict[str
 def parse_scalar(text: str, key: str) -> Any:
     """The value of `key` on the command line: a YAML scalar or list. Raises ConfigError for bad YAML."""
     text = text.strip()
+    if re.fullmatch(r"0|[1-9]\d{0,17}", text, re.ASCII):  # as YAML reads it, which takes a while to import
+        return int(text)
     if not text or (" #" in text and text[0] not in "'\"[{"):  # on the command line, # starts no comment
         return text
     return _yaml(text, key)

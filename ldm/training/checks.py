@@ -38,13 +38,20 @@ INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
 
 def check(settings: Settings) -> None:
     """Raise ConfigError, DataError or ModelError for what would stop the run later. Reads no weight and no image."""
-    from ldm.data.emoji import find_font
-    from ldm.training.data.samples import open_samples
     from ldm.training.loop.step import check_means
 
     check_means(settings)
     if isinstance(settings, FinetuneSettings):
-        return _check_finetune(settings)
+        _check_finetune(settings)
+    else:
+        _check_stage(settings)
+
+
+def _check_stage(settings: Settings) -> None:
+    """The checks of a stage that makes a model from nothing."""
+    from ldm.data.emoji import find_font
+    from ldm.training.data.samples import open_samples
+
     for name in INPUTS:
         if getattr(settings, name, None):
             model_folder(getattr(settings, name))

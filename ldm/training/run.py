@@ -66,8 +66,9 @@ def run(
     from ldm.training.checks import check_lock, check_processes, check_same_settings
 
     group = current()
-    group.on_all(lambda: check_processes(settings))
-    check_same_settings(settings, out)
+    if group.world > 1:
+        group.on_all(lambda: check_processes(settings))
+        check_same_settings(settings, out)
     with ExitStack() as stack:
         folder = group.on_first(partial(_begin, stack, settings, out, resume, allow_changed, dry_run))
         checkpoint = Path(folder) if folder else None
@@ -78,7 +79,8 @@ def run(
         from ldm.training.loop.loop import fit
         from ldm.training.stages import STAGES
 
-        group.on_all(lambda: check_lock(out))
+        if group.world > 1:
+            group.on_all(lambda: check_lock(out))
         stack.enter_context(lost_workers(out))
         stage = group.on_all(lambda: STAGES[settings.stage](settings, out, images))
         return fit(stage, settings, out, checkpoint, allow_changed)

@@ -103,7 +103,7 @@ def test_a_prior_of_something_else_is_drawn_again(data, tiny_folder, tmp_path, m
 
     settings, folder = settings_of(out), out / "prior"
     model = load_base(settings, torch.device("cpu"))
-    before = contents(folder)
+    before, folder_before = contents(folder), folder.stat()
     data_settings = dataclasses.replace(settings.data, resolution=2 * SIZE)
     for changes, other in (
         ({"seed": 9}, model),
@@ -111,8 +111,9 @@ def test_a_prior_of_something_else_is_drawn_again(data, tiny_folder, tmp_path, m
         ({"prior_prompt": "a red dog"}, model),
         ({}, dataclasses.replace(model, hash="another")),
     ):
-        prior.draw_prior(dataclasses.replace(settings, **changes), other, folder)
-        assert contents(folder) != before, changes
+        drawn = [prior.draw_prior(dataclasses.replace(settings, **changes), other, folder).stat() for _ in range(2)]
+        assert drawn[0].st_ino == drawn[1].st_ino != folder_before.st_ino, changes
+        folder_before = drawn[1]
     assert contents(prior.draw_prior(settings, model, folder)) == before
 
 

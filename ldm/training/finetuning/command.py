@@ -96,7 +96,8 @@ def read_arguments(
             raise ConfigError(f"{key} is given twice, and differs")
     given |= assigned
     from_file = resolve_aliases(file, where=str(config))
-    _check_lora_only(given, from_file)
+    if {**from_file, **given}.get("train") == "full":
+        _check_lora_only(given, from_file)
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
         if other in given:
             from_file.pop(key, None)
@@ -125,8 +126,7 @@ def _texts(value: Any, name: str) -> list[str]:
 
 
 def _check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
-    if {**from_file, **given}.get("train") != "full":
-        return
+    """Raise ConfigError for settings of a LoRA where all weights are trained."""
     for name, usual in LORA_ONLY.items():
         if given.get(name) is not None or from_file.get(name) not in usual:
             what = f"{name} is for LoRA, and train=full trains all weights"
@@ -143,14 +143,15 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     from ldm.training.data import read_training_images
     from ldm.training.finetuning import presets
 
-    before = _settings_before(asked.out, asked.resume)
+    before = {} if asked.resume is None else _settings_before(asked.out, asked.resume)
     given, facts = asked.settings, None
     settings = {**before, **given}
     if not settings.get("data.folder"):
         raise ConfigError("is needed: a folder of captioned images", where="data")
     if not before:
         facts = presets.read_facts(given)
-        _check_init(given, facts.init or {})
+        if facts.init is not None:
+            _check_init(given, facts.init)
         settings = presets.for_model(given, facts)
     data = configs.build(FinetuneData, nest(settings)["data"], "data")
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
@@ -167,10 +168,8 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     return built, images
 
 
-def _settings_before(out: Path, resume: str | None) -> dict[str, Any]:
-    """The settings of the run that is resumed, by their keys; {} where none is. Raises CheckpointError."""
-    if resume is None:
-        return {}
+def _settings_before(out: Path, resume: str) -> dict[str, Any]:
+    """The settings of the run that is resumed, by their keys; {} where there is none yet. Raises CheckpointError."""
     if resume in ("latest", "best"):
         try:
             return flatten(json.loads((out / "settings.json").read_text()))
