@@ -12,14 +12,14 @@ from ldm.errors import ConfigError, DataError
 MIXED = {"single": 1.0, "pair": 1.0, "count": 1.0, "card": 1.0}
 FIRST_CAPTIONS = [
     "green background, a map of japan",
-    "a picture of gloves",
-    "four pencils on a plain pink background",
-    "a birthday cake on a plain teal background",
-    "a hammer and wrench under music note",
-    "two mountains on white",
+    "a sailing boat over a pencil on a red background",
+    "a light bulb on a blue disc on a teal background",
+    "a cake to the right of thunderstorm on a red ground",
+    "two volleyballs",
+    "a mountain on a grey card on a plain black background",
     "a picture of one rat on a grey circle on pink",
-    "a target on a pink background",
-    "linked paperclips with the sunflower",
+    "a target to the left of dog on a teal background",
+    "four snowflakes",
     "an umbrella on a blue disc and a hen on a brown card",
 ]
 SIGN = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
