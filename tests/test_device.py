@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ldm.device import fast_bf16, pick_device, pick_dtype
+from ldm.device import check_dtype, dtype_name, fast_bf16, pick_device, pick_dtype
 from ldm.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def test_dtypes(name, device, bf16, picked, machine):
     ("name", "told"),
     [
         ("fp61", "dtype: unknown dtype 'fp61'; did you mean 'fp16'?"),
-        ("float32", "dtype: unknown dtype 'float32'"),
+        ("float8", "dtype: unknown dtype 'float8'"),
         ("fp16", "dtype: fp16 is not supported on a CPU; use bf16 or fp32"),
     ],
 )
@@ -136,3 +136,21 @@ def test_memory_that_is_kept_is_not_asked_for_again():
         return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
 
     assert faults("keep") < 0.1 * faults("leave")
+
+
+SPELLINGS = {
+    "fp32": ("fp32", "float32", "torch.float32", torch.float32, "FP32", "float"),
+    "bf16": ("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16),
+    "fp16": ("fp16", "float16", "half", "torch.float16", torch.float16, torch.half),
+    "auto": ("auto",),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_a_dtype_is_taken(name):
+    assert [check_dtype(spelling) for spelling in SPELLINGS[name]] == [name] * len(SPELLINGS[name])
+
+
+def test_names_of_dtypes():
+    assert [dtype_name(t) for t in (torch.float32, torch.half, torch.bfloat16)] == ["fp32", "fp16", "bf16"]
+    assert dtype_name(torch.float64) == "torch.float64"

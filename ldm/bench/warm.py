@@ -67,8 +67,7 @@ def require_peer(sampler: str) -> None:
 
 def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     """The names of the device and the dtype, `auto` resolved once for both sides. Raises ConfigError."""
-    from ldm.device import pick_device, pick_dtype
-    from ldm.pipeline.metadata import dtype_name
+    from ldm.device import dtype_name, pick_device, pick_dtype
 
     torch_device = pick_device(device)
     return str(torch_device), dtype_name(pick_dtype(dtype, torch_device))

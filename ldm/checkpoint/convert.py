@@ -10,7 +10,7 @@ from ldm.checkpoint import single
 from ldm.checkpoint.model import card_of, check_model, is_single, load_model, resolve
 from ldm.checkpoint.safety import PICKLES, Header, read_header
 from ldm.checkpoint.save import refuse_foreign, save_model
-from ldm.device import DTYPES
+from ldm.device import DTYPES, SPELLINGS
 from ldm.errors import ConfigError, ModelError, nearest
 
 # stored type -> the smallest of ours that holds it without loss
@@ -45,8 +45,9 @@ def convert(
         raise ModelError(
             "only safetensors is written", where=out, hint=f"end the name with {single.SUFFIX}, or nothing"
         )
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and str(dtype) not in SPELLINGS:
         raise ConfigError(f"unknown dtype {dtype!r:.80}", where="dtype", hint=nearest(str(dtype), DTYPES))
+    dtype = dtype and SPELLINGS[str(dtype)]
     (single.check_target if to_single else refuse_foreign)(out)
     check_model(model, vae, prediction_type)
     source = resolve(model)

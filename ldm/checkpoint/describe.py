@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.hub import is_hub_id
 from ldm.checkpoint.model import is_single, resolve, settings_of
 from ldm.checkpoint.safety import read_header
-from ldm.checkpoint.single.read import named
+from ldm.checkpoint.single.read import named, text_on_meta
 from ldm.checkpoint.types import Model
 from ldm.console import progress
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 from ldm.files import sha256
+from ldm.nn.text import TextEncoder
 from ldm.nn.unet_config import UNetConfig
 
 LARGE = 1 << 30  # bytes from which on hashing shows a bar
@@ -92,6 +95,22 @@ def describe(
         card=_drawing_settings(layouts.card_settings(card or "")),
         hash=_hash(path, skip) if hashed else "",
     )
+
+
+def text_without_weights(model: str | Path | Model, prediction_type: str | None = None) -> TextEncoder:
+    """A model's text encoder that can tokenize and not encode: for checks of prompts. Raises ModelError."""
+    if isinstance(model, Model):
+        return model.text
+    place = resolve(model)
+    if is_single(place):
+        return text_on_meta(single.plan_of(place, prediction_type, ("vae",)))
+    layout = layouts.read_layout(place, ("vae",))
+    headers = {part: [read_header(path).tensors for path in layout.shards(part)] for part in layout.texts()}
+    states = {
+        part: {name: torch.empty(tensor.shape, device="meta") for table in tables for name, tensor in table.items()}
+        for part, tables in headers.items()
+    }
+    return build.build_text(layout, states)
 
 
 def _of_loaded(model: Model) -> ModelInfo:

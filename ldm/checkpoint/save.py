@@ -12,7 +12,7 @@ from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import PREFIX, TIED, check_fit
 from ldm.checkpoint.tensors import Advance, silent, write_shards
 from ldm.checkpoint.types import Model
-from ldm.device import DTYPES
+from ldm.device import DTYPES, SPELLINGS
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
 
@@ -49,9 +49,9 @@ def save_model(
     import torch
 
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
+        if SPELLINGS.get(dtype) is None:
             raise ModelError(f"weights cannot be saved as {dtype!r}", hint=f"choose from: {', '.join(DTYPES)}")
-        dtype = getattr(torch, DTYPES[dtype])
+        dtype = getattr(torch, DTYPES[SPELLINGS[dtype]])
     folder, limit = Path(folder), int(max_shard_mb * 1e6)
     refuse_foreign(folder)
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, folder)

@@ -34,18 +34,25 @@ def scalings(prediction_type: str, sigma: torch.Tensor) -> tuple[torch.Tensor, t
     )
 
 
-def denoiser(predict: Predict, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Denoise:
-    """Wrap a network as denoise(x (B, C, H, W), sigma (B,)) -> x0 (B, C, H, W) fp32.
+def precondition(
+    schedule: Schedule, x: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(c_skip, c_out, the network's x, its timesteps) for x (B, C, H, W) at sigma (B,).
 
-    Precision is decided here: x and the scalings are fp32, the network gets `dtype`, its answer becomes fp32 again.
+    Precision is decided here: x and the scalings are fp32, and the network gets `dtype`.
     """
+    c_skip, c_out, c_in = (
+        c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in scalings(schedule.prediction_type, sigma.float())
+    )
+    return c_skip, c_out, (c_in * x).to(dtype), schedule.timestep(sigma).to(x.device)
+
+
+def denoiser(predict: Predict, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Denoise:
+    """Wrap a network as denoise(x (B, C, H, W), sigma (B,)) -> x0 (B, C, H, W) fp32."""
 
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        c_skip, c_out, c_in = (
-            c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in scalings(schedule.prediction_type, sigma.float())
-        )
-        raw = predict((c_in * x).to(dtype), schedule.timestep(sigma).to(x.device))
-        return c_skip * x + c_out * raw.float()
+        c_skip, c_out, x_in, timesteps = precondition(schedule, x, sigma, dtype)
+        return c_skip * x + c_out * predict(x_in, timesteps).float()
 
     return denoise
 
@@ -79,7 +86,7 @@ def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, alpha: tor
 
 
 def min_snr_weight(prediction_type: str, alpha: torch.Tensor, sigma: torch.Tensor, snr_gamma: float) -> torch.Tensor:
-    """(B,) loss weights min(SNR, gamma), said in x0, for each prediction type (Hang et al. 2023, eq. 9).
+    """(B,) loss weights min(SNR, gamma) of the loss in x0, for each prediction type (Hang et al. 2023, eq. 9).
 
     Written so that SNR 0 gives a finite weight: 1 for epsilon, 0 for v, sample and flow at the very end.
     """
@@ -102,33 +109,33 @@ def training_loss(
     snr_gamma: float | None = None,
     teacher: Predict | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the network's answer, one number per picture: (B,) fp32.
+    """Mean squared error of the network's answer, one number per image: (B,) fp32.
 
     x0, noise (B, C, H, W); timesteps (B,): integers in [0, T) for betas, floats in (0, 1) for flow.
     snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
-    teacher: whose answer to the same is the right one, in the place of what x0 and noise say; without gradients.
+    teacher: its answer is the target in place of the one that x0 and noise give; it gets no gradients.
     """
     x0, noise = x0.float(), noise.float()
     alpha, sigma = schedule.alpha_sigma(timesteps.to(x0.device))  # (B,)
     a, s = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))
-    asked = (a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
-    wanted = target(schedule, x0, noise, a, s)
+    inputs = (a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
+    answer = target(schedule, x0, noise, a, s)
     if teacher is not None:
         with torch.no_grad():
-            wanted = teacher(*asked).float()
-    loss = (predict(*asked).float() - wanted).square().flatten(1).mean(1)
+            answer = teacher(*inputs).float()
+    loss = (predict(*inputs).float() - answer).square().flatten(1).mean(1)
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss
 
 
 def x0_error(predict: Predict, schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor):
-    """How wrong x0 is that the network finds at sigma = tan(pi/2 u), u (B,) in (0, 1): (B,), in units of the v loss.
+    """Error (B,) of the network's x0 at sigma = tan(pi/2 u), u (B,) in (0, 1), in units of the v loss.
 
-    (x0 found - x0)^2 / sin^2(pi/2 u), which is the loss of v-prediction whatever the network predicts: the one number
-    by which models of different prediction types can be compared. x0, noise (B, C, H, W).
+    (its x0 - x0)^2 / sin^2(pi/2 u) is the loss of v-prediction whatever the network predicts, so that models of
+    different prediction types can be compared by it. x0, noise (B, C, H, W).
     """
     angle = torch.pi / 2 * u
     wide = (-1, *[1] * (x0.ndim - 1))
-    found = denoiser(predict, schedule)(x0 + angle.tan().view(wide) * noise, angle.tan())
-    return ((found - x0) / angle.sin().view(wide)).square().flatten(1).mean(1)
+    predicted = denoiser(predict, schedule)(x0 + angle.tan().view(wide) * noise, angle.tan())
+    return ((predicted - x0) / angle.sin().view(wide)).square().flatten(1).mean(1)

@@ -6,8 +6,7 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -17,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ModelError
 from ldm.nn.attention import attention, check_backend
-from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, per_image, silu
+from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even_batch, per_image, silu
 from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
+from ldm.nn.text_cache import TextCache, remember
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
-from ldm.nn.winograd import Kernels, convolved, kernels_of
+from ldm.nn.winograd import Conv3x3
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
 
@@ -30,18 +30,18 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out: int, embed: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, channels, eps=1e-5)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Conv3x3(channels, out)
         self.time_emb_proj = Linear(embed, out)
         self.norm2 = nn.GroupNorm(groups, out, eps=1e-5)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv2 = Conv3x3(out, out)
         self.conv_shortcut = Pointwise(channels, out) if channels != out else nn.Identity()
 
-    def forward(self, x: Tensor, temb: Tensor, kernels: Kernels | None = None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x (B, C, H, W), temb (B, E) after its silu -> (B, out, H, W)."""
-        h = convolved(self.conv1, silu(self.norm1(x), self.training), kernels)
+        h = self.conv1(silu(self.norm1(x), self.training))
         h = added(h, self.time_emb_proj(temb)[:, :, None, None])
         shortcut = self.conv_shortcut(x)  # before conv2: gradients are summed in the reverse of this order
-        return added(convolved(self.conv2, silu(self.norm2(h), self.training), kernels), shortcut)
+        return added(self.conv2(silu(self.norm2(h), self.training)), shortcut)
 
 
 class Attention(nn.Module):
@@ -55,27 +55,14 @@ class Attention(nn.Module):
         self.to_v = Linear(context, channels, bias=False)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, D) -> (B, S, C) both
-        return self.to_k(context), self.to_v(context)
-
-    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask=None, perturb=None) -> Tensor:
-        """x (B, L, C), context (B, S, D) or its keys and values -> (B, L, C)."""
+    def forward(self, x: Tensor, context: Tensor, mask=None, perturb=None, cache: TextCache | None = None) -> Tensor:
+        """x (B, L, C), context (B, S, D) -> (B, L, C)."""
         q = self.to_q(x)  # first: gradients are summed in the reverse of this order, and resumed runs keep their bits
-        k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        k, v = remember(cache, self, lambda: (self.to_k(context), self.to_v(context)))  # (B, S, C) both
         mixed = attention(q, k, v, self.num_heads, mask, self.backend)
         if perturb is not None:  # the map of attention is the identity in these rows (Ahn et al. 2024)
             mixed = torch.where(perturb[:, None, None], v, mixed)
         return self.to_out[0](mixed)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is equal at every step of a run, made of the batch's texts and of the weights: see UNet.prepare."""
-
-    mask: Tensor | None  # (B, S)
-    keys_values: Mapping[Attention, tuple[Tensor, Tensor]]  # of each cross-attention, (B, S, C) both
-    embedding: Tensor | None  # (B, E): the text in the time embedding, where the model has it there
-    kernels: Kernels  # of the convolutions that go by tiles
 
 
 class GEGLU(nn.Module):
@@ -110,11 +97,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, states: Tensor | Prepared, mask, perturb) -> Tensor:  # (B, L, C) -> (B, L, C)
+    def forward(self, x: Tensor, states: Tensor, mask, perturb, cache=None) -> Tensor:  # (B, L, C) -> (B, L, C)
         h = self.norm1(x)
         x = added(self.attn1(h, h, perturb=perturb), x)
-        texts = states.keys_values[self.attn2] if isinstance(states, Prepared) else states
-        x = added(self.attn2(self.norm2(x), texts, mask), x)
+        x = added(self.attn2(self.norm2(x), states, mask, cache=cache), x)
         return added(self.ff(self.norm3(x)), x)
 
 
@@ -129,31 +115,43 @@ class Transformer2D(nn.Module):
         )
         self.proj_out = Linear(channels, channels) if self.linear else Pointwise(channels, channels)
 
-    def forward(self, x: Tensor, states: Tensor, mask, perturb) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor, states: Tensor, mask, perturb, cache=None) -> Tensor:  # (B, C, H, W) -> the same
         h = self.norm(x)
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, states, mask, perturb)
-        return added(picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x)), x)
+            h = block(h, states, mask, perturb, cache)
+        return added(to_spatial(self.proj_out(h), x) if self.linear else self.proj_out(to_spatial(h, x)), x)
 
 
 def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, C)
 
 
-def picture(h: Tensor, like: Tensor) -> Tensor:
+def to_spatial(h: Tensor, like: Tensor) -> Tensor:
     return h.transpose(1, 2).reshape(like.shape)  # (B, L, C) -> (B, C, H, W)
 
 
-class Sampling(nn.Module):
-    """The convolution that halves (stride 2) or follows a doubling (stride 1)."""
+def unchanged(x: Tensor, *context) -> Tensor:
+    """Stands where a level has no attention."""
+    return x
 
-    def __init__(self, channels: int, stride: int):
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, kernels: Kernels | None = None) -> Tensor:
-        return convolved(self.conv, x, kernels)
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H/2, W/2), rounded up
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv3x3(channels, channels)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # (B, C, h, w) -> (B, C, *size)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -169,7 +167,7 @@ class Level(nn.Module):
                 Transformer2D(channels, layers, config.num_heads[level], config) for _ in inputs
             )
         else:
-            self.attentions = [None] * len(inputs)
+            self.attentions = [unchanged] * len(inputs)
 
 
 class Middle(nn.Module):
@@ -212,7 +210,7 @@ class UNet(nn.Module):
             block = Level([skips[-1]] + [width] * (layers - 1), level, config)
             skips += [width] * layers
             if level < last:
-                block.downsamplers = nn.ModuleList([Sampling(width, stride=2)])
+                block.downsamplers = nn.ModuleList([Downsample(width)])
                 skips.append(width)
             self.down_blocks.append(block)
 
@@ -225,7 +223,7 @@ class UNet(nn.Module):
             inputs = [below] + [width] * layers
             block = Level([channels + skips.pop() for channels in inputs], level, config)
             if level > 0:
-                block.upsamplers = nn.ModuleList([Sampling(width, stride=1)])
+                block.upsamplers = nn.ModuleList([Upsample(width)])
             below = width
             self.up_blocks.append(block)
 
@@ -239,89 +237,84 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
-    def prepare(self, states: Tensor, mask: Tensor | None = None) -> Prepared:
-        """states (B, S, D), mask (B, S) bool -> what `forward` takes in their place, for a run that changes no weight.
+    def prepare(self) -> TextCache:
+        """Get ready for a run that changes no weight; returns the run's cache, which `forward` takes.
 
-        What depends on the texts alone is so computed once a run, with the same bits: 0.93 of the time with 32 rows,
-        0.96 with 2 (measured: the default model, fp32, one thread). Convolutions may go by tiles (ldm.nn.winograd).
+        What depends on the texts alone is then computed once, with the same bits: 0.93 of the time with 32 rows, 0.96
+        with 2 (measured: the default model, fp32, one thread). Convolutions may go by tiles (ldm.nn.winograd).
         """
-        states, mask = self._even(states, mask)
-        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
-        texts = self.config.addition_embed_type == "text"
-        embedding = self.add_embedding(states, mask) if texts else None
-        keys_values = {block.attn2: block.attn2.keys_values(states) for block in blocks}
-        return Prepared(mask, keys_values, embedding, kernels_of(self))
-
-    def _even(self, x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-        """All with their last row twice where x has an odd number: convolutions may sum in another order there."""
-        if len(x) % 2 and x.is_cpu and not self.training:
-            return tuple(t if t is None else torch.cat([t, t[-1:]]) for t in (x, *rest))
-        return x, *rest
+        for module in self.modules():
+            if isinstance(module, Conv3x3):
+                module.refresh()
+        return TextCache()
 
     def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
-        states: Tensor | Prepared,
+        states: Tensor,
         *,
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        cache: TextCache | None = None,
         perturb: Tensor | None = None,
         perturb_in: tuple[str, ...] = (),
     ) -> Tensor:
-        """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6)
-        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone. In place of `states` and
-        `mask`, what `prepare` made of them.
+        """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6) or (6,)
+        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+        cache: what `prepare` returned, where the call is one step of a run.
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
+        Raises ConfigError for a level without self-attention, ModelError where XL's inputs are missing.
         """
         self.config.check_attention_layers(perturb_in)
-        inputs = self._even(x, timesteps, pooled, time_ids, perturb)
-        texts = (states, states.mask) if isinstance(states, Prepared) else self._even(states, mask)
+        images = len(x)
+        time_ids = None if time_ids is None else time_ids.expand(images, -1)
+        if cache is not None:
+            cache.follow(states)
         if not self.training:
-            inputs = (inputs[0].contiguous(memory_format=layout(x.device, x.dtype)), *inputs[1:])
-        return self._predict(*inputs, *texts, perturb_in)[: len(x)]
-
-    def _predict(self, x, timesteps, pooled, time_ids, perturb, states, mask, perturb_in) -> Tensor:
-        temb = self._embed(x, timesteps, states, mask, pooled, time_ids)
+            inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
+            x, timesteps, states, mask, pooled, time_ids, perturb = pad_to_even_batch(*inputs)
+            x = x.contiguous(memory_format=layout(x.device, x.dtype))
+        temb = self._embed(x, timesteps, states, mask, pooled, time_ids, cache)
         temb = silu(temb, self.training)  # (B, E)
-        kernels = states.kernels if isinstance(states, Prepared) else None
         x = self.conv_in(x)
-        context = {level: (states, mask, perturb if level in perturb_in else None) for level in self.attention_levels}
+        context = {
+            level: (states, mask, perturb if level in perturb_in else None, cache) for level in self.attention_levels
+        }
 
         # Down
         skips = [x]
         for i, block in enumerate(self.down_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, x, temb, kernels)
-                x = x if transformer is None else self._run(transformer, x, *context[f"down.{i}"])
+                x = self._run(resnet, x, temb)
+                x = self._run(transformer, x, *context.get(f"down.{i}", ()))
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
 
         # Middle
-        x = self._run(self.mid_block.resnets[0], x, temb, kernels)
+        x = self._run(self.mid_block.resnets[0], x, temb)
         x = self._run(self.mid_block.attentions[0], x, *context["mid"])
-        x = self._run(self.mid_block.resnets[1], x, temb, kernels)
+        x = self._run(self.mid_block.resnets[1], x, temb)
 
         # Up
         for i, block in enumerate(self.up_blocks):
             for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb, kernels)
-                x = x if transformer is None else self._run(transformer, x, *context[f"up.{i}"])
-            if hasattr(block, "upsamplers"):  # to the size of the next skip: also right where it is odd
-                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"), kernels)
+                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                x = self._run(transformer, x, *context.get(f"up.{i}", ()))
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, skips[-1].shape[-2:])  # also right where the next skip's size is odd
 
-        return self.conv_out(silu(self.conv_norm_out(x), self.training))
+        return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
 
-    def _embed(self, x, timesteps, states, mask, pooled, time_ids) -> Tensor:
+    def _embed(self, x, timesteps, states, mask, pooled, time_ids, cache) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
         waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
         temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype))
         if self.config.addition_embed_type == "text":
-            prepared = isinstance(states, Prepared)
-            temb = temb + (states.embedding if prepared else self.add_embedding(states, mask))
+            temb = temb + remember(cache, self.add_embedding, lambda: self.add_embedding(states, mask))
         elif self.config.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
@@ -330,7 +323,7 @@ class UNet(nn.Module):
             temb = temb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
         return temb
 
-    def _run(self, layer: nn.Module, *args) -> Tensor:
+    def _run(self, layer: Callable[..., Tensor], *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)

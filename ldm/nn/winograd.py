@@ -14,9 +14,7 @@ Shapes:  N images   C, O channels in, out   h, w tiles down, across   T = N*h*w
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 TILE, PATCH = 4, 6  # sides of a tile of outputs, and of the inputs that it is made of
 NARROW = 64  # channels, in or out, below which there is nothing to gain
-LARGEST = 64 << 20  # bytes of a transformed kernel; larger ones are for small pictures, and would fill the memory
+LARGEST = 64 << 20  # bytes of a transformed kernel; larger ones are for small images, and would fill the memory
 AT_ONCE = 4 << 20  # bytes of transformed inputs, or as many as the kernel has: for the caches, and for the allocator
 
 B_T = ((1, -3 / 2, -2, 3 / 2, 1, 0), (0, -1, 1 / 2, 5 / 2, 1, 0), (0, 1, -5 / 2, 1 / 2, 1, 0))
@@ -45,57 +43,72 @@ OUTPUTS = torch.kron(_matrix(A_T), _matrix(A_T)).float()  # (16, 36)
 
 @dataclass(frozen=True)
 class Kernel:
-    """G g Gᵀ, and what the products with it need."""
+    """G g Gᵀ of a weight g, and what the products with it need."""
 
     values: Tensor  # (36, C, O)
     fewest: int  # rows
+    weight: Tensor  # a copy of g
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Kernel:
+        return self
 
 
-Kernels = Mapping[nn.Module, Kernel]
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the size; it goes by tiles where `refresh` has found that this CPU can.
 
-_made: WeakKeyDictionary[nn.Conv2d, tuple[Tensor, Kernel]] = WeakKeyDictionary()  # with a copy of the weight it is of
-
-
-def kernels_of(module: nn.Module) -> Kernels:
-    """Kernels for the convolutions of `module` that can go by tiles, for as long as their weights stay what they are.
-
-    Empty where gradients or 16 bits are wanted, and elsewhere than on a CPU. Kernels are kept (SD 1.5: 0.8 GB), and
-    made anew for a weight that holds other numbers than it did, whoever wrote them.
+    The transformed kernel (SD 1.5: 0.8 GB for all of them) is used in eval mode without gradients, for channels-last
+    fp32 inputs of an even number of images in whole tiles, and until something writes to the weight.
     """
-    if module.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return {}
-    found = {layer: _kernel(layer) for layer in module.modules() if isinstance(layer, nn.Conv2d) and _suits(layer)}
-    return {layer: kernel for layer, kernel in found.items() if kernel is not None}
+
+    def __init__(self, channels: int, out: int):
+        super().__init__(channels, out, 3, padding=1)
+        self.kernel: Kernel | None = None
+        self._made_of: tuple[Tensor, int] | None = None  # the weight and its version at the last `refresh`
+
+    def refresh(self) -> None:
+        """Make the transformed kernel anew if the weight holds other numbers than before, whoever wrote them."""
+        fewest = _fewest(self.in_channels, self.out_channels, torch.get_num_threads()) if self._suits() else None
+        if fewest is None:
+            self.kernel = self._made_of = None
+            return
+        weight, kernel = self.weight.detach(), self.kernel
+        if kernel is None or kernel.fewest != fewest or not torch.equal(kernel.weight, weight):
+            self.kernel = Kernel(_transformed(weight), fewest, weight.clone())
+        self._made_of = self.weight, _version(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, O, H, W)
+        if self.kernel is None or not self._fresh() or not _whole_tiles(x):
+            return super().forward(x)
+        return _by_tiles(x, self.kernel, self.bias)
+
+    def _suits(self) -> bool:
+        weight, channels, out = self.weight, self.in_channels, self.out_channels
+        wide = min(channels, out) >= NARROW and PATCH**2 * channels * out * 4 <= LARGEST
+        return wide and weight.is_cpu and weight.dtype == torch.float32 and self._draws()
+
+    def _draws(self) -> bool:
+        """Neither trained nor in 16 bits."""
+        return not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+
+    def _fresh(self) -> bool:
+        """Whether the kernel may be used: the weight is still what it was made of."""
+        weight, version = self._made_of
+        return self._draws() and weight is self.weight and version == _version(weight)
 
 
-def convolved(layer: nn.Module, x: Tensor, kernels: Kernels | None) -> Tensor:
-    """layer(x): by tiles where `kernels` has it and x (N, C, H, W) has whole tiles, N is even, fp32, channels-last."""
-    kernel = None if kernels is None else kernels.get(layer)
-    if kernel is None or x.dtype != torch.float32 or len(x) % 2 or x.shape[2] % TILE or x.shape[3] % TILE:
-        return layer(x)
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return layer(x)
-    return _by_tiles(x, kernel, layer.bias)
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
-def _suits(layer: nn.Conv2d) -> bool:
-    weight, channels, out = layer.weight, layer.in_channels, layer.out_channels
-    plain = layer.kernel_size == (3, 3) and layer.stride == layer.padding == layer.dilation == (1, 1)
-    wide = min(channels, out) >= NARROW and PATCH**2 * channels * out * 4 <= LARGEST
-    return plain and layer.groups == 1 and wide and weight.is_cpu and weight.dtype == torch.float32
+def _whole_tiles(x: Tensor) -> bool:
+    whole = not (x.dtype != torch.float32 or len(x) % 2 or x.shape[2] % TILE or x.shape[3] % TILE)
+    return whole and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _kernel(layer: nn.Conv2d) -> Kernel | None:
-    weight, channels, out = layer.weight.detach(), layer.in_channels, layer.out_channels
-    fewest = _fewest(channels, out, torch.get_num_threads())
-    if fewest is None:
-        return None
-    of, kernel = _made.get(layer, (None, None))
-    if kernel is None or kernel.fewest != fewest or not torch.equal(of, weight):
-        values = (KERNEL @ weight.double().flatten(2).permute(2, 1, 0).flatten(1)).float().view(PATCH**2, channels, out)
-        kernel = Kernel(values, fewest)
-        _made[layer] = weight.clone(), kernel
-    return kernel
+def _transformed(weight: Tensor) -> Tensor:  # (O, C, 3, 3) -> (36, C, O)
+    out, channels = weight.shape[:2]
+    kernel = KERNEL @ weight.double().flatten(2).permute(2, 1, 0).flatten(1)
+    return kernel.float().view(PATCH**2, channels, out)
 
 
 def _by_tiles(x: Tensor, kernel: Kernel, bias: Tensor) -> Tensor:  # (N, C, H, W) -> (N, O, H, W)

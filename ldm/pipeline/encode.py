@@ -1,66 +1,95 @@
-"""What a batch starts from: the texts' states, each text encoded once, and noise, each image from its own generator."""
+"""What a batch is drawn from: the prompts' states, each text encoded once, and noise, each image from its own seed.
+
+Shapes:  B batch   C latent channels   h, w latent size   S text tokens   D width of the states
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ldm.nn.text import count_chunks, encode_weighted
-from ldm.prompts import at_steps
-
-if TYPE_CHECKING:
-    from ldm.nn.text import Conditioning
-    from ldm.pipeline.placement import Placement
+from ldm.diffusion.inpaint import slerp
+from ldm.nn.text import Conditioning, TextEncoder, Tokens, encode_weighted, tokenize
+from ldm.nn.vae import VAE
+from ldm.pipeline.placement import Placement
+from ldm.pipeline.request import ImageRequest, Run
+from ldm.prompts import Prompt, Text
 
 KEPT = 256  # distinct texts whose states stay in memory
+KEPT_TOKENS = 4096  # distinct texts whose tokens do
+
+Condition = Conditioning | Callable[[int], Conditioning]
+
+
+class PromptTokens:
+    """The tokens of texts for one tokenizer, each text read once."""
+
+    def __init__(self):
+        self._known: dict[Text | None, Tokens] = {}
+
+    def of(self, encoder: TextEncoder, text: Text | None) -> Tokens:
+        if text not in self._known:
+            if len(self._known) == KEPT_TOKENS:
+                self._known.clear()
+            self._known[text] = tokenize(encoder, None if text is None else text.pieces)
+        return self._known[text]
+
+    def chunks(self, encoder: TextEncoder, prompts: Iterable[Prompt | None], steps: int) -> int:
+        """How many chunks of tokens the longest of these prompts has at any step."""
+        texts = {text for prompt in dict.fromkeys(prompts) for _, text in texts_at_steps(prompt, steps)}
+        return max(self.of(encoder, text).chunks for text in texts)
+
+
+def texts_at_steps(prompt: Prompt | None, steps: int) -> list[tuple[int, Text | None]]:
+    """(first step, text); None, which stands for no text at all, stays."""
+    return [(0, None)] if prompt is None else prompt.at_steps(steps)
 
 
 class Encoder:
-    """Encodes texts alone and once each: (B texts) -> Conditioning with states (B, S, D) where the U-Net works."""
+    """Encodes texts alone and once each, where the text encoder works, for where the U-Net works."""
 
-    def __init__(self, text: Any, work: Placement, dtype: torch.dtype, clip_skip: int = 0, emphasis: str = "original"):
-        self.text, self.clip_skip, self.emphasis = text, clip_skip, emphasis
-        self._work, self._dtype = work, dtype
-        self._known: dict[tuple[str | None, int], Conditioning] = {}
+    def __init__(self, text: TextEncoder, tokens: PromptTokens, placement: Placement, dtype: torch.dtype):
+        self.text, self._tokens, self._placement, self._dtype = text, tokens, placement, dtype
+        self._known: dict[tuple[Text | None, int, int, str], Conditioning] = {}
 
-    def __call__(self, texts: Sequence[str | None], chunks: int = 1) -> Conditioning:
-        """Each text in at least so many chunks (see `chunks_needed`)."""
-        new = [text for text in dict.fromkeys(texts) if (text, chunks) not in self._known]
-        if new:
-            with self._work.on(self.text) as encoder:
-                for text in new:
-                    cond = encode_weighted(encoder, [text], self.clip_skip, self.emphasis, chunks)
-                    self._known[text, chunks] = cond.to(self._work.device, self._dtype)
-        for text in dict.fromkeys(texts):  # those used last stand last
-            self._known[text, chunks] = self._known.pop((text, chunks))
-        rows = [self._known[text, chunks] for text in texts]
-        for key in list(self._known)[:-KEPT]:
-            del self._known[key]
-        return type(rows[0]).cat(rows)
+    def conditions(
+        self, requests: Sequence[ImageRequest], steps: int, clip_skip: int, emphasis: str
+    ) -> tuple[Condition, Condition | None]:
+        """(with the prompts, with the negative ones) for a batch whose prompts have equally many chunks.
 
-    def over(
-        self, texts: Sequence[str | None], steps: int, chunks: int
-    ) -> Conditioning | Callable[[int], Conditioning]:
-        """The texts' states; where prompt editing changes one on the way, a function of the step (from 0)."""
-        plans = [text_at_steps(text, steps) for text in texts]
+        Where prompt editing changes a text on the way, a function of the step (from 0). The second is None where no
+        image has guidance.
+        """
+        prompts, negatives = zip(*(request.prompts for request in requests))
+        chunks = self._tokens.chunks(self.text, requests[0].prompts, steps)
+        cond = self._over(prompts, steps, (chunks, clip_skip, emphasis))
+        guided = any(request.guidance_scale > 1 for request in requests)
+        return cond, self._over(negatives, steps, (chunks, clip_skip, emphasis)) if guided else None
+
+    def _over(self, prompts: Sequence[Prompt | None], steps: int, settings: tuple[int, int, str]) -> Condition:
+        plans = [texts_at_steps(prompt, steps) for prompt in prompts]
         if all(len(plan) == 1 for plan in plans):
-            return self([plan[0][1] for plan in plans], chunks)
+            return self._encode([plan[0][1] for plan in plans], settings)
         rows = [tuple([text for first, text in plan if first <= step][-1] for plan in plans) for step in range(steps)]
-        known = {row: self(row, chunks) for row in dict.fromkeys(rows)}
+        known = {row: self._encode(row, settings) for row in dict.fromkeys(rows)}
         return lambda step: known[rows[step]]
 
-
-def chunks_needed(encoder: Any, texts: Sequence[str | None], steps: int) -> int:
-    """How many chunks of tokens the longest of these texts is for a text encoder, at any step."""
-    said = {own for text in dict.fromkeys(texts) for _, own in text_at_steps(text, steps)}
-    return max(count_chunks(encoder, text) for text in said)
-
-
-def text_at_steps(text: str | None, steps: int) -> list[tuple[int, str | None]]:
-    """As `at_steps`; None, which stands for no text at all, stays."""
-    return [(0, None)] if text is None else at_steps(text, steps)
+    def _encode(self, texts: Sequence[Text | None], settings: tuple[int, int, str]) -> Conditioning:
+        chunks, clip_skip, emphasis = settings
+        new = [text for text in dict.fromkeys(texts) if (text, *settings) not in self._known]
+        if new:
+            with self._placement.on(self.text) as encoder:
+                for text in new:
+                    tokens = self._tokens.of(self.text, text)
+                    cond = encode_weighted(encoder, [tokens], clip_skip, emphasis, chunks)
+                    self._known[text, *settings] = cond.to(self._placement.device, self._dtype)
+        for text in dict.fromkeys(texts):  # those used last stand last
+            self._known[text, *settings] = self._known.pop((text, *settings))
+        rows = [self._known[text, *settings] for text in texts]
+        for key in list(self._known)[:-KEPT]:
+            del self._known[key]
+        return Conditioning.cat(rows)
 
 
 class Noise:
@@ -75,3 +104,24 @@ class Noise:
 
     def __call__(self, i: int = 0) -> torch.Tensor:
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
+
+
+def draw_noise(
+    vae: VAE, requests: Sequence[ImageRequest], run: Run, device: torch.device
+) -> tuple[Noise, torch.Tensor]:
+    """(the sampler's noise, the first noise (B, C, h, w)) from the images' seeds, latents and variations."""
+    shape = (vae.latent_channels, run.height // vae.factor, run.width // vae.factor)
+    noise = Noise([request.seed for request in requests], shape, device)
+    if any(request.latents is not None for request in requests):
+        start = torch.stack([request.latents for request in requests]).cpu().float()
+    else:
+        start = noise().cpu()
+    return noise, torch.stack([_varied(one, request) for one, request in zip(start, requests)]).to(device)
+
+
+def _varied(noise: torch.Tensor, request: ImageRequest) -> torch.Tensor:
+    """The first noise (C, h, w), mixed with that of the variation's seed where the image has one."""
+    if request.variation is None:
+        return noise
+    seed, strength = request.variation
+    return slerp(noise, torch.randn(noise.shape, generator=torch.Generator("cpu").manual_seed(seed)), strength)

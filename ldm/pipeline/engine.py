@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from PIL import Image
 
 from ldm import console
-from ldm.errors import ConfigError, ModelError, NumericsError
+from ldm.checkpoint import Model, load_model
+from ldm.checkpoint.describe import ModelInfo, describe
+from ldm.device import dtype_name, is_out_of_memory, pick_device, pick_dtype
+from ldm.diffusion.guidance.guided import guided_denoiser
+from ldm.diffusion.sampling import sample
+from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
+from ldm.nn.unet import UNet
 from ldm.pipeline.adapters import Adapter, Adapters
-from ldm.pipeline.drawing import ImageRequest, Watch, batches, draw
-from ldm.pipeline.metadata import dtype_name
+from ldm.pipeline.edit import composite, decode, encode_init_images, enlarge, tile_of
+from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
+from ldm.pipeline.placement import Placement
+from ldm.pipeline.request import ImageRequest, Run, Settings
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    from ldm.checkpoint import Model
-    from ldm.checkpoint.describe import ModelInfo
-    from ldm.pipeline.encode import Encoder
-    from ldm.pipeline.request import Settings
+# called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
+Watch = Callable[[int, torch.Tensor, torch.Tensor], Any]
 
 
 class Engine:
-    """Draws pictures with one model. Its arguments are Pipeline's; raises as Pipeline does and reads no weight."""
+    """Draws images with one model. Its arguments are Pipeline's; it raises as Pipeline does and reads no weight."""
 
     def __init__(
         self,
@@ -39,13 +47,12 @@ class Engine:
         attention: str = "auto",
         allow_unapplied: bool = False,
     ):
-        from ldm.pipeline.placement import Placement
-
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
-        self.work = Placement(self.device, offload, attention)
+        self.placement = Placement(self.device, offload, attention)
         self.info = _describe(model, vae, prediction_type)
         self._adapters = Adapters(allow_unapplied)
+        self._tokens = PromptTokens()
         self._encoder: Encoder | None = None  # the one used last
 
     def check(self, adapters: Sequence[Adapter]) -> None:
@@ -54,105 +61,157 @@ class Engine:
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
         """The model, from the cache of loaded ones where it is there."""
-        from ldm.checkpoint import load_model
-
-        if not isinstance(self.model, (str, os.PathLike)):
+        if isinstance(self.model, Model):
             return self.model
-        asked = {"vae": self.vae, "prediction_type": self.prediction_type}
-        return load_model(self.model, device=self.work.home, dtype=dtype or self.dtype, **asked)
+        place, dtype = self.placement.home, dtype or self.dtype
+        return load_model(self.model, place, dtype, vae=self.vae, prediction_type=self.prediction_type)
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
-        """A loaded model with these LoRAs, and the attention that was asked for."""
-        return self._adapters.model(self.work.model(model), adapters)
+        """A loaded model with these LoRAs, and with the attention of this engine."""
+        return self._adapters.model(self.placement.model(model), adapters)
 
-    def draw(
+    def generate(
         self,
         settings: Settings,
-        pictures: Sequence[ImageRequest],
+        requests: Sequence[ImageRequest],
         batch_size: int,
         watch: Callable[[Sequence[int], int, torch.Tensor, torch.Tensor], Any],
     ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
-        """(its number, the picture, what its record has to say) of each, batch by batch, in no certain order.
+        """(number of the request, its image, what the image's metadata has to add) of each, in no certain order.
 
         settings    resolved for this model
         watch       called as (numbers, i, x, x0) after step i of each batch
-        A picture that is NaN is drawn again in fp32, alone. Raises NumericsError where that does not help or fp32 is
-        what was tried; ResourceError out of memory.
+        An image that is NaN is drawn again in fp32, alone. Raises NumericsError where that does not help or fp32 was
+        used already; ResourceError out of memory.
         """
-        import torch
-
         if self.device.type == "cuda" and self.dtype == torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
         model = self.load()
-        for rows in batches(pictures, model.text, settings, batch_size):
-            adapted = self.adapted(model, pictures[rows[0]].adapters)
-            own = [pictures[row] for row in rows]
-            images = self._draw(adapted, settings, own, lambda *step, rows=rows: watch(rows, *step))
-            for row, image in zip(rows, images):
-                notes = {key: value for key, value in adapted.info.items() if key == "lora"}
-                if not torch.isfinite(image).all():
-                    image = self._draw_in_fp32(settings, pictures[row])
-                    notes["dtype"] = "fp32"
-                yield row, to_pil(image[None])[0], notes
+        for rows in self._batches(model, settings, requests, batch_size):
+            batch = [requests[row] for row in rows]
+            adapted = self.adapted(model, batch[0].adapters)
+            images = self.generate_batch(adapted, settings, batch, partial(watch, rows))
+            added = {key: value for key, value in adapted.info.items() if key == "lora"}
+            for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
+                if finite:
+                    yield row, to_pil(image[None])[0], added
+                else:
+                    yield row, self._generate_in_fp32(settings, requests[row]), {**added, "dtype": "fp32"}
 
-    def _draw(self, model: Model, settings: Settings, pictures: Sequence[ImageRequest], watch: Watch) -> torch.Tensor:
-        """One batch of pictures (B, 3, H, W), with a model that has their LoRAs."""
-        return draw(model, self.work, self._encoding(model, settings), settings, pictures, watch)
+    def generate_batch(
+        self, model: Model, settings: Settings, requests: Sequence[ImageRequest], watch: Watch | None = None
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] on the CPU, with a model that has their LoRAs; one that overflows is NaN.
 
-    def _draw_in_fp32(self, settings: Settings, picture: ImageRequest) -> torch.Tensor:
-        """A picture (3, H, W) once more; raises NumericsError where fp32 is what was tried or does not help."""
-        import torch
+        Raises ResourceError out of memory, with nothing held.
+        """
+        s, place, schedule = settings, self.placement, model.schedule
+        guidance = replace(s.guidance, scale=tuple(request.guidance_scale for request in requests))
+        with out_of_memory(s, len(requests)):
+            start, images = encode_init_images(model, place, s, requests), None
+            for run in s.runs:
+                if images is not None:  # hires-fix
+                    start = enlarge(model, place, s, run, images)
+                    requests, watch = [replace(one, latents=None) for one in requests], offset_steps(watch, s.runs[0])
+                cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
+                noise, x = draw_noise(model.vae, requests, run, place.device)
+                with place.on(model.unet) as unet:
+                    network = start.network(network_of(unet, run))
+                    denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
+                    how = {"noise": noise, "spacing": s.spacing, "eta": s.eta, "original": start.original}
+                    x0 = sample(denoise, schedule, run.sigmas, x, s.sampler, callback=watch, **how)
+                with place.on(model.vae) as vae:
+                    images = decode(vae, x0, tile_of(s, vae, run.height, run.width))
+            return composite(images, requests)
 
-        half = self.dtype != torch.float32
-        if half and isinstance(self.model, (str, os.PathLike)):
-            console.warn(f"seed {picture.seed}: NaN in {dtype_name(self.dtype)}, drawing it again in fp32")
-            model = self.adapted(self.load(torch.float32), picture.adapters)
-            (image,) = self._draw(model, settings, [picture], lambda *step: None)
-            if torch.isfinite(image).all():
-                return image
-            half = False
-        what = f"the picture of {picture.prompt[:60]!r}, seed {picture.seed}, holds NaN or infinity"
-        raise NumericsError(what, todo="use dtype fp32" if half else "check the model's weights")
+    def _batches(
+        self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
+    ) -> list[list[int]]:
+        """Which requests are drawn together: at most `size`, with the same LoRAs and equally many chunks of text.
 
-    def _encoding(self, model: Model, settings: Settings) -> Encoder:
+        Those with an initial image are apart from the others, and so are those with a mask.
+        """
+        groups: dict[tuple, list[int]] = {}
+        known: dict[tuple, tuple[int, ...]] = {}
+        for row, request in enumerate(requests):
+            prompts = request.prompts
+            if prompts not in known:
+                known[prompts] = tuple(self._tokens.chunks(model.text, prompts, run.steps) for run in settings.runs)
+            groups.setdefault((request.adapters, request.begins, known[prompts]), []).append(row)
+        return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
+
+    def _generate_in_fp32(self, settings: Settings, request: ImageRequest) -> Image.Image:
+        """An image once more; raises NumericsError where fp32 was used already or does not help."""
+        hint = "check the model's weights" if self.dtype == torch.float32 else "use dtype fp32"
+        if self.dtype != torch.float32 and not isinstance(self.model, Model):
+            console.warn(f"seed {request.seed}: NaN in {dtype_name(self.dtype)}, drawing it again in fp32")
+            model = self.adapted(self.load(torch.float32), request.adapters)
+            try:
+                return to_pil(self.generate_batch(model, settings, [request]))[0]
+            except NumericsError:
+                hint = "check the model's weights"
+        what = f"the image of {request.prompt.text[:60]!r}, seed {request.seed}, holds NaN or infinity"
+        raise NumericsError(what, hint=hint)
+
+    def _encoder_of(self, model: Model) -> Encoder:
         """The encoder of a model's texts, with what it has encoded already where it was the last."""
-        from ldm.pipeline.encode import Encoder
-
-        wanted, own = (model.text, settings.clip_skip, settings.emphasis), self._encoder
-        if own is None or (own.text, own.clip_skip, own.emphasis) != wanted:
-            self._encoder = Encoder(model.text, self.work, model.dtype, settings.clip_skip, settings.emphasis)
+        if self._encoder is None or self._encoder.text is not model.text:
+            self._encoder = Encoder(model.text, self._tokens, self.placement, model.dtype)
         return self._encoder
+
+
+def network_of(unet: UNet, run: Run) -> Callable[..., torch.Tensor]:
+    """The U-Net for one run; XL's gets the image's original size, its crop (none) and its target size."""
+    if unet.config.addition_embed_type != "text_time":
+        return partial(unet, cache=unet.prepare())
+    h, w = run.height, run.width
+    time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
+    return partial(unet, cache=unet.prepare(), time_ids=time_ids)
+
+
+def offset_steps(watch: Watch | None, first: Run) -> Watch | None:
+    """`watch` for a second run, whose steps are counted on from the first's."""
+    return None if watch is None else lambda i, x, x0: watch(first.steps + i, x, x0)
+
+
+@contextmanager
+def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
+    """Turn running out of memory into ResourceError, after what the failed batch held is let go."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    hint = f"use a smaller batch_size than {batch}" if batch > 1 else "use a smaller size or a smaller dtype"
+    raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
 
 
 def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:
     """The device and dtype to use; those of a model that is loaded already (its dtype alone where parts are lent)."""
-    from ldm.checkpoint import Model
-    from ldm.device import pick_device, pick_dtype
-
-    device, dtype = str(device), dtype_name(dtype)  # torch's own objects are taken too
-    picked = pick_device(device)
-    wanted = pick_dtype(dtype, picked)
+    picked = pick_device(str(device))  # torch's own objects are taken too
+    picked_dtype = pick_dtype(dtype, picked)
     if isinstance(model, (str, os.PathLike)):
-        return picked, wanted
+        return picked, picked_dtype
     if not isinstance(model, Model):
         raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
-    if device != "auto" and model.device.type != picked.type and not offload:
+    if str(device) != "auto" and model.device.type != picked.type and not offload:
         raise ConfigError(f"the given model is on {model.device}, not {picked}", where="device")
-    if dtype != "auto" and model.dtype != wanted:
+    if dtype != "auto" and model.dtype != picked_dtype:
         raise ConfigError(f"the given model is loaded in {dtype_name(model.dtype)}", where="dtype")
     return picked if offload else model.device, model.dtype
 
 
 def _describe(model: Any, vae: Any, prediction_type: str | None) -> ModelInfo:
     """What is known of the model, which is not loaded yet."""
-    from ldm.checkpoint.describe import describe
-
     if vae is not None and not isinstance(vae, (str, os.PathLike)):
         raise ConfigError(f"expected a folder or a file, got {type(vae).__name__}", where="vae")
-    if vae is not None and not isinstance(model, (str, os.PathLike)):
+    if vae is not None and isinstance(model, Model):
         raise ConfigError("a loaded model has its VAE already", where="vae")
     if vae is not None and not Path(vae).exists():
         raise ModelError("no such VAE", where=vae)
-    if prediction_type is not None and not isinstance(model, (str, os.PathLike)):
+    if prediction_type is not None and isinstance(model, Model):
         raise ConfigError("a loaded model has its schedule already", where="prediction_type")
     return describe(model, vae, prediction_type)

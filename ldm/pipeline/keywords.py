@@ -1,4 +1,4 @@
-"""The words that Pipeline and generate take: everybody's for ours, and those that are known and refused.
+"""The keywords of Pipeline and generate: aliases of them, and what is known and refused.
 
 Imports nothing heavy, so that the command line can print the tables in its help.
 """
@@ -13,7 +13,7 @@ from ldm.errors import ConfigError, nearest
 STEPS, GUIDANCE, SAMPLER, BATCH, LATENT_SIZE = 25, 6.0, "dpmpp_2m", 8, 64  # where the model says nothing
 MAX_STEPS, MAX_GUIDANCE, MAX_SIZE, MAX_PROMPT, MAX_IMAGES = 1000, 1000.0, 8192, 100_000, 100_000
 
-# Words of diffusers, A1111 and kohya -> ours.
+# Keywords of diffusers, A1111 and kohya -> ours.
 ALIASES: dict[str, str] = {
     "num_images_per_prompt": "num_images",
     "n_iter": "num_images",
@@ -47,7 +47,7 @@ GUIDANCE_WORDS = {"guidance": "kind", "guidance_rescale": "rescale", "guidance_i
 GUIDANCE_WORDS |= {"guidance_sigma_interval": "sigma_interval"}
 GUIDANCE_OPTIONS = ("apg_eta", "apg_momentum", "apg_threshold", "pag_scale", "pag_layers", "zero_init_steps")
 GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
-# generate's keywords for drawing from pictures and around them.
+# generate's keywords for initial images, variations and hires-fix.
 EDITING_WORDS = ("image", "mask_image", "strength", "outpaint", "variation_seed", "variation_strength")
 EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
 STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another
@@ -60,26 +60,26 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "callback_on_step_end_tensor_inputs": ((None,), "callbacks are given (i, x, x0)"),
     "ip_adapter_image": ((None,), "IP-Adapter is not supported"),
     "controlnet": ((None,), "ControlNet is not supported"),
-    "output_type": ((None, "pil"), "the result is always PIL pictures; ldm.images.to_tensor turns them into tensors"),
-    "return_dict": ((None, True), "the result is always a sequence of pictures with .seeds and .metadata"),
+    "output_type": ((None, "pil"), "the result is always PIL images; ldm.images.to_tensor turns them into tensors"),
+    "return_dict": ((None, True), "the result is always a sequence of images with .seeds and .metadata"),
     "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),
 }
 
 
-def canonical(given: Mapping[str, Any], words: Mapping[str, Any], other: Sequence[str] = ()) -> dict[str, Any]:
-    """`given` under our names; `words` are the caller's own keywords with their values, `other` are known elsewhere.
+def resolve_aliases(given: Mapping[str, Any], own: Mapping[str, Any], other: Sequence[str] = ()) -> dict[str, Any]:
+    """`given` under our names; `own` are the caller's keywords with their values, `other` are known elsewhere.
 
-    Raises ConfigError for an unknown keyword (with the nearest), one thing said twice, and what is not supported.
+    Raises ConfigError for an unknown keyword (with the nearest), one setting given twice, and what is not supported.
     """
-    settings = dict(words)
+    settings = dict(own)
     for word, value in given.items():
         name = ALIASES.get(word, word)
         if name in other:
-            belongs = "Pipeline(...)" if "num_images" in words else "generate(...)"
+            belongs = "Pipeline(...)" if "num_images" in own else "generate(...)"
             raise ConfigError(f"{word} belongs to {belongs}", where=word)
-        if name not in words and name not in UNSUPPORTED:
-            raise ConfigError(f"unknown setting {word!r}", todo=nearest(word, [*words, *ALIASES]))
-        if name in words and settings[name] not in (None, DEFAULTS.get(name), value):
+        if name not in own and name not in UNSUPPORTED:
+            raise ConfigError(f"unknown setting {word!r}", hint=nearest(word, [*own, *ALIASES]))
+        if name in own and settings[name] not in (None, DEFAULTS.get(name), value):
             raise ConfigError(f"{word} and {name} are the same setting, and both are given", where=word)
         settings[name] = adapt_callback(value) if word == "callback_on_step_end" else value
     for name in [name for name in settings if name in UNSUPPORTED]:

@@ -1,4 +1,4 @@
-"""How a picture was made: one record a picture, and the text that A1111 and its relatives read."""
+"""How an image was made: our own metadata of it, and the text that A1111 and its relatives read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import ldm
-from ldm.pipeline.request import Settings
+from ldm.checkpoint.lora import read_lora_header
+from ldm.device import dtype_name
+from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+from ldm.nn.text import cut_off
+from ldm.prompts import Prompt
 
 if TYPE_CHECKING:
+    from ldm.checkpoint import Model
     from ldm.checkpoint.describe import ModelInfo
+    from ldm.nn.text import TextEncoder
     from ldm.pipeline.adapters import Adapter
-    from ldm.pipeline.drawing import ImageRequest
     from ldm.pipeline.placement import Placement
+    from ldm.pipeline.request import ImageRequest, Settings
 
 # Our spacings under the schedule names of A1111 that give the same timesteps, where the names are not the same.
 SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
@@ -24,32 +32,30 @@ SAME_TYPES = ("simple", "karras", "exponential", "beta", "sgm_uniform", "ays")
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
-def make_records(model: Any, work: Placement, settings: Settings, pictures: Sequence[ImageRequest]) -> list[dict]:
-    """One record a picture: every resolved argument, the model and the machine."""
-    shared = _shared(model, work, settings)
-    reports: dict[tuple, dict] = {}
-    for texts, adapters in dict.fromkeys((picture.texts, picture.adapters) for picture in pictures):
-        reports[texts, adapters] = _text_report(model.text, texts, settings.runs[0].steps, _words_of(adapters))
+def make_metadata(
+    model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
+) -> list[dict[str, Any]]:
+    """The metadata of each image: every resolved argument, the model and the machine."""
+    shared = _shared(model, placement, settings)
+    reports = text_reports(model.text, settings, requests)
     return [
         {
-            "prompt": picture.prompt,
-            "negative_prompt": picture.negative_prompt,
-            "seed": picture.seed,
-            "guidance_scale": picture.guidance_scale,
+            "prompt": request.prompt.text,
+            "negative_prompt": None if request.negative_prompt is None else request.negative_prompt.text,
+            "seed": request.seed,
+            "guidance_scale": request.guidance_scale,
             **shared,
-            "latents": "given" if picture.latents is not None else None,
-            **_own(picture),
-            **reports[picture.texts, picture.adapters],
+            "latents": "given" if request.latents is not None else None,
+            **_start(request),
+            **report,
         }
-        for picture in pictures
+        for request, report in zip(requests, reports)
     ]
 
 
-def _shared(model: Any, work: Placement, settings: Settings) -> dict[str, Any]:
-    """What is equal for all pictures of a call."""
-    import torch
-
-    device = work.device
+def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str, Any]:
+    """What is equal for all images of a call."""
+    device = placement.device
     explicit = settings.timesteps or settings.sigmas
     own_table = settings.sampler == "lcm" or model.schedule.is_flow or explicit  # no spacing that has a name
     return {
@@ -60,8 +66,8 @@ def _shared(model: Any, work: Placement, settings: Settings) -> dict[str, Any]:
         "commit": model.info.get("commit"),  # of a model from the hub
         "schedule": model.schedule.to_diffusers(),
         "dtype": dtype_name(model.dtype),
-        "attention": work.attention,
-        "offload": work.offload,
+        "attention": placement.attention,
+        "offload": placement.offload,
         "device": str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -69,11 +75,11 @@ def _shared(model: Any, work: Placement, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _own(picture: ImageRequest) -> dict[str, Any]:
-    """What a picture begins at, where that is more than its seed's noise."""
-    seed, strength = picture.variation or (None, None)
+def _start(request: ImageRequest) -> dict[str, Any]:
+    """What an image begins at, where that is more than its seed's noise."""
+    seed, strength = request.variation or (None, None)
     varied = {} if seed is None else {"variation_seed": seed, "variation_strength": strength}
-    return {**varied, **({} if picture.source is None else picture.source.told)}
+    return {**varied, **({} if request.source is None else request.source.metadata)}
 
 
 def too_large(info: ModelInfo, settings: Settings) -> str | None:
@@ -86,29 +92,28 @@ def too_large(info: ModelInfo, settings: Settings) -> str | None:
     return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{todo}"
 
 
-def _words_of(adapters: Sequence[Adapter]) -> frozenset[str]:
-    """The words that LoRAs were trained on, as far as they tell."""
-    from ldm.checkpoint.lora import read_lora_header
-
-    return frozenset(word for adapter in adapters for word in read_lora_header(adapter.path).words)
+def text_reports(encoder: TextEncoder, settings: Settings, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
+    """What the model does not see of each request's prompts: what is cut off, words it was never shown, remarks."""
+    known: dict[tuple, dict[str, Any]] = {}
+    for request in requests:
+        key = request.prompts, request.adapters
+        if key not in known:
+            known[key] = _text_report(encoder, *key, settings.runs[0].steps)
+    return [known[request.prompts, request.adapters] for request in requests]
 
 
 def _text_report(
-    encoder: Any, texts: Sequence[str | None], steps: int, known: frozenset[str] = frozenset()
+    encoder: TextEncoder, prompts: Sequence[Prompt | None], adapters: Sequence[Adapter], steps: int
 ) -> dict[str, Any]:
-    """What the model does not see of the texts: what is cut off, words it was never shown, brackets left open."""
-    from ldm.nn.text import cut_off
-    from ldm.pipeline.encode import text_at_steps
-    from ldm.prompts import BREAK, check, parse
-
-    said = list(dict.fromkeys(own for text in texts if text for _, own in text_at_steps(text, steps)))
-    plain = [" ".join(piece.text for piece in parse(text) if piece is not BREAK) for text in said]
+    trained = {word for adapter in adapters for word in read_lora_header(adapter.path).words}
+    prompts = [prompt for prompt in prompts if prompt is not None and prompt.text]
+    plain = [text.plain for text in dict.fromkeys(text for prompt in prompts for _, text in prompt.at_steps(steps))]
     cut = [cut_off(encoder, text) for text in plain]
-    words = [word for text in plain for word in encoder.unknown_words(text) if word not in known]
+    words = [word for text in plain for word in encoder.unknown_words(text) if word not in trained]
     return {
         "truncated": " … ".join(part for part in cut if part),
         "unknown_words": list(dict.fromkeys(words)),
-        "remarks": [line for text in texts if text for line in check(text)],
+        "remarks": [line for prompt in prompts for line in prompt.remarks],
     }
 
 
@@ -123,23 +128,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def dtype_name(dtype: Any) -> str:
-    """fp32, fp16 or bf16."""
-    from ldm.device import DTYPES
-
-    names = {f"torch.{full}": short for short, full in DTYPES.items()}
-    return names.get(str(dtype), str(dtype))
-
-
-def warnings_of(records: Sequence[dict], shown: int = 5) -> list[str]:
-    """One line for each prompt of which something is not seen by the model; only the first few in full."""
+def warnings_of(reports: Sequence[dict], shown: int = 5) -> list[str]:
+    """One line for each thing in metadata or reports that the model does not see of prompts; the first ones in full."""
     lines = []
-    for record in records:
-        if record["truncated"]:
-            lines.append(f"the prompt is too long; not seen by the model: {_short(record['truncated'])}")
-        lines += record["remarks"]
-        if record["unknown_words"]:
-            lines.append(f"words that the model was never shown: {_short(', '.join(record['unknown_words']))}")
+    for report in reports:
+        if report["truncated"]:
+            lines.append(f"the prompt is too long; not seen by the model: {_short(report['truncated'])}")
+        lines += report["remarks"]
+        if report["unknown_words"]:
+            lines.append(f"words that the model was never shown: {_short(', '.join(report['unknown_words']))}")
     lines = list(dict.fromkeys(lines))
     more = len(lines) - shown
     return lines[:shown] + ([f"{more} more prompts are cut or hold unknown words; see .metadata"] if more > 0 else [])
@@ -152,8 +149,6 @@ def _short(text: str, most: int = 200) -> str:
 
 def parameters(record: dict) -> str:
     """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
-    from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
-
     types = {**SCHEDULE_TYPES, **{name: SPACING_NAMES[name][0] for name in SAME_TYPES}}
     loras = record.get("lora", ())
     prompt = " ".join([record["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])

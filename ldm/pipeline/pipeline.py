@@ -1,4 +1,4 @@
-"""Pipeline: prompts and a model, checked; generate: pictures from them."""
+"""Pipeline: prompts and a model, checked; generate: images from them."""
 
 from __future__ import annotations
 
@@ -6,37 +6,34 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ldm import console
+from ldm.checkpoint import Model, card_of, save_model
+from ldm.checkpoint.describe import text_without_weights
+from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import take_adapters
 from ldm.pipeline.checks import check_negative, check_prompts
-from ldm.pipeline.drawing import ImageRequest
 from ldm.pipeline.engine import Engine
-from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, canonical
-from ldm.pipeline.metadata import dtype_name, make_records, too_large, warnings_of
-from ldm.pipeline.request import Request, check_request
+from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
+from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
+from ldm.pipeline.request import ImageRequest, Request, check_prompts_fit, check_request
 from ldm.pipeline.result import Images
-from ldm.pipeline.stream import Listener
-from ldm.prompts import check
+from ldm.pipeline.stream import Listener, Step, stream
+from ldm.prompts import Prompt
 
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.checkpoint import Model
-    from ldm.checkpoint.describe import ModelInfo
-    from ldm.pipeline.stream import Step
-
-OWN = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
-OWN += ("device", "dtype", "offload", "attention")
-CALL = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-CALL += ("timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents", "callback", "batch_size")
-CALL += (*GUIDANCE_WORDS, *EDITING_WORDS)
+OF_PIPELINE = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
+OF_PIPELINE += ("device", "dtype", "offload", "attention")
+OF_GENERATE = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
+OF_GENERATE += ("timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents", "callback", "batch_size")
+OF_GENERATE += (*GUIDANCE_WORDS, *EDITING_WORDS)
 
 
 class Pipeline:
-    """Draws pictures of `prompt`, a text or a list of texts.
+    """Draws images of `prompt`, a text or a list of texts.
 
     prompt           what to draw; up to 100,000 characters each, with A1111's (word:1.3), BREAK, [a:b:0.5], [a|b]
     model            "default", a diffusers folder, a single .safetensors file, a hub id, or a loaded model
@@ -46,10 +43,10 @@ class Pipeline:
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     vae              another VAE's folder or file in place of the model's own
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
-    device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16
+    device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work
     attention        of the U-Net: auto, or sdpa, chunked, xformers
-    diffusers' and A1111's words for these are taken too (see ldm.pipeline.keywords.ALIASES).
+    diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
 
     Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
     model's folder. Loaded models are shared between pipelines. A pipeline may be used by several threads: their calls
@@ -73,31 +70,39 @@ class Pipeline:
         attention: str = "auto",
         **other: Any,
     ):
-        own = {name: value for name, value in locals().items() if name in OWN and name != "prompt"}
-        given = canonical(other, own, other=CALL)
+        own = {name: value for name, value in locals().items() if name in OF_PIPELINE and name != "prompt"}
+        given = resolve_aliases(other, own, other=OF_GENERATE)
         prompts = check_prompts(prompt)
-        self.negative_prompts = check_negative(given.pop("negative_prompt"), len(prompts))
+        negatives = check_negative(given.pop("negative_prompt"), len(prompts))
         lora, lora_dir = given.pop("lora"), given.pop("lora_dir")
-        self.prompts, self._everywhere, self._adapters = take_adapters(prompts, self.negative_prompts, lora, lora_dir)
-        _check_grammar("prompt", self.prompts)
-        _check_grammar("negative_prompt", self.negative_prompts)
-        self._painter = Engine(**given)
-        self._painter.check([adapter for own in self._adapters for adapter in own])
+        prompts, self._everywhere, self._adapters = take_adapters(prompts, negatives, lora, lora_dir)
+        self._prompts, self._negatives = _parse("prompt", prompts), _parse("negative_prompt", negatives)
+        self._engine = Engine(**given)
+        self._engine.check([adapter for adapters in self._adapters for adapter in adapters])
         self._lock = threading.RLock()
         self._warned: set[str] = set()
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """Without their LoRA tags."""
+        return tuple(prompt.text for prompt in self._prompts)
+
+    @property
+    def negative_prompts(self) -> tuple[str | None, ...]:
+        return tuple(None if prompt is None else prompt.text for prompt in self._negatives)
+
+    @property
     def model(self) -> str | os.PathLike | Model:
         """As it was given."""
-        return self._painter.model
+        return self._engine.model
 
     @property
     def device(self) -> torch.device:
-        return self._painter.device
+        return self._engine.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._painter.dtype
+        return self._engine.dtype
 
     def __repr__(self) -> str:
         name = self.model if isinstance(self.model, (str, os.PathLike)) else self.model.name
@@ -136,106 +141,102 @@ class Pipeline:
         batch_size: int | None = None,
         **other: Any,
     ) -> Images:
-        """Draw `num_images` pictures of each prompt, prompt by prompt; None leaves a setting to the model.
+        """Draw `num_images` images of each prompt, prompt by prompt; None leaves a setting to the model.
 
         guidance    cfg, apg, pag or cfg_zero; with guidance_rescale, guidance_interval=(from, to) in fractions of the
                     steps or guidance_sigma_interval, and the options of its kind (ldm.diffusion.guidance.Guidance)
-        guidance_scale  one number, or a list with one for each picture; 1 and less: none, and half the work
-        seed        image k of every prompt has seed + k; a list holds one for each picture; None or -1 draws one
+        guidance_scale  one number, or a list with one for each image; 1 and less: none, which halves the
+                    work in batches (one image alone costs the same on a CPU)
+        seed        image k of every prompt has seed + k; a list holds one for each image; None or -1 draws one
         sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
         timesteps   or sigmas: the noise levels themselves, descending, in place of a number of steps and a spacing
         eta         0 to 1, how much noise samplers that have this number add
         clip_skip   layers of CLIP that are left out at its end, counted as diffusers does (A1111's number less 1)
         emphasis    how (word:1.3) acts: original (the mean is restored, as in A1111) or no_norm
         strict      whether words that the model never saw, or brackets left open, are errors instead of warnings
-        image       a picture or its file, or a list with one for each prompt, to begin at; its size is drawn
+        image       an image or its file, or a list with one for each prompt, to begin at; its size is drawn
         mask_image  likewise, of the same size: white is painted, grey counts as what it is nearer to, and where it is
                     black the very pixels of the image stay; for every model, and needed by those with 9 channels
         strength    above 0 to 1: how much of the steps is run on an image (0.8, with outpaint 1)
         outpaint    {"left": 64, …}: how many pixels the image grows at left, right, top and bottom
         variation_seed, variation_strength  above 0 to 1: how far the first noise is mixed with that of another seed;
-                    then every picture of a prompt has the same seed, and picture k has variation_seed + k
-        hires_scale draw, make the picture so many times larger, and draw on for hires_strength (0.7) of hires_steps
+                    then every image of a prompt has the same seed, and image k has variation_seed + k
+        hires_scale draw, make the image so many times larger, and draw on for hires_strength (0.7) of hires_steps
                     (as many as before)
         vae_tiling  True, False or "auto": the VAE works in tiles (with auto above 1024x1024 pixels)
         latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w); where it returns True the
-                    work ends, and the result holds the pictures that are finished
-        batch_size  how many pictures are denoised together; their bits do not depend on it
-        diffusers' and A1111's words are taken too (see ldm.pipeline.keywords.ALIASES).
+                    work ends, and the result holds the images that are finished
+        batch_size  how many images are denoised together; their bits do not depend on it
+        diffusers' and A1111's names are accepted too (see ldm.pipeline.keywords.ALIASES).
 
-        Raises ConfigError before any weight is read; ModelError; NumericsError where a picture is NaN in fp32 too;
-        ResourceError out of memory. Whatever stops a call part-way carries the finished pictures as `.images`.
+        Raises ConfigError before any weight is read; ModelError; NumericsError where an image is NaN in fp32 too;
+        ResourceError out of memory. Whatever stops a call part-way carries the finished images as `.images`.
         """
-        own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in CALL}}
-        given, painter = canonical(other, own, OWN), self._painter
-        call = check_request(given, len(self.prompts), painter.info)
+        own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
+        engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE)
+        call = check_request(given, len(self._prompts), engine.info)
+        requests = self._requests(call)
         with self._lock:
-            model = painter.load()
-            pictures = self._pictures(call)
-            records = make_records(model, painter.work, call.settings, pictures)
-            _tell(records, call.strict)
-            self._tell_sizes(call, painter.info)
-            return self._draw(call, pictures, records)
+            if call.strict:
+                encoder = text_without_weights(engine.model, engine.prediction_type)
+                for line in warnings_of(text_reports(encoder, call.settings, requests)):
+                    raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
+            metadata = make_metadata(engine.load(), engine.placement, call.settings, requests)
+            self._warn(call, metadata)
+            images: dict[int, Any] = {}
+            steps = sum(run.steps for run in call.settings.runs)  # of a batch
+            steps *= -(-len(requests) // call.batch_size)  # more where batches are parted
+            try:
+                with console.progress(total=steps, desc="drawing", unit="step") as bar:
+                    watch = _watching(call.callback, bar)
+                    for row, image, added in engine.generate(call.settings, requests, call.batch_size, watch):
+                        images[row] = image
+                        metadata[row] |= added
+            except Stopped:
+                done = f"{len(images)} of {len(requests)} images are finished"
+                console.say(f"stopped by the callback, {done}", verbosity=1)
+            except (LdmError, KeyboardInterrupt) as stop:
+                stop.images = _in_order(images, metadata)
+                raise
+            return _in_order(images, metadata)
 
-    def _pictures(self, call: Request) -> list[ImageRequest]:
-        """One for each image of the call, prompt by prompt."""
+    def _requests(self, call: Request) -> list[ImageRequest]:
+        """One for each image of the call, prompt by prompt. Raises ConfigError for prompts that the model refuses."""
         none, settings = (None,) * len(call.seeds), call.settings
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
-        prompts = [p for p in range(len(self.prompts)) for _ in range(call.num_images)]
-        return [
-            ImageRequest(self.prompts[p], self.negative_prompts[p], seed, scale, self._adapters[p], *own)
-            for p, seed, scale, *own in zip(
-                prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources
-            )
+        rows = [p for p in range(len(self._prompts)) for _ in range(call.num_images)]
+        per_image = zip(rows, call.seeds, call.guidance_scales, latents, call.variations or none, sources)
+        requests = [
+            ImageRequest(self._prompts[p], self._negatives[p], seed, scale, self._adapters[p], *more)
+            for p, seed, scale, *more in per_image
         ]
+        check_prompts_fit(requests, settings, self._engine.info)
+        return requests
 
-    def _tell_sizes(self, call: Request, info: ModelInfo) -> None:
-        """Say what is resized, and warn once of a size that the model was not trained on."""
+    def _warn(self, call: Request, metadata: Sequence[dict]) -> None:
+        """Warn of what the model does not see of the prompts and, once, of sizes that it was not trained on."""
+        for line in warnings_of(metadata):
+            console.warn(line)
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        line = too_large(info, settings)
+        line = too_large(self._engine.info, settings)
         if line and line not in self._warned:
             self._warned.add(line)
             console.warn(line)
 
-    def _draw(self, call: Request, pictures: list[ImageRequest], records: list[dict]) -> Images:
-        """All pictures with their records; those that are finished, where the callback stops the work."""
-        drawn: dict[int, Any] = {}
-
-        def finished() -> Images:
-            return Images([drawn[row] for row in sorted(drawn)], [records[row] for row in sorted(drawn)])
-
-        steps = -(-len(pictures) // call.batch_size) * sum(
-            run.steps for run in call.settings.runs
-        )  # more where batches are parted
-        try:
-            with console.progress(total=steps, desc="drawing", unit="step") as bar:
-                watch = _watching(call.callback, bar)
-                for row, image, notes in self._painter.draw(call.settings, pictures, call.batch_size, watch):
-                    drawn[row] = image
-                    records[row] |= notes
-        except Stopped:
-            console.say(f"stopped by the callback, {len(drawn)} of {len(pictures)} pictures are finished", verbosity=1)
-        except (LdmError, KeyboardInterrupt) as stop:
-            stop.images = finished()
-            raise
-        return finished()
-
     def stream(self, **settings: Any) -> Iterator[Step]:
         """As generate, giving each step as it happens: `for step in pipe.stream(): step.preview`.
 
-        A Step has .index, .rows (which pictures), .x0, .preview and .previews, small pictures of what is to come; the
-        last step is given once more, with the finished pictures as .images. Leaving the loop stops the work. What
+        A Step has .index, .rows (which images), .x0, .preview and .previews, small images of what is to come; the
+        last step is given once more, with the finished images as .images. Leaving the loop stops the work. What
         generate raises is raised by the loop.
         """
-        from ldm.pipeline.stream import stream
-
         callback = settings.pop("callback", None)
         return stream(
-            lambda listener: self.generate(**settings, callback=listener), callback, lambda: self._painter.load().vae
+            lambda listener: self.generate(**settings, callback=listener), callback, lambda: self._engine.load().vae
         )
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -243,10 +244,8 @@ class Pipeline:
 
         The LoRAs of `lora` are merged into it, those of tags in prompts are not.
         """
-        from ldm.checkpoint import card_of, save_model
-
         with self._lock:
-            model = self._painter.adapted(self._painter.load(), self._everywhere)
+            model = self._engine.adapted(self._engine.load(), self._everywhere)
             return save_model(model, folder, dtype=model.dtype, readme=card_of(model))
 
 
@@ -269,16 +268,12 @@ def _watching(callback: Callable | None, bar: Any) -> Callable:
     return watch
 
 
-def _check_grammar(where: str, texts: Sequence[str | None]) -> None:
-    """Raise ConfigError for weights, brackets and words in texts that cannot be drawn."""
-    for i, text in enumerate(texts):
-        check(text or "", where=f"{where}[{i}]" if len(texts) > 1 else where)
+def _in_order(images: Mapping[int, Any], metadata: Sequence[dict]) -> Images:
+    """The finished images (row -> image) with their metadata."""
+    return Images([images[row] for row in sorted(images)], [metadata[row] for row in sorted(images)])
 
 
-def _tell(records: Sequence[dict], strict: bool) -> None:
-    """Warn of what the model does not see of the prompts; with `strict` raise ConfigError instead."""
-    lines = warnings_of(records)
-    if lines and strict:
-        raise ConfigError(lines[0], where="prompt", todo="change the prompt, or leave strict out")
-    for line in lines:
-        console.warn(line)
+def _parse(where: str, texts: Sequence[str | None]) -> tuple[Prompt | None, ...]:
+    """Raises ConfigError for weights, brackets and words in texts that cannot be drawn."""
+    places = [f"{where}[{i}]" if len(texts) > 1 else where for i in range(len(texts))]
+    return tuple(None if text is None else Prompt.parse(text, place) for text, place in zip(texts, places))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ldm import console
+from ldm.checkpoint import Model
 from ldm.config import require
 from ldm.nn.attention import check_backend
+from ldm.nn.lora import clone_shared_weights
 from ldm.nn.offload import at_work
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.checkpoint import Model
 
 
 class Placement:
@@ -30,14 +29,10 @@ class Placement:
     @property
     def home(self) -> torch.device:
         """Where models are loaded to."""
-        import torch
-
         return torch.device("cpu") if self.offload else self.device
 
     def model(self, shared: Model) -> Model:
-        """`shared` with the attention that was asked for, in a U-Net of its own on the same weights."""
-        from ldm.nn.lora import clone_shared_weights
-
+        """`shared` with this attention, in a U-Net of its own on the same weights."""
         if self.attention == "auto":
             return shared
         if self._last is None or self._last[0] is not shared:

@@ -16,7 +16,9 @@ from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import zero_init
 from ldm.diffusion.inpaint import img2img_sigmas
 from ldm.errors import ConfigError
+from ldm.nn.text import check_plain
 from ldm.pipeline import checks
+from ldm.pipeline.adapters import Adapter
 from ldm.pipeline.keywords import (
     BATCH,
     GUIDANCE,
@@ -28,7 +30,10 @@ from ldm.pipeline.keywords import (
     SAMPLER,
     STEPS,
 )
-from ldm.pipeline.sources import Sources, check_sources
+from ldm.pipeline.sources import Source, Sources, check_sources
+from ldm.prompts import Prompt
+
+EMPTY = Prompt.parse("")
 
 
 @dataclass(frozen=True)
@@ -241,3 +246,37 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         callback=checks.check_callback(given["callback"]),
         strict=checks.check_bool(given["strict"], "strict"),
     )
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to draw: its bits are the same whatever is drawn beside it."""
+
+    prompt: Prompt  # without its LoRA tags
+    negative_prompt: Prompt | None  # None: zeros with XL, "" elsewhere
+    seed: int
+    guidance_scale: float
+    adapters: tuple[Adapter, ...] = ()
+    latents: torch.Tensor | None = None  # (C, h, w): unit noise in place of the seed's
+    variation: tuple[int, float] | None = None  # (another seed, how far its noise is mixed in, 0 to 1)
+    source: Source | None = None  # the initial image, in the size that is drawn
+
+    @property
+    def prompts(self) -> tuple[Prompt, Prompt | None]:
+        """What is encoded: the prompt, and the negative one where there is guidance."""
+        return self.prompt, self.negative_prompt if self.guidance_scale > 1 else EMPTY
+
+    @property
+    def begins(self) -> tuple[bool, bool]:
+        """Whether at an initial image, and whether that has a mask: equal for all of a batch."""
+        return self.source is not None, self.source is not None and self.source.mask is not None
+
+
+def check_prompts_fit(requests: Sequence[ImageRequest], settings: Settings, info: ModelInfo) -> None:
+    """Raise ConfigError for emphasis in prompts where the model reads with T5."""
+    if info.clip_layers:
+        return
+    for prompt in dict.fromkeys(prompt for request in requests for prompt in request.prompts if prompt is not None):
+        for run in settings.runs:
+            for _, text in prompt.at_steps(run.steps):
+                check_plain(text.pieces)

@@ -1,7 +1,7 @@
-"""The pictures that drawing begins at: read, checked, brought to size, and made larger at their sides (outpainting).
+"""The initial images: read, checked, brought to size, and made larger at their sides (outpainting).
 
-A mask is white where the picture is painted anew and black where it stays; greys count from 50 % up as white. Sizes
-that the model cannot have are brought to the next smaller one, the picture by Lanczos, its mask with it.
+A mask is white where the image is painted anew and black where it stays; greys count from 50 % up as white. Sizes
+that the model cannot have are brought to the next smaller one, the image by Lanczos, its mask with it.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from PIL import Image, ImageOps
 
 from ldm.config import require
+from ldm.data.images import read_image
 from ldm.errors import ConfigError, DataError, nearest
+from ldm.images import flatten
 from ldm.pipeline.checks import check_int, check_size
 from ldm.pipeline.keywords import MAX_SIZE
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 WHITE, BLACK, HALF = (255, 255, 255), (0, 0, 0), 128
-DIGESTS = {"image": "image_sha256", "mask_image": "mask_sha256"}  # a picture's word -> the record's, of its pixels
+DIGESTS = {"image": "image_sha256", "mask_image": "mask_sha256"}  # a keyword -> the metadata's, of the pixels
 SIDES = ("left", "right", "top", "bottom")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one picture is drawn from."""
+    """What one image is drawn from."""
 
     image: Image.Image  # RGB
-    repaint: Image.Image | None = None  # L, of the same size: 255 where it is painted anew, 0 where it stays
-    told: Mapping[str, Any] = field(default_factory=dict)  # for its record: where it is from, and the pixels' sha256
+    mask: Image.Image | None = None  # L, of the same size: 255 where it is painted anew, 0 where it stays
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # where it is from, and the pixels' sha256
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Those of a call, one for each picture, and how far they grow at their sides."""
+    """Those of a call, one for each image, and how far they grow at their sides."""
 
     each: tuple[Source, ...]
     outpaint: Mapping[str, int] | None = None  # side -> pixels
@@ -48,23 +50,23 @@ class Sources:
 
     @property
     def masked(self) -> bool:
-        return self.outpaint is not None or self.each[0].repaint is not None
+        return self.outpaint is not None or self.each[0].mask is not None
 
     def size(self, factor: int, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """(height, width) that is drawn: the given ones, or the pictures' brought down to multiples of `factor`.
+        """(height, width) that is drawn: the given ones, or the images' brought down to multiples of `factor`.
 
-        Raises ConfigError where the pictures are of several sizes or too small, or the sides leave no room for them.
+        Raises ConfigError where the images are of several sizes or too small, or the sides leave no room for them.
         """
         sides = {side: check_size(pixels, f"outpaint {side}", factor) for side, pixels in self.sides.items() if pixels}
         across, down = (sum(sides.get(side, 0) for side in pair) for pair in (SIDES[:2], SIDES[2:]))
         sizes = {source.image.size for source in self.each}
         if len(sizes) > 1 and None in (height, width):
             listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
-            raise ConfigError(f"the pictures are of several sizes ({listed})", where="image", todo="give width, height")
+            raise ConfigError(f"the images are of several sizes ({listed})", where="image", hint="give width, height")
         own = [side // factor * factor for side in sizes.pop()]
-        require(min(own) > 0, f"a picture of less than {factor} pixels a side cannot be drawn from", "image")
+        require(min(own) > 0, f"an image of less than {factor} pixels a side cannot be drawn from", "image")
         width, height = width or own[0] + across, height or own[1] + down
-        require(width > across and height > down, f"no room for the picture in {width}x{height}", "outpaint")
+        require(width > across and height > down, f"no room for the image in {width}x{height}", "outpaint")
         require(max(height, width) <= MAX_SIZE, f"{width}x{height} is more than {MAX_SIZE} a side", "image")
         return height, width
 
@@ -81,13 +83,13 @@ class Sources:
         left, right, top, bottom = (self.sides.get(side, 0) for side in SIDES)
         base = width - left - right, height - top - bottom
         sizes = {source.image.size for source in self.each} - {base}
-        return [f"the picture of {w}x{h} is resized to {base[0]}x{base[1]}" for w, h in sorted(sizes)]
+        return [f"the image of {w}x{h} is resized to {base[0]}x{base[1]}" for w, h in sorted(sizes)]
 
 
 def check_sources(given: Mapping[str, Any], prompts: int, num_images: int) -> Sources | None:
-    """From generate's image, mask_image and outpaint: one for each picture, prompt by prompt; None without an image.
+    """From generate's image, mask_image and outpaint: one for each image, prompt by prompt; None without an image.
 
-    Opens the files. Raises ConfigError for one that is missing or no picture, a mask without a picture or of another
+    Opens the files. Raises ConfigError for one that is missing or no image, a mask without an image or of another
     size, and lists that are not as long as the prompts'.
     """
     image, mask, outpaint = (given.get(name) for name in ("image", "mask_image", "outpaint"))
@@ -98,10 +100,10 @@ def check_sources(given: Mapping[str, Any], prompts: int, num_images: int) -> So
     sides = None if outpaint is None else check_outpaint(outpaint)
     images, masks = _listed(image, "image", prompts), _listed(mask, "mask_image", prompts)
     read: dict[tuple[int, int], Source] = {}
-    for one, own in zip(images, masks):
-        if (id(one), id(own)) not in read:
-            read[id(one), id(own)] = _read(one, own)
-    each = [read[id(one), id(own)] for one, own in zip(images, masks) for _ in range(num_images)]
+    for init, over in zip(images, masks):
+        if (id(init), id(over)) not in read:
+            read[id(init), id(over)] = _read(init, over)
+    each = [read[id(init), id(over)] for init, over in zip(images, masks) for _ in range(num_images)]
     return Sources(tuple(each), sides)
 
 
@@ -110,7 +112,7 @@ def check_outpaint(value: Any) -> dict[str, int]:
     require(isinstance(value, Mapping), f"expected sides such as left=64, got {value!r:.80}", "outpaint")
     for side in value:
         if side not in SIDES:
-            raise ConfigError(f"unknown side {side!r:.80}", where="outpaint", todo=nearest(str(side), SIDES))
+            raise ConfigError(f"unknown side {side!r:.80}", where="outpaint", hint=nearest(str(side), SIDES))
     sides = {side: check_int(value[side], f"outpaint {side}", 0, MAX_SIZE) for side in SIDES if side in value}
     require(any(sides.values()), "adds no pixel at any side", "outpaint")
     return sides
@@ -126,62 +128,53 @@ def _listed(value: Any, where: str, prompts: int) -> list[Any]:
 
 
 def _read(image: Any, mask: Any) -> Source:
-    picture, name = _opened(image, "image", WHITE)
-    told = {"image": name, DIGESTS["image"]: _digest(picture)}
+    init, name = _opened(image, "image", WHITE)
+    found = {"image": name, DIGESTS["image"]: _digest(init)}
     if mask is None:
-        return Source(picture, None, told)
-    laid, name = _opened(mask, "mask_image", BLACK)
-    if laid.size != picture.size:
-        (w, h), (iw, ih) = laid.size, picture.size
-        raise ConfigError(f"the mask is {w}x{h}, its picture {iw}x{ih}", where="mask_image")
-    repaint = laid.convert("L").point(lambda grey: 255 if grey >= HALF else 0)
-    require(repaint.getextrema()[1] > 0, "the mask is black: nothing would be painted", "mask_image")
-    return Source(picture, repaint, told | {"mask_image": name, DIGESTS["mask_image"]: _digest(laid)})
+        return Source(init, None, found)
+    grey, name = _opened(mask, "mask_image", BLACK)
+    if grey.size != init.size:
+        (w, h), (iw, ih) = grey.size, init.size
+        raise ConfigError(f"the mask is {w}x{h}, its image {iw}x{ih}", where="mask_image")
+    binary = grey.convert("L").point(lambda value: 255 if value >= HALF else 0)
+    require(binary.getextrema()[1] > 0, "the mask is black: nothing would be painted", "mask_image")
+    return Source(init, binary, found | {"mask_image": name, DIGESTS["mask_image"]: _digest(grey)})
 
 
-def _opened(value: Any, where: str, ground: tuple[int, int, int]) -> tuple[Image.Image, str]:
-    """(the picture in RGB, upright, transparency laid on `ground`; its absolute path, or "given")."""
-    from PIL import Image, ImageOps
-
-    from ldm.data.images import read_image
-    from ldm.images import flatten
-
+def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[Image.Image, str]:
+    """(the image in RGB, upright, transparency laid on `background`; its absolute path, or "given")."""
     if isinstance(value, Image.Image):
-        return flatten(ImageOps.exif_transpose(value), ground), "given"
+        return flatten(ImageOps.exif_transpose(value), background), "given"
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigError(f"expected a picture or its file, got {value!r:.80}", where=where)
+        raise ConfigError(f"expected an image or its file, got {value!r:.80}", where=where)
     path = Path(value).expanduser()
     try:
         with path.open("rb") as file:
-            return read_image(file, path, background=ground), str(path.resolve())
+            return read_image(file, path, background=background), str(path.resolve())
     except DataError as error:
-        raise ConfigError(f"{path}: {error.what}", where=where, todo=error.todo) from None
+        raise ConfigError(f"{path}: {error.what}", where=where, hint=error.hint) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
-        reason = "no such picture" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
+        reason = "no such image" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
         raise ConfigError(f"{str(path)!r:.200}: {reason}", where=where) from None
 
 
 def _digest(image: Image.Image) -> str:
-    """Of size and pixels, so that a picture is the same from a file, from another format, and from memory."""
+    """Of size and pixels, so that an image is the same from a file, from another format, and from memory."""
     return hashlib.sha256(b"%dx%d %s" % (*image.size, image.mode.encode()) + image.tobytes()).hexdigest()
 
 
 def _outpainted(source: Source, sides: Mapping[str, int] | None, height: int, width: int) -> Source:
-    """`source` in this size, of which `sides` are new: filled with the picture's outermost pixels, to be painted."""
-    from PIL import Image
-
+    """`source` in this size, including the new `sides`: filled with the image's outermost pixels, to be painted."""
     left, right, top, bottom = (0, 0, 0, 0) if sides is None else (sides.get(side, 0) for side in SIDES)
     inner = (width - left - right, height - top - bottom)
-    image, repaint = source.image, source.repaint
+    image, mask = source.image, source.mask
     if image.size != inner:
         image = image.resize(inner, Image.Resampling.LANCZOS)
-        repaint = None if repaint is None else repaint.resize(inner, Image.Resampling.NEAREST)
+        mask = None if mask is None else mask.resize(inner, Image.Resampling.NEAREST)
     if sides is None:
-        return Source(image, repaint, source.told)
-    import numpy
-
+        return Source(image, mask, source.metadata)
     around = ((top, bottom), (left, right))
     grown = numpy.pad(numpy.asarray(image), (*around, (0, 0)), mode="edge")
-    inside = numpy.zeros(inner[::-1], numpy.uint8) if repaint is None else numpy.asarray(repaint)
+    inside = numpy.zeros(inner[::-1], numpy.uint8) if mask is None else numpy.asarray(mask)
     new = numpy.pad(inside, around, constant_values=255)
-    return Source(Image.fromarray(grown), Image.fromarray(new), {**source.told, "outpaint": dict(sides)})
+    return Source(Image.fromarray(grown), Image.fromarray(new), {**source.metadata, "outpaint": dict(sides)})

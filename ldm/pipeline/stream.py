@@ -1,4 +1,4 @@
-"""`Pipeline.stream`: a call of generate that is looked at while it works."""
+"""`Pipeline.stream`: a call of generate seen while it works."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from PIL import Image
 
 from ldm.images import grid, to_pil
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    from ldm.nn.vae import VAE
-    from ldm.pipeline.result import Images
+from ldm.nn.preview import preview
+from ldm.nn.vae import VAE
+from ldm.pipeline.result import Images
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,14 @@ class Step:
     """One step of one batch."""
 
     index: int  # among the steps of its batch, from 0
-    rows: tuple[int, ...]  # which of the call's pictures, from 0
-    x0: torch.Tensor  # (B, C, h, w): what the network takes the pictures to become
+    rows: tuple[int, ...]  # which of the call's images, from 0
+    x0: torch.Tensor  # (B, C, h, w): what the network takes the images to become
     vae: VAE
-    images: Images | None = None  # the finished pictures, on the very last Step alone
+    images: Images | None = None  # the finished images, on the very last Step alone
 
     @property
     def previews(self) -> list[Image.Image]:
-        """x0 as small pictures, one pixel a latent, by a map that is fitted to the VAE when it is first used."""
-        from ldm.nn.preview import preview
-
+        """x0 as small images, one pixel a latent, by a map that is fitted to the VAE when it is first used."""
         return to_pil(preview(self.vae, self.x0))
 
     @property
@@ -42,21 +39,21 @@ class Step:
 
 
 class Listener:
-    """A callback of generate that is told, beside the step, which pictures it belongs to."""
+    """A callback of generate that also gets the numbers of the images that a step belongs to."""
 
     def __init__(self, callback: Callable | None):
         self._callback = callback
-        self.heard: SimpleQueue[Any] = SimpleQueue()
+        self.received: SimpleQueue[Any] = SimpleQueue()
         self.closed = False
 
     def __call__(self, rows: Sequence[int], i: int, x: torch.Tensor, x0: torch.Tensor) -> bool:
         """Whether the work is to end."""
-        self.heard.put((i, tuple(rows), x0.clone()))
+        self.received.put((i, tuple(rows), x0.clone()))
         return self.closed or (self._callback is not None and self._callback(i, x, x0) is True)
 
 
 def stream(generate: Callable[[Listener], Images], callback: Callable | None, vae: Callable[[], VAE]) -> Iterator[Step]:
-    """The steps of generate(listener), which runs in a thread; the last one comes again with the finished pictures.
+    """The steps of generate(listener), which runs in a thread; the last one comes again with the finished images.
 
     Its errors are raised here. Closing the iterator, or an error or Ctrl-C in the loop over it, stops the work.
     """
@@ -64,20 +61,20 @@ def stream(generate: Callable[[Listener], Images], callback: Callable | None, va
 
     def work() -> None:
         try:
-            listener.heard.put(generate(listener))
+            listener.received.put(generate(listener))
         except BaseException as error:  # belongs to whoever reads the steps
-            listener.heard.put(error)
+            listener.received.put(error)
 
     worker = threading.Thread(target=work, name="ldm-stream", daemon=True)
     worker.start()
     try:
-        while isinstance(heard := listener.heard.get(), tuple):
-            step = Step(*heard, vae())
+        while isinstance(received := listener.received.get(), tuple):
+            step = Step(*received, vae())
             yield step
-        if isinstance(heard, BaseException):
-            raise heard
+        if isinstance(received, BaseException):
+            raise received
         if step is not None:
-            yield replace(step, images=heard)
+            yield replace(step, images=received)
     finally:
         listener.closed = True
         worker.join()

@@ -1,11 +1,11 @@
 """What prompts hold beside words: A1111's emphasis, BREAK, prompt editing and alternation, and LoRA tags. No torch.
 
-A prompt goes through here in this order: `take_loras` takes its tags out, `check` says what is wrong with it before any
-work, `at_steps` gives its text at each step, and `parse` the weights in such a text.
+`take_loras` takes a prompt's tags out; `Prompt.parse` says what is wrong with the rest and knows its text, in pieces of
+one weight, at each step.
 """
 
 from ldm.prompts.emphasis import BREAK, EMPHASIS, Piece, parse
 from ldm.prompts.lora_tags import LoraTag, take_loras
-from ldm.prompts.schedule import at_steps, check
+from ldm.prompts.schedule import Prompt, Text
 
-__all__ = ["BREAK", "EMPHASIS", "LoraTag", "Piece", "at_steps", "check", "parse", "take_loras"]
+__all__ = ["BREAK", "EMPHASIS", "LoraTag", "Piece", "Prompt", "Text", "parse", "take_loras"]

@@ -32,36 +32,33 @@ class Piece(NamedTuple):
 BREAK = Piece("BREAK", -1.0)  # known by identity
 
 
-def parse(prompt: str, where: str = "prompt", strict: bool = False) -> list[Piece]:
-    """The prompt's pieces in order, neighbours of equal weight joined; [Piece("", 1.0)] where it has no text.
-
-    Prompt editing has no place here: `at_steps` comes first. Raises ConfigError for a weight that is no number or is
-    beyond MAX_WEIGHT, brackets nested more than MAX_DEPTH deep, AND, and with `strict` a bracket that is not closed.
-    """
-    pieces, unclosed = read(prompt, where)
-    if unclosed and strict:
-        raise ConfigError(unclosed[0], where=where, todo="close it, or write a backslash before it")
-    return pieces
+def parse(prompt: str, where: str = "prompt") -> list[Piece]:
+    """The pieces of a prompt without prompt editing (see `read`)."""
+    return read(prompt, where)[0]
 
 
 def read(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
-    """As `parse`, and one line for each bracket that is not closed."""
+    """(the prompt's pieces in order, neighbours of equal weight joined; one line for each bracket that is not closed).
+
+    [Piece("", 1.0)] where there is no text. Prompt editing is resolved before. Raises ConfigError for a weight that is
+    no number or is beyond MAX_WEIGHT, brackets nested more than MAX_DEPTH deep, and AND.
+    """
     if AND.search(prompt):
-        todo = "write 'and', or draw the parts as pictures of their own"
-        raise ConfigError("AND (several prompts composed into one picture) is not supported", where=where, todo=todo)
-    found: list[list] = []  # [text, weight]
+        hint = "write 'and', or draw the parts as images of their own"
+        raise ConfigError("AND (several prompts composed into one image) is not supported", where=where, hint=hint)
+    parts: list[list] = []  # [text, weight]
     opened: dict[str, list[tuple[int, int]]] = {"(": [], "[": []}  # (index of the first piece inside, position)
 
     def close(bracket: str, factor: float) -> None:
-        for piece in found[opened[bracket].pop()[0] :]:
+        for piece in parts[opened[bracket].pop()[0] :]:
             piece[1] *= factor
 
     for match in TOKEN.finditer(prompt):
         token, number = match[0], match[1]
         if token[0] == "\\":
-            found.append([token[1:], 1.0])
+            parts.append([token[1:], 1.0])
         elif token in opened:
-            opened[token].append((len(found), match.start()))
+            opened[token].append((len(parts), match.start()))
             if len(opened["("]) + len(opened["["]) > MAX_DEPTH:
                 raise ConfigError(f"brackets are nested more than {MAX_DEPTH} deep", where=where)
         elif number is not None and opened["("]:
@@ -71,13 +68,13 @@ def read(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
         elif token == "]" and opened["["]:
             close("[", SQUARE)
         else:
-            found += _broken(token)
+            parts += _broken(token)
     unclosed = sorted(place for places in opened.values() for _, place in places)
     for bracket, factor in (("(", ROUND), ("[", SQUARE)):
         while opened[bracket]:
             close(bracket, factor)
     lines = [f"the bracket at {prompt[place : place + 20]!r} is not closed" for place in unclosed]
-    return _joined(found, where), lines
+    return _joined(parts, where), lines
 
 
 def _broken(text: str) -> list[list]:
@@ -94,14 +91,14 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"the weight {text!r:.40} is not a number", where=where, todo="write (word:1.3)") from None
+        raise ConfigError(f"the weight {text!r:.40} is not a number", where=where, hint="write (word:1.3)") from None
 
 
-def _joined(found: list[list], where: str) -> list[Piece]:
+def _joined(parts: list[list], where: str) -> list[Piece]:
     """Pieces without the empty ones, runs of one weight as one."""
     pieces: list[Piece] = []
-    said = [(text, weight) for text, weight in found if text]
-    for (weight, breaks), run in groupby(said, lambda piece: (piece[1], piece[0] is BREAK)):
+    written = [(text, weight) for text, weight in parts if text]
+    for (weight, breaks), run in groupby(written, lambda piece: (piece[1], piece[0] is BREAK)):
         texts = [text for text, _ in run]
         if breaks:
             pieces += texts

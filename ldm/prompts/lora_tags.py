@@ -27,7 +27,7 @@ def take_loras(prompt: str, where: str = "prompt") -> tuple[str, tuple[LoraTag, 
     tags = tuple(_tag(match[1], where) for match in TAG.finditer(prompt))
     text = TAG.sub(" ", prompt).strip() if tags else prompt
     if "<lora:" in text:
-        raise ConfigError("a <lora:…> tag is not closed", where=where, todo="write <lora:name:0.8>")
+        raise ConfigError("a <lora:…> tag is not closed", where=where, hint="write <lora:name:0.8>")
     return text, tags
 
 
@@ -39,5 +39,5 @@ def _tag(content: str, where: str) -> LoraTag:
         weight = math.nan
     if not name.strip() or not math.isfinite(weight):
         tag = f"<lora:{content}>"
-        raise ConfigError(f"{tag!r:.80} has no name or no number", where=where, todo="write <lora:name:0.8>")
+        raise ConfigError(f"{tag!r:.80} has no name or no number", where=where, hint="write <lora:name:0.8>")
     return LoraTag(name.strip(), weight)

@@ -1,12 +1,12 @@
-"""Prompts that change while a picture is drawn, in A1111's notation.
+"""Prompts, parsed once, which may change while an image is drawn, in A1111's notation.
 
   [a:b:0.5]  a in the first half of the steps, then b; [a:b:5] a in the first 5 steps, then b
   [a:0.3]    nothing, then a            [a::0.3]  a, then nothing
   [a|b|c]    a, b, c, a, … in turn, a step each
 
 A number with a point is a fraction of the steps, rounded down; one without is a number of steps. They may stand inside
-each other and around emphasis. What has none of these forms is left as it is, as A1111 leaves it, to `parse`. But where
-A1111 then gives up on the whole prompt (a | outside of brackets), here that is an ordinary character.
+each other and around emphasis. What has none of these forms is left as it is, as A1111 does. But where A1111 then gives
+up on the whole prompt (a | outside of brackets), here that is an ordinary character.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ldm.errors import ConfigError
-from ldm.prompts.emphasis import MAX_DEPTH, read
+from ldm.prompts.emphasis import BREAK, MAX_DEPTH, Piece, read
 
 TOKEN = re.compile(r"\\.|[^\\\[\]():|]+|.", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)")
@@ -60,46 +61,67 @@ class Frame:
 
     def closed(self) -> Nodes | None:
         """What the bracket means now that it ends; None where it has no form that means anything."""
-        said = "".join(self.separators)
+        form = "".join(self.separators)
         if self.bracket == "(":
-            return [*self.literally(), ")"] if said in ("", ":") else None
-        if said in (":", "::") and (when := _number(self.parts[-1])):
-            before = self.parts[0] if said == "::" else []
+            return [*self.literally(), ")"] if form in ("", ":") else None
+        if form in (":", "::") and (when := _number(self.parts[-1])):
+            before = self.parts[0] if form == "::" else []
             return [Choice([before, self.parts[-2]], when)]
-        if said and not said.strip("|"):
+        if form and not form.strip("|"):
             return [Choice(self.parts, None)]
-        return None if said else [*self.literally(), "]"]
+        return None if form else [*self.literally(), "]"]
 
 
-def at_steps(prompt: str, n: int) -> list[tuple[int, str]]:
-    """The texts of a prompt over `n` steps: (first step, text), the first for step 0, neighbours differing.
+class Text(NamedTuple):
+    """A prompt's text at one step."""
 
-    Raises ConfigError for brackets nested too deep.
-    """
-    nodes, _ = _tree(prompt, "prompt")
-    choices = _choices(nodes)
-    steps = {0, *(choice.first_of_second(n) for choice in choices if choice.when is not None)}
-    steps = range(n) if any(choice.when is None for choice in choices) else sorted(s for s in steps if 0 <= s < n)
-    found: list[tuple[int, str]] = []
-    for step in steps:
-        text = "".join(_chosen(nodes, lambda choice: choice.at(step, n)))  # noqa: B023, used at once
-        if not found or text != found[-1][1]:
-            found.append((step, text))
-    return found
+    written: str  # with its emphasis
+    pieces: tuple[Piece, ...]
+
+    @property
+    def plain(self) -> str:
+        """The words alone."""
+        return " ".join(piece.text for piece in self.pieces if piece is not BREAK)
 
 
-def check(prompt: str, where: str = "prompt", strict: bool = False) -> list[str]:
-    """Raise ConfigError for what `parse` will refuse in any of the prompt's texts; needs no number of steps.
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose grammar is right. `parse` makes it; two of the same text are equal."""
 
-    Returns one line for each bracket that is not closed, and for each [a:b] or [a|b:1], which only look like prompt
-    editing; with `strict` the first of these is raised instead.
-    """
-    nodes, lines = _tree(prompt, where)
-    for part in [nodes, *(option for choice in _choices(nodes) for option in choice.options)]:
-        lines += read("".join(_chosen(part, lambda choice: [])), where)[1]
-    if lines and strict:
-        raise ConfigError(lines[0], where=where, todo="write a backslash before a bracket that means itself")
-    return lines
+    text: str
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # brackets that are not what they look like
+    _nodes: Nodes = field(default_factory=list, compare=False, repr=False)
+    _read: dict[str, tuple[Piece, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "prompt") -> Prompt:
+        """Raises ConfigError, of any of the texts that the prompt can become, as `emphasis.read` does.
+
+        The remarks have one line for each bracket that is not closed, and for each [a:b] or [a|b:1], which only look
+        like prompt editing.
+        """
+        nodes, remarks = _tree(text, where)
+        known: dict[str, tuple[Piece, ...]] = {}
+        for part in [nodes, *(option for choice in _choices(nodes) for option in choice.options)]:
+            written = "".join(_chosen(part, lambda choice: []))
+            pieces, lines = read(written, where)
+            known[written] = tuple(pieces)
+            remarks += lines
+        return cls(text, tuple(remarks), nodes, known)
+
+    def at_steps(self, n: int) -> list[tuple[int, Text]]:
+        """The texts over `n` steps: (first step, text), the first one for step 0, neighbours differing."""
+        choices = _choices(self._nodes)
+        starts = {0, *(choice.first_of_second(n) for choice in choices if choice.when is not None)}
+        steps = range(n) if any(choice.when is None for choice in choices) else sorted(s for s in starts if 0 <= s < n)
+        texts: list[tuple[int, Text]] = []
+        for step in steps:
+            written = "".join(_chosen(self._nodes, lambda choice: choice.at(step, n)))  # noqa: B023, used at once
+            if not texts or written != texts[-1][1].written:
+                if written not in self._read:
+                    self._read[written] = tuple(read(written, "prompt")[0])
+                texts.append((step, Text(written, self._read[written])))
+        return texts
 
 
 def _tree(prompt: str, where: str) -> tuple[Nodes, list[str]]:
@@ -145,10 +167,10 @@ def _number(nodes: Nodes) -> str | None:
 
 def _choices(nodes: Nodes) -> list[Choice]:
     """All of them, those inside others too."""
-    found = [node for node in nodes if isinstance(node, Choice)]
-    for choice in found:  # grows meanwhile
-        found += [node for option in choice.options for node in option if isinstance(node, Choice)]
-    return found
+    choices = [node for node in nodes if isinstance(node, Choice)]
+    for choice in choices:  # grows meanwhile
+        choices += [node for option in choice.options for node in option if isinstance(node, Choice)]
+    return choices
 
 
 def _chosen(nodes: Nodes, choose: Callable[[Choice], Nodes]) -> list[str]:

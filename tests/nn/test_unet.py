@@ -165,7 +165,7 @@ def test_bits_do_not_depend_on_the_batch(dtype, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_prepared_texts_change_no_bit(kind, dtype):
+def test_what_is_kept_of_the_texts_changes_no_bit(kind, dtype):
     unet = randomised(UNet(CONFIGS[kind])).eval().to(dtype)
     x, t, states, extra = inputs(CONFIGS[kind])
     x, states, extra = x.to(dtype), states.to(dtype), {name: value.to(dtype) for name, value in extra.items()}
@@ -176,9 +176,12 @@ def test_prepared_texts_change_no_bit(kind, dtype):
                 more = {name: value[:n] for name, value in extra.items()}
                 of_n = None if m is None else m[:n]
                 expected = unet(x[:n], t[:n], states[:n], mask=of_n, **more)
-                prepared = unet.prepare(states[:n], of_n)
+                cache, texts = unet.prepare(), states[:n]
                 for _step in range(2):
-                    assert torch.equal(unet(x[:n], t[:n], prepared, **more), expected)
+                    assert torch.equal(unet(x[:n], t[:n], texts, mask=of_n, cache=cache, **more), expected)
+                assert cache.made
+                other = unet(x[:n], t[:n], texts.flip(1), mask=of_n, cache=cache, **more)
+                assert torch.equal(other, unet(x[:n], t[:n], texts.flip(1), mask=of_n, **more))
 
 
 def test_training_mode_pads_nothing():

@@ -13,7 +13,7 @@ from ldm.nn.unet import GEGLU, ResnetBlock, TransformerBlock, UNet, UNetConfig
 from tests.training.conftest import TINY_UNET
 
 
-def resnet(self, x, temb, kernels):
+def resnet(self, x, temb):
     h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(temb)[:, :, None, None]
     return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -28,7 +28,7 @@ def attend(layer, x, context, mask=None):
     return layer.to_out[0](attention(q, k, v, layer.num_heads, mask, layer.backend))
 
 
-def transformer(self, x, states, mask, perturb):
+def transformer(self, x, states, mask, perturb, cache):
     h = self.norm1(x)
     x = x + attend(self.attn1, h, h)
     x = x + attend(self.attn2, self.norm2(x), states, mask)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ldm.nn import winograd
 from ldm.nn.lora import LowRank, clone_shared_weights, merge, unmerge
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.nn.winograd import convolved, kernels_of
+from ldm.nn.winograd import Conv3x3
 
 WIDE = {"block_out_channels": (64, 96), "layers_per_block": 1, "transformer_layers": (0, 1), "num_heads": (2, 2)}
 
@@ -20,19 +21,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def convolution(channels=64, out=96, seed=0, **settings):
+def convolution(channels=64, out=96, seed=0):
     torch.manual_seed(seed)
-    layer = nn.Conv2d(channels, out, **{"kernel_size": 3, "padding": 1, **settings})
+    layer = Conv3x3(channels, out)
     return layer.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def pictures(count, channels, height, width, seed=1):
+def direct(layer, x):
+    """PyTorch's own sum."""
+    return nn.Conv2d.forward(layer, x)
+
+
+def images(count, channels, height, width, seed=1):
     x = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(seed))
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def kernel_of(layer):
+    layer.refresh()
+    return layer.kernel
+
+
 def drawn(layer, x):
-    return convolved(layer, x, kernels_of(layer))
+    layer.refresh()
+    return layer(x)
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +56,11 @@ def no_gradients():
 @pytest.mark.parametrize(("channels", "out"), [(64, 64), (64, 96), (192, 80), (200, 192)])
 @pytest.mark.parametrize("size", [(4, 4), (8, 12), (16, 16), (36, 4)])
 def test_it_is_the_convolution(channels, out, size):
-    layer, x = convolution(channels, out), pictures(2, channels, *size)
+    layer, x = convolution(channels, out), images(2, channels, *size)
     y, exact = drawn(layer, x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
     assert y.shape == exact.shape and y.is_contiguous(memory_format=torch.channels_last)
-    assert not torch.equal(y, layer(x))  # it went by tiles
-    error, least = ((one - exact).square().mean().sqrt() for one in (y, layer(x)))
+    assert not torch.equal(y, direct(layer, x))  # it went by tiles
+    error, least = ((one - exact).square().mean().sqrt() for one in (y, direct(layer, x)))
     assert error < 4 * least
 
 
@@ -68,9 +80,9 @@ def test_every_place_of_a_patch_counts_exactly_once(place):
 @pytest.mark.parametrize(("channels", "out"), [(96, 192), (72, 90)])
 @pytest.mark.parametrize("size", [(4, 4), (8, 8), (12, 20), (64, 32)])
 def test_an_image_has_the_same_bits_in_every_even_batch(size, channels, out, monkeypatch):
-    layer, x = convolution(channels, out), pictures(18, channels, *size)
+    layer, x = convolution(channels, out), images(18, channels, *size)
     whole = drawn(layer, x)
-    assert not torch.equal(whole, layer(x))
+    assert not torch.equal(whole, direct(layer, x))
     for count in range(2, 18, 2):
         assert torch.equal(drawn(layer, x[:count]), whole[:count]), count
         assert torch.equal(drawn(layer, x[-count:]), whole[-count:]), count
@@ -97,7 +109,7 @@ def test_a_cpu_whose_products_depend_on_the_batch_computes_directly(least, monke
     monkeypatch.setattr(winograd, "_product", product)
     assert winograd._fewest.__wrapped__(64, 96, 1) is None
     monkeypatch.setattr(winograd, "_fewest", lambda *of: None)
-    assert not kernels_of(convolution())
+    assert kernel_of(convolution()) is None
 
 
 def test_more_rows_are_tried_where_few_are_not_enough(monkeypatch):
@@ -111,40 +123,50 @@ def test_more_rows_are_tried_where_few_are_not_enough(monkeypatch):
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 9), (1, 1), (2, 2)])
 def test_pictures_that_are_not_of_whole_tiles_are_computed_directly(size):
-    layer, x = convolution(), pictures(2, 64, *size)
-    assert kernels_of(layer) and torch.equal(drawn(layer, x), layer(x))
+    layer, x = convolution(), images(2, 64, *size)
+    assert kernel_of(layer) is not None and torch.equal(drawn(layer, x), direct(layer, x))
 
 
 def test_odd_numbers_of_pictures_other_layouts_and_bf16_are_computed_directly():
-    layer, x = convolution(), pictures(3, 64, 8, 8)
-    assert torch.equal(drawn(layer, x), layer(x))
-    assert torch.equal(drawn(layer, x[:2].contiguous()), layer(x[:2].contiguous()))
-    assert torch.equal(
-        convolved(layer.bfloat16(), x[:2].bfloat16(), kernels_of(convolution())), layer(x[:2].bfloat16())
-    )
+    layer, x = convolution(), images(3, 64, 8, 8)
+    assert torch.equal(drawn(layer, x), direct(layer, x))
+    assert torch.equal(drawn(layer, x[:2].contiguous()), direct(layer, x[:2].contiguous()))
+    halves = x[:2].bfloat16()
+    assert torch.equal(layer.bfloat16()(halves), direct(layer, halves))  # refreshed before it was cast
 
 
 def test_layers_of_other_kinds_have_no_kernel(monkeypatch):
-    others = ({"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"kernel_size": 1, "padding": 0})
-    layers = [convolution(**other) for other in others]
-    layers += [convolution(32, 96), convolution(96, 32), convolution().bfloat16(), convolution().to("meta")]
-    assert not kernels_of(nn.ModuleList(layers).eval())
+    layers = [convolution(32, 96), convolution(96, 32), convolution().bfloat16(), convolution().to("meta")]
+    assert [kernel_of(layer) for layer in layers] == [None] * 4
     monkeypatch.setattr(winograd, "LARGEST", 36 * 64 * 96 * 4 - 1)
-    assert not kernels_of(convolution())
+    assert kernel_of(convolution()) is None
 
 
 def test_training_gradients_and_autocast_have_none():
-    layer = convolution()
-    assert kernels_of(layer)
+    layer, x = convolution(), images(2, 64, 8, 8)
+    expected = direct(layer, x)
+    assert not torch.equal(drawn(layer, x), expected)
     with torch.enable_grad():
-        assert not kernels_of(layer)
+        assert torch.equal(layer(x), expected) and kernel_of(layer) is None
+    layer.refresh()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not kernels_of(layer)
-    assert not kernels_of(layer.train())
+        assert torch.equal(layer(x), direct(layer, x)) and kernel_of(layer) is None
+    layer.refresh()
+    assert torch.equal(layer.train()(x), expected) and kernel_of(layer) is None
+
+
+def test_a_kernel_is_not_used_once_its_weight_was_written_to():
+    layer, x = convolution(), images(2, 64, 8, 8)
+    layer.refresh()
+    layer.weight.mul_(2)
+    assert torch.equal(layer(x), direct(layer, x))
+    layer.refresh()
+    layer.weight = nn.Parameter(convolution().weight, requires_grad=False)
+    assert torch.equal(layer(x), direct(layer, x))
 
 
 def test_whoever_writes_to_a_weight_the_kernel_is_of_what_it_holds():
-    layer, other, x = convolution(), convolution(seed=5), pictures(2, 64, 8, 8)
+    layer, other, x = convolution(), convolution(seed=5), images(2, 64, 8, 8)
     before, expected = drawn(layer, x), drawn(other, x)
     layer.load_state_dict(other.state_dict())
     assert torch.equal(drawn(layer, x), expected)
@@ -159,7 +181,7 @@ def test_whoever_writes_to_a_weight_the_kernel_is_of_what_it_holds():
 
 
 def test_a_lora_is_seen_and_taken_away_again():
-    net, x = nn.Sequential(convolution()), pictures(2, 64, 8, 8)
+    net, x = nn.Sequential(convolution()), images(2, 64, 8, 8)
     twin, before = clone_shared_weights(net), drawn(net[0], x)
     kept = merge(net, {"0": [(LowRank(torch.randn(2, 64, 3, 3), torch.randn(96, 2, 1, 1), 2.0), 1.0)]})
     changed = drawn(net[0], x)
@@ -170,7 +192,7 @@ def test_a_lora_is_seen_and_taken_away_again():
 
 
 def test_what_was_made_in_inference_mode_is_of_use_outside_of_it():
-    layer, x = convolution(), pictures(2, 64, 8, 8)
+    layer, x = convolution(), images(2, 64, 8, 8)
     with torch.inference_mode():
         made = convolution()
         first = drawn(made, x)
@@ -182,30 +204,34 @@ def test_what_was_made_in_inference_mode_is_of_use_outside_of_it():
 
 def test_with_other_threads_it_is_tried_again_how_many_rows_are_enough(monkeypatch):
     layer = convolution()
-    assert kernels_of(layer)[layer].fewest == winograd._fewest(64, 96, torch.get_num_threads())
+    assert kernel_of(layer).fewest == winograd._fewest(64, 96, torch.get_num_threads())
     monkeypatch.setattr(winograd, "_fewest", lambda channels, out, threads: 1000)
-    assert kernels_of(layer)[layer].fewest == 1000
+    assert kernel_of(layer).fewest == 1000
     monkeypatch.setattr(winograd, "_fewest", lambda channels, out, threads: None)
-    assert not kernels_of(layer)
+    assert kernel_of(layer) is None
 
 
-def test_kernels_go_with_their_layer():
+def test_a_kernel_is_made_once_and_shared_with_copies_of_its_layer():
+    layer = nn.Sequential(convolution())
+    kernel = kernel_of(layer[0])
+    assert kernel_of(layer[0]) is kernel
+    twin = clone_shared_weights(layer)[0]
+    assert kernel_of(twin) is kernel and twin.weight is not layer[0].weight
+    gone = weakref.ref(kernel.values)
+    del layer, twin, kernel
     gc.collect()
-    count, layer = len(winograd._made), convolution()
-    assert kernels_of(layer)[layer] is kernels_of(layer)[layer]
-    assert len(winograd._made) == count + 1
-    del layer
-    gc.collect()
-    assert len(winograd._made) == count
+    assert gone() is None
 
 
 def test_a_whole_unet_that_is_prepared_goes_by_tiles_and_keeps_its_bits_in_every_batch():
     torch.manual_seed(0)
     unet = UNet(UNetConfig(in_channels=4, out_channels=4, cross_attention_dim=32, **WIDE)).eval()
     unet.to(memory_format=torch.channels_last)
-    x, states, steps = pictures(9, 4, 16, 24), torch.randn(9, 7, 32), torch.arange(9) * 100.0
-    assert len(unet.prepare(states).kernels) == 17  # all but the first, the last, and the one that halves
-    whole, plain = unet(x, steps, unet.prepare(states)), unet(x, steps, states)
+    x, states, steps = images(9, 4, 16, 24), torch.randn(9, 7, 32), torch.arange(9) * 100.0
+    plain = unet(x, steps, states)
+    whole = unet(x, steps, states, cache=unet.prepare())
+    kernels = [layer.kernel for layer in unet.modules() if isinstance(layer, Conv3x3)]
+    assert len(kernels) == 17 and None not in kernels  # all but the first, the last, and the one that halves
     for count in range(1, 9):
-        assert torch.equal(unet(x[:count], steps[:count], unet.prepare(states[:count])), whole[:count]), count
+        assert torch.equal(unet(x[:count], steps[:count], states[:count], cache=unet.prepare()), whole[:count]), count
     assert not torch.equal(whole, plain) and torch.allclose(whole, plain, atol=2e-4 * plain.std().item())

@@ -166,6 +166,11 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
     return Model(unet, vae, text, schedule, path.stem, path.resolve(), digest, info)
 
 
+def text_on_meta(plan: Plan) -> TextEncoder:
+    """The text encoder without its weights, which can tokenize."""
+    return _build(plan, _on_meta(plan))[2]
+
+
 def _on_meta(plan: Plan) -> dict[str, dict[str, torch.Tensor]]:
     """The file's tensors without memory, to check whether they fit."""
     import torch

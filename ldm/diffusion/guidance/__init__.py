@@ -1,9 +1,8 @@
-"""Guidance: what is made of the network's answers with and without a prompt, before the denoiser turns it into x0.
+"""Guidance: what is made of the network's answers with and without a prompt, before they become x0.
 
-Importing this imports no torch, so that --help can list GUIDANCES.
+Importing this imports no torch, so that --help can list GUIDANCES; `guided.guided_denoiser` does the work.
 """
 
-from ldm.diffusion.guidance.guided import cfg, guide
 from ldm.diffusion.guidance.settings import GUIDANCES, Guidance
 
-__all__ = ["GUIDANCES", "Guidance", "cfg", "guide"]
+__all__ = ["GUIDANCES", "Guidance"]

@@ -1,16 +1,15 @@
 """The arithmetic of each guidance on raw answers of the network (B, C, H, W) fp32; weights w are (B, 1, 1, 1).
 
 c with the prompt   u without it   p with the prompt and perturbed attention
-Sums over a picture are taken picture by picture: in one call, their order would depend on the batch.
+Sums over an image are taken image by image: in one call, their order would depend on the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 def classifier_free(c: Tensor, u: Tensor, w: Tensor) -> Tensor:
@@ -20,7 +19,7 @@ def classifier_free(c: Tensor, u: Tensor, w: Tensor) -> Tensor:
 
 def best_scale(c: Tensor, u: Tensor) -> Tensor:
     """(B, 1, 1, 1): the multiple of u that is nearest to c (Fan et al. 2025, section 4)."""
-    return per_picture(lambda c, u: (c * u).sum() / (u.square().sum() + 1e-8), c, u)
+    return of_each_image(lambda c, u: (c * u).sum() / (u.square().sum() + 1e-8), c, u)
 
 
 def projected(c: Tensor, change: Tensor, w: Tensor, eta: float, threshold: float) -> Tensor:
@@ -28,29 +27,23 @@ def projected(c: Tensor, change: Tensor, w: Tensor, eta: float, threshold: float
 
     The change is shortened to a norm of `threshold`, and its part along c is multiplied by eta.
     """
-    import torch
-
     if threshold > 0:
-        norm = per_picture(torch.linalg.vector_norm, change)
+        norm = of_each_image(torch.linalg.vector_norm, change)
         change = change * (threshold / norm).clamp(max=1)
     exact = torch.float64 if c.device.type != "mps" else torch.float32
     change, along = change.to(exact), c.to(exact)
-    unit = along / per_picture(torch.linalg.vector_norm, along).clamp(min=1e-12)
-    parallel = per_picture(lambda a, b: (a * b).sum(), change, unit) * unit
+    unit = along / of_each_image(torch.linalg.vector_norm, along).clamp(min=1e-12)
+    parallel = of_each_image(lambda a, b: (a * b).sum(), change, unit) * unit
     return c + (w - 1) * (change - parallel + eta * parallel).float()
 
 
 def rescaled(guided: Tensor, c: Tensor, share: float) -> Tensor:
     """`guided` with a share of c's standard deviation restored (Lin et al. 2024, section 3.4)."""
-    import torch
-
-    ratio = per_picture(torch.std, c) / per_picture(torch.std, guided)
+    ratio = of_each_image(torch.std, c) / of_each_image(torch.std, guided)
     return share * (guided * ratio) + (1 - share) * guided
 
 
-def per_picture(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """A number of each picture, (B, 1, 1, 1)."""
-    import torch
-
-    numbers = torch.stack([function(*pictures) for pictures in zip(*tensors)])
+def of_each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A number of each image, (B, 1, 1, 1)."""
+    numbers = torch.stack([function(*image) for image in zip(*tensors)])
     return numbers.view(-1, *[1] * (tensors[0].ndim - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -50,13 +49,13 @@ class Guidance:
     """
 
     kind: str = "cfg"
-    scale: float | tuple[float, ...] = 6.0  # one for all pictures, or one each; 1 and less: none
+    scale: float | tuple[float, ...] = 6.0  # one for all images, or one each; 1 and less: none
     rescale: float = 0.0  # 0 to 1: how much of the conditional answer's spread is restored (Lin et al. 2024, 3.4)
     interval: tuple[float, float] | None = None  # guidance from this to that fraction of the steps, as in diffusers
     sigma_interval: tuple[float, float] | None = None  # or where low < sigma <= high (Kynkäänniemi et al. 2024)
     apg_eta: float | None = None  # how much is kept of the change along the conditional answer; 1: all
     apg_momentum: float | None = None  # of earlier changes, added to each; negative: pushed away from them
-    apg_threshold: float | None = None  # longest change, as a norm over the picture's latents; 0: any
+    apg_threshold: float | None = None  # longest change, as a norm over the image's latents; 0: any
     pag_scale: float | None = None
     pag_layers: tuple[str, ...] | None = None  # whose self-attention is perturbed: mid, down.0, up.1, …
     zero_init_steps: int | None = None  # first steps that do nothing; None: 1 for flow models, else 0
@@ -87,16 +86,15 @@ class Guidance:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    @property
-    def needs_uncond(self) -> bool:
-        """Whether any picture's negative prompt is looked at."""
-        return any(s > 1 for s in (self.scale if isinstance(self.scale, tuple) else (self.scale,)))
-
-    def of(self, rows: Sequence[int]) -> Guidance:
-        """That of some of the pictures alone, where each has its own scale."""
-        if not isinstance(self.scale, tuple):
-            return self
-        return dataclasses.replace(self, scale=tuple(self.scale[row] for row in rows))
+    def applies(self, step: int, steps: int, sigma: float) -> bool:
+        """Whether the interval holds this step (from 0) of so many, or this sigma."""
+        if self.interval is not None:
+            first, end = (int(fraction * steps) for fraction in self.interval)  # as diffusers rounds
+            return first <= step < end
+        if self.sigma_interval is not None:
+            low, high = self.sigma_interval
+            return low < sigma <= high
+        return True
 
 
 def _number(value: Any, where: str, low: float, high: float) -> float:

@@ -1,43 +1,43 @@
-"""What every sampler uses: the registry, one evaluation of the denoiser, and how an ancestral step divides its noise.
+"""What every sampler uses: the registry, one call of the denoiser, and how an ancestral step divides its noise.
 
 Inside a sampler a sigma is a Python float (float64), so that coefficients lose nothing where sigma reaches 4096 and
-more; x keeps its own precision, and every operation on it is elementwise, so that a picture's bits do not depend on
+more; x keeps its own precision, and every operation on it is elementwise, so that an image's bits do not depend on
 its batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.diffusion.denoiser import Denoise
 
-    Noise = Callable[[int], Tensor] | None
-    Callback = Callable[[int, Tensor, Tensor], None] | None
+Noise = Callable[[int], Any] | None  # (i) -> the i-th draw
+Callback = Callable[[int, Any, Any], Any] | None  # (i, x, x0)
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {}
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
 def sampler(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """List a sampler under its own name; it runs without gradients."""
-
-    @wraps(function)
-    def without_gradients(*args, **kwargs):
-        import torch
-
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    SAMPLERS[function.__name__] = without_gradients
-    return without_gradients
+    SAMPLERS[function.__name__] = listed = without_gradients()(function)
+    return listed
 
 
-def evaluate(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
+def denoise_at(denoise: Denoise, x: Tensor, sigma: float) -> Tensor:
     """x0 (B, C, H, W) for x at one sigma."""
     return denoise(x, x.new_full((len(x),), sigma, device="cpu"))
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ldm.diffusion.samplers.base import ancestral, evaluate, sampler
+from ldm.diffusion.samplers.base import Callback, Noise, ancestral, denoise_at, sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.diffusion.denoiser import Denoise
-    from ldm.diffusion.samplers.base import Callback, Noise
 
 LMS_ORDER = 4
 INFINITE = 1000.0  # a sigma above stands for infinity (4096 at zero terminal SNR), where a mean of slopes means nothing
@@ -64,12 +63,12 @@ def _two_stages(
 ) -> Tensor:
     """Euler's step, then a correction by gain(sigma, sigma_next) * (x0 at the second sigma - x0 at the first)."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         d = (x - x0) / sigma
         x = x0 + sigma_next * d
         if sigma_next > 0 and (weight := gain(sigma, sigma_next)):
             there = second(sigma, sigma_next)
-            x = x + weight * (evaluate(denoise, x0 + there * d, there) - x0)
+            x = x + weight * (denoise_at(denoise, x0 + there * d, there) - x0)
         if callback:
             callback(i, x, x0)
     return x
@@ -137,7 +136,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, call
     """UniPC-2 on x0 with B2 (Zhao et al. 2023): third order with one evaluation a step."""
     change = h = h_last = x_last = x0_last = ratio = None
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         # Corrector: the last step once more, now that x0 at its end is known
         if i > 0:
             if change is None:
@@ -174,7 +173,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callba
     slopes: list[Tensor] = []  # newest first
     levels = sigmas.tolist()
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         d = (x - x0) / sigma
         slopes = [d, *slopes[: LMS_ORDER - 1]]
         nodes = levels[i : i - len(slopes) if i >= len(slopes) else None : -1]

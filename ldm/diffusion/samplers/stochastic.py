@@ -6,13 +6,12 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ldm.diffusion.samplers.base import ancestral, evaluate, sampler
+from ldm.diffusion.samplers.base import Callback, Noise, ancestral, denoise_at, sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ldm.diffusion.denoiser import Denoise
-    from ldm.diffusion.samplers.base import Callback, Noise
 
 
 @sampler
@@ -21,7 +20,7 @@ def euler_ancestral(
 ) -> Tensor:
     """Euler's method to a lower sigma, and noise back up to the next (k-diffusion): first order."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         down, up = ancestral(sigma, sigma_next, eta)
         x = x0 + (down / sigma) * (x - x0)
         if up > 0:
@@ -43,11 +42,11 @@ def dpmpp_2s_ancestral(
 ) -> Tensor:
     """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1) to a lower sigma, and noise back up; two evaluations a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = d = evaluate(denoise, x, sigma)
+        x0 = d = denoise_at(denoise, x, sigma)
         down, up = ancestral(sigma, sigma_next, eta)
         if down > 0:
             middle = math.sqrt(sigma * down)
-            d = evaluate(denoise, x0 + (middle / sigma) * (x - x0), middle)
+            d = denoise_at(denoise, x0 + (middle / sigma) * (x - x0), middle)
         x = d + (down / sigma) * (x - d)
         if up > 0:
             x = x + up * noise(i)
@@ -67,13 +66,13 @@ def dpmpp_sde(
     parts, and the whole is their sum.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = d = evaluate(denoise, x, sigma)
+        x0 = d = denoise_at(denoise, x, sigma)
         upper, lower = (noise(2 * i), noise(2 * i + 1)) if eta and sigma_next > 0 else (None, None)
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
             down, up = ancestral(sigma, middle, eta)
             x_middle = x0 + (down / sigma) * (x - x0)
-            d = evaluate(denoise, x_middle if upper is None else x_middle + up * upper, middle)
+            d = denoise_at(denoise, x_middle if upper is None else x_middle + up * upper, middle)
         down, up = ancestral(sigma, sigma_next, eta)
         x = d + (down / sigma) * (x - d)
         if upper is not None:
@@ -91,7 +90,7 @@ def dpmpp_2m_sde(
     """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022): one evaluation a step; eta 0 is dpmpp_2m."""
     x0_last = h_last = None
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         if sigma_next == 0:
             x = x0
         else:
@@ -116,19 +115,19 @@ def dpmpp_3m_sde(
     """
     x0_last = change_last = h_last = h_older = None
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x0 = evaluate(denoise, x, sigma)
+        x0 = denoise_at(denoise, x, sigma)
         if sigma_next == 0:
             x = x0
         else:
             h = math.log(sigma / sigma_next)
-            reach = (1 + eta) * h
-            phi_2 = math.expm1(-reach) / reach + 1
-            x = math.exp(-reach) * x - math.expm1(-reach) * x0
+            h_eta = (1 + eta) * h
+            phi_2 = math.expm1(-h_eta) / h_eta + 1
+            x = math.exp(-h_eta) * x - math.expm1(-h_eta) * x0
             change = None if x0_last is None else (x0 - x0_last) * (h / h_last)  # h times the slope of x0
             if change_last is not None:
                 older = change_last * (h / h_last)  # change_last was taken with the h of its own step
-                bend = (change - older) * (h / (h_last + h_older))
-                x = x + phi_2 * (change + bend * (h_last / h)) - (phi_2 / reach - 0.5) * bend
+                d2 = (change - older) * (h / (h_last + h_older))
+                x = x + phi_2 * (change + d2 * (h_last / h)) - (phi_2 / h_eta - 0.5) * d2
             elif change is not None:
                 x = x + phi_2 * change
             if eta:
@@ -146,7 +145,7 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callba
     Wants `denoiser.consistency` around the denoiser: the network is then a map to x0 that keeps x where sigma is 0.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        x = x0 = evaluate(denoise, x, sigma)
+        x = x0 = denoise_at(denoise, x, sigma)
         if sigma_next > 0:
             x = x0 + sigma_next * noise(i)
         if callback:

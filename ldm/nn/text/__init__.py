@@ -4,7 +4,7 @@ from ldm.nn.text.clip import ClipText
 from ldm.nn.text.conditioning import Conditioning, known_words
 from ldm.nn.text.open_clip import OpenClipText
 from ldm.nn.text.t5 import T5Text
-from ldm.nn.text.weighting import count_chunks, cut_off, encode_weighted
+from ldm.nn.text.weighting import Tokens, check_plain, cut_off, encode_weighted, tokenize
 from ldm.nn.text.xl import XLText
 
 TextEncoder = ClipText | XLText | T5Text | OpenClipText
@@ -15,9 +15,11 @@ __all__ = [
     "OpenClipText",
     "T5Text",
     "TextEncoder",
+    "Tokens",
     "XLText",
-    "count_chunks",
+    "check_plain",
     "cut_off",
     "encode_weighted",
     "known_words",
+    "tokenize",
 ]

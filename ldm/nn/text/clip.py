@@ -59,7 +59,7 @@ class ClipText(OneNetwork):
         with self._lock:
             return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
-    def framed(self, tokens: list[int]) -> Tensor:
+    def with_special_tokens(self, tokens: list[int]) -> Tensor:
         """Token ids (1, S), S = max_length, of at most S - 2 tokens: with start and end, padded."""
         ids = [self.tokenizer.bos_token_id, *tokens, self.tokenizer.eos_token_id]
         return torch.tensor([ids + [self.tokenizer.pad_token_id] * (self.max_length - len(ids))])

@@ -31,6 +31,11 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.states)
 
+    @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        """The keywords of UNet.forward."""
+        return {"states": self.states, "mask": self.mask, "pooled": self.pooled}
+
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Conditioning:
         """The texts of a slice or a list of positions (repeated ones too); an int gives a batch of one."""
         if isinstance(index, int):

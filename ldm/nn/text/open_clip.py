@@ -80,7 +80,7 @@ class OpenClipText(OneNetwork):
         """All of a text's tokens, without start and end."""
         return self.tokenizer.encode(text)
 
-    def framed(self, tokens: list[int]) -> Tensor:
+    def with_special_tokens(self, tokens: list[int]) -> Tensor:
         """Token ids (1, S), S = max_length, of at most S - 2 tokens: with start and end, padded."""
         ids = [self.tokenizer.sot_token_id, *tokens, self.tokenizer.eot_token_id]
         return torch.tensor([ids + [0] * (self.max_length - len(ids))], device=self.device)

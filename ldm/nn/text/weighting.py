@@ -1,7 +1,7 @@
 """Prompts with weights and of any length, as A1111 encodes them: chunk by chunk, each token's state times its weight.
 
 A chunk is what the encoder takes at once, 75 tokens of CLIP's 77 between start and end. Its states are weighted after
-the encoder has seen it whole; a picture's text is the chunks' states one after the other.
+the encoder has seen it whole; an image's text is the chunks' states one after the other.
 
 Shapes:  S tokens of a chunk   D width of the states   P width of the pooled text   N chunks
 """
@@ -9,16 +9,17 @@ Shapes:  S tokens of a chunk   D width of the states   P width of the pooled tex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError, nearest
-from ldm.nn.text.conditioning import Conditioning, one_by_one
+from ldm.nn.text.conditioning import Conditioning
 from ldm.nn.text.t5 import T5Text
 from ldm.nn.text.xl import XLText
-from ldm.prompts import BREAK, EMPHASIS, parse
+from ldm.prompts import BREAK, EMPHASIS, Piece
 
 if TYPE_CHECKING:
     from ldm.nn.text import TextEncoder
@@ -31,49 +32,68 @@ NEAR = 20 / 75  # of a chunk: how far back a comma may be; A1111 looks back over
 Chunk = list[tuple[int, float]]  # (token, weight)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as a text encoder reads it; `tokenize` makes it."""
+
+    parts: tuple[list[Chunk], ...]  # the chunks for each of CLIP's encoders; () for T5
+    plain: str = ""  # what T5 reads
+    absent: bool = False  # there is no text: zeros for some models of XL
+
+    @property
+    def chunks(self) -> int:
+        return max((len(chunks) for chunks in self.parts), default=1)
+
+
+def tokenize(text: TextEncoder, prompt: Sequence[Piece] | None) -> Tokens:
+    """The tokens of a prompt's pieces; None is what it is for text.encode.
+
+    T5 has no chunks and takes no emphasis. Raises ConfigError for the latter.
+    """
+    pieces = [Piece("", 1.0)] if prompt is None else prompt
+    if isinstance(text, T5Text):
+        check_plain(pieces)
+        return Tokens((), pieces[0].text, prompt is None)
+    return Tokens(tuple(chunks_of(part, pieces) for part in _parts(text)), absent=prompt is None)
+
+
 @torch.no_grad()
 def encode_weighted(
-    text: TextEncoder, prompts: Sequence[str | None], clip_skip: int = 0, emphasis: str = "original", chunks: int = 1
+    text: TextEncoder, prompts: Sequence[Tokens], clip_skip: int = 0, emphasis: str = "original", chunks: int = 1
 ) -> Conditioning:
     """States (B, N * S, D) of prompts in A1111's grammar, and the pooled text of their first chunks (B, P).
 
-    Prompt editing has been resolved (`at_steps`). N is that of the longest prompt, and at least `chunks`; shorter ones
-    go on with empty chunks. Each distinct prompt is encoded alone and chunk by chunk, so that its bits depend on the
-    others through N alone. One chunk without emphasis has the bits of text.encode. None is what it is for text.encode.
-    T5 has no chunks and takes no emphasis. Raises ConfigError for an unknown emphasis, an impossible clip_skip, and
-    what `parse` refuses.
+    N is that of the longest prompt, and at least `chunks`; shorter ones go on with empty chunks. Each prompt is encoded
+    alone and chunk by chunk, so that its bits depend on the others through N alone. One chunk without emphasis has the
+    bits of text.encode. Raises ConfigError for an unknown emphasis, an impossible clip_skip, and no prompts.
     """
     if emphasis not in EMPHASIS:
-        raise ConfigError(f"unknown emphasis {emphasis!r:.80}", where="emphasis", todo=nearest(str(emphasis), EMPHASIS))
+        raise ConfigError(f"unknown emphasis {emphasis!r:.80}", where="emphasis", hint=nearest(str(emphasis), EMPHASIS))
     if isinstance(text, T5Text):
-        return text.encode([None if prompt is None else _plain(prompt) for prompt in prompts], clip_skip)
+        return text.encode([None if prompt.absent else prompt.plain for prompt in prompts], clip_skip)
+    if not prompts:
+        raise ConfigError("there is no text to encode")
     xl = isinstance(text, XLText)
-    parts, back = ((text.first, text.second), clip_skip + 1) if xl else ((text,), clip_skip)
-    for part in parts:
+    back = clip_skip + 1 if xl else clip_skip
+    for part in _parts(text):
         part.check_skip(back)
-    split = {prompt: [chunks_of(part, prompt or "") for part in parts] for prompt in dict.fromkeys(prompts)}
-    most = max([chunks, *(len(own) for found in split.values() for own in found)])
-
-    def encode(prompt: str | None) -> Conditioning:
+    most = max(chunks, *(prompt.chunks for prompt in prompts))
+    rows = []
+    for prompt in prompts:
         sides = [
             _side(part, own + [[]] * (most - len(own)), back, not xl, emphasis)
-            for part, own in zip(parts, split[prompt])
+            for part, own in zip(_parts(text), prompt.parts)
         ]
         states = torch.cat([states for states, _ in sides], dim=-1)  # (1, N * S, D)
         pooled = sides[-1][1]
-        if prompt is None and xl and text.zero_empty:
-            return Conditioning(torch.zeros_like(states), torch.zeros_like(pooled))
-        return Conditioning(states, pooled)
+        if prompt.absent and xl and text.zero_empty:
+            states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
+        rows.append(Conditioning(states, pooled))
+    return Conditioning.cat(rows)
 
-    return one_by_one(list(prompts), encode)
 
-
-def count_chunks(text: TextEncoder, prompt: str | None) -> int:
-    """How many chunks `encode_weighted` makes of a prompt; 1 for T5, which cuts."""
-    if isinstance(text, T5Text):
-        return 1
-    parts = (text.first, text.second) if isinstance(text, XLText) else (text,)
-    return max(len(chunks_of(part, prompt or "")) for part in parts)
+def _parts(text: TextEncoder) -> tuple[ClipText | OpenClipText, ...]:
+    return (text.first, text.second) if isinstance(text, XLText) else (text,)
 
 
 def cut_off(text: TextEncoder, prompt: str) -> str:
@@ -81,8 +101,8 @@ def cut_off(text: TextEncoder, prompt: str) -> str:
     return text.truncated(prompt) if isinstance(text, T5Text) else ""
 
 
-def chunks_of(part: ClipText | OpenClipText, prompt: str) -> list[Chunk]:
-    """The prompt's tokens in chunks. BREAK ends one; a full one ends at the last comma, where that is near its end.
+def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Chunk]:
+    """The tokens of a prompt's pieces in chunks: BREAK ends one, and a full one ends at the last comma near its end.
 
     At least one chunk, which may be empty; no empty one at the end of a prompt.
     """
@@ -91,7 +111,7 @@ def chunks_of(part: ClipText | OpenClipText, prompt: str) -> list[Chunk]:
     done: list[Chunk] = []
     chunk: Chunk = []
     comma = -1  # position of the last one in the chunk
-    for piece in parse(prompt):
+    for piece in pieces:
         if piece is BREAK:
             done.append(chunk)
             chunk, comma = [], -1
@@ -111,13 +131,13 @@ def _side(
     part: ClipText | OpenClipText, chunks: list[Chunk], back: int, norm: bool, emphasis: str
 ) -> tuple[Tensor, Tensor]:
     """One encoder's states (1, N * S, D) of all chunks and the pooled text (1, P) of the first."""
-    found = []
+    sides = []
     for chunk in chunks:
-        cond = part.states(part.framed([token for token, _ in chunk]), back, norm)
+        cond = part.states(part.with_special_tokens([token for token, _ in chunk]), back, norm)
         weights = torch.ones(part.max_length, device=cond.states.device)
         weights[1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
-        found.append((weighted(cond.states, weights, emphasis), cond.pooled))
-    return torch.cat([states for states, _ in found], dim=1), found[0][1]
+        sides.append((weighted(cond.states, weights, emphasis), cond.pooled))
+    return torch.cat([states for states, _ in sides], dim=1), sides[0][1]
 
 
 def weighted(states: Tensor, weights: Tensor, emphasis: str) -> Tensor:
@@ -135,9 +155,8 @@ def weighted(states: Tensor, weights: Tensor, emphasis: str) -> Tensor:
     return after.to(states.dtype)
 
 
-def _plain(prompt: str) -> str:
-    pieces = parse(prompt)
+def check_plain(pieces: Sequence[Piece]) -> None:
+    """Raise ConfigError for emphasis and BREAK, which T5 does not take."""
     if any(piece is BREAK or piece.weight != 1 for piece in pieces):
-        todo = "write it without, or a backslash before a bracket that means itself"
-        raise ConfigError("emphasis and BREAK are CLIP's, and this model reads with T5", where="prompt", todo=todo)
-    return pieces[0].text
+        hint = "write it without, or a backslash before a bracket that means itself"
+        raise ConfigError("emphasis and BREAK are CLIP's, and this model reads with T5", where="prompt", hint=hint)

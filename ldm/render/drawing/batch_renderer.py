@@ -10,7 +10,7 @@ from ldm import console
 from ldm.console import StopRequest
 from ldm.device import keep_memory
 from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
-from ldm.pipeline.metadata import make_records, warnings_of
+from ldm.pipeline.metadata import make_metadata, warnings_of
 from ldm.render.drawing.writer import Drawn, Writer
 from ldm.render.jobs.batches import Group, batch_size, groups, windows
 from ldm.render.jobs.jobs import Job
@@ -84,7 +84,7 @@ class BatchRenderer:
 
     def _metadata(self, engine: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         requests = [image_request(job.settings) for job in jobs]
-        metadata = make_records(engine.load(), engine.work, settings, requests)
+        metadata = make_metadata(engine.load(), engine.placement, settings, requests)
         self._warn(warnings_of(metadata, shown=len(metadata)))
         for job, of_image in zip(jobs, metadata):
             self._warn(differences(job.source, of_image) if job.source else ())
@@ -110,7 +110,7 @@ class BatchRenderer:
             batch = [numbers[row] for row in rows]
 
         try:
-            drawn = engine.draw(settings, [image_request(left[n].settings) for n in numbers], size, watch)
+            drawn = engine.generate(settings, [image_request(left[n].settings) for n in numbers], size, watch)
             for row, image, notes in drawn:
                 number = numbers[row]
                 seconds = (time.monotonic() - began) / len(batch)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm import console
+from ldm.device import check_dtype
 from ldm.errors import ConfigError, Interrupted, ResourceError
 from ldm.pipeline.checks import check_int
 from ldm.pipeline.keywords import ALIASES, MAX_IMAGES
-from ldm.pipeline.metadata import dtype_name
 from ldm.pipeline.result import Target
 from ldm.render.drawing.batch_renderer import BatchRenderer
 from ldm.render.drawing.dry_run import dry_run as print_plan
@@ -176,7 +176,7 @@ def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolve
         of_run["loaded"] = given.pop("model")
     if isinstance(given.get("lora"), tuple):  # (path, weight)
         given["lora"] = [given["lora"]]
-    given["dtype"] = dtype_name(given.get("dtype", "auto"))
+    given["dtype"] = check_dtype(given.get("dtype", "auto"))
     if given["dtype"] == "auto":
         given["dtype"] = dtype
     # Lines have no parser for these, or (clip_skip) count in another way.

@@ -13,11 +13,10 @@ from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
-from ldm.pipeline.drawing import ImageRequest
 from ldm.pipeline.engine import Engine
-from ldm.pipeline.request import Settings, card_scale, resolve
+from ldm.pipeline.request import ImageRequest, Settings, card_scale, resolve
 from ldm.pipeline.sources import DIGESTS, check_sources
-from ldm.prompts import check as check_grammar
+from ldm.prompts import Prompt
 from ldm.render.jobs.loaded_models import name_of_loaded
 from ldm.render.prompts.setting_table import IMAGE, SETTINGS, of_scope
 
@@ -62,7 +61,7 @@ class Resolver:
     def __call__(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         prompt, adapters = self._prompt(asked)
         negative = asked.get("negative_prompt", "")
-        check_grammar(negative or "", where="negative_prompt")
+        Prompt.parse(negative or "", where="negative_prompt")
         shared, sources = self._remembered({name: value for name, value in asked.items() if name not in OF_IMAGE})
         engine, info = self.model(shared)
         scale = asked.get("guidance_scale")
@@ -111,7 +110,7 @@ class Resolver:
         lora = None if given is None else [(path, weight) for path, weight in given]
         texts = check_prompts(asked["prompt"]), (asked.get("negative_prompt"),)
         (prompt,), _, (adapters,) = take_adapters(*texts, lora, self._lora_dir)
-        check_grammar(prompt)
+        Prompt.parse(prompt)
         return prompt, adapters
 
     def _check_fit(self, engine: Engine, adapters: tuple[Adapter, ...]) -> None:
@@ -156,7 +155,10 @@ def changed_settings(settings: Settings) -> dict[str, Any]:
 
 def image_request(settings: Mapping[str, Any]) -> ImageRequest:
     """The image of a job's settings."""
-    request = {name: settings[name] for name in ("prompt", "negative_prompt", "seed", "guidance_scale")}
+    request = {name: settings[name] for name in ("seed", "guidance_scale")}
+    negative = settings["negative_prompt"]
+    request["prompt"] = Prompt.parse(settings["prompt"])
+    request["negative_prompt"] = None if negative is None else Prompt.parse(negative)
     request["adapters"] = adapters_of(settings)
     if "variation_seed" in settings:
         request["variation"] = settings["variation_seed"], settings["variation_strength"]
@@ -181,7 +183,7 @@ def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digests(sources: Sources | None) -> dict[str, Any]:
     """What stands for the files of sources in a job's key: their pixels."""
-    metadata = {} if sources is None else sources.each[0].told
+    metadata = {} if sources is None else sources.each[0].metadata
     return {name: metadata[digest] for name, digest in DIGESTS.items() if digest in metadata}
 
 

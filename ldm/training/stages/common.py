@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.parts import load_unet_from, load_vae_from
-from ldm.diffusion.denoiser import Predict, training_loss, x0_error
+from ldm.diffusion.denoiser import Denoise, Predict, training_loss, x0_error
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
@@ -93,7 +93,7 @@ def validation_scores(
 
 
 def draw_grid(
-    predict: Predict,
+    denoise: Denoise,
     schedule: Schedule,
     sigmas: Tensor,
     sampler: str,
@@ -108,4 +108,4 @@ def draw_grid(
     def noise(*step: int) -> Tensor:
         return torch.stack([seeded.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
 
-    return sample(predict, schedule, sigmas, noise(), sampler, noise=noise, spacing=spacing)
+    return sample(denoise, schedule, sigmas, noise(), sampler, noise=noise, spacing=spacing)

@@ -18,7 +18,8 @@ from ldm.checkpoint.lora import networks, with_networks, write_lora_into
 from ldm.console import say
 from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict, training_loss
-from ldm.diffusion.guidance import cfg
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.request import card_scale, resolve
@@ -187,14 +188,16 @@ class Finetune:
             return None
         plain = self._plain(ema)
         text, side = self._text(plain), s.data.resolution
-        sizes = (side, side, 0, 0, side, side) if self.xl else None  # original, crop, target
-        network, shape = conditioned(_parts(plain)["unet"], sizes), (vae.latent_channels, *[side // vae.factor] * 2)
+        network, shape = _parts(plain)["unet"], (vae.latent_channels, *[side // vae.factor] * 2)
+        if self.xl:  # original size, crop, target size
+            network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
+        schedule, sigmas, guidance = self.model.schedule, drawing.runs[0].sigmas, Guidance(scale=self.guidance_scale)
         drawn = []
         for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
-            predict = cfg(network, cond, uncond, self.guidance_scale)
-            how = (drawing.runs[0].sigmas, drawing.sampler, shape, rows, s.seed, self.device)
-            drawn.append(vae.decode(draw_grid(predict, self.model.schedule, *how, drawing.spacing)).cpu())
+            denoise = guided_denoiser(network, cond, uncond, guidance, schedule, sigmas)
+            how = (drawing.sampler, shape, rows, s.seed, self.device, drawing.spacing)
+            drawn.append(vae.decode(draw_grid(denoise, schedule, sigmas, *how)).cpu())
         return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.config import build
 from ldm.device import pick_device
 from ldm.diffusion.denoiser import training_loss
-from ldm.diffusion.guidance import cfg
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 from ldm.nn.text import Conditioning
@@ -30,7 +31,6 @@ from ldm.training.reports.card import unet_card
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
     SEED_OFFSET,
-    conditioned,
     distinct,
     draw_grid,
     fixed_levels,
@@ -155,10 +155,11 @@ class UNetStage:
         s, captions = self.settings, self.grid_captions
         states = self._states(captions)
         cond, uncond = self._conditioning(states), self._conditioning(self.empty.expand_as(states))
-        predict = cfg(conditioned(ema), cond, uncond, s.guidance_scale)
         shape, rows = tuple(self.validation[0].shape[1:]), range(len(captions))
         sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
-        x0 = draw_grid(predict, self.schedule, sigmas, s.sampler, shape, rows, s.seed, self.device)
+        guidance = Guidance(scale=s.guidance_scale)
+        denoise = guided_denoiser(ema, cond, uncond, guidance, self.schedule, sigmas)
+        x0 = draw_grid(denoise, self.schedule, sigmas, s.sampler, shape, rows, s.seed, self.device)
         return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
