@@ -43,19 +43,17 @@ def edit(path, **changes):
 
 def our_image(model, prompt, latents, steps, scale):
     """DDIM under guidance, written with ldm.diffusion alone: (1, H, W, 3) in [0, 1]."""
-    from ldm.diffusion.denoiser import denoiser
-    from ldm.diffusion.guidance import cfg
+    from ldm.diffusion.guidance import Guidance
+    from ldm.diffusion.guidance.guided import guided_denoiser
     from ldm.diffusion.samplers import SAMPLERS
-
-    def predict(x, timesteps, cond):
-        return model.unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled)
 
     schedule = model.schedule
     sigmas = schedule.sigmas(steps, "ddim")
-    guided = cfg(predict, model.text.encode([prompt]), model.text.encode([""]), scale)
+    cond, uncond = model.text.encode([prompt]), model.text.encode([""])
+    denoise = guided_denoiser(model.unet, cond, uncond, Guidance(scale=scale), schedule, sigmas)
     x = schedule.initial(latents, sigmas, "ddim")
     with torch.no_grad():
-        latents = SAMPLERS["ddim"](denoiser(guided, schedule), x, sigmas)
+        latents = SAMPLERS["ddim"](denoise, x, sigmas)
         images = model.vae.decode(latents)
     return (images / 2 + 0.5).permute(0, 2, 3, 1).numpy()
 

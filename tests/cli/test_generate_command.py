@@ -91,7 +91,7 @@ def test_what_cannot_be_done_is_refused_before_weights(words, message, tiny_fold
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02}q\x00.")
-    monkeypatch.setattr("ldm.checkpoint.load_model", refuse)
+    monkeypatch.setattr("ldm.pipeline.engine.load_model", refuse)
     assert main(["generate", "a cat", "--model", str(tiny_folder), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -122,9 +122,9 @@ def test_nan_is_exit_5_and_no_picture(generate, files, tiny_folder, tmp_path, ca
 
 
 def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys):
-    from ldm.pipeline import drawing
+    from ldm.pipeline import engine
 
-    batches, decode = [], drawing.decode
+    batches, decode = [], engine.decode
 
     def interrupt(vae, latents, *tile):
         batches.append(len(latents))
@@ -132,7 +132,7 @@ def test_ctrl_c_keeps_the_finished_pictures(generate, files, monkeypatch, capsys
             raise KeyboardInterrupt
         return decode(vae, latents, *tile)
 
-    monkeypatch.setattr(drawing, "decode", interrupt)
+    monkeypatch.setattr(engine, "decode", interrupt)
     assert generate("a cat", "-n", "5", "--batch-size", "1", "--seed", "1") == 130
     assert files() == ["a-cat-2.png", "a-cat.png"]
     assert capsys.readouterr().err.endswith("stopped (Ctrl-C)\n")

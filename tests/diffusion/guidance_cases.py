@@ -2,6 +2,25 @@
 
 import torch
 
+from ldm.diffusion.denoiser import scalings
+from ldm.diffusion.schedule import Schedule
+
+SCHEDULE, FLOW = Schedule("sample"), Schedule("flow")  # of the first, x0 is the network's answer itself
+STEPS = 10
+SIGMAS, FLOW_SIGMAS = SCHEDULE.sigmas(STEPS), FLOW.sigmas(STEPS)
+
+
+def inputs_at(x, sigma, schedule=SCHEDULE):
+    """(the network's x, its timesteps) at one sigma."""
+    c_in = scalings(schedule.prediction_type, sigma.float())[2]
+    return c_in * x, schedule.timestep(sigma).expand(len(x))
+
+
+def x0_of(raw, x, sigma, schedule=SCHEDULE):
+    """What the network's answer to x at one sigma means."""
+    c_skip, c_out, _ = scalings(schedule.prediction_type, sigma.float())
+    return c_skip * x + c_out * raw
+
 
 class Rows:
     """The least that a condition has to be."""
@@ -12,13 +31,17 @@ class Rows:
     def __len__(self):
         return len(self.values)
 
+    @property
+    def inputs(self):
+        return {"cond": self}
+
     @classmethod
     def cat(cls, parts):
         return cls(torch.cat([part.values for part in parts]))
 
 
 class Network:
-    """Counts rows; its answer depends on picture, timestep, condition and perturbation."""
+    """Counts rows; its answer depends on image, timestep, condition and perturbation."""
 
     def __init__(self):
         self.calls = []

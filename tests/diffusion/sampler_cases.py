@@ -68,9 +68,9 @@ def draws(shape=NOISE.shape, seed=7):
     return lambda i: torch.randn(shape, generator=generator)
 
 
-def ours(schedule, name, steps, predict=network, sigmas=None, noise=None, spacing=None, **options):
+def ours(schedule, name, steps, predict=network, sigmas=None, noise=None, spacing=None, denoise=None, **options):
     sigmas = schedule.sigmas(steps, name, spacing) if sigmas is None else sigmas
-    denoise = denoiser(predict, schedule)
+    denoise = denoise or denoiser(predict, schedule)
     denoise = consistency(denoise, schedule) if name == "lcm" else denoise
     x = schedule.initial(NOISE, sigmas, name, spacing)
     return SAMPLERS[name](denoise, x, sigmas, noise or draws(), **options)

@@ -11,18 +11,13 @@ from diffusers.guiders import (
     PerturbedAttentionGuidance,
 )
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
-from guidance_cases import Network, Rows
+from guidance_cases import FLOW, FLOW_SIGMAS, SCHEDULE, SIGMAS, STEPS, Network, Rows, inputs_at, x0_of
 
-from ldm.diffusion.denoiser import denoiser
-from ldm.diffusion.guidance import GUIDANCES, Guidance, cfg, guide
+from ldm.diffusion.guidance import GUIDANCES, Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError
-
-SCHEDULE, FLOW = Schedule("v_prediction"), Schedule("flow")
-STEPS = 10
-SIGMAS, FLOW_SIGMAS = SCHEDULE.sigmas(STEPS), FLOW.sigmas(STEPS)
-TIMES, FLOW_TIMES = SCHEDULE.timestep(SIGMAS[:-1]), FLOW.timestep(FLOW_SIGMAS[:-1])
 
 
 def draw(seed):
@@ -33,17 +28,26 @@ X = draw(0)
 COND, UNCOND = Rows([1.0, 2.0, 3.0]), Rows([0.0, 0.0, -1.0])
 
 
+def guide(network, cond, uncond, guidance, schedule, sigmas):
+    """The denoiser of a fresh run, called with one sigma for all rows."""
+    denoise = guided_denoiser(network, cond, uncond, guidance, schedule, sigmas)
+    return lambda x, sigma: denoise(x, torch.as_tensor(sigma).expand(len(x)))
+
+
 def run(guidance, step=0, schedule=SCHEDULE, network=None, cond=COND, uncond=UNCOND, x=X):
-    """The guided answer at one step of a fresh run."""
+    """x0 at one step of a fresh run."""
     sigmas = SIGMAS if schedule is SCHEDULE else FLOW_SIGMAS
-    guided = guide(network or Network(), cond, uncond, guidance, schedule, sigmas)
-    return guided(x, schedule.timestep(sigmas[step]).expand(len(x)))
+    return guide(network or Network(), cond, uncond, guidance, schedule, sigmas)(x, sigmas[step])
 
 
 def answers(step=0, schedule=SCHEDULE):
-    times = (TIMES if schedule is SCHEDULE else FLOW_TIMES)[step].expand(3)
-    both = Network()(X, times, COND), Network()(X, times, UNCOND)
+    inputs = inputs_at(X, (SIGMAS if schedule is SCHEDULE else FLOW_SIGMAS)[step], schedule)
+    both = Network()(*inputs, COND), Network()(*inputs, UNCOND)
     return *both, both[0].roll(1, -1)  # c, u, p
+
+
+def flow_x0(raw, step):
+    return x0_of(raw, X, FLOW_SIGMAS[step], FLOW)
 
 
 def by_guider(guider, *predictions, step=0):
@@ -56,7 +60,6 @@ def test_cfg_and_rescale_equal_diffusers():
     for rescale in (0.0, 0.7, 1.0):
         expected = by_guider(ClassifierFreeGuidance(6.0, guidance_rescale=rescale), c, u)
         assert torch.allclose(run(Guidance(scale=6.0, rescale=rescale)), expected, atol=1e-5)
-    assert torch.equal(run(Guidance(scale=6.0)), cfg(Network(), COND, UNCOND, 6.0)(X, TIMES[0].expand(3)))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -73,7 +76,7 @@ def test_apg_equals_diffusers_step_by_step(eta, threshold, momentum):
     guided = guide(Network(), COND, UNCOND, guidance, SCHEDULE, SIGMAS)
     for step in range(4):
         c, u, _ = answers(step)
-        assert torch.allclose(guided(X, TIMES[step].expand(3)), by_guider(guider, c, u, step=step), atol=2e-5)
+        assert torch.allclose(guided(X, SIGMAS[step]), by_guider(guider, c, u, step=step), atol=2e-5)
 
 
 def test_apg_without_its_changes_is_cfg():
@@ -102,7 +105,7 @@ def test_cfg_zero_of_a_flow_model_equals_diffusers(step):
     c, u, _ = answers(step, FLOW)
     expected = by_guider(ClassifierFreeZeroStarGuidance(6.0, zero_init_steps=2), c, u, step=step)
     guidance = Guidance("cfg_zero", scale=6.0, zero_init_steps=2)
-    assert torch.allclose(run(guidance, step, FLOW), expected, atol=2e-5)
+    assert torch.allclose(run(guidance, step, FLOW), flow_x0(expected, step), atol=2e-5)
 
 
 def test_cfg_zero_of_other_models_takes_the_best_scale_from_the_first_step():
@@ -110,7 +113,7 @@ def test_cfg_zero_of_other_models_takes_the_best_scale_from_the_first_step():
     dot, square = (c * u).sum((1, 2, 3), keepdim=True), (u * u).sum((1, 2, 3), keepdim=True)
     best = dot / square * u
     assert torch.allclose(run(Guidance("cfg_zero", scale=6.0)), best + 6.0 * (c - best), atol=1e-5)
-    with pytest.raises(ConfigError, match=r"zero_init_steps: skips steps of flow models, .* is v_prediction"):
+    with pytest.raises(ConfigError, match=r"zero_init_steps: skips steps of flow models, .* is sample"):
         run(Guidance("cfg_zero", zero_init_steps=1))
     run(Guidance("cfg_zero", zero_init_steps=0))
 
@@ -118,9 +121,9 @@ def test_cfg_zero_of_other_models_takes_the_best_scale_from_the_first_step():
 def test_zero_init_leaves_x_as_it_is_without_calling_the_network():
     network = Network()
     guided = guide(network, COND, UNCOND, Guidance("cfg_zero", scale=4.0), FLOW, FLOW_SIGMAS)
-    first, second = FLOW_TIMES[0].expand(3), FLOW_TIMES[1].expand(3)
-    assert torch.equal(guided(X, first), torch.zeros_like(X)) and network.calls == []
-    assert guided(X, second).abs().max() > 0 and network.calls == [6]
+    still = flow_x0(torch.zeros_like(X), 0)
+    assert torch.equal(guided(X, FLOW_SIGMAS[0]), still) and network.calls == []
+    assert not torch.equal(guided(X, FLOW_SIGMAS[1]), flow_x0(torch.zeros_like(X), 1)) and network.calls == [6]
 
 
 ROWS = {
@@ -145,8 +148,7 @@ ROWS = {
 def test_rows_through_the_network(name):
     guidance, rows = ROWS[name]
     network = Network()
-    denoise = denoiser(guide(network, COND, UNCOND, guidance, SCHEDULE, SIGMAS), SCHEDULE)
-    SAMPLERS["euler"](denoise, X, SIGMAS)
+    SAMPLERS["euler"](guided_denoiser(network, COND, UNCOND, guidance, SCHEDULE, SIGMAS), X, SIGMAS)
     assert network.calls == rows
 
 
@@ -154,7 +156,8 @@ def test_outside_of_the_interval_there_is_the_conditional_answer_alone():
     for kind in GUIDANCES:
         guidance = Guidance(kind, rescale=0.5, interval=(0.5, 1.0))
         for schedule in (SCHEDULE, FLOW):
-            assert torch.equal(run(guidance, 0, schedule), answers(0, schedule)[0])  # zero-init too is inside alone
+            c = answers(0, schedule)[0]  # zero-init too is inside alone
+            assert torch.equal(run(guidance, 0, schedule), c if schedule is SCHEDULE else flow_x0(c, 0))
             inside = dataclasses.replace(guidance, interval=None)
             assert torch.equal(run(guidance, 6, schedule), run(inside, 6, schedule))
 
@@ -166,30 +169,31 @@ def test_intervals_round_as_diffusers_does():
         for step in range(STEPS):
             c, u, _ = answers(step)
             theirs = by_guider(ClassifierFreeGuidance(6.0, start=start, stop=stop), c, u, step=step)
-            assert torch.allclose(guided(X, TIMES[step].expand(3)), theirs, atol=1e-5)
+            assert torch.allclose(guided(X, SIGMAS[step]), theirs, atol=1e-5)
 
 
 def test_an_evaluation_between_two_steps_counts_to_the_earlier_one():
     network = Network()
     guided = guide(network, COND, UNCOND, Guidance(interval=(0.3, 0.6)), SCHEDULE, SIGMAS)
-    between = (TIMES[:-1] + TIMES[1:]) / 2
-    for time in between:
-        guided(X, time.expand(3))
+    for sigma in (SIGMAS[:-2] * SIGMAS[1:-1]).sqrt():
+        guided(X, sigma)
     assert network.calls == [3, 3, 3, 6, 6, 6, 3, 3, 3]
     network.calls.clear()
-    for time in (999.0, TIMES[0] + 1, TIMES[-1] / 2):  # before the first and after the last
-        guided(X, torch.full((3,), float(time)))
-    assert network.calls == [3, 3, 3]
+    for sigma in (SIGMAS[0] * 1.1, SIGMAS[-2] / 2):  # before the first and after the last
+        guided(X, sigma)
+    assert network.calls == [3, 3]
 
 
-def test_flow_steps_at_the_same_whole_timestep_count_from_the_first():
+def test_flow_steps_at_the_same_whole_timestep_are_told_apart():
     shifted = Schedule("flow", flow_shift=40.0)
     sigmas = shifted.sigmas(50)
     times = shifted.timestep(sigmas[:-1])
-    assert len(times.unique()) < 50
+    assert times[0] == times[1] and len(times.unique()) < 50
     network = Network()
     guided = guide(network, COND, UNCOND, Guidance("cfg_zero"), shifted, sigmas)
-    assert guided(X, times[0].expand(3)).abs().max() == 0 and network.calls == []
+    assert torch.equal(guided(X, sigmas[0]), x0_of(torch.zeros_like(X), X, sigmas[0], shifted)) and network.calls == []
+    guided(X, sigmas[1])
+    assert network.calls == [6]
 
 
 @pytest.mark.parametrize("kind", GUIDANCES)
@@ -197,15 +201,14 @@ def test_each_picture_has_its_own_scale_and_the_same_bits_in_any_batch(kind):
     scales, x = (1.0, 3.0, 7.5), torch.randn(3, 4, 90, 100, generator=torch.Generator().manual_seed(1))
     guidance = Guidance(kind, scale=scales, rescale=0.6)
     together = guide(Network(), COND, UNCOND, guidance, SCHEDULE, SIGMAS)
-    apart = [
-        guide(Network(), *(Rows(c.values[i : i + 1]) for c in (COND, UNCOND)), guidance.of([i]), SCHEDULE, SIGMAS)
-        for i in range(3)
-    ]
+    apart = []
+    for i in range(3):
+        conditions = (Rows(c.values[i : i + 1]) for c in (COND, UNCOND))
+        apart.append(guide(Network(), *conditions, dataclasses.replace(guidance, scale=scales[i]), SCHEDULE, SIGMAS))
     for step in range(3):
-        raw = together(x, TIMES[step].expand(3))
+        raw = together(x, SIGMAS[step])
         for i in range(3):
-            assert torch.equal(raw[i : i + 1], apart[i](x[i : i + 1], TIMES[step : step + 1]))
-    assert Guidance(kind, scale=2.0).of([0, 2]) == Guidance(kind, scale=2.0)
+            assert torch.equal(raw[i : i + 1], apart[i](x[i : i + 1], SIGMAS[step]))
 
 
 def test_conditions_may_change_with_the_step_and_are_joined_once_each():
@@ -221,18 +224,17 @@ def test_conditions_may_change_with_the_step_and_are_joined_once_each():
     uncond = Counting([0.0, 0.0, 0.0])
     guided = guide(Network(), lambda step: texts[step // 4 * 4], uncond, Guidance(scale=3.0), SCHEDULE, SIGMAS)
     for step in range(8):
-        u, c = (Network()(X, TIMES[step].expand(3), cond) for cond in (uncond, texts[step // 4 * 4]))
-        assert torch.allclose(guided(X, TIMES[step].expand(3)), u + 3.0 * (c - u), atol=1e-5)
+        u, c = (Network()(*inputs_at(X, SIGMAS[step]), cond) for cond in (uncond, texts[step // 4 * 4]))
+        assert torch.allclose(guided(X, SIGMAS[step]), u + 3.0 * (c - u), atol=1e-5)
     assert joined == [[0.0, 1.0], [0.0, 5.0]]
     outside = guide(Network(), lambda step: texts[step // 4 * 4], None, Guidance(scale=1.0), SCHEDULE, SIGMAS)
-    assert torch.equal(outside(X, TIMES[4].expand(3)), Network()(X, TIMES[4].expand(3), texts[4]))
+    assert torch.equal(outside(X, SIGMAS[4]), Network()(*inputs_at(X, SIGMAS[4]), texts[4]))
 
 
 def test_options_are_filled_in_and_belong_to_their_kind():
     assert Guidance("apg").apg_threshold == 15.0 and Guidance("apg").pag_scale is None
     assert Guidance("pag", pag_layers="up.0").pag_layers == ("up.0",)
     assert Guidance(scale=torch.tensor([2, 3])).scale == (2.0, 3.0) and Guidance(scale=torch.tensor(2)).scale == 2.0
-    assert Guidance(scale=[0, 1.0]).needs_uncond is False and Guidance(scale=(0, 1.5)).needs_uncond is True
     assert {name for kind in GUIDANCES.values() for name in kind.options} < {
         field.name for field in dataclasses.fields(Guidance)
     }
@@ -270,7 +272,7 @@ def test_bad_settings_are_refused(asked, said):
 
 
 @pytest.mark.parametrize(
-    "uncond, scale, said", [(None, 4.0, "no for 3"), (Rows([0.0]), 4.0, "1 for 3"), (UNCOND, (2.0, 3.0), "for 3 pic")]
+    "uncond, scale, said", [(None, 4.0, "no for 3"), (Rows([0.0]), 4.0, "1 for 3"), (UNCOND, (2.0, 3.0), "for 3 im")]
 )
 def test_conditions_and_scales_that_do_not_fit_are_refused_before_the_network_runs(uncond, scale, said):
     network = Network()

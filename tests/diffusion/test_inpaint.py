@@ -7,8 +7,10 @@ import pytest
 import torch
 from sampler_cases import SD, build_peer, distance, gaussian
 
-from ldm.diffusion.guidance import cfg
-from ldm.diffusion.inpaint import Original, begin, blended, img2img_sigmas, keeping, with_mask
+from ldm.diffusion.denoiser import denoiser
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
+from ldm.diffusion.inpaint import Original, add_noise, img2img_sigmas, mask_known_region, slerp, with_mask
 from ldm.diffusion.names import FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.sampling import sample
@@ -20,9 +22,9 @@ COMPARED = ("ddim", "euler", "dpmpp_2m")
 ZERO_SNR = {**SD, "rescale_betas_zero_snr": True}
 NOISE = torch.stack([torch.randn(4, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
 ORIGINAL = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 0.9
-REPAINT = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
-REPAINT[0, :, 2:6, 3:7] = True
-REPAINT[1, :, :5, 4:] = True
+MASK = torch.zeros(2, 1, SIDE, SIDE, dtype=torch.bool)
+MASK[0, :, 2:6, 3:7] = True
+MASK[1, :, :5, 4:] = True
 
 
 def pixels(mask):
@@ -32,6 +34,10 @@ def pixels(mask):
 
 class Text(torch.Tensor):
     """Hidden states (B, S, D) as a condition."""
+
+    @property
+    def inputs(self):
+        return {"cond": self}
 
     @classmethod
     def cat(cls, parts):
@@ -110,8 +116,8 @@ def theirs(kind, unet, autoencoder, name, config, strength, **extra):
 
 def ours(network, name, schedule, strength, original, noise=None):
     sigmas = img2img_sigmas(schedule.sigmas(STEPS, name), strength)
-    guided = cfg(network, states(1), states(2), SCALE)
-    return sample(guided, schedule, sigmas, NOISE, name, original=original, noise=noise)
+    denoise = guided_denoiser(network, states(1), states(2), Guidance(scale=SCALE), schedule, sigmas)
+    return sample(denoise, schedule, sigmas, NOISE, name, original=original, noise=noise)
 
 
 def schedule_of(config):
@@ -139,12 +145,12 @@ def test_image_to_image_equals_diffusers(unet, autoencoder, name, config, streng
 def test_inpainting_with_an_ordinary_model_equals_diffusers(unet, autoencoder, name, config, strength):
     from diffusers import StableDiffusionInpaintPipeline
 
-    masks = {"mask_image": pixels(REPAINT), "masked_image_latents": ORIGINAL}
+    masks = {"mask_image": pixels(MASK), "masked_image_latents": ORIGINAL}
     expected = theirs(StableDiffusionInpaintPipeline, unet, autoencoder, name, config, strength, **masks)
-    original = Original(ORIGINAL, REPAINT, from_noise=strength == 1)
+    original = Original(ORIGINAL, MASK, from_noise=strength == 1)
     found = ours(predict(unet), name, schedule_of(config), strength, original)
     assert distance(found, expected) < 2e-4
-    outside = ~REPAINT.expand_as(found)
+    outside = ~MASK.expand_as(found)
     assert torch.equal(found[outside], ORIGINAL[outside])
     assert (found - ORIGINAL)[~outside].abs().mean() > 0.1
 
@@ -155,9 +161,9 @@ def test_inpainting_with_nine_channels_equals_diffusers(unet_of_nine, autoencode
     from diffusers import StableDiffusionInpaintPipeline
 
     masked = ORIGINAL.flip(0)
-    masks = {"mask_image": pixels(REPAINT), "masked_image_latents": masked}
+    masks = {"mask_image": pixels(MASK), "masked_image_latents": masked}
     expected = theirs(StableDiffusionInpaintPipeline, unet_of_nine, autoencoder, name, SD, strength, **masks)
-    network = with_mask(predict(unet_of_nine), REPAINT, masked)
+    network = with_mask(predict(unet_of_nine), MASK, masked)
     original = None if strength == 1 else Original(ORIGINAL)
     assert distance(ours(network, name, schedule_of(SD), strength, original), expected) < 2e-4
 
@@ -195,11 +201,11 @@ def test_every_sampler_keeps_the_rest_and_shows_it_to_the_network_at_its_noise(n
     def draw(i):
         return torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(i))
 
-    original = Original(ORIGINAL, REPAINT)
-    x = begin(original, sigmas, NOISE)
+    original = Original(ORIGINAL, MASK)
+    x = add_noise(original, sigmas, NOISE)
     whole = SAMPLERS[name](gaussian, x, sigmas, draw)
-    found = SAMPLERS[name](keeping(denoise, original, NOISE, sigmas), x, sigmas, draw)
-    inside = REPAINT.expand_as(found)
+    found = SAMPLERS[name](mask_known_region(denoise, original, NOISE, sigmas), x, sigmas, draw)
+    inside = MASK.expand_as(found)
     assert torch.equal(found[inside], whole[inside])
     if sigmas[-1] == 0:
         assert torch.allclose(found[~inside], ORIGINAL[~inside], atol=1e-6 if name != "heun" else 1e-3)
@@ -216,9 +222,16 @@ def test_a_run_from_noise_sees_noise_alone_at_its_first_sigma():
         seen.append(x / (1 / (sigmas[len(seen)] ** 2 + 1).sqrt()))
         return torch.zeros_like(x)
 
-    sample(network, schedule, sigmas, NOISE, "euler", original=Original(ORIGINAL, REPAINT, from_noise=True))
+    sample(
+        denoiser(network, schedule),
+        schedule,
+        sigmas,
+        NOISE,
+        "euler",
+        original=Original(ORIGINAL, MASK, from_noise=True),
+    )
     assert torch.allclose(seen[0], NOISE * sigmas[0])
-    outside = ~REPAINT.expand_as(NOISE)
+    outside = ~MASK.expand_as(NOISE)
     assert torch.allclose(seen[1][outside], (ORIGINAL + sigmas[1] * NOISE)[outside], atol=1e-5)
 
 
@@ -230,7 +243,7 @@ def test_strength_rounds_as_diffusers_does(n, strength):
     if not steps:
         with pytest.raises(ConfigError, match=f"of {n} steps leaves none.*use at least") as caught:
             img2img_sigmas(sigmas, strength)
-        assert len(img2img_sigmas(sigmas, float(caught.value.todo.split()[3].strip(",")))) > 1  # what it says does work
+        assert len(img2img_sigmas(sigmas, float(caught.value.hint.split()[3].strip(",")))) > 1  # what it says does work
         return
     assert torch.equal(img2img_sigmas(sigmas, strength), sigmas[n - steps :])
     assert len(img2img_sigmas(sigmas, strength)) == steps + 1
@@ -239,7 +252,7 @@ def test_strength_rounds_as_diffusers_does(n, strength):
 def test_blending_is_the_formula_of_a1111():
     """slerp of modules/rng.py, on one picture's (C, h, w), written out number by number."""
     low, high = (torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(seed)).double() for seed in (1, 2))
-    found = blended(low, high, 0.3)
+    found = slerp(low, high, 0.3)
     for c in range(4):
         for w in range(5):
             a, b = low[c, :, w].tolist(), high[c, :, w].tolist()
@@ -252,7 +265,7 @@ def test_blending_is_the_formula_of_a1111():
 
 def test_blending_ends_at_both_noises_and_keeps_their_spread():
     low, high = (torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    assert torch.equal(blended(low, high, 0.0), low)
-    assert torch.equal(blended(low, high, 1.0), high)
-    assert blended(low, high, 0.5).std().item() == pytest.approx(1, abs=0.02)
-    assert torch.allclose(blended(low, low, 0.4), low)
+    assert torch.equal(slerp(low, high, 0.0), low)
+    assert torch.equal(slerp(low, high, 1.0), high)
+    assert slerp(low, high, 0.5).std().item() == pytest.approx(1, abs=0.02)
+    assert torch.allclose(slerp(low, low, 0.4), low)

@@ -31,7 +31,8 @@ from sampler_cases import (
 )
 
 from ldm.diffusion.denoiser import consistency, denoiser
-from ldm.diffusion.guidance import cfg
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.names import ETA, FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
@@ -236,6 +237,10 @@ def test_guided_sampling_equals_diffusers(name):
     schedule = Schedule("v_prediction", **COSINE_ZERO_SNR, spacing="trailing")
 
     class Shift(torch.Tensor):
+        @property
+        def inputs(self):
+            return {"cond": self}
+
         @classmethod
         def cat(cls, parts):
             return torch.cat([part.as_subclass(torch.Tensor) for part in parts])
@@ -249,7 +254,9 @@ def test_guided_sampling_equals_diffusers(name):
 
     cond, uncond = (torch.full((len(NOISE),), shift).as_subclass(Shift) for shift in (0.5, -0.5))
     peer = PEERS[name].from_config(schedule.to_diffusers(), **OWN.get(name, {}))
-    result = ours(schedule, name, 20, cfg(conditional, cond, uncond, 4.0))
+    sigmas = schedule.sigmas(20, name)
+    denoise = guided_denoiser(conditional, cond, uncond, Guidance(scale=4.0), schedule, sigmas)
+    result = ours(schedule, name, 20, denoise=denoise)
     assert distance(result, theirs(peer, 20, guided, **seeded(name))) < ROUNDING.get(name, 1e-5)
 
 

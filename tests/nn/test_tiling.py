@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import load_model
+from ldm.diffusion.denoiser import denoiser
 from ldm.diffusion.sampling import sample
 from ldm.nn.tiling import SharedNorm, ramp, spans, through_tiles
 
@@ -72,7 +73,9 @@ def drawn():
         return model.unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled)
 
     with torch.no_grad():
-        latents = sample(predict, model.schedule, model.schedule.sigmas(6, "euler"), start, "euler")
+        latents = sample(
+            denoiser(predict, model.schedule), model.schedule, model.schedule.sigmas(6, "euler"), start, "euler"
+        )
         return model.vae, latents, model.vae.decode(latents)
 
 

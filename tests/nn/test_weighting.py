@@ -5,8 +5,9 @@ import torch
 
 from ldm.checkpoint.vocabulary import clip_tokenizer
 from ldm.errors import ConfigError
-from ldm.nn.text import ClipText, T5Text, XLText, count_chunks, cut_off, encode_weighted
+from ldm.nn.text import ClipText, T5Text, XLText, cut_off, encode_weighted, tokenize
 from ldm.nn.text.weighting import chunks_of, weighted
+from ldm.prompts import parse
 
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 
@@ -35,6 +36,18 @@ def xl(text):
     return XLText(text, clip("!", projected=True, width=24), zero_empty=True)
 
 
+def tokens(encoder, prompt):
+    return tokenize(encoder, None if prompt is None else parse(prompt))
+
+
+def encoded(encoder, prompts, *settings, **more):
+    return encode_weighted(encoder, [tokens(encoder, prompt) for prompt in prompts], *settings, **more)
+
+
+def chunks(encoder, prompt):
+    return chunks_of(encoder, parse(prompt))
+
+
 def cats(count):
     return " ".join(["cat"] * count)
 
@@ -61,14 +74,14 @@ def cats(count):
     }.items(),
 )
 def test_chunks(text, prompt, lengths):
-    assert [len(chunk) for chunk in chunks_of(text, prompt)] == lengths
-    assert count_chunks(text, prompt) == len(lengths)
-    tokens = [token for chunk in chunks_of(text, prompt) for token, _ in chunk]
-    assert tokens == text.token_ids(prompt.replace("BREAK", "").replace("(", "").replace(":1.2)", ""))
+    assert [len(chunk) for chunk in chunks(text, prompt)] == lengths
+    assert tokens(text, prompt).chunks == len(lengths)
+    ids = [token for chunk in chunks(text, prompt) for token, _ in chunk]
+    assert ids == text.token_ids(prompt.replace("BREAK", "").replace("(", "").replace(":1.2)", ""))
 
 
 def test_each_token_has_its_pieces_weight(text):
-    (chunk,) = chunks_of(text, r"a ((red:1.3) cat) [\(dog\)]")
+    (chunk,) = chunks(text, r"a ((red:1.3) cat) [\(dog\)]")
     words = [(text.tokenizer.decode([token]).strip(), round(weight, 4)) for token, weight in chunk]
     assert words == [("a", 1), ("red", 1.43), ("cat", 1.1), ("(", 0.9091), ("dog", 0.9091), (")", 0.9091)]
 
@@ -76,8 +89,8 @@ def test_each_token_has_its_pieces_weight(text):
 def test_shorter_encoders_look_back_for_a_comma_over_a_smaller_part():
     short = clip()
     short.max_length = 17  # of which 15 are the text's: a comma is near within 4
-    assert [len(chunk) for chunk in chunks_of(short, f"{cats(11)}, {cats(5)}")] == [12, 5]
-    assert [len(chunk) for chunk in chunks_of(short, f"{cats(10)}, {cats(5)}")] == [15, 1]
+    assert [len(chunk) for chunk in chunks(short, f"{cats(11)}, {cats(5)}")] == [12, 5]
+    assert [len(chunk) for chunk in chunks(short, f"{cats(10)}, {cats(5)}")] == [15, 1]
 
 
 def test_the_mean_is_restored():
@@ -105,7 +118,7 @@ def test_emphasis_multiplies_states(text, emphasis, clip_skip):
     expected = plain.states * w[:, None]
     if emphasis == "original":
         expected = expected * plain.states.mean() / expected.mean()
-    found = encode_weighted(text, ["a (red:1.5) cat"], clip_skip, emphasis)
+    found = encoded(text, ["a (red:1.5) cat"], clip_skip, emphasis)
     assert torch.allclose(found.states, expected, atol=1e-6) and torch.equal(found.pooled, plain.pooled)
     assert not torch.allclose(found.states, plain.states, atol=1e-3)
 
@@ -116,33 +129,33 @@ PLAIN = ["a red cat", "", None, cats(75), "a cat, a dog", "🐱 кошка", "a 
 @pytest.mark.parametrize("clip_skip", [0, 1])
 def test_plain_prompts_have_the_bits_of_encode(text, xl, clip_skip):
     for encoder in (text, xl, xl.second):
-        found, plain = encode_weighted(encoder, PLAIN, clip_skip), encoder.encode(PLAIN, clip_skip)
+        found, plain = encoded(encoder, PLAIN, clip_skip), encoder.encode(PLAIN, clip_skip)
         assert torch.equal(found.states, plain.states) and torch.equal(found.pooled, plain.pooled)
         assert found.mask is None
 
 
 def test_escaped_brackets_are_characters(text):
-    found = encode_weighted(text, [r"a \(red\) cat"])
+    found = encoded(text, [r"a \(red\) cat"])
     assert torch.equal(found.states, text.encode(["a (red) cat"]).states)
 
 
 def test_long_prompts_are_their_chunks_and_short_ones_go_on_with_empty_ones(text):
     long, short, empty = "a red cat BREAK (a dog:1.2) BREAK on blue", "a red cat", text.encode([""])
-    found = encode_weighted(text, [short, long, short])
+    found = encoded(text, [short, long, short])
     assert found.states.shape == (3, 3 * 77, 16) and found.mask is None
     one, two, three = found.states[1].split(77)
     assert torch.equal(one, text.encode([short]).states[0]) and torch.equal(three, text.encode(["on blue"]).states[0])
-    assert torch.equal(two, encode_weighted(text, ["(a dog:1.2)"]).states[0])  # each chunk has its own mean
+    assert torch.equal(two, encoded(text, ["(a dog:1.2)"]).states[0])  # each chunk has its own mean
     assert torch.equal(found.states[0], torch.cat([one, empty.states[0], empty.states[0]]))
     assert torch.equal(found.states[0], found.states[2])
     assert torch.equal(found.pooled, text.encode([short] * 3).pooled)  # the first chunk's
     for i, prompt in enumerate([short, long]):
-        alone = encode_weighted(text, [prompt], chunks=3)
+        alone = encoded(text, [prompt], chunks=3)
         assert torch.equal(alone.states[0], found.states[i])
 
 
 def test_xl_weights_each_encoder_by_itself(xl):
-    found = encode_weighted(xl, ["a (red:1.5) cat BREAK on blue", None], emphasis="original")
+    found = encoded(xl, ["a (red:1.5) cat BREAK on blue", None], emphasis="original")
     back = [part.without_norm("a red cat", 1) for part in (xl.first, xl.second)]
     w = torch.ones(77)
     w[2] = 1.5
@@ -161,15 +174,15 @@ def test_nothing_is_cut_off_a_prompt_that_is_read_in_chunks(text, xl):
 
 def test_what_is_refused(text, xl):
     with pytest.raises(ConfigError, match="unknown emphasis 'orginal'; did you mean 'original'"):
-        encode_weighted(text, ["a"], emphasis="orginal")
+        encoded(text, ["a"], emphasis="orginal")
     with pytest.raises(ConfigError, match="clip_skip 3 is impossible"):
-        encode_weighted(text, ["a"], 3)
+        encoded(text, ["a"], 3)
     with pytest.raises(ConfigError, match="clip_skip 3 is impossible"):
-        encode_weighted(xl, ["a"], 2)
+        encoded(xl, ["a"], 2)
     with pytest.raises(ConfigError, match="no text to encode"):
-        encode_weighted(text, [])
+        encoded(text, [])
     with pytest.raises(ConfigError, match="AND"):
-        encode_weighted(text, ["a AND b"])
+        encoded(text, ["a AND b"])
 
 
 def test_t5_reads_plain_prompts_and_refuses_emphasis():
@@ -183,9 +196,9 @@ def test_t5_reads_plain_prompts_and_refuses_emphasis():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=8, **special)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
     t5 = T5Text(T5EncoderModel(T5Config(**sizes, pad_token_id=0, eos_token_id=1)).eval(), tokenizer)
-    found, plain = encode_weighted(t5, [r"\( cat", None]), t5.encode(["( cat", None])
+    found, plain = encoded(t5, [r"\( cat", None]), t5.encode(["( cat", None])
     assert torch.equal(found.states, plain.states) and torch.equal(found.mask, plain.mask)
-    assert count_chunks(t5, cats(100)) == 1 and cut_off(t5, cats(7)) == "" and cut_off(t5, cats(9)) == "cat cat"
+    assert tokens(t5, cats(100)).chunks == 1 and cut_off(t5, cats(7)) == "" and cut_off(t5, cats(9)) == "cat cat"
     for prompt in ("(cat)", "cat BREAK cat"):
         with pytest.raises(ConfigError, match="emphasis and BREAK are CLIP's"):
-            encode_weighted(t5, [prompt])
+            encoded(t5, [prompt])

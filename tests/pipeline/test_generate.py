@@ -53,12 +53,15 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype, tiny_folder):
 
 
 def test_the_unet_reads_the_texts_once_a_batch(pipe, monkeypatch):
-    from ldm.nn.unet import UNet
+    from ldm.nn.text_cache import TextCache
 
-    read, prepare = [], UNet.prepare
-    monkeypatch.setattr(
-        UNet, "prepare", lambda unet, states, mask: read.append(len(states)) or prepare(unet, states, mask)
-    )
+    read, follow = [], TextCache.follow
+
+    def watched(cache, states):
+        read.extend([len(states)] if states is not cache._states else [])
+        follow(cache, states)
+
+    monkeypatch.setattr(TextCache, "follow", watched)
     steps = {"num_inference_steps": 6, "sampler": "heun"}
     pipe.generate(num_images=5, batch_size=3, **steps)
     assert read == [6, 4]
@@ -211,8 +214,8 @@ def test_negative_prompts_matter_only_with_guidance(tiny_folder):
 
 def test_each_distinct_text_is_encoded_once(tiny_folder, monkeypatch):
     model = load_model(tiny_folder, dtype="fp32", device="cpu")
-    seen, framed = [], model.text.framed
-    monkeypatch.setattr(model.text, "framed", lambda ids: seen.append(tuple(ids)) or framed(ids))
+    seen, framed = [], model.text.with_special_tokens
+    monkeypatch.setattr(model.text, "with_special_tokens", lambda ids: seen.append(tuple(ids)) or framed(ids))
     pipe = Pipeline(["a cat", "a dog", "a cat"], model=model)
     for _ in range(2):  # in the second call nothing is new
         pipe.generate(num_images=3, batch_size=2, **FAST)
@@ -310,12 +313,12 @@ def test_nan_is_an_error_and_never_a_black_picture(tiny_folder):
 
 def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys, monkeypatch):
     """In bf16 the picture of seed 8 is NaN, as half precision overflows for single pictures."""
-    draw_batch = engine.draw
+    draw_batch = engine.Engine.generate_batch
 
-    def unstable(model, work, encode, settings, pictures, watch):
-        images = draw_batch(model, work, encode, settings, pictures, watch)
-        for image, picture in zip(images, pictures):
-            if model.dtype == torch.bfloat16 and picture.seed == 8:
+    def unstable(self, model, settings, requests, watch=None):
+        images = draw_batch(self, model, settings, requests, watch)
+        for image, request in zip(images, requests):
+            if model.dtype == torch.bfloat16 and request.seed == 8:
                 image[0, 0, 0] = float("nan")
         return images
 
@@ -323,7 +326,7 @@ def test_a_picture_that_is_nan_is_drawn_again_in_fp32_alone(tiny_folder, capsys,
         return Pipeline("a cat", model=tiny_folder, dtype=dtype).generate(num_images=3, seed=7, **FAST)
 
     half, full = draw("bf16"), draw("fp32")
-    monkeypatch.setattr(engine, "draw", unstable)
+    monkeypatch.setattr(engine.Engine, "generate_batch", unstable)
     mended = draw("bf16")
     assert pixels(mended) == [half[0].tobytes(), full[1].tobytes(), half[2].tobytes()]
     assert [record["dtype"] for record in mended.metadata] == ["bf16", "fp32", "bf16"]

@@ -5,8 +5,9 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.errors import ConfigError
-from ldm.nn.text import encode_weighted
+from ldm.nn.text import encode_weighted, tokenize
 from ldm.pipeline import Pipeline
+from ldm.prompts import parse
 from tests.conftest import build_tiny_model
 
 FOUR = {"num_inference_steps": 4, "sampler": "euler", "seed": 3}
@@ -34,23 +35,18 @@ def test_a_prompt_that_means_itself_is_the_plain_one(tiny_folder):
 
 
 def test_editing_changes_the_text_from_its_step_on(tiny_folder):
-    model, texts, seen = load_model(tiny_folder, dtype="fp32"), {}, []
-    prepare, forward = model.unet.prepare, model.unet.forward
+    model, seen = load_model(tiny_folder, dtype="fp32"), []
+    forward = model.unet.forward
 
-    def read(states, mask=None):
-        prepared = prepare(states, mask)
-        texts[id(prepared)] = (prepared, states[-1:].clone())  # the prompt's, behind the negative one
-        return prepared
+    def watched(x, timesteps, states, **other):
+        seen.append(states[-1:].clone())  # the prompt's, behind the negative one
+        return forward(x, timesteps, states, **other)
 
-    def watched(x, timesteps, prepared, **other):
-        seen.append(texts[id(prepared)][1])
-        return forward(x, timesteps, prepared, **other)
-
-    model.unet.prepare, model.unet.forward = read, watched
+    model.unet.forward = watched
     try:
         Pipeline("a [cat:dog:0.5]", model=model).generate(**FOUR)
     finally:
-        del model.unet.forward, model.unet.prepare
+        del model.unet.forward
     cat, dog = (model.text.encode([text]).states for text in ("a cat", "a dog"))
     assert [torch.equal(states, text) for states, text in zip(seen, (cat, cat, dog, dog))] == [True] * 4
 
@@ -71,7 +67,8 @@ def test_clip_skip_and_emphasis_reach_the_encoder(tiny_folder):
     plain, skipped, no_norm = (draw(prompt, model, **w) for w in ({}, {"clip_skip": 1}, {"emphasis": "no_norm"}))
     assert len({*plain, *skipped, *no_norm}) == 3
     text = load_model(tiny_folder, dtype="fp32").text
-    last, before = (encode_weighted(text, ["a cat"], clip_skip=skip).states for skip in (0, 1))
+    tokens = tokenize(text, parse("a cat"))
+    last, before = (encode_weighted(text, [tokens], clip_skip=skip).states for skip in (0, 1))
     assert not torch.equal(last, before)
     with pytest.raises(ConfigError, match="clip_skip 99 is impossible"):
         draw(prompt, tiny_folder, clip_skip=99)

@@ -17,7 +17,7 @@ def no_weights(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("ldm.checkpoint.load_model", refuse)
+    monkeypatch.setattr("ldm.pipeline.engine.load_model", refuse)
 
 
 BAD_CALLS = {
@@ -47,7 +47,7 @@ BAD_CALLS = {
     "misspelt": ({"guidence_scale": 3}, "did you mean 'guidance_scale'"),
     "twice": ({"steps": 3, "num_inference_steps": 4}, "steps and num_inference_steps are the same setting"),
     "elsewhere": ({"negative_prompt": "x"}, r"belongs to Pipeline\(...\)"),
-    "image": ({"image": "old.png"}, "image: 'old.png': no such picture"),
+    "image": ({"image": "old.png"}, "image: 'old.png': no such image"),
     "mask": ({"mask": "mask.png"}, "mask_image: a mask needs an image"),
     "strength": ({"denoising_strength": 0.5}, "strength needs an image"),
     "lora": ({"lora": "x.safetensors"}, r"belongs to Pipeline\(...\)"),
@@ -180,7 +180,7 @@ def test_words_of_other_tools_are_the_same_settings():
     ours = dict.fromkeys(["num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"])
     theirs = {"num_images_per_prompt": 2, "steps": 5, "cfg_scale": 3, "sampler_name": "DPM++ 2M", "W": 64}
     theirs |= {"output_type": "pil", "return_dict": True}
-    found = keywords.canonical(theirs, ours)
+    found = keywords.resolve_aliases(theirs, ours)
     assert found == {**ours, "num_images": 2, "num_inference_steps": 5, "guidance_scale": 3, "width": 64} | {
         "sampler": "DPM++ 2M"
     }

@@ -110,9 +110,9 @@ def test_attention_is_the_pipelines_own(tiny_folder, model):
     assert np.abs(pixels(drawn["auto"]) - pixels(drawn["chunked"])).max() <= 1
     assert [drawn[name].metadata[0]["attention"] for name in names] == names
     assert {m.backend for m in model.unet.modules() if isinstance(m, Attention)} == {"auto"}
-    own = pipes["chunked"]._painter.work.model(model)
+    own = pipes["chunked"]._engine.placement.model(model)
     assert {m.backend for m in own.unet.modules() if isinstance(m, Attention)} == {"chunked"}
-    assert own is pipes["chunked"]._painter.work.model(model) and own.vae is model.vae
+    assert own is pipes["chunked"]._engine.placement.model(model) and own.vae is model.vae
     assert own.unet.conv_in.weight.data_ptr() == model.unet.conv_in.weight.data_ptr()
 
 

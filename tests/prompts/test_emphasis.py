@@ -5,7 +5,7 @@ import time
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.prompts import BREAK, check, parse
+from ldm.prompts import BREAK, Prompt, parse
 
 TABLE = {
     "": [("", 1.0)],
@@ -48,17 +48,14 @@ def test_pieces_and_weights(prompt):
 
 
 @pytest.mark.parametrize("prompt, open_at", [("a (b", "(b"), ("[b [c]", "[b [c]"), ("a (b [c", "(b [c")])
-def test_an_unclosed_bracket_is_a_warning_and_an_error_when_strict(prompt, open_at):
-    lines = check(prompt)
+def test_an_unclosed_bracket_is_remarked(prompt, open_at):
+    lines = Prompt.parse(prompt).remarks
     assert lines[0] == f"the bracket at {open_at!r} is not closed" and len(lines) == 1 + (prompt == "a (b [c")
-    for strictly in (check, parse):
-        with pytest.raises(ConfigError, match=r"prompt\[3\]: the bracket at .* is not closed"):
-            strictly(prompt, where="prompt[3]", strict=True)
 
 
 @pytest.mark.parametrize("prompt", [r"a \(b", "a (b) [c] (d:1.2)", "x) y]", "a_(b)", ":-)"])
 def test_closed_and_escaped_brackets_say_nothing(prompt):
-    assert check(prompt, strict=True) == []
+    assert Prompt.parse(prompt).remarks == ()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +75,7 @@ def test_closed_and_escaped_brackets_say_nothing(prompt):
 )
 def test_what_is_refused(prompt, said):
     with pytest.raises(ConfigError, match=f"^negative_prompt: .*{said}"):
-        check(prompt, where="negative_prompt")
+        Prompt.parse(prompt, where="negative_prompt")
 
 
 @pytest.mark.parametrize("prompt", ["a cat and a dog", "a SAND castle", "ANDROID, a BAND"])
@@ -93,7 +90,7 @@ def test_time_grows_with_length_alone(part):
     def seconds(length):
         prompt = part * (length // len(part))
         start = time.process_time()
-        check(prompt)
+        Prompt.parse(prompt)
         parse(prompt)
         return time.process_time() - start
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.prompts import at_steps, check
+from ldm.prompts import Prompt, parse
 
 # Over 10 steps. All were compared with A1111's grammar in an Earley parser, but for the two marked ones, on which it
 # gives up.
@@ -48,6 +48,12 @@ TABLE = {
 }
 
 
+def at_steps(prompt, n):
+    texts = Prompt.parse(prompt).at_steps(n)
+    assert all(list(text.pieces) == parse(text.written) for _, text in texts)
+    return [(first, text.written) for first, text in texts]
+
+
 @pytest.mark.parametrize("prompt", TABLE)
 def test_texts_and_steps(prompt):
     assert at_steps(prompt, 10) == TABLE[prompt]
@@ -60,19 +66,22 @@ def test_fractions_follow_the_number_of_steps_and_whole_numbers_do_not():
 
 
 @pytest.mark.parametrize("prompt", ["[a:b]", "[a:b:c]", "[a|b:0.5]", "[a:b|c:3]", "x [a:[b:c]:4]"])
-def test_what_only_looks_like_editing_is_told_and_refused_when_strict(prompt):
-    (line,) = check(prompt)
+def test_what_only_looks_like_editing_is_remarked(prompt):
+    (line,) = Prompt.parse(prompt).remarks
     assert "is neither [a:b:0.5] nor [a|b], and is taken as emphasis" in line
-    with pytest.raises(ConfigError, match="is neither"):
-        check(prompt, strict=True)
 
 
 @pytest.mark.parametrize("prompt", ["[a:b:0.5]", "[a|b]", "(a:1.2) [b] [c:[d|e]:3]", r"\[a:b\]", "a: b, c|d"])
 def test_what_is_right_says_nothing(prompt):
-    assert check(prompt, strict=True) == []
+    assert Prompt.parse(prompt).remarks == ()
 
 
 def test_brackets_too_deep_are_refused():
     with pytest.raises(ConfigError, match="nested more than 100 deep"):
         at_steps("[a:" * 101 + "b" + ":3]" * 101, 10)
     assert at_steps("[a:" * 90 + "b" + ":3]" * 90, 10) == [(0, "a"), (3, "b")]
+
+
+def test_equal_texts_are_equal_prompts():
+    assert Prompt.parse("a [b|c]") == Prompt.parse("a [b|c]") != Prompt.parse("a [b|d]")
+    assert len({Prompt.parse("a"), Prompt.parse("a")}) == 1

@@ -33,18 +33,18 @@ class Spy:
     def install(self, monkeypatch):
         from ldm.pipeline import engine
 
-        drawn = engine.draw
+        drawn = engine.Engine.generate_batch
 
-        def draw(model, work, encode, settings, batch, watch):
-            seeds = [picture.seed for picture in batch]
+        def draw(self_, model, settings, batch, watch=None):
+            seeds = [request.seed for request in batch]
             if self.before:
                 self.before(seeds, settings)
-            images = drawn(model, work, encode, settings, batch, watch)
+            images = drawn(self_, model, settings, batch, watch)
             with self.path.open("a") as handle:
                 handle.write(json.dumps(seeds) + "\n")
             return self.after(seeds, images) if self.after else images
 
-        monkeypatch.setattr(engine, "draw", draw)
+        monkeypatch.setattr(engine.Engine, "generate_batch", draw)
         return self
 
     @property

@@ -50,10 +50,10 @@ def test_each_text_is_encoded_once(draw, monkeypatch):
 
     encoded, encode = [], encoding.encode_weighted
     monkeypatch.setattr(
-        encoding, "encode_weighted", lambda text, texts, *rest: encoded.extend(texts) or encode(text, texts, *rest)
+        encoding, "encode_weighted", lambda text, tokens, *rest: encoded.extend(tokens) or encode(text, tokens, *rest)
     )
     draw(["a cat --num_images 5", "a dog --n a cat --num_images 4", "a cat --n a dog"], batch_size=2)
-    assert sorted(encoded) == ["", "a cat", "a dog"]
+    assert sorted(len(tokens.parts[0][0]) for tokens in encoded) == [0, 2, 2]  # "", "a cat", "a dog"
 
 
 def test_settings_that_cannot_share_a_batch_are_grouped(draw, spy):
@@ -237,10 +237,10 @@ def test_a_text_that_cannot_be_encoded_fails_alone(draw, spy, monkeypatch):
 
     encode = encoding.encode_weighted
 
-    def picky(encoder, texts, *rest):
-        if "a dog" in texts:
+    def picky(encoder, tokens, *rest):
+        if [encoder.tokenizer.decode([token]).strip() for token, _ in tokens[0].parts[0][0]] == ["a", "dog"]:
             raise ConfigError("this text is refused", where="prompt")
-        return encode(encoder, texts, *rest)
+        return encode(encoder, tokens, *rest)
 
     monkeypatch.setattr(encoding, "encode_weighted", picky)
     found = draw(["a cat --d 1", "a dog --d 2", "a red cat --d 3"])

@@ -11,7 +11,8 @@ from ldm.checkpoint.build import clip_text
 from ldm.checkpoint.open_clip import load_open_clip
 from ldm.checkpoint.vocabulary import clip_tokenizer
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.text import OpenClipText, XLText, encode_weighted
+from ldm.nn.text import OpenClipText, XLText, encode_weighted, tokenize
+from ldm.prompts import parse
 
 pytest.importorskip("open_clip", reason="the extra open-clip is not installed")
 
@@ -91,11 +92,12 @@ def test_as_xls_second_encoder(tower, tokenizer, clip_skip):
 def test_weights_and_chunks(tower, tokenizer):
     ours, theirs = OpenClipText(tower, tokenizer), converted(tower, 3, projected=False)
     prompts = ["a (red:1.4) cat", "cat " * 80 + "BREAK [a dog]", *TEXTS[:3]]
-    found, expected = (encode_weighted(text, prompts) for text in (ours, theirs))
+    read = [(text, [tokenize(text, parse(prompt)) for prompt in prompts]) for text in (ours, theirs)]
+    found, expected = (encode_weighted(text, tokens) for text, tokens in read)
     assert found.states.shape == (5, 3 * 77, 32)
     assert torch.allclose(found.states, expected.states, atol=1e-5)
     assert torch.allclose(found.pooled, expected.pooled, atol=1e-5)
-    assert torch.equal(encode_weighted(ours, TEXTS[:3]).states, ours.encode(TEXTS[:3]).states)
+    assert torch.equal(encode_weighted(ours, read[0][1][2:]).states[:, :77], ours.encode(TEXTS[:3]).states)
 
 
 def test_bits_and_what_is_cut_off(tower, tokenizer):
