@@ -85,7 +85,6 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
             what = "--set belongs to --from" if args.changes else "there is no prompt"
             raise ConfigError(what, todo='write ldm generate "a cat", or --from PICTURE')
         return own, call, {}
-    from ldm.cli import parse
     from ldm.render.replay.replay import keywords, read_replays
 
     replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
@@ -94,8 +93,10 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     said = keywords(replays[0])
     for note in replays[0].notes:
         console.warn(note)
-    plain = vars(parse(["generate"]))  # an option that is not at its default was given
-    given = ({name: value for name, value in part.items() if value != plain[name]} for part in (own, call))
+    plain = argparse.ArgumentParser()
+    add_arguments(plain)
+    defaults = vars(plain.parse_args([]))  # an option that is not at its default was given
+    given = ({name: value for name, value in part.items() if value != defaults[name]} for part in (own, call))
     (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
     return own, call, replays[0].source
 
