@@ -1,4 +1,4 @@
-"""Pictures: PIL to tensor and back, grids, and files that carry how they were made.
+"""Images: PIL to tensor and back, grids, and files that carry how they were made.
 
 A PNG carries two text chunks: `parameters`, one text that A1111 and its relatives read, and `ldm`, our own JSON.
 JPEG and WebP carry the same two in EXIF: UserComment (where A1111 looks for it) and MakerNote.
@@ -32,43 +32,43 @@ _NOT_AN_IMAGE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError)  # wh
 
 @dataclass(frozen=True)
 class Metadata:
-    """How a picture was made: A1111's `parameters` text and our own `ldm` mapping; either may be empty."""
+    """How an image was made: A1111's `parameters` text and our own `ldm` mapping; either may be empty."""
 
     parameters: str = ""
     ldm: dict[str, Any] = field(default_factory=dict)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """`images` (B, 3, H, W) in [-1, 1] -> B RGB pictures. Raises NumericsError on NaN or infinity."""
+    """`images` (B, 3, H, W) in [-1, 1] -> B RGB images. Raises NumericsError on NaN or infinity."""
     import torch
     from PIL import Image
 
     images = images.detach().float().cpu()
     if not torch.isfinite(images).all():
-        raise NumericsError("the picture holds NaN or infinity", todo="use dtype fp32")
+        raise NumericsError("the image holds NaN or infinity", hint="use dtype fp32")
     pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pixels]  # (H, W, 3)
 
 
 def to_tensor(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size -> (B, 3, H, W) fp32 in [-1, 1]; transparency is laid on white.
+    """Images of one size -> (B, 3, H, W) fp32 in [-1, 1]; transparency is laid on white.
 
     Raises DataError where the sizes differ.
     """
     import numpy
     import torch
 
-    pictures = [flatten(image) for image in (images if isinstance(images, Sequence) else [images])]
-    sizes = sorted({picture.size for picture in pictures})
+    flat = [flatten(image) for image in (images if isinstance(images, Sequence) else [images])]
+    sizes = sorted({image.size for image in flat})
     if len(sizes) != 1:
         listed = ", ".join(f"{w}x{h}" for w, h in sizes) or "none"
-        raise DataError(f"pictures of one size are needed, got {listed}")
-    pixels = torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in pictures]))  # (B, H, W, 3)
+        raise DataError(f"images of one size are needed, got {listed}")
+    pixels = torch.from_numpy(numpy.stack([numpy.asarray(image) for image in flat]))  # (B, H, W, 3)
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
-def flatten(image: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """An RGB picture: transparency composited on `ground`, 16-bit grey scaled rather than clipped."""
+def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """An RGB image: transparency composited on `background`, 16-bit grey scaled rather than clipped."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -78,16 +78,16 @@ def flatten(image: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) 
         return grey.convert("L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, (*ground, 255)), over).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", over.size, (*background, 255)), over).convert("RGB")
     return image.convert("RGB")
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 0) -> Image.Image:
-    """All pictures on one white sheet, row by row; about as many columns as rows unless `columns` says otherwise."""
+    """All images on one white sheet, row by row; about as many columns as rows unless `columns` says otherwise."""
     from PIL import Image
 
     if not images:
-        raise DataError("a grid needs at least one picture")
+        raise DataError("a grid needs at least one image")
     if columns is not None and columns < 1:
         raise ConfigError(f"a grid needs at least one column, got {columns}", where="columns")
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
@@ -104,7 +104,7 @@ def file_format(name: str) -> str:
     key = name.lower().lstrip(".")
     key = {"jpeg": "jpg"}.get(key, key)
     if key not in FORMATS:
-        raise ConfigError(f"unknown image format {name!r}", where="format", todo=nearest(key, FORMATS))
+        raise ConfigError(f"unknown image format {name!r}", where="format", hint=nearest(key, FORMATS))
     return key
 
 
@@ -154,7 +154,7 @@ def _exif_within_limit(metadata: Metadata) -> bytes:
         exif = _exif(kept)
         if len(exif) <= EXIF_LIMIT:
             if kept is not metadata:
-                lost = "the ldm record" if kept.parameters else "all metadata"
+                lost = "the ldm metadata" if kept.parameters else "all metadata"
                 warn(f"a JPEG holds 64 KB of metadata: {lost} is left out; use --format png to keep it")
             return exif
     return b""
@@ -163,7 +163,7 @@ def _exif_within_limit(metadata: Metadata) -> bytes:
 def read_metadata(path: str | Path) -> Metadata:
     """The metadata of a PNG, JPEG or WebP file, by us or by other tools; empty where there is none.
 
-    Raises DataError for a file that is no picture.
+    Raises DataError for a file that is no image.
     """
     from PIL import Image
 
@@ -177,10 +177,10 @@ def read_metadata(path: str | Path) -> Metadata:
                     return Metadata(str(text.get("parameters", "")), _json_object(text.get("ldm", "")))
                 private = image.getexif().get_ifd(EXIF_IFD)
     except _NOT_AN_IMAGE as error:
-        raise DataError(f"cannot be read as a picture ({error})", where=path) from None
+        raise DataError(f"cannot be read as an image ({error})", where=path) from None
     note = private.get(MAKER_NOTE, b"")
-    record = note[4:].decode("ascii", "replace") if isinstance(note, bytes) and note.startswith(b"ldm\0") else ""
-    return Metadata(_user_comment(private.get(USER_COMMENT, b"")), _json_object(record))
+    own = note[4:].decode("ascii", "replace") if isinstance(note, bytes) and note.startswith(b"ldm\0") else ""
+    return Metadata(_user_comment(private.get(USER_COMMENT, b"")), _json_object(own))
 
 
 def _user_comment(value: bytes | str) -> str:

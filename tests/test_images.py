@@ -94,7 +94,7 @@ def test_jpeg_keeps_what_fits_and_says_what_does_not(capsys, tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(images.encode(gradient(), "jpg", Metadata("short", {"prompt": "x" * 70_000})))
     assert images.read_metadata(path) == Metadata("short")
-    assert "the ldm record is left out" in capsys.readouterr().err
+    assert "the ldm metadata is left out" in capsys.readouterr().err
     path.write_bytes(images.encode(gradient(), "jpg", Metadata("y" * 40_000, {"prompt": "x"})))
     assert images.read_metadata(path) == Metadata()
     assert "all metadata is left out" in capsys.readouterr().err

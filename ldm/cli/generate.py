@@ -1,17 +1,17 @@
-"""Draw pictures of a prompt.
+"""Draw images of a prompt.
 
 examples:
   ldm generate "a cat"                             writes a-cat.png
-  ldm generate "a cat on a red ground" -n 4 --seed 7 -o cats/
+  ldm generate "a cat on a red background" -n 4 --seed 7 -o cats/
   ldm generate "a red car" -o car.webp --steps 40 --guidance-scale 4
   ldm generate "a dog" --model runs/unet/model --no-metadata
   ldm generate "a dog" --image cat.png --mask-image where.png
   ldm generate "a landscape" --image small.png --outpaint left=64,right=64
-  ldm generate --from old.png                      draws that picture again: by ldm, A1111 and its relatives
+  ldm generate --from old.png                      draws that image again: by ldm, A1111 and its relatives
   ldm generate --from old.png --set steps=50 --set sampler=euler
 
-Picture k of -n has seed SEED + k and is the same alone or among others. Files that exist are never overwritten, but for
-the one that -o names. The paths of what was written are printed.
+Image k of -n has seed SEED + k and is the same alone or among others. Only the file that -o names is ever
+overwritten. The paths of the written files are printed.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
     add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
-    add("-n", *names_of("num_images"), type=int, default=1, metavar="N", help="pictures to draw (1)")
-    add("--seed", type=int, metavar="N", help="of the first picture; -1 or nothing: drawn, and kept in the file")
-    add("--batch-size", metavar="N", type=int, help=f"pictures drawn together ({BATCH}); changes no picture")
+    add("-n", *names_of("num_images"), type=int, default=1, metavar="N", help="images to draw (1)")
+    add("--seed", type=int, metavar="N", help="of the first image; -1 or nothing: drawn, and kept in the file")
+    add("--batch-size", metavar="N", type=int, help=f"images drawn together ({BATCH}); changes no image")
     add(
-        "--strict", action="store_true", help="refuse prompts of which the model does not see all, instead of a warning"
+        "--strict",
+        action="store_true",
+        help="refuse prompts that the model does not see as a whole, instead of a warning",
     )
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
     add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
-    add("--from", dest="source", metavar="PICTURE", help="draw it again, as its file says; options given here win")
+    add("--from", dest="source", metavar="IMAGE", help="draw it again, as its file says; options given here win")
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
     add_sampling(parser)
     add_editing(parser)
     add_model(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
-    notes = textwrap.fill(f"In Python, other tools' words are taken too: {words}.", 118)
+    notes = textwrap.fill(f"In Python, other tools' names are accepted too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
 
 
@@ -59,37 +61,37 @@ def run(args: argparse.Namespace) -> int:
     from ldm.pipeline.pipeline import Pipeline
     from ldm.pipeline.result import Images, Target
 
-    own, call, told = _asked(args)
+    own, call, original = _settings(args)
     target = Target.of(args.output, args.format).check()
     pipe = Pipeline(**own)
     try:
         images = pipe.generate(**call)
     except (LdmError, KeyboardInterrupt) as stop:
-        with contextlib.suppress(LdmError):  # what stopped the work is what is told
+        with contextlib.suppress(LdmError):  # the error that stopped the work is shown, not this one
             _write(getattr(stop, "images", Images([], [])), target, args)
         raise
     _write(images, target, args)
-    _say_differences(told, images.metadata[0])
-    record, seeds = images.metadata[0], ", ".join(map(str, images.seeds[:8]))
-    steps = f"{record['num_inference_steps']} steps of {record['sampler']}"
-    console.say(f"{steps}, {record['device']} in {record['dtype']}, seeds {seeds}", verbosity=1)
+    _warn_of_differences(original, images.metadata[0])
+    first, seeds = images.metadata[0], ", ".join(map(str, images.seeds[:8]))
+    steps = f"{first['num_inference_steps']} steps of {first['sampler']}"
+    console.say(f"{steps}, {first['device']} in {first['dtype']}, seeds {seeds}", verbosity=1)
     return 0
 
 
-def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
-    """(keywords of Pipeline, of generate, what a picture given by --from says of its model and machine)."""
+def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
+    """(keywords of Pipeline, of generate, what the image of --from says of its model and machine)."""
     names = ("prompt", *FROM_PIPELINE), FROM_CALL
     own, call = ({name: getattr(args, name) for name in part} for part in names)
     if args.source is None:
         if args.prompt is None or args.changes:
             what = "--set belongs to --from" if args.changes else "there is no prompt"
-            raise ConfigError(what, todo='write ldm generate "a cat", or --from PICTURE')
+            raise ConfigError(what, hint='write ldm generate "a cat", or --from PICTURE')
         return own, call, {}
     from ldm.render.replay.replay import keywords, read_replays
 
     replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
     if len(replays) > 1:
-        raise ConfigError("holds several pictures", where=args.source, todo="draw them with ldm render --from")
+        raise ConfigError("holds several images", where=args.source, hint="draw them with ldm render --from")
     said = keywords(replays[0])
     for note in replays[0].notes:
         console.warn(note)
@@ -101,11 +103,11 @@ def _asked(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     return own, call, replays[0].source
 
 
-def _say_differences(told: Mapping, record: Mapping) -> None:
-    if told:
+def _warn_of_differences(original: Mapping, now: Mapping) -> None:
+    if original:
         from ldm.render.replay.replay import differences
 
-        for line in differences(told, record):
+        for line in differences(original, now):
             console.warn(line)
 
 

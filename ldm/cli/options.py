@@ -1,4 +1,4 @@
-"""Options that several commands share: how pictures are drawn, and with which model. Each under its Python name."""
+"""Options that several commands share: how images are drawn, and with which model. Each under its Python name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HelpSamplers(argparse.Action):
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How a picture is drawn: the negative prompt, and all of SAMPLING."""
+    """How an image is drawn: the negative prompt, and all of SAMPLING."""
     add = parser.add_argument_group("drawing (in brackets what is taken where nothing is said)").add_argument
     steps = [word for word in names_of("num_inference_steps") if word != "--steps"]
     add("--steps", *steps, dest="num_inference_steps", type=int, metavar="N", help=f"(the model's, or {STEPS})")
@@ -57,17 +57,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_editing(parser: argparse.ArgumentParser) -> None:
-    """What a picture is drawn from, and around it: all of EDITING_WORDS."""
+    """What an image is drawn from, and around it: all of EDITING_WORDS."""
     add = parser.add_argument_group("editing").add_argument
-    add(*names_of("image"), metavar="PICTURE", help="begin at this picture; its size is drawn")
+    add(*names_of("image"), metavar="IMAGE", help="begin at this image; its size is drawn")
     add(
         *names_of("mask_image"),
-        metavar="PICTURE",
+        metavar="IMAGE",
         help="of its size: white is painted, where it is black nothing changes",
     )
     add(*names_of("strength"), type=float, metavar="X", help="0 to 1: how much of the steps is run (0.8; outpaint: 1)")
     add("--outpaint", type=_sides, metavar="SIDE=PIXELS,…", help="make it larger: left=64,right=…,top=…,bottom=…")
-    add(*names_of("variation_seed"), type=int, metavar="N", help="mix in this seed's noise; picture k of -n has N + k")
+    add(*names_of("variation_seed"), type=int, metavar="N", help="mix in this seed's noise; image k of -n has N + k")
     add(*names_of("variation_strength"), type=float, metavar="X", help="0 to 1: how much of it")
     add(*names_of("hires_scale"), type=float, metavar="X", help="draw, make X times larger, and draw on")
     add(*names_of("hires_steps"), type=int, metavar="N", help="of the second time (as many as of the first)")

@@ -30,7 +30,7 @@ def scalings(prediction_type: str, sigma: torch.Tensor) -> tuple[torch.Tensor, t
     if prediction_type == "sample":
         return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
     raise ConfigError(
-        f"unknown prediction_type '{prediction_type}'", todo=nearest(str(prediction_type), PREDICTION_TYPES)
+        f"unknown prediction_type '{prediction_type}'", hint=nearest(str(prediction_type), PREDICTION_TYPES)
     )
 
 

@@ -51,8 +51,8 @@ OURS = (
 SAME_NAME = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "steps_offset")
 
 
-def _refuse(key: str, value: Any, todo: str | None = None) -> ModelError:
-    return ModelError(f"{key} {value!r} is not supported", where=WHERE, todo=todo)
+def _refuse(key: str, value: Any, hint: str | None = None) -> ModelError:
+    return ModelError(f"{key} {value!r} is not supported", where=WHERE, hint=hint)
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -34,8 +34,8 @@ def steps_left(n: int, strength: float, where: str = "strength") -> int:
     steps = min(int(n * strength), n)
     if steps < 1:
         least = math.ceil(1000 / n) / 1000
-        todo = f"use at least {least:g}, or more steps"
-        raise ConfigError(f"{strength:g} of {n} steps leaves none", where=where, todo=todo)
+        hint = f"use at least {least:g}, or more steps"
+        raise ConfigError(f"{strength:g} of {n} steps leaves none", where=where, hint=hint)
     return steps
 
 

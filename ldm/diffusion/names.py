@@ -85,10 +85,10 @@ def resolve(name: object) -> tuple[str, str | None]:
         if key and key.endswith(end) and key[: -len(end)] in _SAMPLERS:
             return _SAMPLERS[key[: -len(end)]], spacing
     known = [*SAMPLER_NAMES, *(other for others in SAMPLER_NAMES.values() for other in others)]
-    todo = nearest(str(name)[:80], known)
-    if not todo.startswith("did you mean"):
-        todo = f"choose from: {', '.join(SAMPLER_NAMES)}"
-    raise ConfigError(f"unknown sampler {name!r:.80}", where="sampler", todo=todo)
+    hint = nearest(str(name)[:80], known)
+    if not hint.startswith("did you mean"):
+        hint = f"choose from: {', '.join(SAMPLER_NAMES)}"
+    raise ConfigError(f"unknown sampler {name!r:.80}", where="sampler", hint=hint)
 
 
 def resolve_spacing(name: object) -> str | None:
@@ -97,7 +97,7 @@ def resolve_spacing(name: object) -> str | None:
     if key == "automatic":
         return None
     if key not in _SPACINGS:
-        raise ConfigError(f"unknown spacing {name!r:.80}", where="spacing", todo=nearest(str(name)[:80], SPACINGS))
+        raise ConfigError(f"unknown spacing {name!r:.80}", where="spacing", hint=nearest(str(name)[:80], SPACINGS))
     return _SPACINGS[key]
 
 
@@ -105,15 +105,15 @@ def check(sampler: str, prediction_type: str, spacing: str | None = None) -> Non
     """Raise ConfigError where a sampler does not work with a prediction type, or a spacing with either."""
     flow = prediction_type == "flow"
     if sampler == "heun_flow" and not flow:
-        todo = "use heun"
+        hint = "use heun"
         raise ConfigError(
-            f"heun_flow is for flow models; this one predicts {prediction_type}", where="sampler", todo=todo
+            f"heun_flow is for flow models; this one predicts {prediction_type}", where="sampler", hint=hint
         )
     if flow and sampler not in FLOW_SAMPLERS:
-        todo = f"choose from: {', '.join(FLOW_SAMPLERS)}"
-        raise ConfigError(f"{sampler} does not work with flow models", where="sampler", todo=todo)
+        hint = f"choose from: {', '.join(FLOW_SAMPLERS)}"
+        raise ConfigError(f"{sampler} does not work with flow models", where="sampler", hint=hint)
     if flow and spacing is not None:
-        raise ConfigError(f"{spacing} does not apply: a flow model has its own", where="spacing", todo="leave it out")
+        raise ConfigError(f"{spacing} does not apply: a flow model has its own", where="spacing", hint="leave it out")
 
 
 def options(sampler: str, eta: float | None) -> dict[str, float]:
@@ -129,8 +129,8 @@ def options(sampler: str, eta: float | None) -> dict[str, float]:
     if sampler in ETA:
         return {"eta": float(eta)}
     if eta > 0 or sampler == "ddpm":
-        todo = f"leave it out, or choose from: {', '.join(ETA)}"
-        raise ConfigError(f"the sampler {sampler} takes no eta", where="eta", todo=todo)
+        hint = f"leave it out, or choose from: {', '.join(ETA)}"
+        raise ConfigError(f"the sampler {sampler} takes no eta", where="eta", hint=hint)
     return {}
 
 

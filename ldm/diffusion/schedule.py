@@ -1,9 +1,9 @@
 """Noise schedules: timesteps, sigmas, spacings, and the scale of the first noise.
 
-Everything above this file lives in one picture of the noise: x = x0 + sigma * noise, with sigma from 0 upwards.
+Everything above this file describes noise as x = x0 + sigma * noise, with sigma from 0 upwards.
 What a network was trained on is x_t = alpha * x0 + sigma_t * noise; alpha = 1 / sqrt(1 + sigma^2) for the beta
 schedules ("variance preserving") and alpha = 1 - t, sigma = t / (1 - t) for flow. Only this file and `denoiser.py`
-know the second picture.
+know the second description.
 
 T number of training timesteps   n number of sampling steps   B batch
 """
@@ -70,7 +70,7 @@ def squaredcos_cap_v2(steps: int, start: float, end: float) -> torch.Tensor:
 
 
 def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas (T,) changed so that nothing of the picture is left at the last step (Lin et al. 2024, algorithm 1)."""
+    """Betas (T,) changed so that nothing of the image is left at the last step (Lin et al. 2024, algorithm 1)."""
     root = (1.0 - betas).cumprod(0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     root = (root - last) * (first / (first - last))
@@ -103,7 +103,7 @@ class Schedule:
             ("spacing", SCHEDULE_SPACINGS),
         ):
             if (value := getattr(self, field)) not in known:
-                raise ConfigError(f"unknown {field} '{value}'", where="schedule", todo=nearest(str(value), known))
+                raise ConfigError(f"unknown {field} '{value}'", where="schedule", hint=nearest(str(value), known))
         if self.num_train_timesteps < 2:
             raise ConfigError(f"num_train_timesteps must be at least 2, not {self.num_train_timesteps}")
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -191,7 +191,7 @@ class Schedule:
             raise ConfigError(f"num_inference_steps must be at least 1, not {n}")
         if self.is_flow:
             if spacing is not None:
-                raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", todo="leave it out")
+                raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", hint="leave it out")
             return self._flow_sigmas(n, sampler)
         if spacing in SIGMA_SPACINGS:
             low, high = self.sigmas_all[0].item(), self.sigmas_all[-1].item()
@@ -254,11 +254,11 @@ class Schedule:
         total = self.num_train_timesteps
         if spacing is None and sampler == "lcm":
             if n > LCM_STEPS or total < LCM_STEPS:
-                raise ConfigError(f"lcm has {LCM_STEPS} steps of its own, not {n}", todo="choose fewer, or a spacing")
+                raise ConfigError(f"lcm has {LCM_STEPS} steps of its own, not {n}", hint="choose fewer, or a spacing")
             return torch.from_numpy(lcm_timesteps(total, n))
         name = self.spacing if spacing is None else spacing
         if name not in SPACINGS:
-            raise ConfigError(f"unknown spacing '{name}'", todo=nearest(name, SPACINGS))
+            raise ConfigError(f"unknown spacing '{name}'", hint=nearest(name, SPACINGS))
         timesteps = SPACINGS[name](total, n, self.steps_offset, sampler) if n <= total else np.empty(0)
         if len(timesteps) != n or timesteps[0] > total - 1 or (np.diff(timesteps) >= 0).any():
             raise ConfigError(f"{n} steps are too many for {total} training timesteps with {name} spacing")

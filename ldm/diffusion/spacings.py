@@ -115,7 +115,7 @@ def _align_your_steps(table: tuple[float, ...], high: float, n: int) -> np.ndarr
             f"Align Your Steps was tuned for Stable Diffusion's noise, up to sigma {SD_HIGHEST}; "
             f"this model's reaches {high:.4g}",
             where="spacing",
-            todo="use karras",
+            hint="use karras",
         )
     return np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(table)), np.log(table)))[:-1]
 

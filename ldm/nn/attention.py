@@ -29,11 +29,11 @@ def backend(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def check_backend(name: str, device: torch.device | None = None) -> str:
     """`name` again if it can be used here (on `device`). Raises ConfigError (unknown) or ModelError (not usable)."""
     if name != "auto" and name not in BACKENDS:
-        raise ConfigError(f"unknown attention {name!r:.80}", todo=nearest(str(name), ["auto", *BACKENDS]))
+        raise ConfigError(f"unknown attention {name!r:.80}", hint=nearest(str(name), ["auto", *BACKENDS]))
     if name == "xformers":
         _memory_efficient_attention()
         if device is not None and device.type != "cuda":
-            raise ModelError(f"attention 'xformers' needs a GPU, not {device}", todo="use attention 'auto'")
+            raise ModelError(f"attention 'xformers' needs a GPU, not {device}", hint="use attention 'auto'")
     return name
 
 
@@ -99,7 +99,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | Non
         return kernel(q, k, v, attn_bias=bias).flatten(2)
     except (NotImplementedError, ValueError) as error:  # no kernel for this head size, dtype or card
         reason = str(error).partition("\n")[0][:200]
-        raise ModelError(f"attention 'xformers' cannot do this ({reason})", todo="use attention 'auto'") from None
+        raise ModelError(f"attention 'xformers' cannot do this ({reason})", hint="use attention 'auto'") from None
 
 
 def _memory_efficient_attention() -> Callable[..., Tensor]:
@@ -109,8 +109,8 @@ def _memory_efficient_attention() -> Callable[..., Tensor]:
     except ImportError:
         raise ModelError(
             "attention 'xformers' was asked for, but the package is not installed",
-            todo="pip install xformers, or use attention 'auto'",
+            hint="pip install xformers, or use attention 'auto'",
         ) from None
     if not torch.cuda.is_available():
-        raise ModelError("attention 'xformers' needs a GPU, and there is none here", todo="use attention 'auto'")
+        raise ModelError("attention 'xformers' needs a GPU, and there is none here", hint="use attention 'auto'")
     return memory_efficient_attention

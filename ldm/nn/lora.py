@@ -172,7 +172,7 @@ def meant(shapes: Mapping[str, Sequence[int]], targets: Sequence[str]) -> list[s
         names = [n for n, shape in shapes.items() if TARGETS[target](n, len(shape))] if target in TARGETS else [*ends]
         if not names:
             known = [*TARGETS, *dict.fromkeys(re.search(r"[^.]+(\.\d+)?$", name)[0] for name in shapes)]
-            raise ConfigError(f"there is no layer named {target!r:.80}", where="targets", todo=nearest(target, known))
+            raise ConfigError(f"there is no layer named {target!r:.80}", where="targets", hint=nearest(target, known))
         found.update(names)
     return [name for name in shapes if name in found]
 

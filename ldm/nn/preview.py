@@ -1,4 +1,4 @@
-"""Small pictures of latents without decoding: one linear map to RGB for each autoencoder, fitted when first asked for.
+"""Small images of latents without decoding: one linear map to RGB for each autoencoder, fitted when first asked for.
 
 Shapes:  B batch   C latent channels   h, w latent size   f pixels per latent   N fitted latents
 """
@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from ldm.nn.vae import VAE
 
-PICTURES, SIDE = 16, 16  # coloured pictures that are fitted to, and their side in latents
+COUNT, SIDE = 16, 16  # coloured images that are fitted to, and their side in latents
 _known: WeakKeyDictionary[VAE, Tensor] = WeakKeyDictionary()
 
 
 def preview(vae: VAE, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> pictures (B, 3, h, w) in [-1, 1] on the CPU, one pixel a latent."""
+    """Scaled latents (B, C, h, w) -> images (B, 3, h, w) in [-1, 1] on the CPU, one pixel a latent."""
     table = rgb_map(vae)
     z = latents.detach().float().cpu()
     rgb = torch.einsum("bchw,cr->brhw", z, table[:-1]) + table[-1].view(1, 3, 1, 1)
@@ -37,11 +37,11 @@ def rgb_map(vae: VAE) -> Tensor:
 
 @torch.no_grad()
 def _fitted(vae: VAE) -> Tensor:
-    pictures = shapes(PICTURES, SIDE * vae.factor)
-    latents = torch.cat([vae.encode(one).cpu() for one in pictures.split(1)])
+    images = shapes(COUNT, SIDE * vae.factor)
+    latents = torch.cat([vae.encode(one).cpu() for one in images.split(1)])
     seen = latents.permute(0, 2, 3, 1).flatten(0, 2).double()  # (N, C)
     seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-    colours = functional.avg_pool2d(pictures, vae.factor).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N, 3)
+    colours = functional.avg_pool2d(images, vae.factor).permute(0, 2, 3, 1).flatten(0, 2).double()  # (N, 3)
     return torch.linalg.lstsq(seen, colours).solution.float()
 
 
@@ -54,12 +54,12 @@ def shapes(count: int, side: int, seed: int = 0) -> Tensor:
 
     line = torch.linspace(0, 1, side)
     y, x = torch.meshgrid(line, line, indexing="ij")
-    pictures = []
+    images = []
     for _ in range(count):
         corner, other = 2 * draw(2, 3, 1, 1) - 1
         slope = draw(2)
         along = (slope[0] * x + slope[1] * y) / slope.sum()
-        picture = corner + along * (other - corner)  # (3, side, side)
+        image = corner + along * (other - corner)  # (3, side, side)
         for round_one in (True, False, True):
             (left, top), (wide, high) = draw(2) * 0.8, 0.15 + 0.4 * draw(2)
             if round_one:
@@ -67,6 +67,6 @@ def shapes(count: int, side: int, seed: int = 0) -> Tensor:
             else:
                 inside = (x > left) & (x < left + wide) & (y > top) & (y < top + high)
             colour = (3 * draw(3, 1, 1) - 1.5).clamp(-1, 1)  # pure ones often
-            picture = torch.where(inside, colour, picture)
-        pictures.append(picture)
-    return torch.stack(pictures)
+            image = torch.where(inside, colour, image)
+        images.append(image)
+    return torch.stack(images)

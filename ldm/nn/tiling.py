@@ -1,7 +1,7 @@
-"""Big pictures through an autoencoder in overlapping tiles, in memory that does not grow with the picture.
+"""Big images through an autoencoder in overlapping tiles, in memory that does not grow with the image.
 
-A tile alone has other group-norm statistics than the picture, which shifts its colours (3/255 on average in the default
-VAE). So the whole picture, made as small as a tile, goes through first, and every norm keeps the statistics that it
+A tile alone has other group-norm statistics than the image, which shifts its colours (3/255 on average in the default
+VAE). So the whole image, made as small as a tile, goes through first, and every norm keeps the statistics that it
 sees there for all tiles. Attention, where an autoencoder has any, still sees one tile.
 
 Shapes:  C channels   h, w size in latents   f pixels per latent
@@ -19,7 +19,7 @@ from ldm import console
 from ldm.nn.lora import clone_shared_weights
 
 TILE, OVERLAP = 64, 16  # latents: a tile's side, and how much of it the next tile shares at least
-AUTO = 128  # latents: pictures of more than this squared are decoded in tiles where nobody says whether
+AUTO = 128  # latents: images of more than this squared are decoded in tiles where nobody says whether
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -92,7 +92,7 @@ def spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 def ramp(start: int, end: int, length: int, overlap: int, scale: int) -> Tensor:
     """((end - start) * scale,) a tile's weight along one side: rising over the overlap at every end that is not the
-    picture's."""
+    image's."""
     inside = (torch.arange((end - start) * scale) + 0.5) / (overlap * scale)
     rise = inside if start > 0 else torch.ones_like(inside)
     fall = inside.flip(0) if end < length else torch.ones_like(inside)

@@ -81,7 +81,7 @@ DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 class UNetConfig:
     """Stable Diffusion 1.5 unless told otherwise. Raises ConfigError for values that contradict each other."""
 
-    in_channels: int = 4  # 9 for inpainting: latents, mask, latents of the masked picture
+    in_channels: int = 4  # 9 for inpainting: latents, mask, latents of the masked image
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # per level, from the highest resolution down
     layers_per_block: int = 2  # resnets per level on the way down; one more on the way up
@@ -96,7 +96,7 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None  # "text_time": width of each of the six sizes (XL: 256)
     projection_class_embeddings_input_dim: int | None = None  # "text_time": 6 * that + pooled width (XL: 2816)
     upcast_attention: bool = False  # kept for other programs: softmax sums in fp32 here in any case
-    sample_size: int | None = None  # latent height and width it was trained for; diffusers' default picture size
+    sample_size: int | None = None  # latent height and width it was trained for; diffusers' default image size
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -129,7 +129,7 @@ class UNetConfig:
         kind, heads, width = self.addition_embed_type, self.addition_embed_type_num_heads, self.cross_attention_dim
         if kind not in (None, "text", "text_time"):
             raise ConfigError(
-                f"addition_embed_type '{kind}' is not supported", todo=nearest(kind, ["text", "text_time"])
+                f"addition_embed_type '{kind}' is not supported", hint=nearest(kind, ["text", "text_time"])
             )
         if kind == "text" and (heads < 1 or width % heads):
             raise ConfigError(f"cross_attention_dim {width} is not a multiple of addition_embed_type_num_heads {heads}")
@@ -147,8 +147,8 @@ class UNetConfig:
     def check_attention_layers(self, names: Iterable[str]) -> None:
         """Raise ConfigError for a name that is none of `attention_levels`."""
         for name in set(names).difference(self.attention_levels):
-            todo = f"choose from: {', '.join(self.attention_levels)}"
-            raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", todo=todo)
+            hint = f"choose from: {', '.join(self.attention_levels)}"
+            raise ConfigError(f"no self-attention in {name!r:.80} of this model", where="pag_layers", hint=hint)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], where: object = None) -> UNetConfig:

@@ -1,6 +1,6 @@
 """The autoencoder: the one owner of the latents' scale, shift, channels and factor.
 
-Shapes:  B batch   C latent channels   H, W picture size   h, w latent size = H / factor, W / factor
+Shapes:  B batch   C latent channels   H, W image size   h, w latent size = H / factor, W / factor
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class VAE:
     def moments(self, images: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents of images (B, 3, H, W) in [-1, 1]: two fp32 (B, C, h, w).
 
-        `tile`: in tiles of so many latents a side, where a picture is larger (see ldm.nn.tiling).
+        `tile`: in tiles of so many latents a side, where an image is larger (see ldm.nn.tiling).
         Raises ConfigError for sizes that are not multiples of the factor, NumericsError for NaN or infinity.
         """
         self.check_size(*images.shape[-2:])
@@ -88,7 +88,7 @@ class VAE:
 
         One image at a time, so that its bits do not depend on the batch; with `tile` in tiles of so many latents a
         side, where it is larger (see ldm.nn.tiling). Raises NumericsError for NaN or infinity:
-        in 16 bits some autoencoders overflow, and a black picture must not pass for a result.
+        in 16 bits some autoencoders overflow, and a black image must not pass for a result.
         """
         if latents.shape[1] != self.latent_channels:
             raise ModelError(f"latents have {latents.shape[1]} channels, this VAE decodes {self.latent_channels}")
@@ -96,9 +96,9 @@ class VAE:
         images = []
         for one in z.to(self.device, self.dtype).split(1):
             if tile is not None and max(one.shape[-2:]) > tile:
-                images.append(through_tiles(_picture, self.module, one, 1, self.factor, tile))
+                images.append(through_tiles(_decoded, self.module, one, 1, self.factor, tile))
             else:
-                images.append(_picture(self.module, one))
+                images.append(_decoded(self.module, one))
         return _finite(torch.cat(images), "decoding").clamp(-1, 1)
 
     def check_size(self, height: int, width: int) -> None:
@@ -107,7 +107,7 @@ class VAE:
             if size % self.factor or size < self.factor:
                 low = size // self.factor * self.factor
                 near = " or ".join(str(n) for n in (low, low + self.factor) if n)
-                raise ConfigError(f"{name} {size} is not a multiple of {self.factor}", todo=f"use {near}")
+                raise ConfigError(f"{name} {size} is not a multiple of {self.factor}", hint=f"use {near}")
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,12 +141,12 @@ def _mean_and_std(module: AutoencoderKL, images: Tensor) -> Tensor:
     return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
 
-def _picture(module: AutoencoderKL, z: Tensor) -> Tensor:
+def _decoded(module: AutoencoderKL, z: Tensor) -> Tensor:
     """Unscaled latents (1, C, h, w) -> (1, 3, H, W) fp32."""
     return module.decode(z).sample.float()
 
 
 def _finite(tensor: Tensor, doing: str) -> Tensor:
     if not torch.isfinite(tensor).all():
-        raise NumericsError(f"the VAE gave NaN or infinity in {doing}", todo="try --dtype fp32")
+        raise NumericsError(f"the VAE gave NaN or infinity in {doing}", hint="try --dtype fp32")
     return tensor

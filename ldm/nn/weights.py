@@ -37,7 +37,7 @@ def check_keys(module: nn.Module, state: Mapping[str, Tensor], where: object = N
     found = [_first(names, sort) for sort, names in sorts.items() if names]
     if found:
         what = f"weights do not fit {type(module).__name__} ({len(expected)} tensors): {'; '.join(found)}"
-        raise ModelError(what, where=where, todo="check that config and weights belong to the same model")
+        raise ModelError(what, where=where, hint="check that config and weights belong to the same model")
 
 
 def _first(names: list[str], sort: str, count: int = 5) -> str:

@@ -87,9 +87,9 @@ def take_adapters(
     for i, prompt in enumerate(prompts):
         text, tags = take_loras(prompt, where=f"prompt[{i}]" if len(prompts) > 1 else "prompt")
         if tags and lora_dir is None:
-            todo = "give lora_dir (--lora-dir), or lora (--lora)"
+            hint = "give lora_dir (--lora-dir), or lora (--lora)"
             raise ConfigError(
-                f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", todo=todo
+                f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", hint=hint
             )
         texts.append(text)
         own = (Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags)

@@ -93,7 +93,7 @@ def check_size(value: Any, where: str, factor: int | None) -> int:
     if factor and number % factor:
         below, above = number // factor * factor, -(-number // factor) * factor
         near = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"{number} is not a multiple of {factor}", where=where, todo=f"use {near}")
+        raise ConfigError(f"{number} is not a multiple of {factor}", where=where, hint=f"use {near}")
     return number
 
 
@@ -129,7 +129,7 @@ def _number(value: Any, where: str) -> float:
 
 
 def check_strength(given: Mapping[str, Any]) -> float | None:
-    """Of image-to-image: 0.8 unless another is given, 1 where the picture grows; None without a picture."""
+    """Of image-to-image: 0.8 unless another is given, 1 where the image grows; None without an image."""
     value = given.get("strength")
     number = None if value is None else check_part(value, "strength")
     if given.get("image") is not None:
@@ -242,7 +242,7 @@ def check_bool(value: Any, where: str) -> bool:
 def check_emphasis(value: Any) -> str:
     """How weights in prompts act: original or no_norm."""
     if not isinstance(value, str) or value not in EMPHASIS:
-        raise ConfigError(f"unknown emphasis {value!r:.80}", where="emphasis", todo=nearest(str(value), EMPHASIS))
+        raise ConfigError(f"unknown emphasis {value!r:.80}", where="emphasis", hint=nearest(str(value), EMPHASIS))
     return value
 
 

@@ -88,8 +88,8 @@ def too_large(info: ModelInfo, settings: Settings) -> str | None:
     if not side or settings.height * settings.width <= side**2:
         return None
     size = f"{settings.width}x{settings.height}"
-    todo = "; try hires_scale" if settings.strength is None else ""
-    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{todo}"
+    hint = "; try hires_scale" if settings.strength is None else ""
+    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{hint}"
 
 
 def text_reports(encoder: TextEncoder, settings: Settings, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:

@@ -200,8 +200,8 @@ def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any) -> An
     except (TypeError, ValueError, OverflowError):
         good = False
     if not good:
-        todo = f"mend the card (README.md), or give {name} yourself"
-        raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=todo)
+        hint = f"mend the card (README.md), or give {name} yourself"
+        raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)
     return number
 
 

@@ -1,4 +1,4 @@
-"""What generate gives back: pictures that know their seeds and settings, save themselves and show in a notebook."""
+"""What generate gives back: images that know their seeds and settings, save themselves and show in a notebook."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import images as pictures
 from ldm.errors import ConfigError, ResourceError
 from ldm.files import atomic_write, require_writable, slug, unused_path
+from ldm.images import Metadata, encode, file_format
+from ldm.images import grid as make_grid
 from ldm.pipeline.metadata import parameters
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """Where pictures go: into `folder` under names made from their prompts, or to `file` and numbered names beside."""
+    """Where images go: into `folder` under names made from their prompts, or to `file` and numbered names beside."""
 
     folder: Path
     file: Path | None
@@ -33,7 +34,7 @@ class Target:
 
         Raises ConfigError for a suffix that is no image format and for one that contradicts `format`.
         """
-        chosen = pictures.file_format(format) if format else None
+        chosen = file_format(format) if format else None
         if output is None:
             return cls(Path(), None, chosen or "png")
         text = os.fspath(output)
@@ -45,10 +46,10 @@ class Target:
         if text.endswith(os.sep) or path.is_dir() or not path.suffix:
             return cls(path, None, chosen or "png")
         try:
-            own = pictures.file_format(path.suffix)
+            own = file_format(path.suffix)
         except ConfigError as error:
             raise ConfigError(
-                error.what, where=path, todo="end the name in .png, .jpg or .webp, or a folder in /"
+                error.what, where=path, hint="end the name in .png, .jpg or .webp, or a folder in /"
             ) from None
         if chosen and chosen != own:
             raise ConfigError(f"the name ends in {path.suffix}, the format is {chosen}", where=path)
@@ -63,13 +64,13 @@ class Target:
         try:
             require_writable(self.folder)
         except ResourceError as error:
-            raise ConfigError(error.what, where=error.where, todo=error.todo or "choose another folder") from None
+            raise ConfigError(error.what, where=error.where, hint=error.hint or "choose another folder") from None
         except OSError as error:
-            raise ConfigError(str(error.strerror or error), where=self.folder, todo="choose another folder") from None
+            raise ConfigError(str(error.strerror or error), where=self.folder, hint="choose another folder") from None
         return self
 
     def write(self, data: bytes, prompt: str, first: bool) -> Path:
-        """Write one picture, never over a file that was not named."""
+        """Write one image, never over a file that was not named."""
         if self.file and first:
             return atomic_write(self.file, data)
         stem = self.file.stem if self.file else slug(prompt)
@@ -82,9 +83,9 @@ class Target:
 
 
 class Images(Sequence):
-    """PIL pictures, prompt by prompt, with `seeds` and `metadata` (one record each).
+    """PIL images, prompt by prompt, with `seeds` and `metadata` (one mapping each).
 
-    Indexing gives a picture, slicing gives Images.
+    Indexing gives an image, slicing gives Images.
     """
 
     def __init__(self, images: Sequence[Image.Image], metadata: Sequence[dict[str, Any]]):
@@ -93,8 +94,8 @@ class Images(Sequence):
 
     @property
     def seeds(self) -> list[int]:
-        """The seed of each picture: `generate(seed=images.seeds[k])` draws picture k of its prompt again."""
-        return [record["seed"] for record in self.metadata]
+        """The seed of each image: `generate(seed=images.seeds[k])` draws image k of its prompt again."""
+        return [one["seed"] for one in self.metadata]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -110,42 +111,42 @@ class Images(Sequence):
         return f"<{len(self)} images, {', '.join(sizes)}, seeds {seeds}>"
 
     def grid(self, columns: int | None = None, gap: int = 0) -> Image.Image:
-        """All pictures on one sheet; one row a prompt where there are several of each."""
-        prompts = len({record["prompt"] for record in self.metadata})
+        """All images on one sheet; one row a prompt where there are several of each."""
+        prompts = len({one["prompt"] for one in self.metadata})
         if columns is None and prompts > 1 and len(self) % prompts == 0 and len(self) > prompts:
             columns = len(self) // prompts
-        return pictures.grid(self._images, columns, gap)
+        return make_grid(self._images, columns, gap)
 
     def save(
         self, output: str | os.PathLike | None = None, format: str | None = None, metadata: bool = True
     ) -> list[Path]:
-        """Write the pictures and return their paths.
+        """Write the images and return their paths.
 
         `output` is a folder (files are named by the prompt: a-cat.png, a-cat-2.png, …, never over an existing one),
-        a file (later pictures are numbered beside it), or None for the current folder. Each file is written whole or
+        a file (later images are numbered beside it), or None for the current folder. Each file is written whole or
         not at all. Raises ConfigError for a name that cannot be used, ResourceError where the disk is full.
         """
         return list(self.save_each(Target.of(output, format).check(), metadata))
 
     def save_each(self, target: Target, metadata: bool = True) -> Iterator[Path]:
         """As `save`, giving each path as soon as its file is written."""
-        for i, record in enumerate(self.metadata):
-            yield target.write(self.encoded(i, target.format, metadata), record["prompt"], first=i == 0)
+        for i, own in enumerate(self.metadata):
+            yield target.write(self.encoded(i, target.format, metadata), own["prompt"], first=i == 0)
 
     def encoded(self, index: int, format: str = "png", metadata: bool = True) -> bytes:
-        """The bytes of picture `index` as a file, with its record inside unless `metadata` is False."""
-        record = self.metadata[index]
-        inside = pictures.Metadata(parameters(record), record) if metadata else None
-        return pictures.encode(self._images[index], format, inside)
+        """The bytes of image `index` as a file, with its metadata inside unless `metadata` is False."""
+        own = self.metadata[index]
+        inside = Metadata(parameters(own), own) if metadata else None
+        return encode(self._images[index], format, inside)
 
     def _repr_png_(self) -> bytes | None:
-        return pictures.encode(self.grid(gap=4)) if self._images else None
+        return encode(self.grid(gap=4)) if self._images else None
 
     def _repr_html_(self) -> str:
         figures = []
-        for i, record in enumerate(self.metadata):
+        for i, own in enumerate(self.metadata):
             source = base64.b64encode(self.encoded(i)).decode("ascii")
-            caption = html.escape(f"{record['prompt'][:200]} · seed {record['seed']}")
+            caption = html.escape(f"{own['prompt'][:200]} · seed {own['seed']}")
             figures.append(
                 f'<figure style="display:inline-block;margin:4px"><img src="data:image/png;base64,{source}" '
                 f'alt="{caption}"><figcaption style="max-width:20em">{caption}</figcaption></figure>'

@@ -310,10 +310,10 @@ def files(tmp_path):
 
 
 BAD = {
-    "no such file": ({"image": "none.png"}, "image: 'none.png': no such picture"),
+    "no such file": ({"image": "none.png"}, "image: 'none.png': no such image"),
     "no picture": ({"image": "text.png"}, r"image: text.png: "),
     "a folder": ({"image": "."}, "image: .*directory"),
-    "a number": ({"image": 3}, "image: expected a picture or its file, got 3"),
+    "a number": ({"image": 3}, "image: expected an image or its file, got 3"),
     "NUL": ({"image": "a\0b"}, "image: .*null"),
     "two for one": ({"image": ["in.png", "in.png"]}, "image: 2 of them for 1 prompts"),
     "mask alone": ({"mask_image": "in.png"}, "mask_image: a mask needs an image"),
@@ -355,7 +355,7 @@ def test_bad_values_are_one_line(pipe, files, name, monkeypatch):
 def test_pictures_of_several_sizes_need_one_that_is_said(model):
     pipe = Pipeline(["a red cat", "a dog"], model=model)
     images = [picture(1), picture(2, 48, 32)]
-    with pytest.raises(ConfigError, match=r"image: the pictures are of several sizes \(32x32, 48x32\)"):
+    with pytest.raises(ConfigError, match=r"image: the images are of several sizes \(32x32, 48x32\)"):
         pipe.generate(seed=1, image=images, **FAST)
     assert {image.size for image in pipe.generate(seed=1, image=images, width=40, height=32, **FAST)} == {(40, 32)}
 

@@ -199,7 +199,7 @@ def test_sources_that_say_nothing(tmp_path):
     assert "holds nothing of how it was drawn" in str(replay_of(tmp_path).entry.error)
     (tmp_path / "text.png").write_text("no picture")
     replays = list(read_replays([tmp_path / "text.png", picture(tmp_path / "good.png", A1111)]))
-    assert "cannot be read as a picture" in str(replays[0].entry.error) and replays[1].entry.error is None
+    assert "cannot be read as an image" in str(replays[0].entry.error) and replays[1].entry.error is None
     (tmp_path / "manifest.jsonl").write_text("")
     with pytest.raises(ConfigError, match="holds no jobs"):
         list(read_replays([tmp_path / "manifest.jsonl"]))

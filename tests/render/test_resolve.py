@@ -56,7 +56,7 @@ def test_another_vae_is_in_the_hashes(tiny_folder, tmp_path):
         ({"prompt": "a" + "(" * 200}, "nested more than"),
         ({"prompt": "<lora:x> cat"}, "no folder to look in"),
         ({"negative_prompt": "<lora:x>"}, "belongs into the prompt"),
-        ({"image": "x.png"}, "no such picture"),
+        ({"image": "x.png"}, "no such image"),
         ({"tiling": True}, "is not supported in prompt files"),
         ({"model": "nowhere"}, "no such model folder"),
         ({"eta": 0.5, "sampler": "euler"}, "takes no eta"),

@@ -63,7 +63,7 @@ class Guidance:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in GUIDANCES:
             raise ConfigError(
-                f"unknown guidance {self.kind!r:.80}", where="guidance", todo=nearest(str(self.kind), GUIDANCES)
+                f"unknown guidance {self.kind!r:.80}", where="guidance", hint=nearest(str(self.kind), GUIDANCES)
             )
         scale = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale  # of torch and numpy
         if isinstance(scale, Sequence) and not isinstance(scale, (str, bytes)):

@@ -1,4 +1,4 @@
-"""Samplers: pure functions from noise to picture, over one denoiser and one list of sigmas.
+"""Samplers: pure functions from noise to image, over one denoiser and one list of sigmas.
 
 Each takes (denoise, x, sigmas, noise=None, callback=None) and returns x at the last sigma, which is x0 where that is 0.
   denoise(x (B, C, H, W), sigma (B,)) -> x0

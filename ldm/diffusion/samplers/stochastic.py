@@ -33,7 +33,7 @@ def euler_ancestral(
 @sampler
 def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
     """DDPM (Ho et al. 2020, algorithm 2 with eq. 7's posterior variance) over any list of sigmas."""
-    return euler_ancestral(denoise, x, sigmas, noise, callback, eta=1.0)  # the same step in the picture of sigmas
+    return euler_ancestral(denoise, x, sigmas, noise, callback, eta=1.0)  # the same step, written in sigmas
 
 
 @sampler
