@@ -40,7 +40,6 @@ TRANSFORMERS_ALLOWED = (
 TRANSFORMERS_ALLOWED += ("TextConfig", "VisionModelWithProjection", "VisionConfig", "EncoderModel", "T5Config")
 BENCH = "bench"  # where the peers are the other side of a comparison
 FORBIDDEN_EVERYWHERE = ("peft",)
-CIRCLES_LEFT = ("diffusion",)  # rooms that still have circles: to be emptied
 SLOW = ("torch", "diffusers", "transformers", "datasets")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -240,7 +239,7 @@ def test_what_may_come_from_diffusers_and_transformers(module, line, fine):
 
 def test_no_room_has_a_circle_of_imports():
     sources = {module_of(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py") for path in FILES}
-    found = [circle for circle in circles(import_graph(sources)) if circle[0].split(".")[1] not in CIRCLES_LEFT]
+    found = circles(import_graph(sources))
     assert not found, "\n" + "\n".join(" <-> ".join(circle) for circle in found)
 
 

@@ -18,6 +18,7 @@ from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single.read import named, text_on_meta
 from ldm.checkpoint.types import Model
 from ldm.console import progress
+from ldm.diffusion.diffusers_config import read_scheduler
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 from ldm.files import sha256
@@ -69,14 +70,14 @@ def describe(
         t5 = configs["text_encoder"].get("model_type") == "t5"
         with named(path):
             unet = UNetConfig.from_diffusers(configs["unet"], path)
-            schedule = Schedule.from_diffusers(dict(configs["scheduler"]))
+            schedule = read_scheduler(dict(configs["scheduler"]))
     else:
         hub = is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
         configs, card = layout.configs, layouts.read_card(path)
         t5 = layout.text_class("text_encoder") in layouts.T5
-        unet, schedule = build.unet_config(layout), Schedule.from_diffusers(dict(configs["scheduler"]))
+        unet, schedule = build.unet_config(layout), read_scheduler(dict(configs["scheduler"]))
     if vae is not None and is_single(Path(vae)):
         single.vae_prefix(read_header(vae), Path(vae))
     if override is not None:

@@ -171,11 +171,11 @@ def card_of(model: Model) -> str | None:
 
 def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) -> Model:
     """Settings, checks, then weights, part by part; without the autoencoder where another one replaces it."""
-    from ldm.diffusion.schedule import Schedule
+    from ldm.diffusion.diffusers_config import read_scheduler
 
     layout = layouts.read_layout(folder, skip=("vae",) if vae_path else ())
     digests = layouts.check_settings(layout)
-    schedule = Schedule.from_diffusers(dict(layout.configs["scheduler"]))
+    schedule = read_scheduler(dict(layout.configs["scheduler"]))
     vae_config = settings_of(vae_path).get("vae", {}) if vae_path else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
     build.check_fit(build.unet_config(layout), vae_config.get("latent_channels", 4), width, folder, pooled)

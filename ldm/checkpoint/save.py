@@ -13,6 +13,7 @@ from ldm.checkpoint.build import PREFIX, TIED, check_fit
 from ldm.checkpoint.tensors import Advance, silent, write_shards
 from ldm.checkpoint.types import Model
 from ldm.device import DTYPES, SPELLINGS
+from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
 
@@ -61,7 +62,7 @@ def save_model(
         write_unet(model.unet, new, dtype, limit, advance)
         write_vae(model.vae, new, dtype, limit, advance)
         write_text(model.text, new, dtype, limit, advance)
-        scheduler = model.schedule.to_diffusers()
+        scheduler = write_scheduler(model.schedule)
         layouts.write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         layouts.write_json(new / layouts.INDEX, _index(model, scheduler["_class_name"]))
         write_manifest(new)

@@ -11,10 +11,9 @@ T number of training timesteps   n number of sampling steps   B batch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -293,16 +292,3 @@ class Schedule:
             return noise * (sigma + 1)
         unit = sampler in MULTISTEP or sampler in WHOLE or (spacing or self.spacing) == "leading"
         return noise * (math.sqrt(sigma**2 + 1) if unit else sigma)
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> Schedule:
-        """Read a scheduler_config.json; ModelError names the first setting that is not supported."""
-        from ldm.diffusion.diffusers_config import read_scheduler
-
-        return read_scheduler(config)
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """A scheduler_config.json: of DDIMScheduler for betas, of DPMSolverMultistepScheduler for flow."""
-        from ldm.diffusion.diffusers_config import write_scheduler
-
-        return write_scheduler(self)

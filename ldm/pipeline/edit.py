@@ -85,8 +85,7 @@ def encode_each(
             continue
         pixels = image if isinstance(image, torch.Tensor) else to_tensor(image)
         try:
-            with torch.no_grad():
-                known[id(image)] = vae.encode(pixels, tile=tile_of(settings, vae, *pixels.shape[-2:])).to(device)
+            known[id(image)] = vae.encode(pixels, tile=tile_of(settings, vae, *pixels.shape[-2:])).to(device)
         except NumericsError:  # then its image is drawn again in fp32
             h, w = (side // vae.factor for side in pixels.shape[-2:])
             known[id(image)] = torch.full((1, vae.latent_channels, h, w), float("nan"), device=device)
@@ -98,8 +97,7 @@ def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Te
     images = []
     for one in latents.split(1):
         try:
-            with torch.no_grad():
-                images.append(vae.decode(one, tile).float().cpu())
+            images.append(vae.decode(one, tile).float().cpu())
         except NumericsError:  # one image's failure is not the batch's
             h, w = one.shape[2:]
             images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))

@@ -98,6 +98,7 @@ class Engine:
                 else:
                     yield row, self._generate_in_fp32(settings, requests[row]), {**added, "dtype": "fp32"}
 
+    @torch.no_grad()
     def generate_batch(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], watch: Watch | None = None
     ) -> torch.Tensor:

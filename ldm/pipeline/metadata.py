@@ -14,6 +14,7 @@ import torch
 import ldm
 from ldm.checkpoint.lora import read_lora_header
 from ldm.device import dtype_name
+from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
 from ldm.nn.text import cut_off
 from ldm.prompts import Prompt
@@ -64,7 +65,7 @@ def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str,
         "model": model.name,
         "model_hash": model.hash,
         "commit": model.info.get("commit"),  # of a model from the hub
-        "schedule": model.schedule.to_diffusers(),
+        "schedule": write_scheduler(model.schedule),
         "dtype": dtype_name(model.dtype),
         "attention": placement.attention,
         "offload": placement.offload,

@@ -31,6 +31,7 @@ from sampler_cases import (
 )
 
 from ldm.diffusion.denoiser import consistency, denoiser
+from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.names import ETA, FLOW_SAMPLERS
@@ -166,7 +167,7 @@ def test_final_latents_equal_diffusers(name, spacing, prediction_type, betas):
 def test_the_shipped_configuration_equals_diffusers(name, steps):
     """v-prediction, cosine betas, zero terminal SNR, trailing; the peer is made from our scheduler_config.json."""
     schedule = Schedule("v_prediction", **COSINE_ZERO_SNR, spacing="trailing")
-    peer = PEERS[name].from_config(schedule.to_diffusers(), **OWN.get(name, {}))
+    peer = PEERS[name].from_config(write_scheduler(schedule), **OWN.get(name, {}))
     assert distance(ours(schedule, name, steps), theirs(peer, steps, **seeded(name))) < ROUNDING.get(name, 1e-5)
 
 
@@ -210,7 +211,7 @@ def test_a_consistency_model_keeps_the_picture_where_there_is_no_noise():
 def test_flow_equals_diffusers(name, steps, shift):
     schedule = Schedule("flow", flow_shift=shift)
     cls = UniPCMultistepScheduler if name == "unipc" else DPMSolverMultistepScheduler
-    peer = cls.from_config(schedule.to_diffusers(), **OWN.get(name, {}))
+    peer = cls.from_config(write_scheduler(schedule), **OWN.get(name, {}))
     # UniPC begins at t = 1 - 1e-6, of whose distance to 1 fp32 keeps two digits, in diffusers
     limit = 5e-5 if name == "unipc" else 5e-6
     assert distance(ours(schedule, name, steps), theirs(peer, steps, **seeded(name))) < limit
@@ -253,7 +254,7 @@ def test_guided_sampling_equals_diffusers(name):
         return u + 4.0 * (c - u)
 
     cond, uncond = (torch.full((len(NOISE),), shift).as_subclass(Shift) for shift in (0.5, -0.5))
-    peer = PEERS[name].from_config(schedule.to_diffusers(), **OWN.get(name, {}))
+    peer = PEERS[name].from_config(write_scheduler(schedule), **OWN.get(name, {}))
     sigmas = schedule.sigmas(20, name)
     denoise = guided_denoiser(conditional, cond, uncond, Guidance(scale=4.0), schedule, sigmas)
     result = ours(schedule, name, 20, denoise=denoise)

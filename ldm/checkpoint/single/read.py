@@ -146,10 +146,10 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
 
     Raises ModelError for shapes that do not fit, before any tensor is read, and for weights that are not finite.
     """
-    from ldm.diffusion.schedule import Schedule
+    from ldm.diffusion.diffusers_config import read_scheduler
 
     with named(path):
-        schedule = Schedule.from_diffusers(dict(plan.configs["scheduler"]))
+        schedule = read_scheduler(dict(plan.configs["scheduler"]))
     unet, _, text = _build(plan, _on_meta(plan))
     channels = plan.configs["vae"].get("latent_channels", 4)
     pooled = plan.configs.get("text_encoder_2", {}).get("projection_dim")

@@ -16,6 +16,7 @@ from ldm.checkpoint.single.names import UNET, Destination, Part, originals, part
 from ldm.checkpoint.single.tokenizers import stored
 from ldm.checkpoint.tensors import Advance, Source, silent, source, write_tensors
 from ldm.checkpoint.types import Model
+from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
 
@@ -73,7 +74,7 @@ def _settings(model: Model, card: str | None) -> dict[str, Any]:
     from ldm.nn.text import XLText
 
     configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
-    configs["scheduler"] = model.schedule.to_diffusers()
+    configs["scheduler"] = write_scheduler(model.schedule)
     tokenizers = {}
     with TemporaryDirectory() as files:
         for suffix, text in encoders(model.text).items():

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.describe import describe
+from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import ConfigError, LdmError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def weights_hash(model: Model) -> str:
     import torch
 
     vae = model.vae
-    settings = [dataclasses.asdict(model.unet.config), model.schedule.to_diffusers()]
+    settings = [dataclasses.asdict(model.unet.config), write_scheduler(model.schedule)]
     settings += [vae.scaling_factor, vae.shift_factor, type(model.text).__name__]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for module in (model.unet, vae.module, *model.text.modules):

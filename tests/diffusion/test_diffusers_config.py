@@ -7,6 +7,7 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils import logging as diffusers_logging
 
+from ldm.diffusion.diffusers_config import read_scheduler, write_scheduler
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 
@@ -22,13 +23,13 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_is_written_reads_back_the_same(schedule):
-    written = json.loads(json.dumps(schedule.to_diffusers()))
-    assert Schedule.from_diffusers(written) == schedule
+    written = json.loads(json.dumps(write_scheduler(schedule)))
+    assert read_scheduler(written) == schedule
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_diffusers_loads_it_without_a_warning_and_keeps_every_setting(schedule, tmp_path, caplog):
-    written = schedule.to_diffusers()
+    written = write_scheduler(schedule)
     cls = DPMSolverMultistepScheduler if schedule.is_flow else DDIMScheduler
     assert written["_class_name"] == cls.__name__
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
@@ -41,12 +42,12 @@ def test_diffusers_loads_it_without_a_warning_and_keeps_every_setting(schedule, 
     assert not caplog.records
     for key, value in written.items():
         assert key == "_class_name" or peer.config[key] == value
-    assert Schedule.from_diffusers(dict(peer.config)) == schedule  # with all defaults of diffusers spelt out
+    assert read_scheduler(dict(peer.config)) == schedule  # with all defaults of diffusers spelt out
 
 
 def test_other_samplers_of_diffusers_can_be_made_from_the_shipped_config():
     for cls in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
-        peer = cls.from_config(ZERO_SNR.to_diffusers())
+        peer = cls.from_config(write_scheduler(ZERO_SNR))
         assert peer.config.prediction_type == "v_prediction" and peer.config.rescale_betas_zero_snr
         assert peer.config.timestep_spacing == "trailing" and peer.config.beta_schedule == "squaredcos_cap_v2"
 
@@ -65,19 +66,19 @@ def test_configs_as_published_are_read():
         "trained_betas": None,
         "clip_sample": False,
     }
-    assert Schedule.from_diffusers(sd15) == Schedule()
+    assert read_scheduler(sd15) == Schedule()
     sd21 = {**sd15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-    assert Schedule.from_diffusers(sd21) == Schedule("v_prediction")
+    assert read_scheduler(sd21) == Schedule("v_prediction")
     xl = {**sd15, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "sample_max_value": 1.0}
     xl |= {"timestep_spacing": "leading", "use_karras_sigmas": False}
-    assert Schedule.from_diffusers(xl) == Schedule()
+    assert read_scheduler(xl) == Schedule()
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_settings_left_out_have_the_defaults_of_the_class(cls):
     full = {**cls().config, "clip_sample": False}
-    short = Schedule.from_diffusers({"_class_name": cls.__name__})
-    assert short == Schedule.from_diffusers(full)
+    short = read_scheduler({"_class_name": cls.__name__})
+    assert short == read_scheduler(full)
     assert (short.beta_schedule, short.beta_end, short.steps_offset) == ("linear", 0.02, 0)
 
 
@@ -103,5 +104,5 @@ def test_settings_left_out_have_the_defaults_of_the_class(cls):
 )
 def test_what_is_not_supported_is_refused_by_name(change, said):
     with pytest.raises(ModelError, match=r"^scheduler_config\.json: ") as caught:
-        Schedule.from_diffusers({**Schedule().to_diffusers(), **change})
+        read_scheduler({**write_scheduler(Schedule()), **change})
     assert said in str(caught.value)
