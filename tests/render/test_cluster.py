@@ -82,7 +82,7 @@ def test_a_resolver_is_sent_as_its_arguments(tiny_folder):
     settings, _ = resolver(asked)
     sent = pickle.loads(pickle.dumps(resolver))
     assert sent(asked) == resolver(asked) and settings["dtype"] == "fp32" and sent.device == "cpu"
-    assert sent.model(settings)[0].work.attention == "chunked"
+    assert sent.model(settings)[0].placement.attention == "chunked"
 
 
 def test_pictures_come_as_the_bytes_of_their_files_in_their_order():

@@ -77,7 +77,7 @@ def _seconds_per_step(resolver: Resolver, jobs: list[Job]) -> float:
     for number in (1, 1, most):
         engine, few = resolver.drawable({**settings, "num_inference_steps": number})
         start = time.monotonic()
-        for _ in engine.draw(few, requests, len(requests), lambda *step: None):
+        for _ in engine.generate(few, requests, len(requests), lambda *step: None):
             pass
         seconds.append(time.monotonic() - start)
     each = (seconds[2] - seconds[1]) / (most - 1) if most > 1 else seconds[1]
