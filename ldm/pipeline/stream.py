@@ -48,8 +48,9 @@ class Listener:
 
     def __call__(self, rows: Sequence[int], i: int, x: torch.Tensor, x0: torch.Tensor) -> bool:
         """Whether the work is to end."""
+        ends = self._callback is not None and self._callback(i, x, x0) is True
         self.received.put((i, tuple(rows), x0.clone()))
-        return self.closed or (self._callback is not None and self._callback(i, x, x0) is True)
+        return self.closed or ends
 
 
 def stream(generate: Callable[[Listener], Images], callback: Callable | None, vae: Callable[[], VAE]) -> Iterator[Step]:
