@@ -126,7 +126,7 @@ joker: joker card; mahjong red dragon: mahjong tile; flower playing cards= +flow
 artist palette= *palette, artist palette, paint palette; thread= spool of thread/spools of thread, ~thread; sewing needle: needle; yarn= *ball of yarn/balls of yarn, ~yarn; knot: rope
 *glasses= +glasses, +eyeglasses; *sunglasses= +sunglasses; goggles= +goggles; necktie= tie, necktie; t-shirt= *shirt, t-shirt, tee shirt; jeans= +jeans, +pants, +trousers
 scarf/scarves; gloves= +gloves; coat: jacket; socks= +socks; *dress: gown; one-piece swimsuit: swimsuit; briefs= +briefs, +underpants; shorts= +shorts, +swim trunks
-woman’s clothes= blouse, ~woman's clothes; folding hand fan: hand fan, fan; handbag: bag; purse: coin purse; clutch bag: pouch; shopping bags= +shopping bags; backpack: schoolbag, rucksack
+woman’s clothes= blouse, ~woman's clothes; folding hand fan: hand fan, fan; handbag: bag; purse: coin purse, wallet; clutch bag: pouch; shopping bags= +shopping bags; backpack: schoolbag, rucksack
 thong sandal: flip-flop; man’s shoe: leather shoe; running shoe= *shoe, running shoe, sneaker; hiking boot: boot; flat shoe: slipper; high-heeled shoe: high heel; woman’s sandal: sandal
 ballet shoes= +ballet shoes; hair pick: comb; *crown; woman’s hat: sun hat; top hat= *hat, top hat; graduation cap; billed cap= cap, billed cap, baseball cap; military helmet: helmet
 prayer beads= +prayer beads, necklace; lipstick; ring: diamond ring; gem stone= *diamond, gem stone, gem, jewel; bell= *bell, golden bell; musical score= ~sheet music, musical score
@@ -151,6 +151,25 @@ test tube; dna= ~dna; satellite antenna: satellite dish; drop of blood= drop of 
 bubbles= +bubbles; toilet; shopping cart: shopping trolley; headstone: gravestone, tombstone; funeral urn: urn; placard: sign; identification card: id card; syringe; pill: capsule; moai: easter island statue
 briefcase; telescope; ladder; mirror; broom; toothbrush; twelve o’clock; ginger root; crutch; one-piece swimsuit; seat: airplane seat; rescue worker’s helmet: ; rosette; level slider: 
 """.strip()  # noqa: E501
+
+# With the everyday ones, some 300 things that people really type. They are drawn more often than the rest; lists of
+# prompts are drawn from the 150 alone, so that these stay what they are.
+COMMON = """
+wolf, raccoon, zebra, deer, goat, camel, llama, rhinoceros, hippopotamus, mouse, hamster, chipmunk, hedgehog, koala,
+sloth, kangaroo, chicken, rooster, baby chick, eagle, swan, flamingo, peacock, parrot, goose, crocodile, lizard,
+whale, dolphin, octopus, jellyfish, snail, ant, lady beetle, feather, tulip, potted plant, palm tree, evergreen tree,
+maple leaf, mango, pear, peach, blueberries, kiwi fruit, coconut, avocado, eggplant, potato, cucumber, broccoli,
+onion, croissant, pretzel, bagel, pancakes, waffle, cut of meat, bacon, cooking, spaghetti, steaming bowl, lobster,
+shrimp, soft ice cream, cupcake, pie, candy, lollipop, teapot, teacup without handle, cocktail glass, cup with straw,
+spoon, kitchen knife, compass, tent, ferris wheel, fountain, ambulance, fire engine, police car, racing car, kick
+scooter, skateboard, anchor, canoe, flying saucer, luggage, hourglass not done, watch, alarm clock, ringed planet,
+tornado, droplet, vertical traffic light, ribbon, yo-yo, pool 8 ball, magic wand, backpack, handbag, purse, socks,
+gloves, scarf, jeans, coat, necktie, hiking boot, high-heeled shoe, billed cap, ring, lipstick, microphone, headphone,
+radio, saxophone, trumpet, violin, flute, musical note, desktop computer, keyboard, computer mouse, magnifying glass
+tilted left, flashlight, books, newspaper, money bag, coin, dollar banknote, closed mailbox with raised flag, pen,
+paintbrush, calendar, locked, axe, dagger, bomb, shield, wrench, screwdriver, gear, magnet, ladder, microscope,
+telescope, pill, mirror, window, couch and lamp, toilet, broom, basket, bucket, soap, toothbrush
+""".strip()
 
 # Sprites that are one thing in two drawings: decided by the names and by looking at the sprites. First = class name.
 LOOKALIKES = """
@@ -246,7 +265,8 @@ def main() -> None:
         members = [m.strip() for m in entry.split(",")]
         first.update(dict.fromkeys(members, members[0]))
     first.update({n: "twelve o’clock" for n in names if re.search("o’clock|-thirty$", n)})
-    unknown = sorted((set(words) | set(first) | set(KEYWORDS)) - set(names))
+    common = {" ".join(name.split()) for name in COMMON.split(",")}
+    unknown = sorted((set(words) | set(first) | set(KEYWORDS) | common) - set(names))
     owner: dict[str, str] = {}
     lines = ["codepoints\tname\tgroup\tsubgroup\teveryday\tclass\twords\tkeywords"]
     for codepoints, name, group, subgroup in objects:
@@ -256,7 +276,7 @@ def main() -> None:
             if owner.setdefault(word, name) != name:
                 raise SystemExit(f"'{word}' is a word of both {owner[word]} and {name}")
         tags = keywords.get(char.replace("\ufe0f", "")) or KEYWORDS[name]
-        flag = "1" if name in everyday else "0"
+        flag = "1" if name in everyday else "2" if name in common else "0"
         looks = first.get(name, name)
         lines.append("\t".join((codepoints, name, group, subgroup, flag, looks, "|".join(listed), tags)))
     counts = {g: sum(n in everyday for _, n, gg, _ in objects if gg == g) for g in GROUPS}

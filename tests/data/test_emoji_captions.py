@@ -209,3 +209,16 @@ def test_a_tenth_is_held_out():
     names = sorted(set(NAMES.values()))
     share = sum(held_out(("on", o, c)) for o in names for c in ("red", "blue", "white")) / (3 * len(names))
     assert len(PINNED) == 20 and {out for *_, out in PINNED} == {True, False} and 0.08 < share < 0.12
+
+
+def test_casual_captions_say_one_thing_as_people_type_it():
+    scenes = Scenes(SceneConfig(objects="all", casual=1.0, mention=0.3), seed=5)
+    told = [scenes.spec(i) for i in range(3000)]
+    for spec in told:
+        words = [word for form in spec.objects[0].object.forms for word in (form.text, form.plural or form.text)]
+        assert any(word in spec.caption for word in words), spec.caption
+        assert not re.search(r"\b(a|an|my|cute) (a|an|the)\b|[{}]|  ", spec.caption), spec.caption
+    captions = {spec.caption for spec in told if not spec.mentioned}
+    starts = ("photo of ", "a photo of ", "my ", "cute ", "a cute ", "little ")
+    assert all(sum(c.startswith(start) for c in captions) > 5 for start in starts)
+    assert set(" ".join(captions).split()) <= vocabulary()

@@ -131,6 +131,16 @@ def test_other_resolutions_and_any_background():
     assert len({Scenes(SceneConfig(backgrounds="any"), 0).spec(i).background for i in range(50)}) == 50
 
 
+def test_share_of_common_objects_and_everyday_ones_in_pairs():
+    config = only("single", everyday_share=0.2, common_share=0.5)
+    things = [Scenes(config, 3).spec(i).objects[0].object for i in range(3000)]
+    assert abs(np.mean([t.everyday for t in things]) - (0.2 + 0.4 * 150 / 308 + 0.4 * 150 / 849)) < 0.03
+    assert abs(np.mean([t.common for t in things]) - (0.2 + 0.4 + 0.4 * 308 / 849)) < 0.03
+    for kind in ("pair", "count", "card"):
+        scenes = Scenes(only(kind, everyday_share=0.0, arranged="everyday"), 3)
+        assert all(p.object.everyday for i in range(50) for p in scenes.spec(i).objects)
+
+
 def test_share_of_everyday_objects_and_of_told_backgrounds():
     specs = [Scenes(only("single", everyday_share=0.5), 0).spec(i) for i in range(3000)]
     share = np.mean([s.objects[0].object.everyday for s in specs])

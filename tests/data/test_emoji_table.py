@@ -4,7 +4,7 @@ from importlib import resources
 import pytest
 
 from ldm.data import emoji
-from ldm.data.emoji import COLOURS, EVERYDAY, class_of, find, objects
+from ldm.data.emoji import COLOURS, EVERYDAY, class_of, common, find, objects
 from ldm.errors import DataError
 
 GROUPS = {"Animals & Nature": 152, "Food & Drink": 133, "Travel & Places": 218, "Activities": 85, "Objects": 261}
@@ -24,6 +24,15 @@ def test_there_are_150_everyday_words_25_or_more_a_group():
     assert set(groups) == set(GROUPS) and min(groups.values()) >= 25
     first = {"cat", "dog", "pizza", "car", "house", "tree", "apple", "book", "sun", "star", "heart", "fish", "bird"}
     assert first <= set(EVERYDAY)
+
+
+def test_the_common_objects_are_some_300_and_hold_the_everyday_ones():
+    things = common()
+    assert 290 <= len(things) <= 320
+    assert len({o.lookalike_class for o in things}) == len(things)  # no two are taken for each other
+    assert {find(word) for word in EVERYDAY} <= set(things) and all(o.common for o in things)
+    assert {o.word for o in things} >= {"hedgehog", "cupcake", "saxophone", "broom", "lobster", "canoe", "pretzel"}
+    assert find("wallet").word == "purse" and not find("cat face").common
 
 
 def test_no_word_belongs_to_two_objects():

@@ -6,7 +6,7 @@ from ldm.data.emoji.holdout import canonical, held_out
 from ldm.data.emoji.imagefolder import MIXED, export
 from ldm.data.emoji.scenes import Card, Placed, Scene, SceneConfig, Scenes, Spec, render
 from ldm.data.emoji.sprites import find_font, scaled, sprite
-from ldm.data.emoji.table import EmojiObject, class_of, everyday, find, lookalikes, objects
+from ldm.data.emoji.table import EmojiObject, class_of, common, everyday, find, lookalikes, objects
 
 EVERYDAY: tuple[str, ...] = tuple(thing.word for thing in everyday())  # the 150 words that people type first
 
@@ -23,6 +23,7 @@ __all__ = [
     "Spec",
     "canonical",
     "class_of",
+    "common",
     "everyday",
     "export",
     "find",

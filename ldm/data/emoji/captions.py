@@ -46,6 +46,23 @@ RELATIONS = {
     "below": {"{a} below {b}": 0.5, "{a} under {b}": 0.3, "{a} at the bottom and {b} at the top": 0.2},
     "and": {"{a} and {b}": 0.85, "{a} with {b}": 0.15},
 }
+CASUAL = {  # as people type one object: {w} the word, {p} its plural or the word, {a} the word with a or an
+    "{w}": 0.2,
+    "{p}": 0.17,
+    "{a}": 0.05,
+    "photo of {a}": 0.08,
+    "a photo of {a}": 0.08,
+    "photo of {p}": 0.03,
+    "a photo of {p}": 0.03,
+    "picture of {a}": 0.03,
+    "{w} photo": 0.01,
+    "my {w}": 0.12,
+    "a photo of my {w}": 0.02,
+    "{j} {w}": 0.08,
+    "a {j} {w}": 0.08,
+    "{j} {p}": 0.02,
+}
+ADJECTIVES = {"cute": 0.6, "little": 0.1, "small": 0.05, "big": 0.05, "nice": 0.05, "funny": 0.05, "beautiful": 0.1}
 NUMBERS = {2: {"two": 0.8, "2": 0.2}, 3: {"three": 0.8, "3": 0.2}, 4: {"four": 0.8, "4": 0.2}}
 SHAPES = {"card": {"card": 0.8, "square": 0.2}, "disc": {"disc": 0.5, "circle": 0.5}}
 ON_CARD = "{np} on a {c} {shape}"
@@ -77,6 +94,17 @@ def noun_phrase(draw: Draw, thing: EmojiObject) -> str:
     return f"{before} {form.text}" if before else form.text
 
 
+def casual(draw: Draw, thing: EmojiObject) -> str:
+    """One object as people type it: "cute puppy", "my bike", "photo of a fox", "penguins"."""
+    form, text = _choose(draw, thing.forms), draw.weighted(CASUAL)
+    if form.kind in ("mass", "plural"):
+        text = text.replace("a {j}", "{j}")
+    one = {"plural": "", "mass": "", "unique": "the"}.get(form.kind, article(form.text))
+    text = text.replace("{a}", f"{one} {{w}}".strip()).replace("{p}", form.plural or form.text)
+    text = text.replace("{w}", form.text)
+    return text.replace("{j}", draw.weighted(ADJECTIVES)) if "{j}" in text else text
+
+
 def _fill(draw: Draw, template: str, colour: str) -> str:
     """Replace {c}, and correct the article before it: "an orange background"."""
     colour = colour_word(draw, colour)
@@ -84,13 +112,16 @@ def _fill(draw: Draw, template: str, colour: str) -> str:
     return re.sub(rf"\ba (?={colour}\b)", "an ", text) if article(colour) == "an" else text
 
 
-def with_background(draw: Draw, phrase: str, colour: str | None) -> str:
-    """The words about the objects, then those about the background; colour None leaves the background out."""
+def with_background(draw: Draw, phrase: str, colour: str | None, prefixes: bool = True) -> str:
+    """The words about the objects, then those about the background; colour None leaves the background out.
+
+    prefixes: whether "a picture of" or the like may come first; a casual phrase has its own.
+    """
     if colour is None:
-        prefix = draw.weighted(PREFIXES)
+        prefix = draw.weighted(PREFIXES) if prefixes else ""
         return f"{prefix} {phrase}".strip()
     template = draw.weighted(WITH_BACKGROUND)
-    if template.startswith("{s}"):
+    if template.startswith("{s}") and prefixes:
         phrase = f"{draw.weighted(PREFIXES)} {phrase}".strip()
     head, _, tail = template.partition("{s}")
     tail = tail.replace("{g}", draw.weighted(BACKGROUNDS)) if "{g}" in tail else tail
@@ -127,6 +158,8 @@ def vocabulary() -> frozenset[str]:
         *RELATIONS.values(),
         *NUMBERS.values(),
         *SHAPES.values(),
+        CASUAL,
+        ADJECTIVES,
     ):
         texts += list(table)
     for thing in objects():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ from ldm.data.emoji.colours import COLOURS, nearest_colour
 from ldm.data.emoji.draws import Draw
 from ldm.data.emoji.holdout import Combination, held_out
 from ldm.data.emoji.sprites import find_font, scaled
-from ldm.data.emoji.table import EmojiObject, everyday, find, objects
+from ldm.data.emoji.table import EmojiObject, common, everyday, find, objects
 from ldm.errors import ConfigError, DataError, nearest
 
 from . import captions, layout
@@ -36,6 +36,9 @@ class SceneConfig:
 
     objects: Literal["everyday", "all"] = "everyday"
     everyday_share: float = 0.5  # with objects="all": how often an object is drawn from the everyday ones alone
+    common_share: float = 0.0  # with objects="all": how often one of the rest is drawn from the about 300 common ones
+    arranged: Literal["same", "everyday"] = "same"  # objects of pairs, counts and cards: as single ones, or everyday
+    casual: float = 0.0  # share of single objects with captions as people type them ("cute puppy", "my bike", "owls")
     oversampled: tuple[str, ...] = ()  # words or characters of objects that are drawn more often, such as hard ones
     oversampled_share: float = 0.5  # how often an object is one of these, where there are any
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})  # weights of single, pair, count, card
@@ -59,7 +62,7 @@ class SceneConfig:
         require(0 <= self.jitter <= 128, f"must be 0 to 128, got {self.jitter}", "jitter")
         require(1 <= self.grid <= 128, f"must be 1 to 128, got {self.grid}", "grid")
         require(16 <= self.resolution <= 2048, f"must be 16 to 2048, got {self.resolution}", "resolution")
-        for name in ("everyday_share", "mention", "two_cards", "fixed_layout"):
+        for name in ("everyday_share", "common_share", "casual", "mention", "two_cards", "fixed_layout"):
             require(0 <= getattr(self, name) <= 1, f"must be 0 to 1, got {getattr(self, name)}", name)
         share = self.oversampled_share
         require(0 <= share < 1, f"must be 0 to less than 1, got {share}", "oversampled_share")
@@ -126,6 +129,7 @@ class Scenes:
 
     def __init__(self, config: SceneConfig | None = None, seed: int = 0, font: str | Path | None = None):
         self.config, self.seed = config or SceneConfig(), seed
+        self._arranged = replace(self.config, objects="everyday") if self.config.arranged == "everyday" else self.config
         self._font, self._path = font, None
 
     def spec(self, index: int) -> Spec:
@@ -135,7 +139,7 @@ class Scenes:
         draw = Draw(self.seed, index)
         kind = draw.weighted(self.config.kinds)  # before any rejection, so that shares are kept
         for _ in range(ATTEMPTS):
-            spec = BUILDERS[kind](draw, self.config)
+            spec = BUILDERS[kind](draw, self.config if kind == "single" else self._arranged)
             if self._allowed(spec):
                 return spec
         raise ConfigError("these settings leave nothing to draw", where="SceneConfig")
@@ -209,8 +213,9 @@ def _choice(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, ...]:
     """The objects to draw the next one from. Without oversampled ones no random number is used for that choice."""
     if config.oversampled and draw.chance(config.oversampled_share):
         return _objects_of(config.oversampled)
-    common = config.objects == "everyday" or draw.chance(config.everyday_share)
-    return everyday() if common else objects()
+    if config.objects == "everyday" or draw.chance(config.everyday_share):
+        return everyday()
+    return common() if config.common_share and draw.chance(config.common_share) else objects()
 
 
 @functools.cache
@@ -227,7 +232,7 @@ def _two_objects(draw: Draw, config: SceneConfig) -> tuple[EmojiObject, EmojiObj
 
 
 def _finish(
-    draw: Draw, config: SceneConfig, kind: str, phrase: str, background, placed, judged, shown=(), **more
+    draw: Draw, config: SceneConfig, kind: str, phrase: str, background, placed, judged, shown=(), prefixes=True, **more
 ) -> Spec:
     """A spec; its caption names the background or not, and it lists every combination that the image shows."""
     rgb, colour, mentioned = background
@@ -235,7 +240,7 @@ def _finish(
     on_background = dict.fromkeys(("on", p.object.codepoints, name) for p in placed)
     return Spec(
         kind=kind,
-        caption=captions.with_background(draw, phrase, colour if mentioned else None),
+        caption=captions.with_background(draw, phrase, colour if mentioned else None, prefixes),
         background=rgb,
         colour=colour,
         mentioned=mentioned,
@@ -260,8 +265,10 @@ def _single(draw: Draw, config: SceneConfig) -> Spec:
     if _is_fixed(draw, config):
         size, x, y = (low + high) // 2, middle, middle
     judged = [("on", thing.codepoints, background[1] or nearest_colour(background[0]))]
-    phrase = captions.noun_phrase(draw, thing)
-    return _finish(draw, config, "single", phrase, background, [Placed(thing, x, y, size)], judged)
+    typed = bool(config.casual) and draw.chance(config.casual)
+    phrase = captions.casual(draw, thing) if typed else captions.noun_phrase(draw, thing)
+    placed = [Placed(thing, x, y, size)]
+    return _finish(draw, config, "single", phrase, background, placed, judged, prefixes=not typed)
 
 
 def _pair(draw: Draw, config: SceneConfig) -> Spec:

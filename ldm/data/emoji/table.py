@@ -32,10 +32,11 @@ class EmojiObject:
     name: str  # CLDR's short name
     group: str
     subgroup: str
-    everyday: bool
+    everyday: bool  # one of the 150 that people ask for first
     lookalike_class: str  # name of the class
     forms: tuple[Word, ...]  # the commonest first
     keywords: tuple[str, ...]  # CLDR's, not used in captions
+    common: bool = False  # one of the about 300 that people really type; everyday ones are too
 
     @property
     def word(self) -> str:
@@ -84,6 +85,7 @@ def _read_row(line: str) -> EmojiObject:
         lookalike_class=lookalike_class,
         forms=tuple(map(read_word, words.split("|"))),
         keywords=tuple(keywords.split("|")),
+        common=everyday in ("1", "2"),
     )
 
 
@@ -98,6 +100,12 @@ def objects() -> tuple[EmojiObject, ...]:
 def everyday() -> tuple[EmojiObject, ...]:
     """The 150 objects that people ask for first."""
     return tuple(o for o in objects() if o.everyday)
+
+
+@functools.cache
+def common() -> tuple[EmojiObject, ...]:
+    """The about 300 objects that people really type, the 150 everyday ones among them."""
+    return tuple(o for o in objects() if o.common)
 
 
 @functools.cache
