@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ldm.errors import ModelError, ResourceError
+from ldm.errors import LdmError, ModelError, ResourceError
 
 MANIFEST = "manifest.json"
 _numbers = itertools.count()
@@ -292,6 +292,15 @@ def require_writable(folder: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             name.unlink(missing_ok=True)
+
+
+def require_place(folder: str | Path) -> None:
+    """Raise ResourceError, with the exit code of a refusal, unless a file can be created in `folder`."""
+    try:
+        require_writable(folder)
+    except ResourceError as error:
+        error.exit_code = LdmError.exit_code
+        raise
 
 
 def require_space(folder: str | Path, needed: int) -> None:

@@ -45,8 +45,8 @@ def train(
 
 
 def _read_images(settings: FinetuneSettings, out: Path) -> ImageSet:
-    from ldm.training.checks import check_export, check_run_folder
     from ldm.training.data import read_training_images
+    from ldm.training.finetuning.checks import check_export, check_run_folder
 
     check_run_folder(settings.data, out, settings.train != "full" and not settings.name)
     images = read_training_images(settings.data, settings.data.for_prior(settings.prior) if settings.prior else None)
@@ -63,10 +63,10 @@ def run(
     images: ImageSet | None = None,
 ) -> Path:
     """Train one stage, as `train` and `finetune` do; `images` are those of a fine-tuning. Returns what they return."""
-    from ldm.training.checks import check_lock, check_processes, check_same_settings
-
     group = current()
     if group.world > 1:
+        from ldm.training.distributed.checks import check_lock, check_processes, check_same_settings
+
         group.on_all(lambda: check_processes(settings))
         check_same_settings(settings, out)
     with ExitStack() as stack:
@@ -75,13 +75,15 @@ def run(
         if dry_run:
             group.on_first(partial(_print_dry_run, settings, out, images, checkpoint))
             return out / "model"
-        from ldm.training.data.samples import lost_workers
         from ldm.training.loop.loop import fit
         from ldm.training.stages import STAGES
 
         if group.world > 1:
             group.on_all(lambda: check_lock(out))
-        stack.enter_context(lost_workers(out))
+        if not isinstance(settings, FinetuneSettings):
+            from ldm.training.data.samples import lost_workers
+
+            stack.enter_context(lost_workers(out))
         stage = group.on_all(lambda: STAGES[settings.stage](settings, out, images))
         return fit(stage, settings, out, checkpoint, allow_changed)
 
@@ -94,10 +96,15 @@ def _begin(
     Where the folder has no settings yet they are written: what is interrupted from here on can be resumed.
     """
     from ldm.training.checkpoints.resume import to_resume
-    from ldm.training.checks import check, require_place
+    from ldm.training.loop.step import check_means
 
+    check_means(settings)
+    if isinstance(settings, FinetuneSettings):
+        from ldm.training.finetuning.checks import check_finetune as check
+    else:
+        from ldm.training.checks import check_stage as check
     check(settings)
-    require_place(out)
+    files.require_place(out)
     if not dry_run:
         stack.enter_context(files.Lock(out))
     checkpoint = to_resume(settings, out, resume, allow_changed, look=dry_run)

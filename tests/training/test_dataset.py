@@ -404,7 +404,7 @@ def test_live_pictures_are_encoded_together_up_to_so_many_numbers(opened, monkey
     dataset, calls, encode = opened(crop="random", cache=OFF, square=True, workers=0), [], Encoders.encode
     monkeypatch.setattr(Encoders, "encode", lambda self, x: calls.append(len(x)) or encode(self, x))
     whole = dataset.batch(0)
-    monkeypatch.setattr("ldm.training.data.encoded.ENCODED_AT_ONCE", 1)
+    monkeypatch.setattr("ldm.training.data.live.ENCODED_AT_ONCE", 1)
     apart = dataset.batch(0)
     assert calls == [len(whole.ids)] + [1] * len(whole.ids) and len(whole.ids) > 1
     torch.testing.assert_close(apart.latents, whole.latents, rtol=1e-5, atol=1e-5)

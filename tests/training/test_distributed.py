@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm.errors import ConfigError, DataError, Interrupted, ProcessGone, ResourceError
 from ldm.training.checkpoints import state
-from ldm.training.checks import check_processes
 from ldm.training.distributed import RowShard, current, processes, rows_of
-from ldm.training.distributed.wrap import whole
+from ldm.training.distributed.checks import check_processes
+from ldm.training.distributed.single import whole
 from ldm.training.loop.step import prepare
 from tests.training.finetune_cases import apart, last_tensors
 from tests.training.processes import Shared, ends_of, start, together, train_shared
@@ -207,7 +207,7 @@ def test_what_many_processes_cannot_do_is_refused(monkeypatch):
             check_processes(toy_settings(stage=changes.pop("stage", "unet"), **changes))
 
     check_processes(toy_settings(stage="text"))  # alone
-    monkeypatch.setattr("ldm.training.checks.current", lambda: two)
+    monkeypatch.setattr("ldm.training.distributed.checks.current", lambda: two)
     two = type("Two", (), {"world": 2, "rank": 1, "sharded": False})
     check_processes(toy_settings(stage="unet", optimizer="muon"))
     refused("stage: text compares the images of a batch", stage="text")

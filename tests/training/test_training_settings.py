@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ldm.errors import ConfigError
-from ldm.training.checks import check_same_settings
 from ldm.training.data.samples import EmojiSamples
 from ldm.training.distributed import processes
+from ldm.training.distributed.checks import check_same_settings
 from ldm.training.finetuning.options import resolve_aliases
 from ldm.training.settings import FinetuneSettings, as_dict, changed, read_settings
 from tests.training.processes import ends_of, start

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from ldm.config import require
 from ldm.data.sources.folder import open_folder
-from ldm.data.sources.library import is_hub_id, is_saved, open_hub, open_saved
+from ldm.data.sources.library import is_hub_id, open_hub, open_saved
 from ldm.data.sources.sampled import SampledSource
 from ldm.data.sources.source import Counts, Sample, Skip, Source, over_long
 from ldm.data.sources.tables import open_parquet
 from ldm.data.sources.tars import open_tars
-from ldm.data.sources.walk import split_of, walk
+from ldm.data.sources.walk import is_saved, split_of, walk
 from ldm.errors import DataError
 
 if TYPE_CHECKING:

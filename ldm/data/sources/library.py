@@ -27,12 +27,6 @@ def is_hub_id(data: str) -> bool:
     return bool(ID.fullmatch(data)) and not Path(data).exists() and not Path(data).parent.exists()
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder."""
-    single = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
-    return single or (folder / "dataset_dict.json").is_file()
-
-
 class LibrarySource(Source):
     """Rows of a `datasets.Dataset`, which lies on the disk; a row is read when it is indexed."""
 

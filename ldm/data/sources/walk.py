@@ -152,3 +152,9 @@ def wrong_suffixes(listing: Listing) -> Counter[str]:
             if end.startswith(".") and end not in CAPTION_SUFFIXES:
                 counted[end] += 1
     return counted
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder."""
+    single = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    return single or (folder / "dataset_dict.json").is_file()

@@ -21,7 +21,7 @@ from ldm import files
 from ldm.console import say, warn
 from ldm.errors import CheckpointError, ModelError, NumericsError, ResourceError, first_line
 from ldm.training.distributed import current
-from ldm.training.distributed.wrap import Single, like, whole
+from ldm.training.distributed.single import Single, like, whole
 
 FORMAT = 1
 WEIGHTS, ABOUT = "state.safetensors", "state.json"

@@ -21,8 +21,9 @@ from ldm.data.cache import Cache, CachedSample
 from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
 from ldm.errors import DataError, LdmError, NumericsError
 from ldm.nn.text import Conditioning
-from ldm.training.data.encoded import Cached, Encoders, Live, Memory
+from ldm.training.data.encoded import Cached, Encoders, Memory
 from ldm.training.data.images import ImageSet
+from ldm.training.data.live import Live
 from ldm.training.distributed import RowShard, current, rows_of
 from ldm.training.loop import seeded
 from ldm.training.settings import OFF

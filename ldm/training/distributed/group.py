@@ -13,89 +13,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ldm import console, errors
 from ldm.console import SILENT, StopRequest
 from ldm.errors import ConfigError, LdmError, ProcessGone, first_line
+from ldm.training.distributed.alone import ALONE, Alone, T, set_current
 from ldm.training.distributed.heartbeat import Heartbeat
 from ldm.training.distributed.rows import RowShard, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)  # for a collective operation: all processes reach it within this time
 PATIENCE = 15.0  # seconds without a heartbeat after which a process counts as gone
 LOOK = 5.0  # seconds between two such checks
 BROKEN = 5.0  # seconds without a heartbeat after a connection broke, when some process is certainly gone
 
 LOST = ("gloo", "NCCL", "Timed out", "Broken pipe", "Connection")  # in what PyTorch says of a broken connection
-
-
-class Alone:
-    """A run of one process. `Many` has the same methods for several processes."""
-
-    rank, world = 0, 1
-    first = True  # writes and speaks
-    sharded = False  # by FSDP2
-
-    def part(self, size: int) -> RowShard:
-        """The rows of a batch of `size` that this process takes: every world-th."""
-        return RowShard(size)
-
-    def on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on the first process; all processes return its result (plain JSON) or raise its LdmError."""
-        return work()
-
-    def on_all(self, work: Callable[[], T]) -> T:
-        """Run `work` on every process, however long it takes. If one raises LdmError, all raise that error."""
-        return work()
-
-    def agreed(self, work: Callable[[], T]) -> T:
-        """Like `on_all`, for short work that is done often."""
-        return work()
-
-    def from_first(self, value: bool) -> bool:
-        """The value that the first process has."""
-        return value
-
-    def total(self, loss: Tensor) -> Tensor:
-        """The mean of `loss` over the processes. The same exchange carries their signals."""
-        return loss
-
-    def any_of(self, flags: list[bool]) -> list[bool]:
-        """For each flag, whether any process has set it."""
-        return flags
-
-    def gathered(self, texts: list[str]) -> list[str]:
-        """The texts of all processes, for rare use."""
-        return texts
-
-    def listen(self, stop: StopRequest) -> None:
-        """Take this process's signals from `stop`."""
-
-    def hear(self) -> None:
-        """Exchange the signals that any process has received."""
-
-    def signal(self, stop: StopRequest) -> int | None:
-        """The signal that stops the run."""
-        return stop.signal
-
-    def at_once(self, stop: StopRequest) -> AbstractContextManager[None]:
-        """A block that a signal may interrupt, unless other processes wait for its result."""
-        return stop.at_once()
-
-    def of_all(self, error: LdmError) -> LdmError:
-        """Mark an error that every process raises, so that only the first one prints it."""
-        return error
-
-    def failed(self, error: BaseException) -> BaseException:
-        """The error to raise in place of one that ends the run on this process."""
-        return error
-
-    def leave(self) -> None:
-        """Leave the group."""
 
 
 class Many(Alone):
@@ -328,34 +263,22 @@ def _meet() -> tuple[Any, int, int]:
     return dist.PrefixStore(f"run {_met[3]}", store), rank, world
 
 
-ALONE = Alone()
-_current: Alone = ALONE
-
-
-def current() -> Alone:
-    """The processes of the current run."""
-    return _current
-
-
 @contextmanager
-def processes() -> Iterator[Alone]:
-    """The processes of this run, for a `with` block that each of them enters."""
-    global _current
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or _current is not ALONE:
-        yield _current
-        return
-    _current = group = Many()
+def joined() -> Iterator[Many]:
+    """The processes that torchrun started, from their meeting to the end of the block, which each of them enters."""
+    group = Many()
+    set_current(group)
     try:
         yield group
         group.on_all(lambda: None)  # what was started together ends together
     except BaseException as error:
         with _deaf():
-            said = group.failed(error)
+            raised = group.failed(error)
             group.leave()
-        if said is error:
+        if raised is error:
             raise
-        raise said from None
+        raise raised from None
     else:
         group.leave()
     finally:
-        _current = ALONE
+        set_current(ALONE)

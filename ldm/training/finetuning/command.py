@@ -139,9 +139,9 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     A resumed run keeps its settings where no others are given; a new one has presets. Prints the command that repeats
     the run. Raises ConfigError, DataError, ModelError, CheckpointError.
     """
-    from ldm.training.checks import check_export, check_run_folder
     from ldm.training.data import read_training_images
     from ldm.training.finetuning import presets
+    from ldm.training.finetuning.checks import check_export, check_run_folder
 
     before = {} if asked.resume is None else _settings_before(asked.out, asked.resume)
     given, facts = asked.settings, None

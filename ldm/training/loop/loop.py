@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +32,7 @@ from ldm.training.loop.schedules import learning_rate
 from ldm.training.loop.step import Outcome, Stage, precision, prepare, take_step
 from ldm.training.loop.trackers import Trackers
 from ldm.training.reports.page import write_page
-from ldm.training.settings import Settings, as_dict
+from ldm.training.settings import FinetuneSettings, Settings, as_dict
 
 MAX_BAD_STEPS = 5  # steps in a row with a loss or gradient that is not finite
 
@@ -52,8 +51,11 @@ def fit(
     keep_memory()
     with _memory_named(settings, out):
         state = prepare(stage, settings, pick_device(settings.device), group)
-        inputs = {**fingerprints(settings), **getattr(stage, "inputs", {})}
-        _compare(inputs, out)
+        inputs = getattr(stage, "inputs", {})
+        if not isinstance(settings, FinetuneSettings):  # whose stage has the hash of everything that it loaded
+            inputs = {**fingerprints(settings), **inputs}
+        if group.world > 1:
+            _compare(inputs, out)
         losses: list[float] = []
         if checkpoint:
             losses = group.on_all(partial(restore, state, checkpoint, settings, inputs, allow_changed))
@@ -68,7 +70,8 @@ def fit(
                 run.tell(f"stopped: {str(error) or type(error).__name__}")
             raise
         finally:
-            run.trackers.finish()
+            if run.trackers:
+                run.trackers.finish()
 
 
 @contextmanager
@@ -136,8 +139,8 @@ class _Run:
             files.atomic_write(out / "versions.json", json.dumps({**versions, "inputs": inputs}, indent=1) + "\n")
             self.logs = RunLogs(out, state.step, losses)
             self.scores = self.logs.scores(state.step)
-        own = settings if self.group.first else replace(settings, report_to=())
-        self.trackers = Trackers(own, out, state.step)
+        report = self.group.first and settings.report_to
+        self.trackers = Trackers(settings, out, state.step) if report else None
         self.clock: deque[float] = deque(maxlen=100)  # seconds of the last steps
         self.rows: deque[int] = deque(maxlen=100)  # their samples
         self.bad, self.samples = 0, []  # steps in a row that were not finite, up to the last one; its samples
@@ -210,7 +213,8 @@ class _Run:
             told = f"loss {row['loss']:.4f}, {self._speed():.3g} samples/s"
             bar.set_postfix_str(told)
             say(f"step {state.step}: {told}", verbosity=1)
-            self.trackers.log({"loss": row["loss"], "learning_rate": row["lr"]}, state.step)
+            if self.trackers:
+                self.trackers.log({"loss": row["loss"], "learning_rate": row["lr"]}, state.step)
         if len(self.clock) == 2:
             self._announce()
 
@@ -283,10 +287,12 @@ class _Run:
         if image is not None:
             path = self.out / "samples" / f"step-{step:08d}.png"
             files.atomic_write(path, lambda path: image.save(path, format="PNG"))
-            self.trackers.image(image, step)
+            if self.trackers:
+                self.trackers.image(image, step)
         self.logs.score(step, scores)
         self.scores = scores
-        self.trackers.log(scores, step)
+        if self.trackers:
+            self.trackers.log(scores, step)
         self.tell("running")
         if scores:
             say(f"step {step}: {_told(scores)}")

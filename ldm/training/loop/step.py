@@ -23,7 +23,8 @@ from ldm.errors import ConfigError
 from ldm.nn.unet import UNet
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
-from ldm.training.distributed.wrap import local, whole, wrap_module
+from ldm.training.distributed.single import Single, local, whole
+from ldm.training.distributed.wrap import wrap_module
 from ldm.training.loop.optimizers import make_optimizer
 from ldm.training.loop.schedules import learning_rate
 from ldm.training.loop.trackers import check_trackers
@@ -61,7 +62,8 @@ def check_means(settings: Settings) -> None:
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
     if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
         raise ConfigError(f"needs {compiler}", where="compile", todo="install it, or leave compile=false")
-    check_trackers(settings)
+    if settings.report_to:
+        check_trackers(settings)
 
 
 def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
@@ -81,7 +83,7 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
         checkpoint_gradients(module)
     scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
     ema = ema_copy(module)
-    parallel = wrap_module(group, stage, ema, device)
+    parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)
     return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
 
 

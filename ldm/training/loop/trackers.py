@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldm.errors import ConfigError
 from ldm.files import atomic_write
-from ldm.training.settings import Settings, as_dict
+from ldm.training.settings import Settings, as_dict, flat
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,11 +74,3 @@ def _wandb_id(out: Path, step: int) -> str:
     if step and place.is_file():
         return place.read_text().strip()
     return atomic_write(place, secrets.token_hex(8)).read_text()
-
-
-def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Settings on one level, as KEY=VALUE names them: {"data.folder": …}."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) and value else {above + name: value}
-    return found

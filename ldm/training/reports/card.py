@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -85,15 +85,6 @@ def finetune_card(
         recipe=_recipe(s),
         scores=_scores(scores),
     )
-
-
-def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:
-    """A paragraph for a LoRA's card: what it was trained on, how long, and its scores."""
-    s = settings
-    last = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    counts = lines[1] if len(lines) > 1 else ""  # the first line names the layout
-    steps = f"{s.steps} steps of {s.batch_size * s.accumulation} images, learning rate {s.learning_rate:g}"
-    return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' Scores: {last}.' if last else ''}"
 
 
 def _head(device: str, **defaults: Any) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 from ldm.files import atomic_write
 from ldm.report import html_page, line_plot
 from ldm.training.loop.logs import Best, RunLogs
-from ldm.training.loop.trackers import flat
-from ldm.training.settings import Settings, as_dict
+from ldm.training.settings import Settings, as_dict, flat
 
 GRIDS = 24  # sample grids shown, evenly spread over the run; the first and the last always
 EVERY = 60  # seconds between two readings of a run that goes

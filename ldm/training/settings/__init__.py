@@ -1,17 +1,16 @@
 """The settings of training runs: frozen dataclasses, one for each stage, read from YAML and KEY=VALUE."""
 
-from ldm.training.settings.base import DataSettings, Settings
+from ldm.training.settings.base import DataSettings, Settings, as_dict, flat
 from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name
 from ldm.training.settings.finetune_data import OFF, FinetuneData
 from ldm.training.settings.read import (
     FREE,
     SETTINGS,
-    as_dict,
     changed,
     packaged_configs,
     read_settings,
-    with_new_names,
 )
+from ldm.training.settings.renamed import with_new_names
 from ldm.training.settings.stages import PIECE, AutoencoderSettings, TextSettings, UNetSettings
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "as_dict",
     "changed",
     "check_file_name",
+    "flat",
     "packaged_configs",
     "read_settings",
     "with_new_names",

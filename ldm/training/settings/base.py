@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,3 +70,16 @@ class Settings:
             require(name in TRACKERS, f"unknown tracker {name!r}; {nearest(name, TRACKERS)}", "report_to")
         require(getattr(self, "validation", 1) >= 1, "must be at least 1", "validation")
         require(self.keep >= 2, "must be at least 2, so that one good checkpoint is always left", "keep")
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings on one level, as KEY=VALUE names them: {"data.folder": …}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) and value else {above + name: value}
+    return found

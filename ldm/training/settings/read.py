@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm import config
-from ldm.data.emoji import scenes
 from ldm.errors import ConfigError, nearest
-from ldm.training.settings.base import Settings
+from ldm.training.settings.base import Settings, as_dict
 from ldm.training.settings.finetune import FinetuneSettings
+from ldm.training.settings.renamed import with_new_names
 from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNetSettings
 
 SETTINGS: dict[str, type[Settings]] = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
 SETTINGS["finetune"] = FinetuneSettings
-RENAMED = {"bank": "latent_pool"}  # old names of settings, which are still accepted
-RENAMED |= {f"data.scenes.{old}": f"data.scenes.{new}" for old, new in scenes.RENAMED.items()}
-RENAMED_VALUES = {("prior_target", "pictures"): "images"}
 # Settings that may differ between a run and its continuation without --allow-changed.
 FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
 FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
@@ -50,7 +46,7 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
             raise ConfigError(f"no packaged settings {str(source)!r}", where="config", hint=nearest(str(source), names))
         path = names[str(source)]
     overrides = [f"data.folder={word[5:]}" if word.startswith("data=") else word for word in overrides]
-    mapping = config.override(with_new_names(config.load(path)), [_with_new_name(word) for word in overrides])
+    mapping = with_new_names(config.override(config.load(path), overrides))
     stage = mapping.get("stage")
     if stage not in SETTINGS:
         raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", hint=nearest(str(stage), SETTINGS))
@@ -58,24 +54,6 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
         return config.build(SETTINGS[stage], mapping)
     except ConfigError as error:
         raise ConfigError(str(error), where=path) from None
-
-
-def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings under their present names, with the present names of their values."""
-    renamed = {RENAMED.get(name, name): value for name, value in mapping.items()}
-    data = renamed.get("data")
-    if isinstance(data, Mapping) and isinstance(data.get("scenes"), Mapping):
-        present = {scenes.RENAMED.get(name, name): value for name, value in data["scenes"].items()}
-        renamed["data"] = {**data, "scenes": present}
-    return {
-        name: RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
-        for name, value in renamed.items()
-    }
-
-
-def _with_new_name(override: str) -> str:
-    name, equals, value = override.partition("=")
-    return f"{RENAMED.get(name, name)}{equals}{value}"
 
 
 def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
@@ -99,8 +77,3 @@ def _defaults(kind: type[Settings]) -> dict[str, Any]:
     """The default of each setting, as JSON has it: its value in runs that are older than the setting."""
     found = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-
-
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """The settings as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from ldm.pipeline.request import card_scale, resolve
 from ldm.training.data import Batch, ImageSet, LatentDataset, read_images
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
-from ldm.training.distributed.wrap import is_sharded
+from ldm.training.distributed.single import is_sharded
 from ldm.training.finetuning.base_model import encode, for_training, load_base, make_module
 from ldm.training.finetuning.prior import draw_prior
 from ldm.training.loop import seeded
 from ldm.training.loop.loop import ask_for_space
-from ldm.training.reports.card import finetune_card, finetune_note
+from ldm.training.reports.card import finetune_card
 from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.common import (
     conditioned,
@@ -238,3 +238,12 @@ class Finetune:
 def _parts(module: nn.Module) -> dict[str, nn.Module]:
     """The networks that are trained, by their names in LoRA files."""
     return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
+
+
+def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:
+    """A paragraph for a LoRA's card: what it was trained on, how long, and its scores."""
+    s = settings
+    last = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    counts = lines[1] if len(lines) > 1 else ""  # the first line names the layout
+    steps = f"{s.steps} steps of {s.batch_size * s.accumulation} images, learning rate {s.learning_rate:g}"
+    return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' Scores: {last}.' if last else ''}"

@@ -1,0 +1,119 @@
+"""The images of a folder by its metadata.csv, .jsonl or .parquet."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ldm.data.sources.rows import read_rows
+from ldm.data.sources.source import Counts, caption_column, captions_of
+from ldm.data.sources.walk import Listing
+from ldm.errors import DataError
+
+
+def by_metadata(names: list[str], listing: Listing, counts: Counts) -> tuple[str, list[tuple[str, tuple, int]]]:
+    wanted = set(names)
+    elsewhere = set(listing.images) - wanted
+    known = {unicodedata.normalize("NFC", name): name for name in wanted | elsewhere | set(listing.others)}
+    bad = {os.path.relpath(skip.where, listing.root): skip for skip in listing.skipped}
+    of: dict[str, list] = {}  # image -> [captions, whether a row has a caption field, fault or None]
+    columns, repeated = Counter(), 0
+    for where, below, row in _rows(listing):
+        name, fault = _image_of(row, below, listing.root, where)
+        name = known.get(unicodedata.normalize("NFC", name), name)
+        if fault is None and name not in wanted and name not in elsewhere and name not in bad:
+            counts.found += 1
+            if name in listing.others:
+                wanted.add(name)
+            else:
+                fault = ("no such image", repr(name))
+        elif fault is not None:
+            counts.found += 1
+        if fault is not None:
+            counts.skip(where, *fault)
+            continue
+        if name in bad and bad[name] is not None:
+            counts.skipped.append(bad[name])
+            bad[name] = None
+        if name not in wanted:
+            continue
+        texts, column, fault = _caption_of(row)
+        columns[column] += column is not None
+        repeated += name in of
+        entry = of.setdefault(name, [(), False, None])
+        entry[0] += tuple(text for text in texts if text not in entry[0])
+        entry[1] |= column is not None
+        entry[2] = entry[2] or (fault and (where, *fault))
+    rows = _used(of, counts)
+    for name in [*names, *(name for name, skip in bad.items() if skip is not None)]:
+        if name not in of:
+            counts.leave(name, "without a row in the metadata")
+    stems = {name.removesuffix(PurePosixPath(name).suffix) for name in of}
+    if both := [file for file in listing.captions if file.removesuffix(PurePosixPath(file).suffix) in stems]:
+        counts.notes.append(f"{len(both)} caption files beside images with a row are ignored: the row counts")
+    if repeated:
+        counts.notes.append(f"{repeated} rows name an image again: their captions are alternatives")
+    del columns[None]
+    files = listing.metadata[0] if len(listing.metadata) == 1 else f"{len(listing.metadata)} metadata files"
+    return f"imagefolder: {files}, captions in {' and '.join(map(repr, columns)) or 'no column'}", rows
+
+
+def _used(of: dict[str, list], counts: Counts) -> list[tuple[str, tuple, int]]:
+    rows = []
+    for name, (texts, has_caption, fault) in of.items():
+        if fault:
+            counts.skip(*fault)
+            continue
+        counts.use(name, texts, has_caption)
+        rows.append((name, texts, 1))
+    return rows
+
+
+def _rows(listing: Listing):
+    """(where, folder of the metadata, row) of every row of every metadata file."""
+    folders = Counter(str(PurePosixPath(name).parent) for name in listing.metadata)
+    for folder, count in folders.items():
+        if count > 1:
+            here = " and ".join(
+                PurePosixPath(n).name for n in listing.metadata if str(PurePosixPath(n).parent) == folder
+            )
+            where = listing.root if folder == "." else listing.root / folder
+            raise DataError(f"both {here} are there", where=where, hint="keep one of them")
+    for name in listing.metadata:
+        below = PurePosixPath(name).parent
+        for where, row in read_rows(listing.root / name):
+            yield where, below, row
+
+
+def _image_of(row: dict[str, Any], below: PurePosixPath, root: Path, where: str) -> tuple[str, tuple | None]:
+    """(path below the root, fault or None) of a row. Raises DataError for a path that leads out of the folder."""
+    named = [key for key in row if key == "file_name" or key.endswith("_file_name")]
+    column = min(named, key=lambda key: (key != "file_name", key != "image_file_name", named.index(key)), default=None)
+    name = row.get(column)
+    if name is None or name == "":
+        return "", ("has no file_name", "")
+    if not isinstance(name, str):
+        return "", ("file_name is not text", repr(name)[:100])
+    outside = "\0" in name or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
+    if outside or ".." in re.split(r"[\\/]", name):
+        raise DataError(f"file_name leads out of the folder: {name!r}", where=where)
+    relative = str(below / name)
+    path = root / relative
+    if path.is_symlink() or any((root / parent).is_symlink() for parent in PurePosixPath(relative).parents):
+        real = os.path.realpath(path)
+        if not real.startswith(str(root) + os.sep):
+            raise DataError(f"file_name is a link out of the folder: {name!r}", where=where)
+    return relative, None
+
+
+def _caption_of(row: dict[str, Any]) -> tuple[tuple[str, ...], str | None, tuple | None]:
+    """(captions, their column, fault or None) of a row; column None where it has no caption column."""
+    column = caption_column(list(row))
+    if column is None:
+        return (), None, ("has no caption", f"the columns are {', '.join(map(repr, row))}")
+    texts, fault = captions_of(row[column])
+    return texts, column, (fault, f"{column}: {row[column]!r:.100}") if fault else None

@@ -1,0 +1,60 @@
+"""The checks of a run on several processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ldm.config import require
+from ldm.device import pick_device
+from ldm.training.distributed.alone import current
+from ldm.training.settings import Settings, as_dict
+
+BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the images of a batch
+
+
+def check_processes(settings: Settings) -> None:
+    """Raise ConfigError for settings that do not go with the number of processes or their kind."""
+    group = current()
+    if group.world == 1:
+        return
+    count, device = f"{group.world} processes", pick_device(settings.device)
+    known = settings.stage in BY_ROWS
+    require(known, f"{settings.stage} compares the images of a batch: train it on one process", "stage")
+    fits = settings.batch_size >= group.world
+    require(fits, f"{settings.batch_size} images are too few for {count}: raise it, or start fewer", "batch_size")
+    require(device.type != "mps", f"mps is for one process, not for {count}: use device=cpu", "device")
+    if device.type == "cuda":
+        import torch
+
+        there = torch.cuda.device_count()
+        fits = int(os.environ.get("LOCAL_RANK", 0)) < there
+        require(fits, f"this machine has {there} GPUs: start as many processes on it, not more", "device")
+    if group.sharded:
+        _check_sharded(settings)
+
+
+def check_same_settings(settings: Settings, out: Path) -> None:
+    """Raise ConfigError where a process has other settings than the first one, each having resolved them by itself."""
+    group = current()
+    digest = hashlib.sha256(json.dumps(as_dict(settings), sort_keys=True).encode()).hexdigest()
+    expected = group.on_first(lambda: digest)
+    what = f"process {group.rank} of {group.world} has other settings than process 0: give all of them"
+    group.on_all(lambda: require(digest == expected, what, str(out)))
+
+
+def _check_sharded(s: Settings) -> None:
+    whole = f"{s.optimizer} needs whole tensors, of which FSDP2 keeps parts: use adamw"
+    require(s.optimizer not in ("muon", "adamw8bit"), whole, "optimizer")
+    require(s.precision != "fp16", "fp16 does not go with FSDP2: use bf16", "precision")
+    require(s.stage != "autoencoder", "autoencoder is small: train it without FSDP2", "stage")
+    require(not getattr(s, "compile", False), "does not go with FSDP2", "compile")
+
+
+def check_lock(out: Path) -> None:
+    """Raise ConfigError where this process does not see the run's folder, which the first one has locked."""
+    group = current()
+    is_seen = (out / ".lock").exists()
+    require(is_seen, f"process {group.rank} of {group.world} does not see {out}: use a folder that all share", "out")

@@ -1,0 +1,91 @@
+"""The checks of a fine-tuning before any work: its folder, its model, the LoRA that it continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm.checkpoint.describe import describe
+from ldm.checkpoint.lora import Target, read_lora_header, target_at
+from ldm.config import require
+from ldm.device import pick_device
+from ldm.diffusion import names
+from ldm.errors import ConfigError, ModelError
+from ldm.files import require_place
+from ldm.nn.attention import check_backend
+from ldm.training.data import ImageSet
+from ldm.training.finetuning.base_model import chosen_layers, places_of, schedule_for
+from ldm.training.settings import OFF, FinetuneData, FinetuneSettings, check_file_name
+
+
+def check_finetune(s: FinetuneSettings) -> None:
+    """What is known without a weight: of the model, the LoRA to continue, the machine."""
+
+    pick_device(s.device)
+    check_backend(s.attention)
+    if s.sampler is not None:
+        names.resolve(s.sampler)
+    prediction_type = None if s.prediction_type == "flow" else s.prediction_type
+    info = describe(s.model, s.vae, prediction_type)
+    if (takes := info.unet.in_channels) != (gives := info.unet.out_channels):
+        what = f"its U-Net takes {takes} channels, and gives {gives}: an inpainting model, perhaps"
+        raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
+    schedule_for(s, info.schedule)
+    if prediction_type is not None and s.train != "full":
+        _check_prediction_type(s)
+    if s.text_encoder and not info.clip_layers:
+        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
+    target = target_at(s.model, prediction_type)
+    if s.init is not None:
+        _check_init(s, target)
+    elif s.train != "full" and target is not None:
+        shapes = {part: layers for part, layers in target.shapes.items() if s.text_encoder or part == "unet"}
+        chosen_layers(shapes, s.targets, s.lora_rank)
+
+
+def _check_prediction_type(s: FinetuneSettings) -> None:
+    """Raise ConfigError where a LoRA asks for another prediction type than that of the model, if that is known."""
+
+    try:
+        schedule = describe(s.model, s.vae).schedule
+    except ModelError:  # a single file that does not tell it
+        return
+    schedule_for(s, schedule)
+
+
+def _check_init(s: FinetuneSettings, target: Target | None) -> None:
+    """Raise ConfigError or ModelError where the LoRA to continue does not fit the settings or the model."""
+
+    header = read_lora_header(s.init)
+    kind = "dora" if header.dora else "lora"
+    require(s.train == kind, f"the LoRA to continue is a {kind}, and train is {s.train}", "train")
+    if target is not None:
+        text = any(part != "unet" for part, _ in places_of(header, target).values())
+        has = "has layers of the text encoder" if text else "has no layer of the text encoder"
+        require(text == s.text_encoder, f"must be {str(text).lower()}: the LoRA to continue {has}", "text_encoder")
+
+
+def check_run_folder(data: FinetuneData, out: Path, names_file: bool) -> None:
+    """Raise ConfigError or ResourceError where a fine-tuning cannot use the run's folder or the cache's.
+
+    `names_file`: a LoRA's file for A1111 and ComfyUI has the name of the run's folder.
+    """
+    if names_file:
+        check_file_name(out.resolve().name, "out")
+    require_place(out)
+    folder = Path(data.folder)
+    if folder.is_dir() and (out.resolve() == folder.resolve() or folder.resolve() in out.resolve().parents):
+        what = f"lies in {data.folder}, whose images are trained on: the run's own would be among them"
+        raise ConfigError(what, where=out, hint="choose another folder for the run")
+    if out.is_dir() and not (out / "settings.json").is_file():
+        names = [path.name for path in sorted(out.iterdir()) if not path.name.startswith(".") and path.name != "cache"]
+        if names:
+            raise ConfigError(f"is no run, and holds {names[0]}", where=out, hint="choose a new folder")
+    if data.cache != OFF:
+        require_place(data.cache or out / "cache")
+
+
+def check_export(settings: FinetuneSettings, images: ImageSet) -> None:
+    """Raise ConfigError where the best checkpoint is to be exported and no image is held out to find it."""
+    if settings.export == "best" and not images.held_out:
+        what = "best is by the validation loss, and no image is held out"
+        raise ConfigError(what, where="export", hint="raise held_out, or use export=last")
