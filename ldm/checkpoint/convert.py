@@ -10,8 +10,8 @@ from ldm.checkpoint import single
 from ldm.checkpoint.model import card_of, check_model, is_single, load_model, resolve
 from ldm.checkpoint.safety import PICKLES, Header, read_header
 from ldm.checkpoint.save import refuse_foreign, save_model
-from ldm.device import DTYPES, SPELLINGS
-from ldm.errors import ConfigError, ModelError, nearest
+from ldm.device import DTYPES, check_dtype
+from ldm.errors import ModelError
 
 # stored type -> the smallest of ours that holds it without loss
 HALVES = {
@@ -33,9 +33,9 @@ def convert(
     """Write `model` (a folder, a single file, a hub id) as `out`: a single file if that ends with .safetensors, else a
     diffusers folder. Returns its path.
 
-    `dtype` (fp32, fp16, bf16) is the weights' own by default. `prediction_type` and `vae` are as in load_model; the
-    model card is copied. Raises ConfigError and ModelError before any weight is read: for a model that cannot be used,
-    and an `out` that exists and is no model; ResourceError where it cannot be written.
+    `dtype` (fp32, fp16, bf16, or torch's names) is the weights' own by default. `prediction_type` and `vae` are as in
+    load_model; the model card is copied. Raises ConfigError and ModelError before any weight is read: for a model that
+    cannot be used, and an `out` that exists and is no model; ResourceError where it cannot be written.
     """
     import torch
 
@@ -45,15 +45,15 @@ def convert(
         raise ModelError(
             "only safetensors is written", where=out, hint=f"end the name with {single.SUFFIX}, or nothing"
         )
-    if dtype is not None and str(dtype) not in SPELLINGS:
-        raise ConfigError(f"unknown dtype {dtype!r:.80}", where="dtype", hint=nearest(str(dtype), DTYPES))
-    dtype = dtype and SPELLINGS[str(dtype)]
+    dtype = check_dtype(dtype or "auto")
     (single.check_target if to_single else refuse_foreign)(out)
     check_model(model, vae, prediction_type)
     source = resolve(model)
     if out.exists() and out.samefile(source):
         raise ModelError("is the model itself", where=out, hint="choose another name")
-    weights_dtype = getattr(torch, DTYPES[dtype or stored_dtype(source, ("vae",) if vae is not None else ())])
+    if dtype == "auto":
+        dtype = stored_dtype(source, () if vae is None else ("vae",))
+    weights_dtype = getattr(torch, DTYPES[dtype])
     loaded = load_model(model, "cpu", weights_dtype, vae, cache=False, prediction_type=prediction_type)
     for group, count in loaded.info.get("ignored_keys", {}).items():
         console.say(f"left out: {count} of {group}")

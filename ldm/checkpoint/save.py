@@ -13,7 +13,6 @@ from ldm.checkpoint.build import PREFIX, TIED, check_fit
 from ldm.checkpoint.tensors import Advance, silent, write_shards
 from ldm.checkpoint.types import Model
 from ldm.device import DTYPES, SPELLINGS
-from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, require_space, write_manifest
 
@@ -49,8 +48,10 @@ def save_model(
     """
     import torch
 
+    from ldm.diffusion.diffusers_config import write_scheduler
+
     if isinstance(dtype, str):
-        if SPELLINGS.get(dtype) is None:
+        if dtype not in SPELLINGS:
             raise ModelError(f"weights cannot be saved as {dtype!r}", hint=f"choose from: {', '.join(DTYPES)}")
         dtype = getattr(torch, DTYPES[SPELLINGS[dtype]])
     folder, limit = Path(folder), int(max_shard_mb * 1e6)

@@ -31,9 +31,10 @@ def dtypes(path):
 
 
 def test_weights_keep_their_precision(tiny_folder, tmp_path):
-    for dtype, name in (("fp32", "F32"), ("fp16", "F16"), ("bf16", "BF16")):
+    names = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "float32": "F32", "torch.float16": "F16"}
+    for dtype, name in {**names, torch.bfloat16: "BF16"}.items():
         file = ldm.convert(tiny_folder, tmp_path / f"{dtype}.safetensors", dtype)
-        assert dtypes(file) <= {name, "F32"} and dtypes(ldm.convert(file, tmp_path / dtype)) == {name}
+        assert dtypes(file) <= {name, "F32"} and dtypes(ldm.convert(file, tmp_path / str(dtype))) == {name}
     tensors = load_file(tmp_path / "fp16.safetensors")
     tensors["first_stage_model.decoder.conv_in.bias"] = tensors["first_stage_model.decoder.conv_in.bias"].float()
     save_file(tensors, tmp_path / "mixed.safetensors", read_header(tmp_path / "fp16.safetensors").metadata)

@@ -16,7 +16,6 @@ from ldm.checkpoint.single.names import UNET, Destination, Part, originals, part
 from ldm.checkpoint.single.tokenizers import stored
 from ldm.checkpoint.tensors import Advance, Source, silent, source, write_tensors
 from ldm.checkpoint.types import Model
-from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
 
@@ -71,6 +70,7 @@ def check_target(path: Path) -> None:
 
 def _settings(model: Model, card: str | None) -> dict[str, Any]:
     """The table for the header: every config of the model's folder, tokenizers, family, model card."""
+    from ldm.diffusion.diffusers_config import write_scheduler
     from ldm.nn.text import XLText
 
     configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
