@@ -142,6 +142,23 @@ def test_a_description_knows_t5_in_a_folder_and_in_a_single_file(folder, tmp_pat
         assert describe(path).clip_layers == ()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("a (cat:1.2)", {}, "prompt: emphasis and BREAK are CLIP's"),
+        ("a [cat:(dog):2]", {}, "prompt: emphasis and BREAK are CLIP's"),
+        ("a cat", {"clip_skip": 1}, "clip_skip: clip_skip 1 is impossible: the text encoder is T5"),
+    ],
+)
+def test_what_t5_cannot_do_is_refused_before_weights(folder, prompt, settings, message, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("ldm.pipeline.engine.load_model", refuse)
+    with pytest.raises(ConfigError, match=message):
+        Pipeline(prompt, folder, device="cpu", dtype="fp32").generate(num_inference_steps=3, **settings)
+
+
 def test_an_image_tells_what_t5_did_not_see(model):
     _, images = draw(model, ["a red cat on a blue card and a dog"])
     assert images.metadata[0]["truncated"] == "and a dog"

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.checkpoint import load_model, save_model
 from ldm.checkpoint.describe import describe
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline import Pipeline, checks, keywords
@@ -52,6 +53,8 @@ BAD_CALLS = {
     "strength": ({"denoising_strength": 0.5}, "strength needs an image"),
     "lora": ({"lora": "x.safetensors"}, r"belongs to Pipeline\(...\)"),
     "clip skip": ({"clip_skip": -1}, "clip_skip: -1 is outside 0 to 100"),
+    "clip skip of too many": ({"clip_skip": 2}, "clip_skip 2 is impossible: the text encoder has 2 layers"),
+    "a level without attention": ({"guidance": "pag", "pag_layers": ["down.7"]}, "pag_layers: no self-attention in"),
     "emphasis": ({"emphasis": "no_norms"}, "emphasis: unknown emphasis 'no_norms'; did you mean 'no_norm'"),
     "strict": ({"strict": 1}, "strict: expected True or False"),
     "sigmas and timesteps": ({"sigmas": [3, 1], "timesteps": [900, 5]}, "either timesteps or sigmas"),
@@ -83,6 +86,21 @@ def test_bad_calls_are_refused_before_weights(name, tiny_folder, no_weights):
     with pytest.raises(ConfigError, match=message) as caught:
         pipe.generate(**keywords)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a zebra", "prompt: words that the model was never shown: zebra; change the prompt"),
+        ("a (cat", r"prompt: the bracket at '\(cat' is not closed"),
+    ],
+)
+def test_strict_refuses_prompts_before_weights(prompt, message, tiny_folder, tmp_path, no_weights):
+    """Of a folder, and of a single file."""
+    save_model(load_model(tiny_folder, "cpu", "fp32", cache=False), tmp_path / "m.safetensors", dtype="fp32")
+    for model in (tiny_folder, tmp_path / "m.safetensors"):
+        with pytest.raises(ConfigError, match=message):
+            Pipeline(prompt, model=model).generate(strict=True)
 
 
 BAD_PIPELINES = {
@@ -190,3 +208,8 @@ def test_a_joined_label_gives_sampler_and_spacing():
     assert checks.check_sampler({"sampler": "DPM++ 2M Karras"}) == ("dpmpp_2m", "karras")
     assert checks.check_sampler({"sampler": "Euler a", "spacing": "SGM Uniform"}) == ("euler_ancestral", "sgm_uniform")
     assert checks.check_sampler({"spacing": "Automatic"}) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "torch.float32", torch.float32])
+def test_everybodys_name_of_a_dtype(dtype, tiny_folder):
+    assert Pipeline("a cat", model=tiny_folder, device="cpu", dtype=dtype).dtype == torch.float32
