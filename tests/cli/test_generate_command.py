@@ -76,7 +76,7 @@ def test_no_metadata_and_format(generate, files):
         (["--model", "nowhere"], "nowhere: no such model folder"),
         (["--model", "old.ckpt"], "pickle"),
         (["--lora", "x.safetensors:0.5"], "x.safetensors: no such file"),
-        (["--from", "old.png"], "no such picture"),
+        (["--from", "old.png"], "no such image"),
         (["--from", "old.ckpt"], "cannot be read as an image"),
         (["--set", "steps=3"], "--set belongs to --from"),
         (["-o", "old.ckpt/x.png"], "is a file, not a folder"),

@@ -202,7 +202,7 @@ def test_every_sampler_keeps_the_rest_and_shows_it_to_the_network_at_its_noise(n
         return torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(i))
 
     original = Original(ORIGINAL, MASK)
-    x = add_noise(original, sigmas, NOISE)
+    x = add_noise(ORIGINAL, sigmas, NOISE)
     whole = SAMPLERS[name](gaussian, x, sigmas, draw)
     found = SAMPLERS[name](mask_known_region(denoise, original, NOISE, sigmas), x, sigmas, draw)
     inside = MASK.expand_as(found)

@@ -288,13 +288,13 @@ def test_a_replay_says_that_a_picture_is_another_one_or_not_at_hand(tiny_folder,
     picture(1).save("in.png")
     again = ["generate", "--from", "first.png", "-o", "again.png", "--model", str(tiny_folder)]
     assert main(again) == 0
-    assert "image is another picture than the one that was drawn from: it will differ" in capsys.readouterr().err
+    assert "image is another image than the one that was drawn from: it will differ" in capsys.readouterr().err
     Path("in.png").unlink()
     assert main(again) == 2
     assert "in.png" in capsys.readouterr().err
     pipe.generate(seed=5, image=picture(), **FAST).save("memory.png")
     assert main(["generate", "--from", "memory.png"]) == 2
-    assert "was drawn from a picture that has no file" in capsys.readouterr().err
+    assert "was drawn from an image that has no file" in capsys.readouterr().err
     assert main(["generate", "--from", "memory.png", "--set", "image=first.png", *again[-4:]]) == 0
 
 
