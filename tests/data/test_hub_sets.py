@@ -202,7 +202,7 @@ def test_the_doctor_looks_at_the_first_of_a_set_and_says_so(hub, cache, answers,
     tasks = [("someone/table", 2, str(page)), ("someone/folder", 3, None), ("someone/folder", None, None)]
     first, whole, few = read(hub, tmp_path / "home", tasks, code=CHECK)
     assert first[0].endswith("read as a stream, the first 2") and first[1:4] == [2, 2, 2]
-    assert first[5]["sample"] == "only the first 2 images were looked at" and "few" in first[5]
+    assert first[5]["sample"] == "only the first 2 images were checked" and "few" in first[5]
     assert "  #0: a red square" in first[6] and page.read_text().count("<img") >= 2
     assert whole[1:4] == few[1:4] == [3, 3, 3] and "sample" in whole[5] and "sample" not in few[5]
     assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".arrow", ".png", ".parquet")]
