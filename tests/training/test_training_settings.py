@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm.errors import ConfigError
 from ldm.training.data.samples import EmojiSamples
@@ -31,6 +32,20 @@ def test_images_as_the_target_of_a_prior_are_still_called_pictures_too():
     assert resolve_aliases({"prior_target": "pictures"}) == {"prior_target": "images"}
     settings = FinetuneSettings(steps=1, batch_size=1, learning_rate=0.1)
     assert changed({**as_dict(settings), "prior_target": "pictures"}, settings) == {}
+
+
+SPELLINGS = {"fp32": ("float32", "torch.float32", torch.float32, "FP32"), "bf16": ("bfloat16", torch.bfloat16)}
+SPELLINGS |= {"fp16": ("float16", "half", "torch.float16")}
+
+
+@pytest.mark.parametrize(("dtype", "spelling"), [(dtype, word) for dtype in SPELLINGS for word in SPELLINGS[dtype]])
+def test_a_dtype_may_be_spelled_as_anybody_does(dtype, spelling, unet_settings):
+    for name, key in (("mixed_precision", "precision"), ("save_precision", "save_dtype"), ("cache_dtype", None)):
+        assert resolve_aliases({name: spelling}) == {key or "data.cache_dtype": dtype}
+    assert resolve_aliases({"data": {"cache_dtype": spelling}}) == {"data.cache_dtype": dtype}
+    assert read_settings(unet_settings, [f"precision={spelling}"]).precision == dtype
+    with pytest.raises(ConfigError, match="precision: 'float8' is not allowed"):
+        read_settings(unet_settings, ["precision=float8"])
 
 
 def test_processes_with_other_settings_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from ldm.training.settings.read import (
     packaged_configs,
     read_settings,
 )
-from ldm.training.settings.renamed import with_new_names
+from ldm.training.settings.renamed import with_new_names, with_new_value
 from ldm.training.settings.stages import PIECE, AutoencoderSettings, TextSettings, UNetSettings
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "packaged_configs",
     "read_settings",
     "with_new_names",
+    "with_new_value",
 ]

@@ -1,4 +1,4 @@
-"""Old names of settings and of their values, which are still accepted."""
+"""Old names of settings, and other names of their values, which are accepted too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.data.emoji import scenes
+from ldm.device import SPELLINGS
 
 RENAMED = {"bank": "latent_pool"}
 RENAMED_VALUES = {("prior_target", "pictures"): "images"}
+DTYPES = ("precision", "save_dtype", "cache_dtype", "data.cache_dtype")  # settings that take any spelling of a dtype
 
 
 def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +20,9 @@ def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_new_value(name: str, value: Any) -> Any:
-    """The present name of a setting's value, or of the settings that it holds."""
+    """The present name of a setting's value, or of the settings that it holds; of a dtype fp32, bf16 or fp16."""
+    if name in DTYPES:
+        return SPELLINGS.get(str(value).lower(), value)
     if name == "data" and isinstance(value, Mapping):
         return with_new_names(value)
     if name == "scenes" and isinstance(value, Mapping):

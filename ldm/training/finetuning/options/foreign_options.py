@@ -94,7 +94,7 @@ ALIASES: dict[str, Alias] = {
     "sample_sampler": Alias("sampler"),
     "lr_scheduler_min_lr_ratio": Alias("final_lr"),
     "save_every_n_steps": Alias("save_every"),
-    "save_precision": Alias("save_dtype", {"float": "fp32"}),
+    "save_precision": Alias("save_dtype"),
     "output_name": Alias("name"),
     "log_with": Alias("report_to"),
     "xformers": Alias("attention", switch="xformers"),

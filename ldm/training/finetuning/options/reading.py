@@ -12,7 +12,7 @@ from ldm.console import say
 from ldm.errors import ConfigError, nearest
 from ldm.training.finetuning.options.foreign_options import ALIASES, CURVES, IDLE, REFUSED
 from ldm.training.finetuning.options.ldm_options import KEYS, NULLABLE, PATHS, TEXTS
-from ldm.training.settings import MAX_SAMPLES, with_new_names
+from ldm.training.settings import MAX_SAMPLES, with_new_names, with_new_value
 
 
 def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _checked(value: Any, name: str, plain: str, key: str) -> Any:
         return "off"
     if key == "data.resolution":
         return _resolution(value, name)
-    return _betas(value) if key == "betas" else value
+    return _betas(value) if key == "betas" else with_new_value(key, value)
 
 
 def _resolution(value: Any, name: str) -> Any:
