@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from ldm.config import build, load, override, require
+from ldm.config import build, require
 from ldm.errors import ConfigError
+from ldm.settings_files import load, override
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm import config
 from ldm.checkpoint.families import Family
 from ldm.checkpoint.folder import beside
 from ldm.checkpoint.safety import MAX_JSON, Header
 from ldm.errors import ConfigError, ModelError, nearest
+from ldm.settings_files import load
 
 KEY, FORMAT = "ldm", 1
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors: their names are the message (NoobAI, ComfyUI, Forge)
@@ -91,7 +91,7 @@ def _of_yaml(path: Path) -> str | None:
     if path.stat().st_size > MAX_JSON:
         raise ModelError("is too large for a settings file", where=path)
     try:
-        params = config.load(path)["model"]["params"]
+        params = load(path)["model"]["params"]
         if "denoiser_config" in params:
             target = params["denoiser_config"]["params"]["scaling_config"]["target"]
             return "v_prediction" if target.rpartition(".")[2].startswith("V") else "epsilon"

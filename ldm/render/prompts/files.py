@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm import config
 from ldm.errors import ConfigError, LdmError
 from ldm.render.prompts.line_parser import DECODER, is_comment, pairs_of_json, pairs_of_line, pairs_of_value
 from ldm.render.prompts.line_settings import WORDS, find_word, parse_settings
+from ldm.settings_files import load
 
 MAX_LINE = 4 << 20  # bytes; two texts of 100,000 characters fit, however they are escaped
 MAX_JSON, MAX_TOML = 32 << 20, 8 << 20  # bytes of a file that is read whole
@@ -339,7 +339,7 @@ def _toml(path: Path, name: str, base: Path) -> Iterator[Entry]:
         size = os.fstat(handle.fileno()).st_size
     if size > MAX_TOML:
         raise ConfigError(f"is larger than {MAX_TOML >> 20} MiB", where=path, hint="write .jsonl, which is streamed")
-    value = config.load(path)
+    value = load(path)
     text = path.read_text(encoding="utf-8-sig")
     heads = re.finditer(r"^[ \t]*\[\[[ \t]*(prompts?|prompt[ \t]*\.[ \t]*subset)[ \t]*\]\]", text, re.MULTILINE)
     yield from _grouped(value, name, base, [1 + text.count("\n", 0, head.start()) for head in heads])

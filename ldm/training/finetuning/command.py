@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm import config as configs
+from ldm.config import build
 from ldm.console import say
 from ldm.errors import CheckpointError, ConfigError
+from ldm.settings_files import load
 from ldm.training.finetuning.options import flatten, nest, parse_overrides, resolve_aliases, setting_name
 from ldm.training.settings import FinetuneData, FinetuneSettings
 
@@ -81,7 +82,7 @@ def read_arguments(
     """The arguments of `finetune`, by whichever names they are given. Raises ConfigError."""
     if not isinstance(config, str | os.PathLike | None):
         raise ConfigError(f"expected a settings file, got {config!r:.80}", where="config")
-    file = {} if config is None else configs.load(config)
+    file = {} if config is None else load(config)
     out = _place("out", out, options, file)
     resume = _place("resume", resume, options, file)
     if out is None:
@@ -153,7 +154,7 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
         if facts.init is not None:
             _check_init(given, facts.init)
         settings = presets.for_model(given, facts)
-    data = configs.build(FinetuneData, nest(settings)["data"], "data")
+    data = build(FinetuneData, nest(settings)["data"], "data")
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
     prior = presets.text_of(settings, "prior")
     images = read_training_images(data, data.for_prior(prior) if prior else None)
@@ -162,7 +163,7 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
         settings = presets.in_steps(settings, given, buckets)
     else:
         settings = presets.for_images(settings, given, facts, buckets)
-    built = configs.build(FinetuneSettings, {**nest(settings), "data": data})
+    built = build(FinetuneSettings, {**nest(settings), "data": data})
     check_export(built, images)
     say(f"the command with all settings:\n  {presets.command(settings, asked.out)}")
     return built, images

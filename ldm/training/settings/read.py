@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import config
+from ldm.config import build
 from ldm.errors import ConfigError, nearest
+from ldm.settings_files import load, override
 from ldm.training.settings.base import Settings, as_dict
 from ldm.training.settings.finetune import FinetuneSettings
 from ldm.training.settings.renamed import with_new_names
@@ -46,12 +47,12 @@ def read_settings(source: str | Path, overrides: Sequence[str] = ()) -> Settings
             raise ConfigError(f"no packaged settings {str(source)!r}", where="config", hint=nearest(str(source), names))
         path = names[str(source)]
     overrides = [f"data.folder={word[5:]}" if word.startswith("data=") else word for word in overrides]
-    mapping = with_new_names(config.override(config.load(path), overrides))
+    mapping = with_new_names(override(load(path), overrides))
     stage = mapping.get("stage")
     if stage not in SETTINGS:
         raise ConfigError(f"unknown stage {stage!r}", where=f"{path}: stage", hint=nearest(str(stage), SETTINGS))
     try:
-        return config.build(SETTINGS[stage], mapping)
+        return build(SETTINGS[stage], mapping)
     except ConfigError as error:
         raise ConfigError(str(error), where=path) from None
 

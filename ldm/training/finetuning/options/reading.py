@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm import config
 from ldm.console import say
 from ldm.errors import ConfigError, nearest
+from ldm.settings_files import parse_scalar
 from ldm.training.finetuning.options.foreign_options import ALIASES, CURVES, IDLE, REFUSED
 from ldm.training.finetuning.options.ldm_options import KEYS, NULLABLE, PATHS, TEXTS
 from ldm.training.settings import MAX_SAMPLES, with_new_names, with_new_value
@@ -202,7 +203,9 @@ def parse_value(option: str, text: str) -> Any:
     plain = ALIASES[plain].name if plain in ALIASES else plain
     if plain in TEXTS or plain in REFUSED or plain in IDLE or plain == "folder":
         return text
-    return config.parse_scalar(text, option)
+    if re.fullmatch(r"0|[1-9]\d{0,17}", text, re.ASCII):  # as YAML reads it, which takes a while to import
+        return int(text)
+    return parse_scalar(text, option)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
