@@ -44,7 +44,7 @@ BARS = {
     "finetune": {"own lines": 5500},
     "render": {"own lines": 2600},
 }
-OWN = ("config", "console", "files")  # and these rooms:
+OWN = ("config", "settings_files", "console", "files")  # and these rooms:
 ROOMS = {"generate": ("pipeline",), "finetune": ("training", "data"), "render": ("render",)}
 FIGURES = ("frames", "functions", "files", "lines", "own files", "own lines")
 
