@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ldm.errors import ConfigError, nearest
+from ldm.errors import require as require  # for the checks of settings classes
 
 T = TypeVar("T")
 
@@ -85,9 +86,3 @@ def _shown(value: Any) -> str:
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else _shown(value)
-
-
-def require(condition: bool, what: str, where: str) -> None:
-    """Raise ConfigError unless `condition`; for the range checks in a settings class's __post_init__."""
-    if not condition:
-        raise ConfigError(what, where=where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, nearest
@@ -94,3 +95,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     of_memory = "can't allocate memory" in str(error) or "not enough memory" in str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and of_memory)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -79,6 +79,12 @@ def first_line(error: Exception) -> str:
     return str(error).split("\n")[0][:200] or type(error).__name__
 
 
+def require(condition: bool, what: str, where: str) -> None:
+    """Raise ConfigError unless `condition`; for the checks of settings."""
+    if not condition:
+        raise ConfigError(what, where=where)
+
+
 def nearest(name: str, known) -> str:
     """`did you mean 'x'?` for the closest of `known`, or the whole list when nothing is close."""
     import difflib

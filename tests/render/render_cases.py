@@ -2,7 +2,7 @@
 
 import json
 
-from ldm.render.output.manifest import read_manifest
+from ldm.render.output.lines import read_manifest
 
 
 def pictures(folder):

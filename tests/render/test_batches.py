@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm.device import free_memory
 from ldm.render.jobs import batches
 from ldm.render.jobs.batches import Group, batch_size, groups, windows
 from ldm.render.jobs.jobs import Job
@@ -51,7 +52,7 @@ def test_what_a_batch_may_mix():
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(0.01, 1), (1.0, 1), (4.0, 5), (400.0, 8)])
 def test_less_memory_smaller_batches(monkeypatch, gigabytes, expected):
-    monkeypatch.setattr(batches, "_free_memory", lambda device: gigabytes * 1e9)
+    monkeypatch.setattr(batches, "free_memory", lambda device: gigabytes * 1e9)
     model = SimpleNamespace(unet=SimpleNamespace(block_out_channels=(320, 640)), factor=8)
     cpu, size = torch.device("cpu"), SimpleNamespace(height=512, width=512)
     found = batch_size(model, size, cpu, torch.float32)
@@ -61,4 +62,4 @@ def test_less_memory_smaller_batches(monkeypatch, gigabytes, expected):
 
 
 def test_the_machine_says_how_much_is_free():
-    assert 1e6 < batches._free_memory(torch.device("cpu")) < 1e14
+    assert 1e6 < free_memory(torch.device("cpu")) < 1e14

@@ -21,7 +21,7 @@ from ldm.render.drawing.runner import render
 from ldm.render.drawing.writer import Drawn, Encode
 from ldm.render.jobs.batches import Group
 from ldm.render.jobs.resolve import Resolver
-from ldm.render.output.manifest import read_manifest
+from ldm.render.output.lines import read_manifest
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="ray is not installed")

@@ -12,10 +12,12 @@ from ldm.errors import ConfigError
 from ldm.images import encode
 from ldm.pipeline.result import Target
 from ldm.render.jobs.jobs import Shard, short
-from ldm.render.jobs.scan import Run, scan
+from ldm.render.jobs.run import Run
+from ldm.render.jobs.scan import scan
 from ldm.render.output.folder import finished
 from ldm.render.output.manifest import Manifest
-from ldm.render.prompts.files import Prompts, read_entries
+from ldm.render.prompts.entry import Prompts
+from ldm.render.prompts.files import read_entries
 from ldm.render.sheets import grid_sheet
 from ldm.render.sheets.axes import grid_entries, gridded, read_axes
 from ldm.render.sheets.grid_sheet import draw_sheet, write_sheets

@@ -33,10 +33,10 @@ def test_jobs_come_back_as_they_were(tmp_path):
 
 def test_each_line_is_parsed_and_resolved_once(tiny_folder, tmp_path, monkeypatch):
     """With a grid too, whose sheets need every cell again."""
-    from ldm.render.prompts import files
+    from ldm.render.prompts import entry
 
     parsed, resolved, resolve = [], [], Resolver.__call__
-    monkeypatch.setattr(files, "parse_settings", lambda pairs, base: parsed.append(1) or parse_settings(pairs, base))
+    monkeypatch.setattr(entry, "parse_settings", lambda pairs, base: parsed.append(1) or parse_settings(pairs, base))
     monkeypatch.setattr(Resolver, "__call__", lambda self, asked: resolved.append(asked) or resolve(self, asked))
     words = {"model": str(tiny_folder), "steps": 1, "batch_size": 2}
     render(LINES, tmp_path / "plain", **words)

@@ -14,7 +14,8 @@ from ldm.errors import ConfigError
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.filenames import safe_name
 from ldm.render.jobs.jobs import Job, Plan, Shard, canonical
-from ldm.render.prompts.files import Entry, read_entries
+from ldm.render.prompts.entry import Entry
+from ldm.render.prompts.files import read_entries
 from ldm.render.prompts.templates import Wildcards
 
 

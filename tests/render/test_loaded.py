@@ -10,7 +10,7 @@ from ldm.errors import ConfigError
 from ldm.images import read_metadata
 from ldm.render.drawing.runner import render
 from ldm.render.jobs.loaded_models import name_of_loaded, weights_hash
-from ldm.render.output.manifest import read_manifest
+from ldm.render.output.lines import read_manifest
 from tests.conftest import build_tiny_model
 
 LINES = ["a cat --d 1", "a dog --d 2"]

@@ -11,7 +11,8 @@ from prompt_files import jobs_of, resolve
 from ldm.errors import NumericsError, ResourceError
 from ldm.render.jobs.jobs import Job, Plan, Shard
 from ldm.render.jobs.scan import Scan
-from ldm.render.output.manifest import Manifest, Report, read_manifest
+from ldm.render.output.lines import read_manifest
+from ldm.render.output.manifest import Manifest, Report
 from ldm.render.prompts.files import read_entries
 from tests.children import in_child, status_of
 

@@ -11,7 +11,7 @@ from prompt_files import entries_of, settings_of
 
 from ldm.errors import ConfigError
 from ldm.pipeline.keywords import ALIASES
-from ldm.render.prompts import files
+from ldm.render.prompts import json_toml
 from ldm.render.prompts.files import open_prompts, read_entries
 from ldm.render.prompts.line_settings import WORDS
 from ldm.render.prompts.setting_table import SETTINGS
@@ -305,7 +305,8 @@ def test_variations_are_taken_under_everybodys_words(tmp_path):
 
 
 def test_a_line_may_hold_its_dtype(tmp_path):
-    assert one(tmp_path, "a --dtype bf16") == one(tmp_path, "a --torch_dtype bf16") == {"prompt": "a", "dtype": "bf16"}
+    for word in ("--dtype bf16", "--torch_dtype bfloat16", "--dtype torch.bfloat16"):
+        assert one(tmp_path, f"a {word}") == {"prompt": "a", "dtype": "bf16"}
     assert "did you mean 'bf16'" in str(refused(tmp_path, "a --dtype bf").error)
 
 
@@ -379,8 +380,8 @@ def test_files_that_are_refused_as_a_whole(tmp_path, name, content, said):
 
 
 def test_files_too_large_to_be_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_JSON", 100)
-    monkeypatch.setattr(files, "MAX_TOML", 100)
+    monkeypatch.setattr(json_toml, "MAX_JSON", 100)
+    monkeypatch.setattr(json_toml, "MAX_TOML", 100)
     for name, content in (("p.json", json.dumps(["x" * 200])), ("p.toml", f'prompt = "{"x" * 200}"')):
         (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=r"larger than .* MiB; write .jsonl"):

@@ -11,8 +11,9 @@ from prompt_files import jobs_of
 from ldm import images
 from ldm.errors import ConfigError, LdmError, NumericsError
 from ldm.pipeline.metadata import parameters
-from ldm.render.output.manifest import Manifest, last_lines
-from ldm.render.prompts.files import Entry
+from ldm.render.output.lines import last_lines
+from ldm.render.output.manifest import Manifest
+from ldm.render.prompts.entry import Entry
 from ldm.render.replay.a1111_text import read_infotext, split_fields
 from ldm.render.replay.replay import differences, keywords, read_replays
 

@@ -12,7 +12,7 @@ from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import read_metadata
 from ldm.render.drawing import runner
 from ldm.render.drawing.runner import render
-from ldm.render.output.manifest import read_manifest
+from ldm.render.output.lines import read_manifest
 
 LINES = [
     "a cat --d 1",

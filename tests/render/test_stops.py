@@ -13,7 +13,7 @@ from render_cases import by_key, identity, pictures, report_of
 from ldm.cli import main
 from ldm.errors import Interrupted, ResourceError
 from ldm.render.drawing.runner import render
-from ldm.render.output.manifest import read_manifest
+from ldm.render.output.lines import read_manifest
 from tests.children import in_child, status_of
 
 

@@ -14,14 +14,15 @@ from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job
 from ldm.render.jobs.resolve import Resolver, image_request
-from ldm.render.jobs.scan import Run, Scan, scan
-from ldm.render.output.manifest import DONE, is_inside, read_manifest
+from ldm.render.jobs.run import Run
+from ldm.render.jobs.scan import Scan, scan
+from ldm.render.output.lines import DONE, is_inside, read_manifest
 
 SHOWN = 80  # characters of a prompt
 
 
-def dry_run(run: Run) -> Scan:
-    """Print every image that would be drawn, then the sums; writes no file."""
+def dry_run(run: Run, strict: bool) -> Scan:
+    """Print every image that would be drawn, then the sums; writes no file. `strict`: ConfigError for bad lines."""
     done = _done(run.target.folder)
     with JobFile() as job_file:
         result = scan(run, lambda job: done.get(bytes.fromhex(job.key)) is not None, lambda entry: None, job_file)
@@ -37,6 +38,8 @@ def dry_run(run: Run) -> Scan:
     print(f"{result.left} images to draw in {batches} batches, {steps.total()} steps")
     if steps:
         _print_estimate(run.resolver, steps, samples)
+    if strict and result.bad:
+        raise result.refused(run)
     return result
 
 

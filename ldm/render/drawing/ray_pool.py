@@ -30,10 +30,8 @@ CONNECT = 10.0  # seconds that a cluster has to answer
 WAIT = 1.0  # seconds after which signals and the writer are looked at
 
 
-def check_ray(address: str | None) -> None:
-    """Raise ConfigError where a cluster is asked for and Ray is not installed; imports nothing."""
-    if address is None:
-        return
+def check_ray(address: str) -> None:
+    """Raise ConfigError for what is no address, and where Ray is not installed; imports nothing."""
     if not isinstance(address, str) or not address.strip():
         hint = 'give "local", "auto" or host:port'
         raise ConfigError(f"expected an address, got {address!r:.80}", where="ray", hint=hint)

@@ -23,15 +23,18 @@ from ldm.render.drawing.writer import Encode, Writer, WriterStopped
 from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Shard, short
 from ldm.render.jobs.resolve import Resolver
-from ldm.render.jobs.scan import Run, Scan, scan
-from ldm.render.output.manifest import DONE, Manifest, Report, is_inside, read_manifest
-from ldm.render.prompts.files import Prompts, open_prompts
+from ldm.render.jobs.run import Run
+from ldm.render.jobs.scan import Scan, scan
+from ldm.render.output.lines import DONE, is_inside, read_manifest
+from ldm.render.output.manifest import Manifest, Report
+from ldm.render.prompts.entry import Prompts
+from ldm.render.prompts.files import open_prompts
 from ldm.render.prompts.line_settings import parse_settings
-from ldm.render.prompts.setting_table import RUN, SETTINGS, of_scope
-from ldm.render.prompts.templates import Wildcards
+from ldm.render.prompts.setting_table import OF_RUN, SETTINGS
+from ldm.render.prompts.templates import NO_WILDCARDS, Wildcards
 from ldm.render.prompts.values import MAX_SEED
 from ldm.render.replay.replay import replayed
-from ldm.render.sheets.axes import Axis, gridded, read_axes
+from ldm.render.sheets.axes import Axis, check_grid, gridded
 from ldm.render.sheets.contact import write_contact_sheets
 from ldm.render.sheets.gallery import write_gallery
 from ldm.render.sheets.grid_sheet import write_sheets
@@ -56,12 +59,8 @@ class Rendered:
     @property
     def paths(self) -> list[Path]:
         """The files of all images that are there now, in the order of their lines."""
-        names = self.names()
+        names = _names(self.folder, self.keys)
         return [self.folder / names[key] for key in self.keys if key in names]
-
-    def names(self) -> dict[int, str]:
-        """Key (see `keys`) -> file in the folder."""
-        return _names(self.folder, self.keys)
 
 
 def render(
@@ -86,17 +85,16 @@ def render(
 ) -> Rendered:
     """Draw every image of a prompt file into the folder `output`, and return what became of it.
 
-    prompts     a file of any kind (.txt .jsonl .json .csv .tsv .toml), "-" for standard input, or a list of texts and
-                groups of settings ({"prompt": …, "seed": 7})
-    seed        of the run: lines without a seed get one from it, from their content, and from how many equal lines
-                stand above them
+    prompts     a .txt, .jsonl, .json, .csv, .tsv or .toml file, "-" for standard input, or a list of texts and groups
+                of settings ({"prompt": …, "seed": 7})
+    seed        of the run: seeds of lines without one come from it, their content, and the number of equal lines above
     wildcards   the folder of the __wildcards__
     format      png, jpg or webp; `metadata=False` writes nothing about prompt and settings into the files
     batch_size  images that are drawn together; None: by the memory that is free. No image depends on it
     shard       "2/3": only the second third, so that three machines share one file and one folder
-    ray         a Ray cluster that draws (extra `ray`): "local" starts one on this machine, "auto" or host:port joins
-                one whose machines have the same files at the same paths; each worker draws as this process would, with
-                as many threads, and this process alone writes. One that is lost is replaced
+    ray         a Ray cluster that draws (extra `ray`): "local" starts one here, "auto" or host:port joins one whose
+                machines have the same files at the same paths. Workers draw as this process would, with as many
+                threads, and are replaced where they are lost; this process alone writes
     strict      whether one bad line stops the run before work (ConfigError)
     dry_run     whether only to print what would be done
     sources     in place of prompts: images, manifests and rendered folders whose images are drawn again;
@@ -108,23 +106,23 @@ def render(
                 device, dtype, … and, for lines that leave them out, num_images, num_inference_steps,
                 guidance_scale, negative_prompt, sampler, spacing, width, height, …
 
-    The prompt file is read once, before drawing. A run that was stopped is taken up by the same call: finished images
-    are left alone, the others come out to the bit as they would have. `output` then holds the images, `manifest.jsonl`
-    (one line an image: status, time, seed, settings, path, sha256) and `report.jsonl` (bad lines, failures, counts that
-    add up). Bad lines are named and the others drawn; an image that cannot be drawn is a failure, and the next call
-    tries it again.
+    The prompt file is read once, before drawing. The same call goes on with a run that was stopped: finished images are
+    left alone, the others come out to the bit as they would have. `output` holds the images, `manifest.jsonl` (one line
+    an image: status, time, seed, settings, path, sha256) and `report.jsonl` (bad lines, failures, counts that add up).
+    Bad lines are named and the others drawn; an image that cannot be drawn is a failure that the next call tries again.
 
     Raises ConfigError for what is wrong with the call or the file as a whole; ResourceError where the disk is full or
     another run has the folder; Interrupted after SIGINT and SIGTERM, once the batch in hand is saved.
     """
     target = Target.of(os.path.join(os.fspath(output), ""), format).check()
-    if ray is not None and _in_memory(settings.get("model")):
-        raise ConfigError("a loaded model stays in its process", where="model", hint="save it, and name its folder")
-    check_ray(ray)
-    axes = _check_grid(grid, shard, settings)
+    if ray is not None:
+        if _in_memory(settings.get("model")):
+            raise ConfigError("a loaded model stays in its process", where="model", hint="save it, and name its folder")
+        check_ray(ray)
+    axes = check_grid(grid, shard, settings.get("num_images")) if grid else ()
     checked = {
         "target": target,
-        "wildcards": None if sources else Wildcards(wildcards),
+        "wildcards": None if sources else NO_WILDCARDS if wildcards is None else Wildcards(wildcards),
         "seed": check_int(seed, "seed", 0, MAX_SEED),
         "shard": Shard() if shard is None else Shard.read(shard),
         "batch_size": None if batch_size is None else check_int(batch_size, "batch_size", 1, MAX_IMAGES),
@@ -136,7 +134,8 @@ def render(
     entries = gridded(entries, axes, checked["seed"]) if axes else entries
     run = Run(prompts=entries, defaults=defaults, resolver=resolver, **checked)
     if dry_run:
-        return _dry_run(run, strict)
+        result = print_plan(run, strict)
+        return _rendered(run, result, result.counts())
     rendered = _render(run, strict, axes)
     if gallery:
         console.say(f"gallery: {write_gallery(rendered.folder)}")
@@ -156,22 +155,13 @@ def _prompts(prompts: Any, sources: Any, changes: Sequence[str]) -> Prompts:
     return replayed(sources, changes) if sources else open_prompts(prompts)
 
 
-def _check_grid(grid: Sequence[str], shard: str | None, settings: Mapping[str, Any]) -> tuple[Axis, ...]:
-    axes = read_axes([grid] if isinstance(grid, str) else grid)
-    if axes and shard is not None:
-        raise ConfigError("a grid needs all of its images", where="shard", hint="leave --shard or --grid out")
-    if axes and settings.get("num_images") not in (None, 1):
-        raise ConfigError("a cell of a grid holds one image", where="num_images", hint="use an axis of seeds")
-    return axes
-
-
 def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, dict[str, Any]]:
     """(who resolves lines, the settings of lines that leave them out), from Pipeline's and generate's keywords.
 
     `dtype` is used where they have none. Raises ConfigError for what no line could be drawn with.
     """
     given = {ALIASES.get(word, word): value for word, value in settings.items() if value is not None}
-    of_run = {name: given.pop(name) for name in of_scope(RUN) if name in given}
+    of_run = {name: given.pop(name) for name in OF_RUN if name in given}
     if _in_memory(given.get("model")):
         of_run["loaded"] = given.pop("model")
     if isinstance(given.get("lora"), tuple):  # (path, weight)
@@ -196,21 +186,9 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _dry_run(run: Run, strict: bool) -> Rendered:
-    result = print_plan(run)
-    if strict and result.bad:
-        _refuse_bad_lines(run, result)
-    return _rendered(run, result, result.counts())
-
-
 def _rendered(run: Run, result: Scan, counts: Mapping[str, int]) -> Rendered:
     folder = run.target.folder
     return Rendered(folder, counts, *(folder / run.shard.file(stem) for stem in ("manifest", "report")), result.keys)
-
-
-def _refuse_bad_lines(run: Run, result: Scan) -> None:
-    what = f"{result.bad} of {result.lines} lines are bad"
-    raise ConfigError(what, where=run.prompts.name, hint="mend them, or leave --strict out to have the others drawn")
 
 
 def _render(run: Run, strict: bool, axes: Sequence[Axis]) -> Rendered:
@@ -226,7 +204,7 @@ def _render(run: Run, strict: bool, axes: Sequence[Axis]) -> Rendered:
         _say_scan(run, result, manifest)
         if strict and result.bad:
             report.finish(result)
-            _refuse_bad_lines(run, result)
+            raise result.refused(run)
         try:
             if result.left:
                 _draw(run, result, job_file, manifest, report)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ldm.device import free_memory
 from ldm.pipeline.keywords import BATCH
 from ldm.render.jobs.jobs import Job, canonical
 from ldm.render.prompts.setting_table import IMAGE, of_scope
@@ -77,17 +77,4 @@ def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torc
     area = (settings.height // factor) * (settings.width // factor)
     row = area * config.block_out_channels[0] * TENSORS * dtype.itemsize
     row += area * min(area, 4096) * 4  # one head's scores
-    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * _free_memory(device) / (2 * row))))
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * free_memory(device) / (2 * row))))

@@ -18,9 +18,9 @@ from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.filenames import safe_name, same_name
-from ldm.render.prompts.files import Entry
+from ldm.render.prompts.entry import Entry
 from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, TEXTS, of_scope
-from ldm.render.prompts.templates import Wildcards, expand
+from ldm.render.prompts.templates import SIGNS, Wildcards, expand
 
 NOT_RESOLVED = of_scope(LINE)  # a line's settings that are no job's
 LONG, SHORT = 12, 8  # hex digits of the key in file names
@@ -154,7 +154,7 @@ class Plan:
         texts = {}
         for name in TEXTS if self._wildcards is not None else ():
             try:
-                if asked.get(name):
+                if asked.get(name) and SIGNS.search(asked[name]):
                     texts[name] = expand(asked[name], seed, self._wildcards, name)
             except ConfigError as error:
                 where = name if error.where == "prompt" else error.where  # or the line of a wildcard file
@@ -166,8 +166,7 @@ class Plan:
         key = hashlib.sha256(same + self._keys.count(same).to_bytes(8, "big")).hexdigest()[:32]
         index = self.jobs + self.other_shards + 1
         stem = f"{index:06d}-{key[:LONG]}"
-        name = safe_name(entry.settings.get("name", ""))
-        if name:
+        if name := entry.settings.get("name") and safe_name(entry.settings["name"]):
             name += f"-{number + 1}" if number else ""
             taken = self._names.count(hashlib.sha256(same_name(name)).digest())
             stem = f"{name}-{key[:SHORT]}" if taken else name

@@ -1,39 +1,20 @@
-"""One call of `ldm.render`, checked, and the first pass over its lines: what there is to do, and what is wrong."""
+"""The first pass over the lines of a run: what there is to do, and what is wrong."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm import console
+from ldm.errors import ConfigError
 from ldm.render.jobs.job_file import JobFile
-from ldm.render.jobs.jobs import Job, Plan, Shard, short
-from ldm.render.prompts.files import Entry, Prompts
-from ldm.render.prompts.templates import Wildcards
-
-if TYPE_CHECKING:
-    from ldm.pipeline.result import Target
-    from ldm.render.jobs.resolve import Resolver
+from ldm.render.jobs.jobs import Job, Plan, short
+from ldm.render.jobs.run import Run
+from ldm.render.prompts.entry import Entry
 
 SHOWN = 10  # bad lines that are shown one by one; the report holds all
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of `render`, checked."""
-
-    prompts: Prompts
-    target: Target
-    defaults: Mapping[str, Any]
-    resolver: Resolver
-    wildcards: Wildcards | None
-    seed: int
-    shard: Shard
-    batch_size: int | None
-    metadata: bool
-    ray: str | None = None  # the address of a cluster
 
 
 @dataclass
@@ -59,6 +40,12 @@ class Scan:
         lines = {"lines": self.lines, "good_lines": self.lines - self.bad, "bad_lines": self.bad}
         jobs = {"jobs": self.jobs, "rendered": rendered, "finished_before": self.finished, "failed": failed}
         return {**lines, **jobs, "not_reached": left, "other_shards": self.other_shards}
+
+    def refused(self, run: Run) -> ConfigError:
+        """The error of a strict run with bad lines."""
+        what = f"{self.bad} of {self.lines} lines are bad"
+        hint = "mend them, or leave --strict out to have the others drawn"
+        return ConfigError(what, where=run.prompts.name, hint=hint)
 
 
 def scan(

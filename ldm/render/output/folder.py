@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.render.output.manifest import DONE, is_inside, last_lines
+from ldm.render.output.lines import DONE, is_inside, last_lines
 
 
 def finished(folder: str | os.PathLike) -> list[dict[str, Any]]:

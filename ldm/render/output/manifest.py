@@ -12,21 +12,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldm.errors import ConfigError, LdmError, ResourceError
+from ldm.errors import LdmError, ResourceError
 from ldm.files import Lock, atomic_write, disk_errors, require_writable, sha256, sweep
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job, Shard
 from ldm.render.jobs.scan import Scan
-from ldm.render.prompts.files import Entry
+from ldm.render.output.lines import DONE, FAILED, is_inside, parse_line
+from ldm.render.prompts.entry import Entry
 
-DONE, FAILED = "done", "failed"
 SYNC_EVERY = 5.0  # seconds
 STATE = ".render"  # holds, for each shard, its lock, its unfinished files and its jobs
 _OFFSET = 40  # bits of a line's place in its file; above them the file's number
@@ -74,7 +74,7 @@ class Manifest:
     def _index(self, number: int) -> None:
         place = 0
         for line in self._files[number]:
-            entry = _parsed(line)
+            entry = parse_line(line)
             if entry is None:
                 self.damaged += line.endswith(b"\n")  # another shard's last line may be half-written
             elif entry["status"] == DONE:
@@ -88,7 +88,7 @@ class Manifest:
             return None
         handle = self._files[place >> _OFFSET]
         handle.seek(place & ((1 << _OFFSET) - 1))
-        entry = _parsed(handle.readline())
+        entry = parse_line(handle.readline())
         if entry is None or entry["key"] != job.key or not is_inside(entry.get("path")):
             return None
         return entry if (self.folder / entry["path"]).is_file() else None
@@ -139,50 +139,6 @@ def _about(job: Job) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     about = {"time": now, "key": job.key, "index": job.index, "where": job.where}
     return {**about, "seed": job.seed, "settings": dict(job.settings)}
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A manifest's line, or None where it is none."""
-    try:
-        entry = json.loads(line)
-        good = len(bytes.fromhex(entry["key"])) == 16 and isinstance(entry["status"], str)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return entry if good and line.endswith(b"\n") else None
-
-
-def is_inside(name: Any) -> bool:
-    """Whether a manifest's path is the name of a file in its own folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\\0")
-
-
-def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The lines of all manifests of a folder, shard by shard, as they were written; half-written ones are left out."""
-    yield from _entries(sorted(Path(folder).glob("manifest*.jsonl")))
-
-
-def last_lines(place: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The line that counts of each job in a manifest, or in all of a folder: "done" before others, then the last."""
-    place = Path(place)
-    paths = sorted(place.glob("manifest*.jsonl")) if place.is_dir() else [place]
-    counts = Table()
-    for number, entry in enumerate(_entries(paths), 1):
-        key, value = bytes.fromhex(entry["key"]), 2 * number + (entry["status"] == DONE)
-        before = counts.get(key) or 0
-        if value % 2 >= before % 2:
-            counts.set(key, value)
-    for number, entry in enumerate(_entries(paths), 1):
-        if (counts.get(bytes.fromhex(entry["key"])) or 0) // 2 == number:
-            yield entry
-
-
-def _entries(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        try:
-            with path.open("rb") as handle:
-                yield from (entry for line in handle if (entry := _parsed(line)) is not None)
-        except OSError as error:
-            raise ConfigError(f"cannot be read ({error.strerror or error})", where=path) from None
 
 
 class _Log:

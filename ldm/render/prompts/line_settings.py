@@ -16,54 +16,8 @@ from ldm.pipeline.checks import check_int
 from ldm.pipeline.keywords import ALIASES, MAX_IMAGES, UNSUPPORTED
 from ldm.render.prompts import values
 from ldm.render.prompts.setting_table import SETTINGS
+from ldm.render.prompts.words import ANY, FILE_WORDS, REFUSED
 
-# kohya's letters, and words that mean something else elsewhere: -n is the number of images on the command line, and
-# A1111's batch_size multiplies the images of a line.
-FILE_WORDS = {
-    "text": "prompt",
-    "caption": "prompt",
-    "n": "negative_prompt",
-    "negative": "negative_prompt",
-    "d": "seed",
-    "seeds": "seed",
-    "s": "num_inference_steps",
-    "sample_steps": "num_inference_steps",
-    "l": "guidance_scale",
-    "ss": "sampler",
-    "sample_sampler": "sampler",
-    "t": "strength",
-    "f": "name",
-    "filename": "name",
-    "file_name": "name",
-    "sd_model": "model",
-    "images_per_prompt": "num_images",
-}
-_ELSEWHERE = "belongs to the command line, not to a line"
-_NO_CONTROL = "ControlNet is not supported"
-_ANY = object()
-# Known in other tools' files and refused: word -> (values that change nothing, what to tell whoever gives another).
-REFUSED: dict[str, tuple[tuple, str]] = {
-    "seed_resize_from_h": ((-1, 0), "seeds of another size are not supported"),
-    "seed_resize_from_w": ((-1, 0), "seeds of another size are not supported"),
-    "styles": ((), "styles are not supported; write their words into the prompt"),
-    "restore_faces": ((False,), "restoring faces is not supported"),
-    "tiling": ((False,), "seamless tiling is not supported"),
-    "outpath_samples": ((), _ELSEWHERE),
-    "outpath_grids": ((), _ELSEWHERE),
-    "outdir": ((), _ELSEWHERE),
-    "do_not_save_samples": ((False,), "every image is saved"),
-    "do_not_save_grid": ((False, True), ""),
-    "prompt_for_display": ((_ANY,), ""),
-    "g": ((), "the guidance of distilled models is not supported; l is the guidance scale"),
-    "nl": ((), "a second guidance scale for the negative prompt is not supported"),
-    "am": ((), "say lora with weights instead of network multipliers"),
-    "cn": ((), _NO_CONTROL),
-    "controlnet_image": ((), _NO_CONTROL),
-    "ow": ((), "XL's original size is the image's own"),
-    "oh": ((), "XL's original size is the image's own"),
-    "ct": ((0,), "XL's crop is not supported"),
-    "cl": ((0,), "XL's crop is not supported"),
-}
 PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 PARSED = {name for name, setting in SETTINGS.items() if setting.parser is not None}
 WORDS: dict[str, str] = {word: name for word, name in ALIASES.items() if name in PARSED and word not in PYTHON_ONLY}
@@ -128,8 +82,8 @@ def _refuse(neutral: tuple, sentence: str, value: Any, word: str) -> None:
     """Raise ConfigError unless `value` is one that changes nothing."""
     switches = {"true": True, "": True, "false": False}
     plain = switches.get(value.strip().lower(), values.number(value)) if isinstance(value, str) else value
-    same_kind = (item for item in neutral if isinstance(item, bool) == isinstance(plain, bool) or item is _ANY)
-    if not any(item is _ANY or item == plain for item in same_kind):
+    same_kind = (item for item in neutral if isinstance(item, bool) == isinstance(plain, bool) or item is ANY)
+    if not any(item is ANY or item == plain for item in same_kind):
         raise ConfigError(sentence, where=word, hint="leave it out")
 
 

@@ -78,5 +78,6 @@ def of_scope(*scopes: str) -> frozenset[str]:
     return frozenset(name for name, setting in SETTINGS.items() if setting.scope in scopes)
 
 
+OF_RUN = of_scope(RUN)
 # A line's drawn seed comes from all of its settings but these.
 NOT_CONTENT = of_scope(LINE) | {"seed"}

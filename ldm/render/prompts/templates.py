@@ -29,6 +29,7 @@ _TOKEN = re.compile(
     r"(?P<escape>\\\\|\\(?:\$\$|::|__|[{}|]))|(?P<variable>\$\{)|(?P<mark>[{}|])"
     r"|__(?P<wildcard>(?:[^\W_]|\*)[\w.*/-]*?)(?P<call>\([^()]*\))?__"
 )
+SIGNS = re.compile(r"[{}\\]|__")  # a text without any of these is no template
 _HEAD = re.compile(r"\s*(?P<low>\d{0,4})(?P<dash>-?)(?P<high>\d{0,4})\$\$(?:(?P<joiner>[^$|{}\\]*)\$\$)?")
 _WEIGHT = re.compile(r"\s*(\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})::")
 
@@ -84,6 +85,9 @@ class Wildcards:
             hint = hint if hint.startswith("did") else f"put {name}.txt there"
             raise ConfigError(f"there is no wildcard {name} in {self._folder}", where="prompt", hint=hint)
         return files
+
+
+NO_WILDCARDS = Wildcards()
 
 
 def _options_of(path: Path, name: str) -> list[Option]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
-from ldm.device import DTYPES
+from ldm.device import check_dtype
 from ldm.diffusion.names import resolve, resolve_spacing
-from ldm.errors import ConfigError, nearest
+from ldm.errors import ConfigError
 from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
 from ldm.pipeline.keywords import MAX_IMAGES
 
@@ -145,11 +145,8 @@ def model(value: Any, word: str, folder: Path) -> str:
 
 
 def dtype(value: Any, word: str, _folder: Path) -> str:
-    """auto, fp32, bf16 or fp16."""
-    names = ("auto", *DTYPES)
-    if value not in names:
-        raise ConfigError(f"unknown dtype {value!r:.80}", where=word, hint=nearest(str(value), names))
-    return value
+    """auto, fp32, bf16 or fp16, from any spelling."""
+    return check_dtype(value, word)
 
 
 def name(value: Any, word: str, _folder: Path) -> str:

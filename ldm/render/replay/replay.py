@@ -20,8 +20,8 @@ from ldm.device import DTYPES
 from ldm.errors import ConfigError, DataError, LdmError
 from ldm.pipeline.keywords import GUIDANCE_WORDS
 from ldm.pipeline.sources import DIGESTS
-from ldm.render.output.manifest import DONE, FAILED, last_lines
-from ldm.render.prompts.files import Entry, Prompts
+from ldm.render.output.lines import DONE, FAILED, last_lines
+from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import parse_settings
 from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
 from ldm.render.replay.a1111_settings import a1111_settings, not_repeated

@@ -23,7 +23,7 @@ from typing import Any
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.jobs import canonical
-from ldm.render.prompts.files import Entry, Prompts
+from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, SETTINGS, of_scope
 from ldm.render.replay.overrides import Changes
@@ -51,6 +51,16 @@ class Axis:
     def label(self, i: int) -> str:
         """What stands beside the i-th value's images."""
         return f"{self.word} {self.labels[i] or '(nothing)'}"
+
+
+def check_grid(items: str | Sequence[str], shard: str | None, num_images: int | None) -> tuple[Axis, ...]:
+    """The axes of a run. Raises ConfigError where it is sharded, or a line makes several images."""
+    axes = read_axes([items] if isinstance(items, str) else items)
+    if shard is not None:
+        raise ConfigError("a grid needs all of its images", where="shard", hint="leave --shard or --grid out")
+    if num_images not in (None, 1):
+        raise ConfigError("a cell of a grid holds one image", where="num_images", hint="use an axis of seeds")
+    return axes
 
 
 def read_axes(items: Sequence[str]) -> tuple[Axis, ...]:
