@@ -88,7 +88,7 @@ def test_what_is_finished_is_left_alone_and_needs_no_model(draw, tmp_path, monke
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldm.checkpoint.load_model", refuse)
+        patch.setattr("ldm.pipeline.engine.load_model", refuse)
         found = draw(LINES[:3])
     assert found.counts["finished_before"] == 3 and found.counts["rendered"] == 0 and len(found.paths) == 3
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == manifest
@@ -155,10 +155,12 @@ def test_models_change_seldom_and_a_broken_one_fails_its_lines_alone(draw, tiny_
     data = bytearray(weights.read_bytes())
     data[-3] ^= 0x40  # the manifest's sha256 is another
     weights.write_bytes(data)
-    from ldm import checkpoint
+    from ldm.pipeline import engine
 
-    loads, load = [], checkpoint.load_model
-    monkeypatch.setattr("ldm.checkpoint.load_model", lambda model, **words: loads.append(model) or load(model, **words))
+    loads, load = [], engine.load_model
+    monkeypatch.setattr(
+        engine, "load_model", lambda model, *rest, **words: loads.append(model) or load(model, *rest, **words)
+    )
     models = [None, str(other), str(broken), str(tmp_path / "nowhere")]
     lines = [{"prompt": "a cat", "seed": i, **({"model": m} if m else {})} for i, m in enumerate(models * 3)]
     found = draw(lines)
