@@ -277,7 +277,7 @@ def test_what_is_wrong_with_the_data_is_said_before_any_network_runs(opened, fol
     (folder / "05.txt").write_text(" ")
     (folder / "07.txt").unlink()
     said = refusal(opened, networks)
-    assert "2 of 20 pictures have no caption (1 missing, 1 empty): 05.png, 07.png" in said
+    assert "2 of 20 images have no caption (1 missing, 1 empty): 05.png, 07.png" in said
     dataset = opened(allow_empty_captions=True, held_out=0.0, caption_dropout=0.0)
     seen = dict(pair for n in range(len(dataset)) for pair in zip(dataset.batch(n).ids, dataset.batch(n).captions))
     assert [id for id, caption in seen.items() if not caption] in (["05.png", "07.png"], ["07.png", "05.png"])

@@ -74,7 +74,7 @@ def killed_at(moment, work):
 
 
 # Each continues where the last checkpoint was: of 8 steps with 2 micro-batches every second step has one.
-KILLS = (("open", 0), ("loss", 1), ("loss", 6), ("validate", 0), ("picture", 0), ("loss", 8), ("export", 0))
+KILLS = (("open", 0), ("loss", 1), ("loss", 6), ("validate", 0), ("sample_grid", 0), ("loss", 8), ("export", 0))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -93,7 +93,7 @@ def test_a_kill_at_any_step_changes_no_bit(kind, case, tmp_path, one_thread):
     """Each run is killed once: in one of its steps, scores or grids, or in its export."""
     go, uninterrupted = case(kind)
     moments = [("loss", number) for number in range(16)]
-    moments += [(method, number) for method in ("validate", "picture") for number in range(4)]
+    moments += [(method, number) for method in ("validate", "sample_grid") for number in range(4)]
     for moment in [*moments, ("export", 0)]:
         out = tmp_path / "run"
         assert killed_at(moment, lambda: go(out, resume="latest")) == -signal.SIGKILL, moment  # noqa: B023

@@ -202,7 +202,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
         (["emoji/autoencoder", f"data={tmp_path / 'empty'}"], "empty"),
         (["emoji/autoencoder", "data.font=/nowhere/font.ttf"], "/nowhere/font.ttf"),
         (["emoji/autoencoder", "data.scenes.objcts=all"], "did you mean 'objects'"),
-        (["emoji/autoencoder", "data.scenes.held_out=true"], "data.scenes.held_out: is not yours to set"),
+        (["emoji/autoencoder", "data.scenes.held_out=true"], "data.scenes.held_out: is set by the stages"),
         (["emoji/autoencoder", "model.latent_chanels=4"], "did you mean 'latent_channels'"),
         (["emoji/autoencoder", "data.resolution=100"], "100 is not a multiple of the autoencoder's 8"),
         (["emoji/autoencoder", "crops=3"], "crops: must divide batch_size 16"),
