@@ -77,7 +77,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     prediction, flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
     if (prediction == "flow_prediction") != bool(flow):
         raise _refuse("use_flow_sigmas", flow, f"prediction_type is '{prediction}', and the two go together")
-    found = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
+    found: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
     found |= {key: config[key] for key in SAME_NAME if key in config}
     found["prediction_type"] = "flow" if flow else prediction
     spacing = "linspace" if name.startswith(LINSPACE_BY_DEFAULT) else "leading"

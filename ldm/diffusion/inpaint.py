@@ -28,6 +28,10 @@ class Original:
     mask: Tensor | None = None  # (B, 1, h, w) bool: True where the run paints; None: it paints everywhere
     from_noise: bool = False  # begin at noise alone, as text-to-image does, instead of original plus noise
 
+    def keep(self, x: Tensor, known: Tensor) -> Tensor:
+        """x (B, C, h, w) where the run paints, `known` elsewhere."""
+        return x if self.mask is None else torch.where(self.mask, x, known)
+
 
 def steps_left(n: int, strength: float, where: str = "strength") -> int:
     """How many of n steps image-to-image runs: min(int(n * strength), n), as in diffusers. Raises ConfigError at 0."""
@@ -62,8 +66,8 @@ def mask_known_region(denoise: Denoise, original: Original, noise: Tensor, sigma
     def masked(x: Tensor, sigma: Tensor) -> Tensor:
         if float(sigma[0]) < first:
             level = sigma.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
-            x = torch.where(original.mask, x, original.latents + level * noise)
-        return torch.where(original.mask, denoise(x, sigma), original.latents)
+            x = original.keep(x, original.latents + level * noise)
+        return original.keep(denoise(x, sigma), original.latents)
 
     return masked
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.spacings import SPACINGS
@@ -134,15 +135,19 @@ def options(sampler: str, eta: float | None) -> dict[str, float]:
     return {}
 
 
+def _first_line(function: Callable) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
 def help_text() -> str:
     """What `ldm generate --help-samplers` prints: every sampler and spacing with its other names."""
     lines = ["Samplers (* also with flow models, ** with these only):", ""]
     for name, others in SAMPLER_NAMES.items():
         mark = "**" if name == "heun_flow" else "*" if name in FLOW_SAMPLERS else ""
-        lines += [f"  {name + mark:21}{', '.join(others)}", f"{'':23}{SAMPLERS[name].__doc__.splitlines()[0]}"]
+        lines += [f"  {name + mark:21}{', '.join(others)}", f"{'':23}{_first_line(SAMPLERS[name])}"]
     lines += ["", "Spacings, alone or behind a sampler's name (DPM++ 2M Karras); not with flow models:", ""]
     for name, others in SPACING_NAMES.items():
-        lines += [f"  {name:21}{', '.join(others)}", f"{'':23}{SPACINGS[name].__doc__.splitlines()[0]}"]
+        lines += [f"  {name:21}{', '.join(others)}", f"{'':23}{_first_line(SPACINGS[name])}"]
     takes = ", ".join(f"{name} ({eta:g})" for name, eta in ETA.items())
     lines += ["", "Upper and lower case, spaces, - and _ do not matter.", f"eta (its default): {takes}"]
     return "\n".join(lines)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, consistency
 from ldm.diffusion.inpaint import Original, add_noise, mask_known_region
 from ldm.diffusion.names import options
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.samplers.base import Callback, Noise
+from ldm.diffusion.samplers.base import Callback, Noise, absent
 from ldm.diffusion.schedule import Schedule
 
 
@@ -20,7 +19,7 @@ def sample(
     start: Tensor,
     sampler: str,
     *,
-    noise: Noise = None,
+    noise: Noise = absent,
     spacing: str | None = None,
     eta: float | None = None,
     callback: Callback = None,
@@ -37,8 +36,7 @@ def sample(
         x = schedule.initial(start, sigmas, sampler, spacing)
     else:
         x = add_noise(original.latents, sigmas, start)
-    masked = original is not None and original.mask is not None
-    if masked:
+    if original is not None and original.mask is not None:
         denoise = mask_known_region(denoise, original, start, sigmas)
     x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
-    return torch.where(original.mask, x, original.latents) if masked else x  # ddim may end at a sigma above 0
+    return x if original is None else original.keep(x, original.latents)  # ddim may end at a sigma above 0

@@ -219,7 +219,7 @@ class Schedule:
         if values.ndim != 1 or not 1 <= len(values) <= total or not values.isfinite().all():
             raise ConfigError(f"expected a list of 1 to {total} finite numbers", where=where)
         if sigmas is None:
-            most = total if self.is_flow else total - 1
+            most: float = total if self.is_flow else total - 1
         else:
             most = 1.0 if self.is_flow else self.sigmas_all[-1].item() * 1.01  # published tables are rounded
         least_fits = values[-1] > 0 or (values[-1] == 0 and sigmas is None and not self.is_flow)

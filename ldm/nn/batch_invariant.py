@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def added(h: Tensor, x: Tensor) -> Tensor:
     return h.add_(x) if alike else h + x
 
 
-def pad_to_even_batch(x: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+def pad_to_even_batch(x: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """All of them with their last row twice where x has an odd number on a CPU: convolutions may sum in another order
     there."""
     if len(x) % 2 and x.is_cpu:

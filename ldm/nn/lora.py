@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from ldm.errors import ConfigError, ModelError, nearest
 
+Layer = nn.Linear | nn.Conv2d
+Module = TypeVar("Module", bound=nn.Module)
 ATTENTION = re.compile(r"(^|\.)(to_q|to_k|to_v|to_out\.0|self_attn\.(q|k|v|out)_proj)$")  # of U-Nets, of CLIP
 TRANSFORMER = re.compile(r"(^|\.)(attentions|layers)\.")
 TARGETS = {  # words for many layers at once: (layer's name, dimensions of its weight) -> whether it is meant
@@ -53,9 +56,9 @@ class LowRank:
         return (factor * self.alpha / self.rank) * (up @ down).view(weight.shape)
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+def layers_of(module: nn.Module) -> dict[str, Layer]:
     """Every layer that can have an update, by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
 def merged(weight: Tensor, updates: Iterable[tuple[LowRank, float]]) -> Tensor:
@@ -86,7 +89,7 @@ def _per_output(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))  # (out,) -> (out, 1, …)
 
 
-def clone_shared_weights(module: nn.Module) -> nn.Module:
+def clone_shared_weights(module: Module) -> Module:
     """The same module again, on the same memory: giving the copy other weights, or moving it, leaves the first alone.
 
     Writing into its weights would change both.
@@ -101,9 +104,8 @@ def merge(module: nn.Module, updates: Mapping[str, Sequence[tuple[LowRank, float
     kept = {}
     with torch.no_grad():
         for name, found in updates.items():
-            layer = module.get_submodule(name)
-            kept[name] = layer.weight
-            layer.weight = nn.Parameter(merged(layer.weight, found), requires_grad=False)
+            kept[name] = weight = module.get_parameter(f"{name}.weight")
+            module.get_submodule(name).weight = nn.Parameter(merged(weight, found), requires_grad=False)
     return kept
 
 
@@ -120,7 +122,7 @@ class LoraLayer(nn.Module):
     With `bypass` it is the layer that it stands for (see `without_updates`).
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, update: LowRank):
+    def __init__(self, layer: Layer, update: LowRank):
         super().__init__()
         self.layer, self.bypass = layer.requires_grad_(False), False
         device = layer.weight.device
@@ -171,7 +173,7 @@ def meant(shapes: Mapping[str, Sequence[int]], targets: Sequence[str]) -> list[s
         ends = (name for name in shapes if name == target or name.endswith(f".{target}"))
         names = [n for n, shape in shapes.items() if TARGETS[target](n, len(shape))] if target in TARGETS else [*ends]
         if not names:
-            known = [*TARGETS, *dict.fromkeys(re.search(r"[^.]+(\.\d+)?$", name)[0] for name in shapes)]
+            known = [*TARGETS, *dict.fromkeys(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in shapes)]
             raise ConfigError(f"there is no layer named {target!r:.80}", where="targets", hint=nearest(target, known))
         found.update(names)
     return [name for name in shapes if name in found]
@@ -194,7 +196,7 @@ def new_updates(
     return {name: _new(found[name], rank, alpha, dora, generator) for name in chosen}
 
 
-def _new(layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, dora: bool, generator) -> LowRank:
+def _new(layer: Layer, rank: int, alpha: float, dora: bool, generator: torch.Generator | None) -> LowRank:
     """A uniform within 1/sqrt(fan_in), as PEFT starts it, B zero, m the rows' own norms."""
     weight = layer.weight.detach().float()
     out, *fan = weight.shape
@@ -230,7 +232,7 @@ def without_updates(module: nn.Module) -> Iterator[None]:
             layer.bypass = False
 
 
-def folded(module: nn.Module) -> nn.Module:
+def folded(module: Module) -> Module:
     """A copy in eval mode in which each LoraLayer is the plain layer that it amounts to; all other memory is shared."""
     copied = clone_shared_weights(module).eval()
     for name, found in [(n, layer) for n, layer in copied.named_modules() if isinstance(layer, LoraLayer)]:
@@ -247,6 +249,5 @@ def updates_of(module: nn.Module) -> dict[str, LowRank]:
 
 
 def _detached(update: LowRank) -> LowRank:
-    tensors = (None if t is None else t.detach() for t in (update.down, update.up, update.magnitude))
-    down, up, magnitude = tensors
-    return LowRank(down, up, update.alpha, magnitude)
+    magnitude = None if update.magnitude is None else update.magnitude.detach()
+    return LowRank(update.down.detach(), update.up.detach(), update.alpha, magnitude)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,9 +16,9 @@ class TextCache:
     It belongs to one run, in which no weight changes. A step with other texts (prompt editing) empties it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._states: Tensor | None = None
-        self.made: dict[nn.Module, object] = {}
+        self.made: dict[nn.Module, Any] = {}
 
     def follow(self, states: Tensor) -> None:
         """Forget all that was made of other texts than these (B, S, D); texts are told apart by identity."""

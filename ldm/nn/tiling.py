@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ldm.nn.lora import clone_shared_weights
 TILE, OVERLAP = 64, 16  # latents: a tile's side, and how much of it the next tile shares at least
 AUTO = 128  # latents: images of more than this squared are decoded in tiles where nobody says whether
 
-Run = Callable[[nn.Module, Tensor], Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class SharedNorm(nn.Module):
@@ -30,26 +31,27 @@ class SharedNorm(nn.Module):
     def __init__(self, norm: nn.GroupNorm):
         super().__init__()
         self.norm = norm
-        self.scale: Tensor | None = None  # (C,) fp32; with shift, the norm as a line through each channel
-        self.shift: Tensor | None = None
+        self.line: tuple[Tensor, Tensor] | None = None  # (C,) fp32: shift and scale, the norm of each channel
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale is None:
+        if self.line is None:
             self._keep(x)
             return self.norm(x)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        return torch.addcmul(self.shift.view(shape), x.float(), self.scale.view(shape)).to(x.dtype)
+        shift, scale = (t.view(1, -1, *[1] * (x.ndim - 2)) for t in self.line)
+        return torch.addcmul(shift, x.float(), scale).to(x.dtype)
 
     def _keep(self, x: Tensor) -> None:
         groups = x.float().reshape(self.norm.num_groups, -1)
         var, mean = torch.var_mean(groups, dim=1, correction=0)
         each = x.shape[1] // self.norm.num_groups
         std = (var + self.norm.eps).sqrt().repeat_interleave(each)
-        self.scale = self.norm.weight.float() / std
-        self.shift = self.norm.bias.float() - mean.repeat_interleave(each) * self.scale
+        scale = self.norm.weight.float() / std
+        self.line = self.norm.bias.float() - mean.repeat_interleave(each) * scale, scale
 
 
-def through_tiles(run: Run, module: nn.Module, x: Tensor, per_input: int, per_output: int, tile: int) -> Tensor:
+def through_tiles(
+    run: Callable[[Module, Tensor], Tensor], module: Module, x: Tensor, per_input: int, per_output: int, tile: int
+) -> Tensor:
     """One input x (1, C, h * per_input, w * per_input) through run(module, part), tile by tile, in fp32:
     (1, C', h * per_output, w * per_output). Neighbours are blended by a ramp across what they share.
 
@@ -60,17 +62,15 @@ def through_tiles(run: Run, module: nn.Module, x: Tensor, per_input: int, per_ou
     module = clone_shared_weights(module)
     for name, norm in [(n, m) for n, m in module.named_modules() if isinstance(m, nn.GroupNorm)]:
         module.set_submodule(name, SharedNorm(norm))
-    small = (min(h, tile) * per_input, min(w, tile) * per_input)
-    run(module, _smaller(x, small, pixels=per_input > 1))
+    size = (min(h, tile) * per_input, min(w, tile) * per_input)
+    small = run(module, _smaller(x, size, pixels=per_input > 1)).float()
     overlap = min(OVERLAP, tile // 2)
     places = list(product(spans(h, tile, overlap), spans(w, tile, overlap)))
-    total = weights = None
+    total = small.new_zeros(1, small.shape[1], h * per_output, w * per_output)
+    weights = small.new_zeros(h * per_output, w * per_output)
     for (top, bottom), (left, right) in console.progress(places, desc="tiles", unit="tile", disable=len(places) < 9):
         rows, columns = (slice(a * per_input, b * per_input) for a, b in ((top, bottom), (left, right)))
         part = run(module, x[..., rows, columns]).float()
-        if total is None:
-            total = part.new_zeros(1, part.shape[1], h * per_output, w * per_output)
-            weights = part.new_zeros(h * per_output, w * per_output)
         rows, columns = (slice(a * per_output, b * per_output) for a, b in ((top, bottom), (left, right)))
         ramps = (
             ramp(a, b, side, overlap, per_output).to(part.device) for a, b, side in ((top, bottom, h), (left, right, w))
@@ -103,5 +103,4 @@ def _smaller(x: Tensor, size: tuple[int, int], pixels: bool) -> Tensor:
     """The whole input in a tile's size: pixels averaged, of latents some left out, which keeps their spread."""
     if x.shape[-2:] == size:
         return x
-    mode = {"mode": "area"} if pixels else {"mode": "nearest-exact"}
-    return nn.functional.interpolate(x.float(), size, **mode).to(x.dtype)
+    return nn.functional.interpolate(x.float(), size, mode="area" if pixels else "nearest-exact").to(x.dtype)

@@ -6,8 +6,9 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """One level of one side: resnets with the channels (in, ...), each followed by a transformer if there are any."""
 
+    attentions: Iterable[Callable[..., Tensor]]
+    downsamplers: nn.ModuleList  # one, on the way down, but not of the last level
+    upsamplers: nn.ModuleList  # one, on the way up, but not of the first level
+
     def __init__(self, inputs: list[int], level: int, config: UNetConfig):
         super().__init__()
         channels, layers = config.block_out_channels[level], config.transformer_layers[level]
@@ -187,6 +192,8 @@ class UNet(nn.Module):
     In eval mode an image's bits do not depend on the batch it is in (see Linear and `forward`).
     """
 
+    add_embedding: TextTimeEmbedding | TimestepEmbedding
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
@@ -202,6 +209,7 @@ class UNet(nn.Module):
                 config.cross_attention_dim, embed, config.addition_embed_type_num_heads
             )
         elif config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None  # as UNetConfig has checked
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, embed)
 
         # Down; `skips` are the channels of what is handed across
@@ -285,7 +293,7 @@ class UNet(nn.Module):
 
         # Down
         skips = [x]
-        for i, block in enumerate(self.down_blocks):
+        for i, block in enumerate(cast("list[Level]", self.down_blocks)):
             for resnet, transformer in zip(block.resnets, block.attentions):
                 x = self._run(resnet, x, temb)
                 x = self._run(transformer, x, *context.get(f"down.{i}", ()))
@@ -300,7 +308,7 @@ class UNet(nn.Module):
         x = self._run(self.mid_block.resnets[1], x, temb)
 
         # Up
-        for i, block in enumerate(self.up_blocks):
+        for i, block in enumerate(cast("list[Level]", self.up_blocks)):
             for resnet, transformer in zip(block.resnets, block.attentions):
                 x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
                 x = self._run(transformer, x, *context.get(f"up.{i}", ()))
@@ -318,6 +326,7 @@ class UNet(nn.Module):
         elif self.config.addition_embed_type == "text_time":
             if pooled is None or time_ids is None:
                 raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
+            assert self.config.addition_time_embed_dim is not None  # as UNetConfig has checked
             waves = partial(sinusoidal, channels=self.config.addition_time_embed_dim)
             sizes = torch.cat([waves(ids).flatten()[None] for ids in time_ids]).to(x.dtype)  # (B, 6 * that)
             temb = temb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))

@@ -16,14 +16,14 @@ from ldm.nn.tiling import through_tiles
 from ldm.nn.weights import load_weights
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models import AutoencoderKL
 
 
 class VAE:
     """diffusers' AutoencoderKL behind latents of about unit variance: (z - shift_factor) * scaling_factor."""
 
     def __init__(self, module: AutoencoderKL):
-        config = module.config
+        config: Any = module.config  # a dict by its type, but with attributes
         self.module = module
         self.latent_channels: int = config.latent_channels
         self.factor: int = 2 ** (len(config.block_out_channels) - 1)
@@ -125,7 +125,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _build(config: Mapping[str, Any]) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
+    from diffusers.models import AutoencoderKL
 
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ModelError(f"the VAE is of class {config['_class_name']}; only AutoencoderKL is supported")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import ModelError
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def load_weights(build: Callable[[], nn.Module], state: Mapping[str, Tensor], where: object = None) -> nn.Module:
+
+def load_weights(build: Callable[[], Module], state: Mapping[str, Tensor], where: object = None) -> Module:
     """Builds a module on the meta device and gives it the tensors of `state` themselves (no copy), in eval mode.
 
     Raises ModelError with counts and the first five names where a key is missing, unexpected or of another shape.

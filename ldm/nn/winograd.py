@@ -25,14 +25,15 @@ NARROW = 64  # channels, in or out, below which there is nothing to gain
 LARGEST = 64 << 20  # bytes of a transformed kernel; larger ones are for small images, and would fill the memory
 AT_ONCE = 4 << 20  # bytes of transformed inputs, or as many as the kernel has: for the caches, and for the allocator
 
-B_T = ((1, -3 / 2, -2, 3 / 2, 1, 0), (0, -1, 1 / 2, 5 / 2, 1, 0), (0, 1, -5 / 2, 1 / 2, 1, 0))
+Rows = tuple[tuple[float, ...], ...]
+B_T: Rows = ((1, -3 / 2, -2, 3 / 2, 1, 0), (0, -1, 1 / 2, 5 / 2, 1, 0), (0, 1, -5 / 2, 1 / 2, 1, 0))
 B_T += ((0, -2, -1, 2, 1, 0), (0, 1 / 2, -1, -1 / 2, 1, 0), (0, 1, -3 / 2, -2, 3 / 2, 1))
-G = ((1, 0, 0), (1 / 3, 1 / 3, 1 / 3), (-1 / 3, 1 / 3, -1 / 3), (-16 / 15, -8 / 15, -4 / 15), (1 / 15, -2 / 15, 4 / 15))
-G += ((0, 0, 1),)
-A_T = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), (0, 1, -1, 1 / 8, -8, 1))
+G: Rows = ((1, 0, 0), (1 / 3, 1 / 3, 1 / 3), (-1 / 3, 1 / 3, -1 / 3), (-16 / 15, -8 / 15, -4 / 15))
+G += ((1 / 15, -2 / 15, 4 / 15), (0, 0, 1))
+A_T: Rows = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), (0, 1, -1, 1 / 8, -8, 1))
 
 
-def _matrix(rows: tuple[tuple[float, ...], ...]) -> Tensor:
+def _matrix(rows: Rows) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
@@ -60,16 +61,18 @@ class Conv3x3(nn.Conv2d):
     fp32 inputs of an even number of images in whole tiles, and until something writes to the weight.
     """
 
+    bias: Tensor
+
     def __init__(self, channels: int, out: int):
         super().__init__(channels, out, 3, padding=1)
         self.kernel: Kernel | None = None
-        self._made_of: tuple[Tensor, int] | None = None  # the weight and its version at the last `refresh`
+        self._made_of: tuple[Tensor | None, int] = None, 0  # the weight and its version at the last `refresh`
 
     def refresh(self) -> None:
         """Make the transformed kernel anew if the weight holds other numbers than before, whoever wrote them."""
         fewest = _fewest(self.in_channels, self.out_channels, torch.get_num_threads()) if self._suits() else None
         if fewest is None:
-            self.kernel = self._made_of = None
+            self.kernel, self._made_of = None, (None, 0)
             return
         weight, kernel = self.weight.detach(), self.kernel
         if kernel is None or kernel.fewest != fewest or not torch.equal(kernel.weight, weight):

@@ -84,7 +84,7 @@ class Combination:
     def __call__(self, c: Tensor, w: Tensor, u: Tensor | None = None, p: Tensor | None = None) -> Tensor:
         """c, u, p (B, C, H, W) -> guided (B, C, H, W); u is absent where no w is above 1, p without PAG."""
         guided = c if u is None else torch.where(w > 1, self._against(c, u, w), c)
-        if p is not None:
+        if p is not None and self.guidance.pag_scale:
             guided = guided + self.guidance.pag_scale * (c - p)  # Ahn et al. 2024
         if not self.guidance.rescale:
             return guided
@@ -94,10 +94,11 @@ class Combination:
         g = self.guidance
         if g.kind == "cfg_zero":
             u = best_scale(c, u) * u
-        if g.kind != "apg":
+        momentum, eta, threshold = g.apg_momentum, g.apg_eta, g.apg_threshold
+        if momentum is None or eta is None or threshold is None:  # all of them: the kind is not apg
             return classifier_free(c, u, w)
-        self._change = c - u if self._change is None else c - u + g.apg_momentum * self._change
-        return projected(c, self._change, w, g.apg_eta, g.apg_threshold)
+        self._change = c - u if self._change is None else c - u + momentum * self._change
+        return projected(c, self._change, w, eta, threshold)
 
 
 def step_at(sigma: float, levels: Sequence[float]) -> int:

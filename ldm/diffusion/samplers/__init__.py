@@ -1,6 +1,6 @@
 """Samplers: pure functions from noise to image, over one denoiser and one list of sigmas.
 
-Each takes (denoise, x, sigmas, noise=None, callback=None) and returns x at the last sigma, which is x0 where that is 0.
+Each takes (denoise, x, sigmas, noise=…, callback=None) and returns x at the last sigma, which is x0 where that is 0.
   denoise(x (B, C, H, W), sigma (B,)) -> x0
   x (B, C, H, W) = x0 + sigma * noise, scaled by Schedule.initial
   sigmas (n + 1,) descending, on the CPU, so that asking whether one is 0 costs no wait for the device

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
     from ldm.diffusion.denoiser import Denoise
 
-Noise = Callable[[int], Any] | None  # (i) -> the i-th draw
+Noise = Callable[[int], Any]  # (i) -> the i-th draw
 Callback = Callable[[int, Any, Any], Any] | None  # (i, x, x0)
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {}
+
+
+def absent(i: int) -> Tensor:
+    """Stands for the noise of a run that is given none."""
+    raise TypeError("the sampler adds noise, and was given none")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ldm.diffusion.samplers.base import Callback, Noise, ancestral, denoise_at, sampler
+from ldm.diffusion.samplers.base import Callback, Noise, absent, ancestral, denoise_at, sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ INFINITE = 1000.0  # a sigma above stands for infinity (4096 at zero terminal SN
 
 
 @sampler
-def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """Euler's method (Karras et al. 2022, algorithm 2 without churn): first order."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma.expand(len(x)))
@@ -36,7 +36,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, call
 
 @sampler
 def ddim(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 0.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 0.0
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16): first order; with eta > 0 stochastic.
 
@@ -75,7 +75,7 @@ def _two_stages(
 
 
 @sampler
-def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """Heun's method (Karras et al. 2022, algorithm 2 without churn): second order, two evaluations a step."""
 
     def gain(s: float, s_next: float) -> float:
@@ -85,7 +85,7 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callb
 
 
 @sampler
-def heun_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def heun_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """Heun's method in flow's time t = sigma / (1 + sigma) on (1 - t) x: second order, two evaluations a step."""
     return _two_stages(
         denoise,
@@ -98,7 +98,7 @@ def heun_flow(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, 
 
 
 @sampler
-def dpm2(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def dpm2(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """DPM-Solver-2 as k-diffusion writes it (Lu et al. 2022, algorithm 1): midpoint in log sigma, second order."""
 
     def gain(s: float, s_next: float) -> float:
@@ -108,9 +108,9 @@ def dpm2(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callb
 
 
 @sampler
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order with one evaluation a step."""
-    x0_last = h_last = None
+    x0_last, h_last = None, math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma.expand(len(x)))
         h = sigma.log() - sigma_next.log()  # infinite on a last step to 0, where x becomes x0
@@ -132,9 +132,10 @@ def _corrector(h: float, h_last: float) -> tuple[float, float]:
 
 
 @sampler
-def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """UniPC-2 on x0 with B2 (Zhao et al. 2023): third order with one evaluation a step."""
-    change = h = h_last = x_last = x0_last = ratio = None
+    x_last, x0_last, change = x, x, None
+    ratio = h = h_last = math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoise_at(denoise, x, sigma)
         # Corrector: the last step once more, now that x0 at its end is known
@@ -168,7 +169,7 @@ def _lagrange(nodes: Sequence[float], start: float, end: float) -> list[float]:
 
 
 @sampler
-def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """Linear multistep (Adams-Bashforth in sigma) over the last four slopes, one evaluation a step; begins as Euler."""
     slopes: list[Tensor] = []  # newest first
     levels = sigmas.tolist()

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ldm.diffusion.samplers.base import Callback, Noise, ancestral, denoise_at, sampler
+from ldm.diffusion.samplers.base import Callback, Noise, absent, ancestral, denoise_at, sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @sampler
 def euler_ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
     """Euler's method to a lower sigma, and noise back up to the next (k-diffusion): first order."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -31,14 +31,14 @@ def euler_ancestral(
 
 
 @sampler
-def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """DDPM (Ho et al. 2020, algorithm 2 with eq. 7's posterior variance) over any list of sigmas."""
     return euler_ancestral(denoise, x, sigmas, noise, callback, eta=1.0)  # the same step, written in sigmas
 
 
 @sampler
 def dpmpp_2s_ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
     """DPM-Solver++(2S) (Lu et al. 2022, algorithm 1) to a lower sigma, and noise back up; two evaluations a step."""
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -57,7 +57,7 @@ def dpmpp_2s_ancestral(
 
 @sampler
 def dpmpp_sde(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
     """DPM-Solver++(2S) for the stochastic equation (k-diffusion's dpmpp_sde with r = 1/2): two evaluations a step.
 
@@ -67,17 +67,17 @@ def dpmpp_sde(
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = d = denoise_at(denoise, x, sigma)
-        upper, lower = (noise(2 * i), noise(2 * i + 1)) if eta and sigma_next > 0 else (None, None)
+        draws = (noise(2 * i), noise(2 * i + 1)) if eta and sigma_next > 0 else None
         if sigma_next > 0:
             middle = math.sqrt(sigma * sigma_next)
             down, up = ancestral(sigma, middle, eta)
             x_middle = x0 + (down / sigma) * (x - x0)
-            d = denoise_at(denoise, x_middle if upper is None else x_middle + up * upper, middle)
+            d = denoise_at(denoise, x_middle if draws is None else x_middle + up * draws[0], middle)
         down, up = ancestral(sigma, sigma_next, eta)
         x = d + (down / sigma) * (x - d)
-        if upper is not None:
+        if draws is not None:
             part = (sigma - middle) / (sigma - sigma_next)
-            x = x + up * math.sqrt(part) * upper + up * math.sqrt(1 - part) * lower
+            x = x + up * math.sqrt(part) * draws[0] + up * math.sqrt(1 - part) * draws[1]
         if callback:
             callback(i, x, x0)
     return x
@@ -85,10 +85,10 @@ def dpmpp_sde(
 
 @sampler
 def dpmpp_2m_sde(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
     """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022): one evaluation a step; eta 0 is dpmpp_2m."""
-    x0_last = h_last = None
+    x0_last, h_last = None, math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoise_at(denoise, x, sigma)
         if sigma_next == 0:
@@ -107,13 +107,14 @@ def dpmpp_2m_sde(
 
 @sampler
 def dpmpp_3m_sde(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None, eta: float = 1.0
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None, eta: float = 1.0
 ) -> Tensor:
     """SDE-DPM-Solver++(3M) with k-diffusion's coefficients: three x0 a step, one evaluation.
 
     Its last term is half of Taylor's, there as here, which leaves it second order (with a smaller error than 2M).
     """
-    x0_last = change_last = h_last = h_older = None
+    x0_last = change_last = None
+    h_last = h_older = math.inf
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = denoise_at(denoise, x, sigma)
         if sigma_next == 0:
@@ -124,7 +125,7 @@ def dpmpp_3m_sde(
             phi_2 = math.expm1(-h_eta) / h_eta + 1
             x = math.exp(-h_eta) * x - math.expm1(-h_eta) * x0
             change = None if x0_last is None else (x0 - x0_last) * (h / h_last)  # h times the slope of x0
-            if change_last is not None:
+            if change is not None and change_last is not None:
                 older = change_last * (h / h_last)  # change_last was taken with the h of its own step
                 d2 = (change - older) * (h / (h_last + h_older))
                 x = x + phi_2 * (change + d2 * (h_last / h)) - (phi_2 / h_eta - 0.5) * d2
@@ -139,7 +140,7 @@ def dpmpp_3m_sde(
 
 
 @sampler
-def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = None, callback: Callback = None) -> Tensor:
+def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, callback: Callback = None) -> Tensor:
     """Latent consistency models (Luo et al. 2023): x0 at once, and noise back up to the next sigma.
 
     Wants `denoiser.consistency` around the denoiser: the network is then a map to x0 that keeps x where sigma is 0.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class ClipText(OneNetwork):
     Raises ModelError where the two do not belong together; above all where the end-of-text token that the model pools
     at is not the tokenizer's, since transformers then pools some other position without a word.
     """
+
+    model: CLIPTextModel | CLIPTextModelWithProjection
 
     def __init__(
         self,
@@ -98,13 +100,13 @@ class ClipText(OneNetwork):
         out = self.model(input_ids=ids.to(self.device), output_hidden_states=back > 0)
         states, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
         if back:
-            tower = getattr(self.model, "text_model", self.model)  # transformers 5 has no text_model in CLIPTextModel
+            tower: Any = getattr(self.model, "text_model", self.model)  # transformers 5: none in CLIPTextModel
             states = tower.final_layer_norm(out.hidden_states[-1 - back]) if norm else out.hidden_states[-1 - back]
         return Conditioning(states, out.pooler_output if pooled is None else pooled)
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
-        return self.tokenizer.decode(self.token_ids(text)[self.max_length - 2 :]).strip()  # less start and end
+        return str(self.tokenizer.decode(self.token_ids(text)[self.max_length - 2 :])).strip()  # less start and end
 
     def unknown_words(self, text: str) -> list[str]:
         """Words, each once, that the encoder was never trained on, as far as that is known.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from ldm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from typing import Self
+
+MaybeText = TypeVar("MaybeText", bound=str | None)
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class Conditioning:
             raise ModelError("texts of different encoders cannot be put together")
         longest = max(part.states.shape[1] for part in parts)
         padded = [part._padded(longest) for part in parts]
+        pooled = [part.pooled for part in parts if part.pooled is not None]  # of all or of none
         masked = any(part.mask is not None for part in padded)
         return cls(
             torch.cat([part.states for part in padded]),
-            None if parts[0].pooled is None else torch.cat([part.pooled for part in padded]),
+            torch.cat(pooled) if pooled else None,
             torch.cat([part._full_mask() for part in padded]) if masked else None,
         )
 
@@ -73,8 +76,13 @@ class Conditioning:
     def _full_mask(self) -> Tensor:
         return self.states.new_ones(self.states.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
 
-    def _map(self, function) -> Conditioning:
-        return Conditioning(*(None if t is None else function(t) for t in (self.states, self.pooled, self.mask)))
+    def zeros(self) -> Conditioning:
+        """What stands for no text at all with some models of XL: zeros of the same shapes."""
+        return self._map(torch.zeros_like)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        pooled, mask = (None if t is None else function(t) for t in (self.pooled, self.mask))
+        return Conditioning(function(self.states), pooled, mask)
 
 
 class OneNetwork:
@@ -107,7 +115,7 @@ def check_skip(clip_skip: int, layers: int) -> None:
         raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder has {layers} layers")
 
 
-def one_by_one(texts: Sequence[str | None], encode: Callable[[str | None], Conditioning]) -> Conditioning:
+def one_by_one(texts: Sequence[MaybeText], encode: Callable[[MaybeText], Conditioning]) -> Conditioning:
     """`encode` of each distinct text alone, so that its bits do not depend on the others, in the order of `texts`.
 
     Raises ConfigError where there is none.

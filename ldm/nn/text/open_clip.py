@@ -28,6 +28,8 @@ class OpenClipText(OneNetwork):
     another kind: not causal, with a class token, or pooled elsewhere than at the end of the text.
     """
 
+    model: TextTransformer
+
     def __init__(self, model: TextTransformer, tokenizer: SimpleTokenizer, left_out: int = 1):
         self.model, self.tokenizer, self.left_out = model, tokenizer, left_out
         self.width: int = model.width

@@ -23,6 +23,7 @@ LONGEST = 512  # tokens, where the tokenizer names no limit: T5 has none itself
 class T5Text(OneNetwork):
     """T5EncoderModel with its tokenizer. Raises ModelError where the two do not belong together."""
 
+    model: T5EncoderModel
     clip_layers: tuple[int, ...] = ()
 
     def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast):
@@ -66,7 +67,7 @@ class T5Text(OneNetwork):
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
         with self._lock:
             ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.max_length - 1 :]).strip()  # less the end token
+        return str(self.tokenizer.decode(ids[self.max_length - 1 :])).strip()  # less the end token
 
     def unknown_words(self, text: str) -> list[str]:
         """Words, each once, of which a part is no token of the tokenizer's."""

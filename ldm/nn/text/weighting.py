@@ -74,6 +74,7 @@ def encode_weighted(
     if not prompts:
         raise ConfigError("there is no text to encode")
     xl = isinstance(text, XLText)
+    zero_empty = isinstance(text, XLText) and text.zero_empty
     back = clip_skip + 1 if xl else clip_skip
     for part in _parts(text):
         part.check_skip(back)
@@ -84,15 +85,12 @@ def encode_weighted(
             _side(part, own + [[]] * (most - len(own)), back, not xl, emphasis)
             for part, own in zip(_parts(text), prompt.parts)
         ]
-        states = torch.cat([states for states, _ in sides], dim=-1)  # (1, N * S, D)
-        pooled = sides[-1][1]
-        if prompt.absent and xl and text.zero_empty:
-            states, pooled = torch.zeros_like(states), torch.zeros_like(pooled)
-        rows.append(Conditioning(states, pooled))
+        cond = Conditioning(torch.cat([states for states, _ in sides], dim=-1), sides[-1][1])  # (1, N * S, D), (1, P)
+        rows.append(cond.zeros() if prompt.absent and zero_empty else cond)
     return Conditioning.cat(rows)
 
 
-def _parts(text: TextEncoder) -> tuple[ClipText | OpenClipText, ...]:
+def _parts(text: ClipText | XLText | OpenClipText) -> tuple[ClipText | OpenClipText, ...]:
     return (text.first, text.second) if isinstance(text, XLText) else (text,)
 
 
@@ -129,7 +127,7 @@ def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Ch
 
 def _side(
     part: ClipText | OpenClipText, chunks: list[Chunk], back: int, norm: bool, emphasis: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """One encoder's states (1, N * S, D) of all chunks and the pooled text (1, P) of the first."""
     sides = []
     for chunk in chunks:

@@ -68,10 +68,8 @@ class XLText:
 
     def _encode(self, text: str | None, back: int) -> Conditioning:
         first, second = (part.without_norm(text or "", back) for part in (self.first, self.second))
-        states, pooled = torch.cat([first.states, second.states], dim=-1), second.pooled
-        if text is None and self.zero_empty:
-            return Conditioning(torch.zeros_like(states), torch.zeros_like(pooled))
-        return Conditioning(states, pooled)
+        cond = Conditioning(torch.cat([first.states, second.states], dim=-1), second.pooled)
+        return cond.zeros() if text is None and self.zero_empty else cond
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into max_length tokens; "" if all of it does."""
