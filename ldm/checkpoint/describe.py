@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class ModelInfo:
 
 
 def describe(
-    model: str | Path | Model = "default",
-    vae: str | Path | None = None,
+    model: str | os.PathLike | Model = "default",
+    vae: str | os.PathLike | None = None,
     prediction_type: str | None = None,
     hashed: bool = False,
 ) -> ModelInfo:
@@ -98,7 +99,7 @@ def describe(
     )
 
 
-def text_without_weights(model: str | Path | Model, prediction_type: str | None = None) -> TextEncoder:
+def text_without_weights(model: str | os.PathLike | Model, prediction_type: str | None = None) -> TextEncoder:
     """A model's text encoder that can tokenize and not encode: for checks of prompts. Raises ModelError."""
     if isinstance(model, Model):
         return model.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -53,10 +54,10 @@ def check_model(
 
 
 def load_model(
-    model: str | Path | Model = "default",
+    model: str | os.PathLike | Model = "default",
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    vae: str | Path | VAE | None = None,
+    vae: str | os.PathLike | VAE | None = None,
     cache: bool = True,
     prediction_type: str | None = None,
 ) -> Model:
@@ -72,7 +73,7 @@ def load_model(
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
     path = resolve(model)
-    vae_path = vae if isinstance(vae, str | Path | None) else None
+    vae_path = vae if isinstance(vae, str | os.PathLike | None) else None
     vae_folder = _resolve_vae(vae_path) if vae_path is not None else None
     override = single.check_prediction_type(prediction_type)
     read = _cached if cache else _load
@@ -103,7 +104,7 @@ def _cached(folder: Path, name: str, device, dtype, vae: Path | None, override: 
         return _cache[key]
 
 
-def resolve(model: str | Path, weights: bool = True) -> Path:
+def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
     """The path of a model: the default one, a hub id's snapshot (`weights=False`: settings alone), a folder or file."""
     if str(model) == "default":
         return default_folder()
@@ -112,7 +113,7 @@ def resolve(model: str | Path, weights: bool = True) -> Path:
     return snapshot(str(model), weights) if is_hub_id(str(model)) else Path(model).expanduser()
 
 
-def _resolve_vae(vae: str | Path) -> Path:
+def _resolve_vae(vae: str | os.PathLike) -> Path:
     """The autoencoder's file, or the folder with its config.json: this folder, or `vae/` in it."""
     folder = resolve(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 def save_model(
     model: Model,
-    folder: str | Path,
+    folder: str | os.PathLike,
     dtype: str | torch.dtype = "bf16",
     max_shard_mb: float = 15,
     readme: str | None = None,

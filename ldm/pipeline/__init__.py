@@ -3,11 +3,13 @@
 __all__ = ["Images", "Pipeline"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type:
     if name == "Pipeline":
-        from ldm.pipeline.pipeline import Pipeline as found
-    elif name == "Images":
-        from ldm.pipeline.result import Images as found
-    else:
-        raise AttributeError(f"module 'ldm.pipeline' has no attribute {name!r}")
-    return found
+        from ldm.pipeline.pipeline import Pipeline
+
+        return Pipeline
+    if name == "Images":
+        from ldm.pipeline.result import Images
+
+        return Images
+    raise AttributeError(f"module 'ldm.pipeline' has no attribute {name!r}")

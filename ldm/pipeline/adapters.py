@@ -92,7 +92,7 @@ def take_adapters(
                 f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", hint=hint
             )
         texts.append(text)
-        own = (Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags)
+        own = [] if lora_dir is None else [Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags]
         sets.append((*everywhere, *own))
     return tuple(texts), everywhere, tuple(sets)
 

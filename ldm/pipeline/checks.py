@@ -70,11 +70,16 @@ def check_int(value: Any, where: str, least: int, most: int) -> int:
     return number
 
 
-def check_guidance(value: Any, images: int | None = None, where: str = "guidance_scale") -> float | tuple[float, ...]:
-    """A finite guidance scale from 0 up, 1 and below being without guidance; or a list of them, one for each image."""
-    if images is not None and isinstance(value, (list, tuple)):
-        require(len(value) == images, f"{len(value)} scales for {images} images", where)
-        return tuple(check_guidance(one) for one in value)
+def check_guidances(value: Any, images: int) -> tuple[float, ...]:
+    """The guidance scale of each image, from one for all or a list."""
+    if not isinstance(value, (list, tuple)):
+        return (check_guidance(value),) * images
+    require(len(value) == images, f"{len(value)} scales for {images} images", "guidance_scale")
+    return tuple(check_guidance(one) for one in value)
+
+
+def check_guidance(value: Any, where: str = "guidance_scale") -> float:
+    """A finite guidance scale from 0 up, 1 and below being without guidance."""
     number = _number(value, where)
     require(math.isfinite(number), f"{number} is not a finite number", where)
     require(0 <= number <= MAX_GUIDANCE, f"{number:g} is outside 0 to {MAX_GUIDANCE:g}", where)
@@ -122,8 +127,9 @@ def check_part(value: Any, where: str) -> float:
 
 def _number(value: Any, where: str) -> float:
     """`value` as a float, which may be NaN; texts and truth values are none."""
+    number: Any = None if isinstance(value, (bool, str, bytes)) else value
     try:
-        return float(None if isinstance(value, (bool, str, bytes)) else value)
+        return float(number)
     except (TypeError, ValueError):
         raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
 

@@ -32,25 +32,26 @@ class Start:
 
     def network(self, network: Callable) -> Callable:
         """`network` with the mask as an input where it has channels for that."""
-        return network if self.masked is None else with_mask(network, self.mask, self.masked)
+        return network if self.mask is None or self.masked is None else with_mask(network, self.mask, self.masked)
 
 
 def encode_init_images(
     model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
 ) -> Start:
     """Where a batch begins, by the initial images and masks of its requests: all have some, or none has."""
-    sources = [request.source for request in requests]
-    if sources[0] is None:
+    sources = [request.source for request in requests if request.source is not None]
+    if not sources:
         return Start()
-    images, whole = [source.image for source in sources], settings.strength == 1
+    images, masks = [source.image for source in sources], [source.mask for source in sources if source.mask is not None]
+    whole = settings.strength == 1
     with placement.on(model.vae) as vae:
         latents = functools.partial(encode_each, vae, settings, device=placement.device)
-        if sources[0].mask is None:
+        if not masks:
             return Start(Original(latents(images)))
-        mask = torch.cat([mask_to_latents(source.mask, vae.factor) for source in sources]).to(placement.device)
+        mask = torch.cat([mask_to_latents(one, vae.factor) for one in masks]).to(placement.device)
         if model.unet.config.in_channels != 2 * vae.latent_channels + 1:
             return Start(Original(latents(images), mask, from_noise=whole))
-        hidden = {id(source): grey_where(source.image, source.mask) for source in sources}
+        hidden = {id(source): grey_where(source.image, one) for source, one in zip(sources, masks)}
         masked = latents([hidden[id(source)] for source in sources])
         return Start(None if whole else Original(latents(images)), mask, masked)
 

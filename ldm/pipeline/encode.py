@@ -25,7 +25,7 @@ Condition = Conditioning | Callable[[int], Conditioning]
 class PromptTokens:
     """The tokens of texts for one tokenizer, each text read once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[Text | None, Tokens] = {}
 
     def of(self, encoder: TextEncoder, text: Text | None) -> Tokens:
@@ -41,7 +41,7 @@ class PromptTokens:
         return max(self.of(encoder, text).chunks for text in texts)
 
 
-def texts_at_steps(prompt: Prompt | None, steps: int) -> list[tuple[int, Text | None]]:
+def texts_at_steps(prompt: Prompt | None, steps: int) -> Sequence[tuple[int, Text | None]]:
     """(first step, text); None, which stands for no text at all, stays."""
     return [(0, None)] if prompt is None else prompt.at_steps(steps)
 
@@ -112,11 +112,9 @@ def draw_noise(
     """(the sampler's noise, the first noise (B, C, h, w)) from the images' seeds, latents and variations."""
     shape = (vae.latent_channels, run.height // vae.factor, run.width // vae.factor)
     noise = Noise([request.seed for request in requests], shape, device)
-    if any(request.latents is not None for request in requests):
-        start = torch.stack([request.latents for request in requests]).cpu().float()
-    else:
-        start = noise().cpu()
-    return noise, torch.stack([_varied(one, request) for one, request in zip(start, requests)]).to(device)
+    given = [request.latents for request in requests if request.latents is not None]  # of all or of none
+    start = torch.stack(given).cpu().float() if given else noise().cpu()
+    return noise, torch.stack([_varied(one, request) for one, request in zip(start, requests, strict=True)]).to(device)
 
 
 def _varied(noise: torch.Tensor, request: ImageRequest) -> torch.Tensor:

@@ -109,9 +109,9 @@ class Engine:
         s, place, schedule = settings, self.placement, model.schedule
         guidance = replace(s.guidance, scale=tuple(request.guidance_scale for request in requests))
         with out_of_memory(s, len(requests)):
-            start, images = encode_init_images(model, place, s, requests), None
+            start, images = encode_init_images(model, place, s, requests), torch.empty(0)
             for run in s.runs:
-                if images is not None:  # hires-fix
+                if run is not s.runs[0]:  # hires-fix
                     start = enlarge(model, place, s, run, images)
                     requests, watch = [replace(one, latents=None) for one in requests], offset_steps(watch, s.runs[0])
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
@@ -119,8 +119,8 @@ class Engine:
                 with place.on(model.unet) as unet:
                     network = start.network(network_of(unet, run))
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
-                    how = {"noise": noise, "spacing": s.spacing, "eta": s.eta, "original": start.original}
-                    x0 = sample(denoise, schedule, run.sigmas, x, s.sampler, callback=watch, **how)
+                    sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
+                    x0 = sampling(noise=noise, eta=s.eta, callback=watch, original=start.original)
                 with place.on(model.vae) as vae:
                     images = decode(vae, x0, tile_of(s, vae, run.height, run.width))
             return composite(images, requests)

@@ -48,7 +48,7 @@ GUIDANCE_WORDS |= {"guidance_sigma_interval": "sigma_interval"}
 GUIDANCE_OPTIONS = ("apg_eta", "apg_momentum", "apg_threshold", "pag_scale", "pag_layers", "zero_init_steps")
 GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
 # generate's keywords for initial images, variations and hires-fix.
-EDITING_WORDS = ("image", "mask_image", "strength", "outpaint", "variation_seed", "variation_strength")
+EDITING_WORDS: tuple[str, ...] = ("image", "mask_image", "strength", "outpaint", "variation_seed", "variation_strength")
 EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
 STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)

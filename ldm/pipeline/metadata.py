@@ -107,14 +107,14 @@ def _text_report(
     encoder: TextEncoder, prompts: Sequence[Prompt | None], adapters: Sequence[Adapter], steps: int
 ) -> dict[str, Any]:
     trained = {word for adapter in adapters for word in read_lora_header(adapter.path).words}
-    prompts = [prompt for prompt in prompts if prompt is not None and prompt.text]
-    plain = [text.plain for text in dict.fromkeys(text for prompt in prompts for _, text in prompt.at_steps(steps))]
+    texts = [prompt for prompt in prompts if prompt is not None and prompt.text]
+    plain = [text.plain for text in dict.fromkeys(text for prompt in texts for _, text in prompt.at_steps(steps))]
     cut = [cut_off(encoder, text) for text in plain]
     words = [word for text in plain for word in encoder.unknown_words(text) if word not in trained]
     return {
         "truncated": " … ".join(part for part in cut if part),
         "unknown_words": list(dict.fromkeys(words)),
-        "remarks": [line for prompt in prompts for line in prompt.remarks],
+        "remarks": [line for prompt in texts for line in prompt.remarks],
     }
 
 

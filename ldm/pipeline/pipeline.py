@@ -25,11 +25,11 @@ from ldm.pipeline.result import Images
 from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
 
-OF_PIPELINE = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae", "prediction_type")
-OF_PIPELINE += ("device", "dtype", "offload", "attention")
-OF_GENERATE = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width", "sampler", "spacing")
-OF_GENERATE += ("timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents", "callback", "batch_size")
-OF_GENERATE += (*GUIDANCE_WORDS, *EDITING_WORDS)
+OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
+OF_PIPELINE += ("prediction_type", "device", "dtype", "offload", "attention")
+OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
+OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
+OF_GENERATE += ("callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
 
 
 class Pipeline:
@@ -76,7 +76,9 @@ class Pipeline:
         negatives = check_negative(given.pop("negative_prompt"), len(prompts))
         lora, lora_dir = given.pop("lora"), given.pop("lora_dir")
         prompts, self._everywhere, self._adapters = take_adapters(prompts, negatives, lora, lora_dir)
-        self._prompts, self._negatives = _parse("prompt", prompts), _parse("negative_prompt", negatives)
+        self._prompts = tuple(map(Prompt.parse, prompts, _places("prompt", len(prompts))))
+        places = _places("negative_prompt", len(negatives))
+        self._negatives = tuple(None if text is None else Prompt.parse(text, at) for text, at in zip(negatives, places))
         self._engine = Engine(**given)
         self._engine.check([adapter for adapters in self._adapters for adapter in adapters])
         self._lock = threading.RLock()
@@ -137,7 +139,7 @@ class Pipeline:
         hires_strength: float | None = None,
         vae_tiling: bool | str = "auto",
         latents: torch.Tensor | None = None,
-        callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        callback: Callable[[int, torch.Tensor, torch.Tensor], Any] | Listener | None = None,
         batch_size: int | None = None,
         **other: Any,
     ) -> Images:
@@ -196,7 +198,8 @@ class Pipeline:
             except Stopped:
                 done = f"{len(images)} of {len(requests)} images are finished"
                 console.say(f"stopped by the callback, {done}", verbosity=1)
-            except (LdmError, KeyboardInterrupt) as stop:
+            except (LdmError, KeyboardInterrupt) as error:
+                stop: Any = error
                 stop.images = _in_order(images, metadata)
                 raise
             return _in_order(images, metadata)
@@ -222,10 +225,10 @@ class Pipeline:
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        line = too_large(self._engine.info, settings)
-        if line and line not in self._warned:
-            self._warned.add(line)
-            console.warn(line)
+        large = too_large(self._engine.info, settings)
+        if large and large not in self._warned:
+            self._warned.add(large)
+            console.warn(large)
 
     def stream(self, **settings: Any) -> Iterator[Step]:
         """As generate, giving each step as it happens: `for step in pipe.stream(): step.preview`.
@@ -273,7 +276,6 @@ def _in_order(images: Mapping[int, Any], metadata: Sequence[dict]) -> Images:
     return Images([images[row] for row in sorted(images)], [metadata[row] for row in sorted(images)])
 
 
-def _parse(where: str, texts: Sequence[str | None]) -> tuple[Prompt | None, ...]:
-    """Raises ConfigError for weights, brackets and words in texts that cannot be drawn."""
-    places = [f"{where}[{i}]" if len(texts) > 1 else where for i in range(len(texts))]
-    return tuple(None if text is None else Prompt.parse(text, place) for text, place in zip(texts, places))
+def _places(where: str, count: int) -> list[str]:
+    """What messages call each of so many texts."""
+    return [f"{where}[{i}]" if count > 1 else where for i in range(count)]

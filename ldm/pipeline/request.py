@@ -172,7 +172,7 @@ def _runs(settings: Settings, info: ModelInfo) -> tuple[Run, ...]:
     s = settings
     sigmas = _sigmas(s, info, s.num_inference_steps)
     first = Run(s.height, s.width, sigmas if s.strength is None else img2img_sigmas(sigmas, s.strength))
-    if s.hires_scale is None:
+    if s.hires_scale is None or s.hires_strength is None:  # neither or both
         return (first,)
     height, width = (int(side * s.hires_scale) // info.factor * info.factor for side in (s.height, s.width))
     require(max(height, width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
@@ -231,14 +231,14 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
     if variations and not isinstance(given["seed"], Sequence):
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale, batch_size, latents = given["guidance_scale"], given["batch_size"], given["latents"]
-    scale = card_scale(info) if scale is None else checks.check_guidance(scale, len(seeds))
+    scales = checks.check_guidances(card_scale(info) if scale is None else scale, len(seeds))
     latents = None if latents is None else checks.check_latents(latents, len(seeds))
     sources = check_sources(given, prompts, num_images)
     return Request(
         settings=resolve(given, info, sources, latents),
         num_images=num_images,
         seeds=seeds,
-        guidance_scales=scale if isinstance(scale, tuple) else (scale,) * len(seeds),
+        guidance_scales=scales,
         latents=latents,
         variations=variations,
         sources=sources,

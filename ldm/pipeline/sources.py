@@ -137,7 +137,7 @@ def _read(image: Any, mask: Any) -> Source:
         (w, h), (iw, ih) = grey.size, init.size
         raise ConfigError(f"the mask is {w}x{h}, its image {iw}x{ih}", where="mask_image")
     binary = grey.convert("L").point(lambda value: 255 if value >= HALF else 0)
-    require(binary.getextrema()[1] > 0, "the mask is black: nothing would be painted", "mask_image")
+    require(binary.getbbox() is not None, "the mask is black: nothing would be painted", "mask_image")
     return Source(init, binary, found | {"mask_image": name, DIGESTS["mask_image"]: _digest(grey)})
 
 

@@ -70,7 +70,8 @@ def stream(generate: Callable[[Listener], Images], callback: Callable | None, va
     worker.start()
     try:
         while isinstance(received := listener.received.get(), tuple):
-            step = Step(*received, vae())
+            i, rows, x0 = received
+            step = Step(i, rows, x0, vae())
             yield step
         if isinstance(received, BaseException):
             raise received

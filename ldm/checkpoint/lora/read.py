@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def lora_path(path: str | Path) -> Path:
     raise ModelError(what, where=path, hint="name the LoRA's file")
 
 
-def find_lora(name: str, folder: str | Path) -> Path:
+def find_lora(name: str, folder: str | os.PathLike) -> Path:
     """The LoRA `name` in a folder or below it: name.safetensors, or a folder of that name.
 
     Raises ConfigError where there is none (with the nearest name) or more than one.
