@@ -98,7 +98,7 @@ class UNetConfig:
     upcast_attention: bool = False  # kept for other programs: softmax sums in fp32 here in any case
     sample_size: int | None = None  # latent height and width it was trained for; diffusers' default image size
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
         for field in ("transformer_layers", "num_heads"):
             if len(getattr(self, field)) != levels:
@@ -116,7 +116,7 @@ class UNetConfig:
             raise ConfigError("mid_transformer_layers has to equal the last of transformer_layers where that is not 0")
         self._check_addition()
 
-    def _check_positive(self):
+    def _check_positive(self) -> None:
         for field in ("in_channels", "out_channels", "layers_per_block", "mid_transformer_layers", "norm_num_groups"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} has to be at least 1, got {getattr(self, field)}")
@@ -125,7 +125,7 @@ class UNetConfig:
         if min(self.transformer_layers) < 0:
             raise ConfigError(f"transformer_layers must not be negative, got {self.transformer_layers}")
 
-    def _check_addition(self):
+    def _check_addition(self) -> None:
         kind, heads, width = self.addition_embed_type, self.addition_embed_type_num_heads, self.cross_attention_dim
         if kind not in (None, "text", "text_time"):
             raise ConfigError(

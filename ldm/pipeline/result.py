@@ -100,7 +100,7 @@ class Images(Sequence):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return Images(self._images[index], self.metadata[index])
         return self._images[index]
