@@ -22,7 +22,7 @@ from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
 from ldm.nn.text_cache import TextCache, remember
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights
-from ldm.nn.winograd import Conv3x3
+from ldm.nn.winograd import RUN, Conv3x3
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
 
@@ -281,6 +281,7 @@ class UNet(nn.Module):
         if cache is not None:
             cache.follow(states)
         if not self.training:
+            RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
             inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
             x, timesteps, states, mask, pooled, time_ids, perturb = pad_to_even_batch(*inputs)
             x = x.contiguous(memory_format=layout(x.device, x.dtype))

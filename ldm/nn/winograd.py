@@ -14,6 +14,7 @@ Shapes:  N images   C, O channels in, out   h, w tiles down, across   T = N*h*w
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,9 @@ KERNEL = torch.kron(_matrix(G), _matrix(G))  # (36, 9), for both directions
 OUTPUTS = torch.kron(_matrix(A_T), _matrix(A_T)).float()  # (16, 36)
 
 
+RUN = threading.local()  # .tiles: whether this thread's call of the network is a step of a prepared run
+
+
 @dataclass(frozen=True)
 class Kernel:
     """G g Gᵀ of a weight g, and what the products with it need."""
@@ -58,7 +62,8 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the size; it goes by tiles where `refresh` has found that this CPU can.
 
     The transformed kernel (SD 1.5: 0.8 GB for all of them) is used in eval mode without gradients, for channels-last
-    fp32 inputs of an even number of images in whole tiles, and until something writes to the weight.
+    fp32 inputs of an even number of images in whole tiles, in calls that belong to a prepared run (see RUN), and until
+    something writes to the weight.
     """
 
     bias: Tensor
@@ -80,7 +85,7 @@ class Conv3x3(nn.Conv2d):
         self._made_of = self.weight, _version(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, O, H, W)
-        if self.kernel is None or not self._fresh() or not _whole_tiles(x):
+        if self.kernel is None or not getattr(RUN, "tiles", False) or not self._fresh() or not _whole_tiles(x):
             return super().forward(x)
         return _by_tiles(x, self.kernel, self.bias)
 

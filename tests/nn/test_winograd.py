@@ -14,6 +14,13 @@ from ldm.nn.lora import LowRank, clone_shared_weights, merge, unmerge
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.winograd import Conv3x3
 
+
+@pytest.fixture(autouse=True)
+def in_a_run(monkeypatch):
+    """A convolution by itself is as in a step of a prepared run; the U-Net says so itself."""
+    monkeypatch.setattr(winograd.RUN, "tiles", True, raising=False)
+
+
 WIDE = {"block_out_channels": (64, 96), "layers_per_block": 1, "transformer_layers": (0, 1), "num_heads": (2, 2)}
 
 pytestmark = pytest.mark.skipif(
@@ -235,3 +242,24 @@ def test_a_whole_unet_that_is_prepared_goes_by_tiles_and_keeps_its_bits_in_every
     for count in range(1, 9):
         assert torch.equal(unet(x[:count], steps[:count], states[:count], cache=unet.prepare()), whole[:count]), count
     assert not torch.equal(whole, plain) and torch.allclose(whole, plain, atol=2e-4 * plain.std().item())
+
+
+def test_a_call_outside_of_a_run_has_the_same_bits_whatever_was_drawn_before():
+    config = UNetConfig(
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        transformer_layers=(0, 0),
+        num_heads=(4, 4),
+        cross_attention_dim=8,
+        norm_num_groups=8,
+    )
+    torch.manual_seed(0)
+    unet = UNet(config).eval()
+    x, steps, states = torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        before = unet(x, steps, states)
+        cache = unet.prepare()
+        assert unet.up_blocks[-1].resnets[0].conv2.kernel is not None
+        by_tiles = unet(x, steps, states, cache=cache)
+        assert torch.equal(unet(x, steps, states), before) and torch.allclose(by_tiles, before, atol=1e-4)
+        assert not torch.equal(by_tiles, before)

@@ -386,7 +386,7 @@ def test_threads_that_read_ahead_do_not_mix_up_a_table_s_rows(opened, folder, tm
 
 
 def test_random_crops_are_live_and_a_function_of_the_number(opened, networks):
-    with pytest.raises(ConfigError, match="crop: random crops cannot be kept in a cache"):
+    with pytest.raises(ConfigError, match="crop: random crops cannot be cached"):
         opened(crop="random")
     first, again = (
         opened(crop="random", cache=OFF, square=True, xl=True),
@@ -488,7 +488,7 @@ def test_tags_are_shuffled_live(opened, folder, networks):
     batch = dataset.batch(7)
     assert torch.equal(batch.cond.states, networks[1].encode(batch.captions).states)
     assert bits(batch) == bits(opened(shuffle_tags=True, keep_tags=1, caption_dropout=0.0, held_out=0.0).batch(7))
-    assert "keep_tags: is for shuffle_tags alone" in refusal(opened, networks, keep_tags=2)
+    assert "keep_tags: needs shuffle_tags" in refusal(opened, networks, keep_tags=2)
 
 
 def test_lines_begin_with_counts_and_add_up(opened, folder, capsys):
@@ -544,7 +544,7 @@ def test_a_dataset_has_all_images_that_were_counted(folder, tmp_path, networks):
         ({"flip": 2.0}, "flip: must be 0 to 1"),
         ({"max_bad": -1}, "max_bad: must not be negative"),
         ({"bucket_step": 0}, "bucket_step: must be 1 to 8192 pixels"),
-        ({"crop": "random"}, "crop: random crops cannot be kept"),
+        ({"crop": "random"}, "crop: random crops cannot be cached"),
         ({"workers": -1}, "workers: must not be negative"),
     ],
 )
