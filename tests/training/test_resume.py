@@ -76,6 +76,9 @@ def test_stopped_by_a_signal_to_its_whole_group_between_two_saves(
         try:
             train(unet_settings, run)
         except Interrupted as stopped:  # its traceback holds the whole run: no worker may hang on that
+            end = time.monotonic() + 10  # which a worker has on a busy machine
+            while multiprocessing.active_children() and time.monotonic() < end:
+                time.sleep(0.05)
             os._exit(99 if multiprocessing.active_children() else stopped.exit_code)
 
     with monkeypatch.context() as patch:
