@@ -44,11 +44,6 @@ class ModelInfo:
     card: Mapping[str, Any]  # its defaults: sampler, num_inference_steps, guidance_scale, spacing
     hash: str = ""  # of the loaded model; "" unless it was asked for
 
-    @property
-    def inpaints(self) -> bool:
-        """Whether the U-Net has channels for a mask and the latents of the masked image."""
-        return self.unet.in_channels == 2 * self.latent_channels + 1
-
 
 def describe(
     model: str | os.PathLike | Model = "default",

@@ -31,7 +31,7 @@ def to_resume(
         for folder in (out, out / "checkpoints", out / "samples"):
             files.sweep(folder)
     if resume is None and (states.checkpoints(out) or states.corrupt(out)):
-        raise CheckpointError("already holds a run", where=out, todo="go on with --resume, or choose another folder")
+        raise CheckpointError("already holds a run", where=out, hint="go on with --resume, or choose another folder")
     if resume is None:
         _check_unfinished(out)
         return None
@@ -42,14 +42,14 @@ def to_resume(
         return None
     _check_own(folder, out)
     if not folder.is_dir():
-        raise CheckpointError("no such checkpoint", where=folder, todo="give a folder checkpoints/step-… or 'latest'")
+        raise CheckpointError("no such checkpoint", where=folder, hint="give a folder checkpoints/step-… or 'latest'")
     about = states.read_about(folder)
     if resume != "latest":
         states.verify(folder)
     differing = {k: v for k, v in changed(about["settings"], settings).items() if k not in allow_changed}
     if differing:
         told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
-        raise CheckpointError(f"settings changed ({told})", where=folder, todo="allow each by --allow-changed NAME")
+        raise CheckpointError(f"settings changed ({told})", where=folder, hint="allow each by --allow-changed NAME")
     return folder
 
 
@@ -61,8 +61,8 @@ def _check_own(folder: Path, out: Path) -> None:
     if folder.parent.resolve() == (out / "checkpoints").resolve():
         return
     if states.checkpoints(out) or states.corrupt(out):
-        todo = "go on in a new folder, or with --resume latest"
-        raise CheckpointError(f"already holds a run, and {folder} is a checkpoint of another", where=out, todo=todo)
+        hint = "go on in a new folder, or with --resume latest"
+        raise CheckpointError(f"already holds a run, and {folder} is a checkpoint of another", where=out, hint=hint)
     _check_unfinished(out)
 
 
@@ -73,7 +73,7 @@ def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
         if name not in known:
             if isinstance(settings, FinetuneSettings):  # where each of data's is a word for `data`
                 known += [field.name for field in dataclasses.fields(settings.data)]
-            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", todo=nearest(name, known))
+            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", hint=nearest(name, known))
 
 
 def _check_unfinished(out: Path) -> None:
@@ -81,7 +81,7 @@ def _check_unfinished(out: Path) -> None:
     found = [name for name in ("model", FILE) if (out / name).exists()]
     if found and (out / "settings.json").exists():
         told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
-        raise CheckpointError(told, where=out, todo="choose another folder")
+        raise CheckpointError(told, where=out, hint="choose another folder")
 
 
 def restore(
@@ -112,7 +112,7 @@ def compare_inputs(
     for name, digest in before.items():
         if inputs.get(name) != digest and name not in allow_changed:
             told = f"the {name} is not the one that this run began with"
-            raise CheckpointError(told, where=folder, todo=f"put that one back, or --allow-changed {name}")
+            raise CheckpointError(told, where=folder, hint=f"put that one back, or --allow-changed {name}")
 
 
 def set_later_aside(out: Path, folder: Path) -> None:

@@ -100,7 +100,7 @@ def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> 
     wrong += [name for name, value in given.items() if name in own and own[name].shape != value.shape]
     if wrong:
         told = f"{len(wrong)} tensors are not those of this network ({wrong[0]}, …)"
-        raise CheckpointError(told, todo="resume with the settings that the run began with")
+        raise CheckpointError(told, hint="resume with the settings that the run began with")
     module.load_state_dict({n: like(v, own[n]) if n in own else v for n, v in given.items()}, strict=False)
 
 
@@ -149,8 +149,8 @@ def _write(
 ) -> Path:
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        todo = f"lower learning_rate; {last_good(run)}"
-        raise NumericsError(f"{len(bad)} tensors are not finite ({bad[0]}, …): not saved", where=run, todo=todo)
+        hint = f"lower learning_rate; {last_good(run)}"
+        raise NumericsError(f"{len(bad)} tensors are not finite ({bad[0]}, …): not saved", where=run, hint=hint)
     folder, size = run / "checkpoints" / f"step-{state.step:08d}", sum(v.nbytes for v in tensors.values())
     files.require_space(run, int(1.2 * size))
     about = {"format": FORMAT, "step": state.step, "settings": settings, **extra}
@@ -173,8 +173,8 @@ def _room_told(folder: Path, size: int) -> Iterator[None]:
     except ResourceError as error:
         free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else folder.parents[1]).free
         what = f"{error.what}: {size} bytes are needed, {free} are free on the disk"
-        todo = "; ".join(filter(None, (error.todo, last_good(folder.parents[1]))))
-        raise ResourceError(what, where=folder, todo=todo) from None
+        hint = "; ".join(filter(None, (error.hint, last_good(folder.parents[1]))))
+        raise ResourceError(what, where=folder, hint=hint) from None
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -238,8 +238,8 @@ def best(run: Path) -> Path:
     try:
         return run / json.loads((run / "best.json").read_text())["checkpoint"]
     except (OSError, ValueError, LookupError, TypeError):
-        todo = "resume the latest one"
-        raise CheckpointError("names no best checkpoint", where=run / "best.json", todo=todo) from None
+        hint = "resume the latest one"
+        raise CheckpointError("names no best checkpoint", where=run / "best.json", hint=hint) from None
 
 
 def corrupt(run: Path) -> list[Path]:
@@ -261,7 +261,7 @@ def newest(run: Path, look: bool = False) -> Path | None:
             done = "damaged" if look else f"set aside as {set_aside(folder, 'corrupt')}"
             warn(f"{error}; {done}, trying the one before it")
     if found or lost:
-        raise CheckpointError("no checkpoint is whole", where=run, todo="start anew in another folder")
+        raise CheckpointError("no checkpoint is whole", where=run, hint="start anew in another folder")
     return None
 
 
@@ -270,7 +270,7 @@ def verify(folder: Path) -> None:
     listed = files.verify_manifest(folder)
     if missing := [name for name in (WEIGHTS, ABOUT) if name not in listed]:
         what = f"the manifest does not list {missing[0]}" if listed else "has no manifest"
-        raise CheckpointError(f"{what}, so nothing vouches for it", where=folder, todo="go on from another checkpoint")
+        raise CheckpointError(f"{what}, so nothing vouches for it", where=folder, hint="go on from another checkpoint")
 
 
 KINDS = {"step": int, "settings": dict, "losses": list, "environment": dict}  # of what state.json has to hold
@@ -279,19 +279,19 @@ MORE = {"inputs": dict, "scaler": dict}  # and may hold
 
 def read_about(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError; for another format it names both versions."""
-    todo = "give a folder checkpoints/step-…"
+    hint = "give a folder checkpoints/step-…"
     try:
         about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError, RecursionError):
-        raise CheckpointError("is no checkpoint of ldm", where=folder, todo=todo) from None
+        raise CheckpointError("is no checkpoint of ldm", where=folder, hint=hint) from None
     if not isinstance(about, dict):
-        raise CheckpointError("is no checkpoint of ldm", where=folder, todo=todo)
+        raise CheckpointError("is no checkpoint of ldm", where=folder, hint=hint)
     if about.get("format") != FORMAT:
         raise CheckpointError(f"has format {about.get('format')}, this version reads {FORMAT}", where=folder)
     wrong = [name for name, kind in KINDS.items() if not isinstance(about.get(name), kind)]
     wrong += [name for name, kind in MORE.items() if not isinstance(about.get(name, {}), kind)]
     if wrong:
-        raise CheckpointError(f"its {ABOUT} is damaged: {wrong[0]}", where=folder, todo="take another checkpoint")
+        raise CheckpointError(f"its {ABOUT} is damaged: {wrong[0]}", where=folder, hint="take another checkpoint")
     return about
 
 
@@ -304,8 +304,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        todo = "go on from another checkpoint"
-        raise CheckpointError(f"cannot be read ({first_line(error)})", where=folder / WEIGHTS, todo=todo) from None
+        hint = "go on from another checkpoint"
+        raise CheckpointError(f"cannot be read ({first_line(error)})", where=folder / WEIGHTS, hint=hint) from None
 
 
 def tell_differences(before: Mapping[str, Any], device: torch.device) -> None:

@@ -51,7 +51,7 @@ class Many(Alone):
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             what = f"is {os.environ['WORLD_SIZE']}, but the processes do not find each other ({first_line(error)})"
-            raise ConfigError(what, where="WORLD_SIZE", todo="start them by torchrun, or unset it") from None
+            raise ConfigError(what, where="WORLD_SIZE", hint="start them by torchrun, or unset it") from None
         self.first, self.level = self.rank == 0, max(console.level, SILENT + 1)
         self._dist, self._torch = dist, torch
         self._count, self._stop, self._signal = 0, None, None
@@ -210,7 +210,7 @@ class Many(Alone):
             return None
         left = [rank for rank in range(self.world) if rank not in missing]
         console.level = self.level if self.rank == left[0] else SILENT
-        return ProcessGone(told, todo="go on with --resume latest")
+        return ProcessGone(told, hint="go on with --resume latest")
 
     def _answer(self, told: str) -> Any:
         """The value in an answer; raises the error in it."""

@@ -82,8 +82,8 @@ def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        todo = f"{memory_hints(settings)}; {states.last_good(out)}"
-        raise ResourceError("out of memory", where=out, todo=todo) from None
+        hint = f"{memory_hints(settings)}; {states.last_good(out)}"
+        raise ResourceError("out of memory", where=out, hint=hint) from None
 
 
 def _compare(inputs: dict[str, str], out: Path) -> None:
@@ -172,8 +172,8 @@ class _Run:
                 self._after_step()
 
     def _lost(self, what: str) -> LdmError:
-        todo = f"lower learning_rate or use precision=fp32; {states.last_good(self.out)}"
-        return self.group.of_all(NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo))
+        hint = f"lower learning_rate or use precision=fp32; {states.last_good(self.out)}"
+        return self.group.of_all(NumericsError(what, where=f"{self.out}: step {self.state.step}", hint=hint))
 
     def _named(self) -> str:
         """The ids of the samples of the last bad step, if the batches have ids."""
@@ -270,8 +270,8 @@ class _Run:
             with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad():
                 self._score()
         except NumericsError as error:
-            what, todo = f"in validation: {error.what}", f"lower learning_rate; {states.last_good(self.out)}"
-            raise NumericsError(what, where=f"{self.out}: step {self.state.step}", todo=todo) from None
+            what, hint = f"in validation: {error.what}", f"lower learning_rate; {states.last_good(self.out)}"
+            raise NumericsError(what, where=f"{self.out}: step {self.state.step}", hint=hint) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.group.sharded:
                 raise
@@ -320,7 +320,7 @@ class _Run:
                 warn(f"{folder}: cannot be removed, so it stays and takes its place on the disk")
 
     def _stopped(self, when: str) -> LdmError:
-        error = Interrupted(self.signal, f"stopped {when}", where=self.out, todo="go on with --resume latest")
+        error = Interrupted(self.signal, f"stopped {when}", where=self.out, hint="go on with --resume latest")
         return self.group.of_all(error)
 
     def tell(self, status: str) -> None:

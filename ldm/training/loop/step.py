@@ -61,7 +61,7 @@ def check_means(settings: Settings) -> None:
     require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
     if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
-        raise ConfigError(f"needs {compiler}", where="compile", todo="install it, or leave compile=false")
+        raise ConfigError(f"needs {compiler}", where="compile", hint="install it, or leave compile=false")
     if settings.report_to:
         check_trackers(settings)
 

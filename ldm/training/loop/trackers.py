@@ -23,7 +23,7 @@ def check_trackers(settings: Settings) -> None:
     """Raise ConfigError where the package of a tracker is missing."""
     for name in settings.report_to:
         if not any(map(importlib.util.find_spec, PACKAGES[name])):
-            raise ConfigError(f"needs the package {name}", where="report_to", todo=f"pip install {name}")
+            raise ConfigError(f"needs the package {name}", where="report_to", hint=f"pip install {name}")
 
 
 class Trackers:
