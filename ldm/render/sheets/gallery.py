@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ldm.files import atomic_write
 from ldm.render.output.folder import failures, finished
 from ldm.render.prompts.setting_table import SETTINGS
-from ldm.render.sheets.gallery_page import page
+from ldm.report import html_page
 
 PAGE = "index.html"
+ENTITIES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # so that no text ends the element it stands in
 
 
 def write_gallery(folder: str | os.PathLike, title: str | None = None) -> Path:
@@ -23,11 +28,22 @@ def write_gallery(folder: str | os.PathLike, title: str | None = None) -> Path:
     Every image of the folder's manifests, with search, its settings on click and a command that draws it again; and
     all failures. Raises ConfigError where the folder was not rendered, ResourceError where it cannot be written.
     """
-    from ldm.files import atomic_write
-
     folder = Path(folder)
     title = title if title is not None else folder.resolve().name
-    return atomic_write(folder / PAGE, page(title, _data(folder, title)))
+    return atomic_write(folder / PAGE, _page(title, _data(folder, title)))
+
+
+def _page(title: str, data: object) -> str:
+    """The page: its script finds `data` in #data, as JSON without NaN, and sets texts as text, never as HTML.
+
+    The browser runs this very script and style, shows images from where the page is, and nothing else.
+    """
+    folder = resources.files(__package__)
+    style, body, script = ("\n" + (folder / f"gallery.{kind}").read_text("utf-8") for kind in ("css", "html", "js"))
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = re.sub("[<>&]", lambda mark: ENTITIES[mark[0]], text)
+    body += f'\n<script type="application/json" id="data">{text}</script>'
+    return html_page(title, body, style, images="'self' file:", script=script)
 
 
 def _data(folder: Path, title: str) -> dict[str, Any]:
