@@ -36,6 +36,7 @@ class Metadata:
 
     parameters: str = ""
     ldm: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)  # a PNG's other texts; read, never written
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -173,8 +174,8 @@ def read_metadata(path: str | Path) -> Metadata:
             with Image.open(path, formats=READABLE) as image:
                 if image.format == "PNG":
                     image.load()  # text chunks may follow the pixels
-                    text = getattr(image, "text", {})
-                    return Metadata(str(text.get("parameters", "")), _json_object(text.get("ldm", "")))
+                    text = {name: str(value) for name, value in getattr(image, "text", {}).items()}
+                    return Metadata(text.pop("parameters", ""), _json_object(text.pop("ldm", "")), text)
                 private = image.getexif().get_ifd(EXIF_IFD)
     except _NOT_AN_IMAGE as error:
         raise DataError(f"cannot be read as an image ({error})", where=path) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm import console
 from ldm.errors import ConfigError
-from ldm.prompts import take_loras
+from ldm.prompts import has_tags, take_loras
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
@@ -81,7 +81,7 @@ def take_adapters(
 
     if lora_dir is not None and not isinstance(lora_dir, (str, os.PathLike)):
         raise ConfigError(f"expected a folder, got {lora_dir!r:.80}", where="lora_dir")
-    if any("<lora:" in (text or "") for text in negatives):
+    if any(has_tags(text or "") for text in negatives):
         raise ConfigError("a <lora:…> tag belongs into the prompt", where="negative_prompt")
     everywhere, texts, sets = check_lora(lora), [], []
     for i, prompt in enumerate(prompts):

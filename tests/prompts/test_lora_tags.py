@@ -1,5 +1,7 @@
 """<lora:name:0.8> in prompts."""
 
+import re
+
 import pytest
 
 from ldm.errors import ConfigError
@@ -15,6 +17,10 @@ from ldm.prompts import LoraTag, take_loras
         ("<lora:red>a cat<lora:my style v1.2:-1>", "a cat", [("red", 1.0), ("my style v1.2", -1.0)]),
         ("<lora:red:1>\n<lora:red:.5>", "", [("red", 1.0), ("red", 0.5)]),
         ("a <b> lora:x", "a <b> lora:x", []),
+        ("a cat <Lora:red:1>< lyco :blue:0.5>", "a cat", [("red", 1.0), ("blue", 0.5)]),
+        ("<lora:red:0.8:0.8>", "", [("red", 0.8)]),
+        ("<lora:red:te=0.5:unet=0.5>", "", [("red", 0.5)]),
+        ("x <3 and a <note: this>", "x <3 and a <note: this>", []),
     ],
 )
 def test_tags_are_taken_out(prompt, text, tags):
@@ -22,7 +28,7 @@ def test_tags_are_taken_out(prompt, text, tags):
 
 
 @pytest.mark.parametrize(
-    "tag", ["<lora:>", "<lora::1>", "<lora:x:>", "<lora:x:much>", "<lora:x:nan>", "<lora:x:1:0.5>"]
+    "tag", ["<lora:>", "<lora::1>", "<lora:x:>", "<lora:x:much>", "<lora:x:nan>", "<lora:x:dyn=1>"]
 )
 def test_a_tag_without_a_name_or_a_number_is_refused(tag):
     with pytest.raises(ConfigError, match=r"prompt\[2\]: .* has no name or no number; write <lora:name:0.8>"):
@@ -33,3 +39,23 @@ def test_a_tag_without_a_name_or_a_number_is_refused(tag):
 def test_a_tag_that_is_not_closed_is_refused(prompt):
     with pytest.raises(ConfigError, match="not closed"):
         take_loras(prompt)
+
+
+@pytest.mark.parametrize("tag", ["<lora:x:1:0.5>", "<lora:x:te=0.5:unet=1>", "<lyco:x:0:1:2>"])
+def test_different_weights_for_text_encoder_and_unet_are_refused_as_such(tag):
+    with pytest.raises(ConfigError, match="different weights for the text encoder and the U-Net"):
+        take_loras(f"a cat {tag}")
+
+
+@pytest.mark.parametrize(
+    ("tag", "why"),
+    [
+        ("<hypernet:x:1>", "hypernetworks are not supported"),
+        ("<Embedding:x:1>", "textual inversion"),
+        ("<lycoris:x:1>", "write <lora:name:0.8>"),
+        ("<random:a,b>", "write {a|b}"),
+    ],
+)
+def test_tags_of_other_networks_are_refused_by_name(tag, why):
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        take_loras(f"a cat {tag}")

@@ -200,7 +200,7 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
     (tmp_path / "x.png").touch()
     values = {"size": "64x96", "sampler": "Euler", "spacing": "trailing", "negative_prompt": "no", "clip_skip": "1"}
     values |= dict.fromkeys(("image", "mask_image", "lora"), "x.png") | dict.fromkeys(("eta", "guidance_rescale"), "0")
-    values |= {"variation_strength": "0.3", "dtype": "bf16"}
+    values |= {"variation_strength": "0.3", "hires_strength": "0.3", "dtype": "bf16"}
     value = values.get(name, {"strength": "0.8", "name": "cat", "model": "default"}.get(name, "3"))
     needs_image = name == "mask_image"
     rest = "" if name == "prompt" else "a cat "

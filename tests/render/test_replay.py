@@ -68,12 +68,12 @@ def test_an_a1111_picture_says_what_it_can_and_names_the_rest(tmp_path, format):
         "height": 768,
         "variation_seed": 5,
         "variation_strength": 0.2,
+        "hires_scale": 2.0,
+        "hires_strength": 0.5,
     }
     assert replay.notes == (
         "not repeated: prompt: <hypernet:old:1>",
-        "not repeated: Denoising strength: 0.5 (of the second pass)",
-        "not repeated: Hires upscale: 2",
-        "not repeated: Hires upscaler: Latent",
+        "not repeated: Hires upscaler: Latent (the image is enlarged by Lanczos here)",
         'not repeated: ControlNet 0: preprocessor: canny, model: "x"',
         "not repeated: ADetailer model: face_yolov8n.pt",
     )

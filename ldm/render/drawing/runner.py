@@ -33,7 +33,7 @@ from ldm.render.prompts.line_settings import parse_settings
 from ldm.render.prompts.setting_table import OF_RUN, SETTINGS
 from ldm.render.prompts.templates import NO_WILDCARDS, Wildcards
 from ldm.render.prompts.values import MAX_SEED
-from ldm.render.replay.replay import replayed
+from ldm.render.replay.replay import is_infotext_file, replayed
 from ldm.render.sheets.axes import Axis, check_grid, gridded
 from ldm.render.sheets.contact import write_contact_sheets
 from ldm.render.sheets.gallery import write_gallery
@@ -152,6 +152,9 @@ def _prompts(prompts: Any, sources: Any, changes: Sequence[str]) -> Prompts:
         raise ConfigError(what, where="prompts", hint="give a prompt file, or --from")
     if changes and not sources:
         raise ConfigError("belongs to --from", where="--set", hint="give it as an option, --steps 50")
+    if not sources and is_infotext_file(prompts):
+        console.say(f"{prompts}: A1111's settings of an image, drawn again as --from does")
+        sources = prompts
     return replayed(sources, changes) if sources else open_prompts(prompts)
 
 

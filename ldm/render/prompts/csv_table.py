@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from ldm.errors import ConfigError
 from ldm.render.prompts.entry import Entry, Lines, is_blank, make_entry
 from ldm.render.prompts.line_parser import is_comment
 from ldm.render.prompts.line_settings import WORDS, find_word, parse_settings
+
+
+EXCEL = re.compile(r"sep=(.)\s*")
 
 
 class _Records:
@@ -53,9 +57,11 @@ class _Records:
 
 def read_csv(lines: Lines, name: str, base: Path) -> Iterator[Entry]:
     first = next(lines)
+    named = None if isinstance(first[1], ConfigError) else EXCEL.fullmatch(first[1])  # the line before its header
+    first = next(lines, first) if named else first
     if isinstance(first[1], ConfigError):
         raise ConfigError(first[1].what, where=f"{name}:{first[0]}", hint=first[1].hint)
-    delimiter = max(",;\t", key=first[1].count)
+    delimiter = named[1] if named else max(",;\t", key=first[1].count)
     records = _Records(itertools.chain([first], lines)).records(delimiter)
     number, header = next(records)
     _check_header(header, f"{name}:{number}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError
-from ldm.render.prompts.csv_table import read_csv
+from ldm.render.prompts.csv_table import EXCEL, read_csv
 from ldm.render.prompts.entry import Entry, Lines, Prompts, is_blank, make_entry, open_file
 from ldm.render.prompts.json_toml import read_json, read_toml
 from ldm.render.prompts.line_parser import is_comment, pairs_of_json, pairs_of_line, pairs_of_value
@@ -93,6 +93,8 @@ def _is_header(line: str | ConfigError) -> bool:
     if not isinstance(line, str):
         return False
     cells = [cell.strip(" \"'\r\n") for cell in re.split("[,;\t]", line)]
+    if EXCEL.fullmatch(line):
+        return True
     names = {WORDS.get(find_word(cell) or "") for cell in cells if not is_comment(cell)}
     return len(cells) > 1 and "prompt" in names and None not in names
 

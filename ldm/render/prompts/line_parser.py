@@ -10,6 +10,9 @@ from ldm.errors import ConfigError
 from ldm.render.prompts.line_settings import REFUSED, WORDS, find_word, suggest_word
 
 FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
+# `—steps`, as editors and phones correct `--steps`, and `-steps 30`
+ALMOST = re.compile(r"(?<!\S)(?:([—–―])([^\W\d_][\w-]*)(?=[\s=]|$)|(-)([^\W\d_][\w-]*)(?=[\s=]+[\d.]))")
+FIELDS = re.compile(r"\s*(Negative prompt:|Steps: ?\d+, )")
 _DOUBLE = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(?=\s+--|\s*$)', re.DOTALL)
 _SINGLE = re.compile(r"\s*'([^']*)'(?=\s+--|\s*$)")
 _OBJECT = re.compile(r'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:|\}\s*$)')  # a JSON object, not {a|b}
@@ -28,6 +31,7 @@ def pairs_of_text(line: str) -> list[tuple[str, Any]]:
 
     A backslash before -- or a leading # makes them text.
     """
+    _refuse_almost_flags(line)
     match = FLAG.search(line)
     head = line[: match.start() if match else None].strip()
     head = head[1:] if head.startswith("\\#") else head
@@ -45,6 +49,20 @@ def pairs_of_text(line: str) -> list[tuple[str, Any]]:
             value = re.sub(r'\\(["\\])', r"\1", quoted[1]) if quoted.re is _DOUBLE else quoted[1]
         pairs.append((word, _flag_value(word, value if quoted else _unescaped(value), bool(quoted))))
     return pairs
+
+
+def _refuse_almost_flags(line: str) -> None:
+    """Raise ConfigError for what was meant for a flag, and for lines of an image's own text."""
+    if FIELDS.match(line):
+        hint = "give the whole text as a file of its own, or ldm render --from IMAGE"
+        raise ConfigError("is a line of the settings that A1111 writes for one image, no prompt", hint=hint)
+    for match in ALMOST.finditer(line):
+        dash, word = match[1] or match[3], match[2] or match[4]
+        if find_word(word) is not None:
+            kind = "one dash" if dash == "-" else "a long dash"
+            raise ConfigError(
+                f"{dash}{word:.40} begins with {kind}", where=f"{dash}{word:.40}", hint=f"write --{word:.40}"
+            )
 
 
 def _flag_value(word: str, value: str, quoted: bool) -> str:

@@ -1,7 +1,7 @@
 """Prompt templates in the manner of sd-dynamic-prompts, drawn by a seed: the same text on every machine.
 
-{a|b}  {2$$a|b|c}  {1-2$$ and $$a|b|c}  {0.5::a|b}  nested  __wildcard__  (a line of FOLDER/wildcard.txt; subfolders
-and * are allowed, lines may be templates). A backslash before { } | __ $$ :: makes them text.
+{a|b}  {2$$a|b|c}  {1-2$$ and $$a|b|c}  {0.5::a|b}  nested  __wildcard__  (a line of FOLDER/wildcard.txt; subfolders,
+spaces and * are allowed, lines may be templates). A backslash before { } | __ $$ :: makes them text.
 
 A template is read as a list of nodes: a text, a Choice or a Wildcard.
 """
@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,8 @@ JOINER = ", "
 _TOKEN = re.compile(
     r"(?P<escape>\\\\|\\(?:\$\$|::|__|[{}|]))|(?P<variable>\$\{)|(?P<mark>[{}|])"
     r"|__(?P<wildcard>(?:[^\W_]|\*)[\w.*/-]*?)(?P<call>\([^()]*\))?__"
+    # file names of any other characters, where the underscores do not stand within a word
+    r"|(?<![^\W_])__(?P<file>[^\W_](?:[^\n{}|$\\_]|_(?!_)){0,200}?)(?<!\s)__(?![^\W_])"
 )
 SIGNS = re.compile(r"[{}\\]|__")  # a text without any of these is no template
 _HEAD = re.compile(r"\s*(?P<low>\d{0,4})(?P<dash>-?)(?P<high>\d{0,4})\$\$(?:(?P<joiner>[^$|{}\\]*)\$\$)?")
@@ -77,14 +80,28 @@ class Wildcards:
         parts = name.split("/")
         if ".." in parts or "" in parts or len(name) > 200:
             raise ConfigError(f"__{name:.80}__ is no name of a file in the wildcard folder", where="prompt")
-        matches = sorted(self._folder.glob(f"{name}.txt")) if "*" in name else [self._folder / f"{name}.txt"]
-        files = [path for path in matches if path.is_file()]
+        pattern = f"{name}.txt".replace("[", "[[]")
+        matches = sorted(self._folder.glob(pattern)) if "*" in name else [self._folder / f"{name}.txt"]
+        files = [path for path in matches if path.is_file()] or self._spelt_alike(name)
         if not files:
-            names = [path.relative_to(self._folder).with_suffix("").as_posix() for path in self._folder.rglob("*.txt")]
+            names = [self._name(path) for path in self._folder.rglob("*.txt")]
             hint = nearest(name, names)
             hint = hint if hint.startswith("did") else f"put {name}.txt there"
             raise ConfigError(f"there is no wildcard {name} in {self._folder}", where="prompt", hint=hint)
         return files
+
+    def _spelt_alike(self, name: str) -> list[Path]:
+        """The one file whose name differs in case or in Unicode's form alone, as Macs and keyboards make it."""
+        plain = _plain(name)
+        alike = [path for path in self._folder.rglob("*.txt") if _plain(self._name(path)) == plain]
+        return alike if len(alike) == 1 else []
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).with_suffix("").as_posix()
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 NO_WILDCARDS = Wildcards()
@@ -133,8 +150,8 @@ def _nodes(text: str, position: int, depth: int) -> tuple[tuple[str | Choice | W
         elif kind == "variable" or match["call"]:
             hint = "write the words themselves, or \\{ for text" if kind == "variable" else "write \\__ for text"
             raise ConfigError(f"variables are not supported: {match[0]:.40}", where="prompt", hint=hint)
-        elif kind == "wildcard":
-            nodes += ["".join(plain), Wildcard(match["wildcard"])]
+        elif kind in ("wildcard", "file"):
+            nodes += ["".join(plain), Wildcard(match[kind])]
             plain = []
         elif match[0] == "{":
             choice, position = _choice(text, position, depth + 1)

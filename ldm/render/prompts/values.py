@@ -53,9 +53,9 @@ def fraction(value: Any, word: str, _folder: Path) -> float:
     return parsed
 
 
-def guidance_scale(value: Any, _word: str, _folder: Path) -> float:
-    """A guidance scale."""
-    return check_guidance(number(value))
+def factor(value: Any, word: str, _folder: Path) -> float:
+    """A number from 0 up, as a guidance scale is; what fits is checked with the model's settings."""
+    return check_guidance(number(value), word)
 
 
 def side(value: Any, word: str, _folder: Path) -> int:

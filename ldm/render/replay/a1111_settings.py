@@ -34,15 +34,21 @@ WORDS_OF_FIELDS = {
     "Eta": "eta",
     "Eta DDIM": "eta",
     "Denoising strength": "strength",
+    "Hires upscale": "hires_scale",
+    "Hires steps": "hires_steps",
     "Variation seed": "variation_seed",
     "Variation seed strength": "variation_strength",
 }
 IGNORED = ("Version", "User", "Created Date", "Batch size", "Batch pos", "Hashes", "Civitai resources")
 IGNORED += ("Civitai metadata", "Model", "Model hash", "Lora hashes", "RNG", "Sampler RNG")
+HINTS = dict.fromkeys(("VAE", "VAE hash"), "give --vae")
+HINTS["Hires upscaler"] = "the image is enlarged by Lanczos here"
+HINTS["Hires resize"] = "--set hires_scale=FACTOR"
 NEUTRAL = {  # fields that some programs write always: what changes nothing
     "ENSD": ("0",),
     "Emphasis": ("Original", "No norm"),  # the second: see a1111_settings
     "Face restoration": ("None",),
+    "Hires upscaler": ("Lanczos",),
     "Guidance": ("3.500000",),  # stable-diffusion.cpp: of distilled models
     "Tiling": ("False",),
 }
@@ -52,7 +58,9 @@ AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_ancestral": 
 AUTOMATIC |= {"dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
 PLAIN = {"ddim": "leading", "unipc": "leading", "lcm": None, "ddpm": None}  # of others: linspace
 SPACINGS = {"ddim": "leading", "ddim_uniform": "leading", "discrete": "linspace"}  # of A1111, ComfyUI, sd.cpp
-_NETWORK = re.compile(r"\s*<(?!lora:)(\w+):[^<>]*>\s*")  # A1111's other extra networks: <hypernet:name:1>
+_NETWORK = re.compile(
+    r"\s*<(?!lora:|lyco:)(\w+):[^<>]*>\s*", re.IGNORECASE
+)  # A1111's other extra networks: <hypernet:name:1>
 
 
 def a1111_settings(text: Infotext, base: Path, changes: Changes) -> tuple[dict, list[str], dict]:
@@ -89,13 +97,15 @@ def _of_field(
     word = WORDS_OF_FIELDS.get(name)
     if word is None:
         if name not in IGNORED and value not in NEUTRAL.get(name, ()):
-            notes.append(not_repeated(name, value, "give --vae" if name in ("VAE", "VAE hash") else ""))
+            notes.append(not_repeated(name, value, HINTS.get(name, "")))
         return {}
     setting = WORDS[word]
     if not set(SETTINGS[setting].sets or (setting,)) - changes.names:
         return {}
     if word == "strength":
         return _strength(name, value, fields, base, changes, notes)
+    if word == "hires_steps" and (value.strip() == "0" or "Hires upscale" not in fields):  # 0: as many as before
+        return {}
     if word == "spacing" and value.strip().lower() == "automatic":
         return {}
     if word == "eta" and _is_plain_eta(value, fields):
@@ -143,7 +153,9 @@ def _float(text: str, default: float) -> float:
 def _strength(
     name: str, value: str, fields: Mapping[str, str], base: Path, changes: Changes, notes: list[str]
 ) -> dict[str, Any]:
-    """Denoising strength: of the second pass where there are Hires fields, else of an init image, which is unknown."""
+    """Denoising strength: of hires-fix where there are Hires fields, else of an init image, which is unknown."""
+    if "Hires upscale" in fields and "hires_scale" not in changes.names:
+        return parse_settings([("hires_strength", value)], base)
     hires = any(key.startswith("Hires") for key in fields)
     if not hires and _float(value, 0.0) == 1:
         return {}

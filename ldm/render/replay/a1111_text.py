@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldm.errors import DataError
 
@@ -58,6 +59,25 @@ def read_infotext(text: str) -> Infotext:
         fields += line_fields
         rest += line_rest
     return Infotext(*("\n".join(prompts[key]).strip() for key in (False, True)), tuple(fields), tuple(rest))
+
+
+def read_infotexts(path: Path) -> list[str]:
+    """The texts in a file that A1111 writes beside images, each with its line of fields; [] for any other file.
+
+    A prompt file is any other file: no line of it begins with `Steps:` and has A1111's fields.
+    """
+    with path.open("rb") as handle:
+        data = handle.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT or b"Steps:" not in data:
+        return []
+    texts: list[str] = []
+    lines: list[str] = []
+    for line in data.decode("utf-8-sig", "replace").splitlines():
+        lines.append(line)
+        if line.lstrip().startswith("Steps:") and _are_fields(line):
+            texts.append("\n".join(lines).strip())
+            lines = []
+    return texts if not "".join(lines).strip() or len(texts) == 1 else []
 
 
 def _first_line_of_fields(lines: list[str]) -> int:

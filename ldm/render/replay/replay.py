@@ -25,7 +25,8 @@ from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import parse_settings
 from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
 from ldm.render.replay.a1111_settings import a1111_settings, not_repeated
-from ldm.render.replay.a1111_text import read_infotext
+from ldm.render.replay.a1111_text import read_infotext, read_infotexts
+from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
 
 LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
@@ -63,6 +64,13 @@ def read_replays(sources: Sequence[str | os.PathLike], changes: Sequence[str] = 
     return (replay for path in paths for replay in _of_path(path, parsed))
 
 
+def is_infotext_file(path: Any) -> bool:
+    """Whether this is a text with an image's settings, which A1111 writes beside it, and no list of prompts."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).lower().endswith(".txt"):
+        return False
+    return os.path.isfile(path) and bool(read_infotexts(Path(path)))
+
+
 def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str]) -> Prompts:
     """The entries of images, manifests and folders to be drawn again. Raises ConfigError as `read_replays` does."""
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
@@ -86,6 +94,8 @@ def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
 def _of_path(path: Path, changes: Changes) -> Iterator[Replay]:
     if path.is_dir() or path.suffix.lower() == ".jsonl":
         yield from _of_manifest(path, changes)
+    elif path.suffix.lower() == ".txt":
+        yield from _of_text(path, changes)
     else:
         yield _replay(Entry(str(path), 1, path.name, None), lambda: _of_image(path, changes), changes)
 
@@ -107,6 +117,18 @@ def _of_manifest(path: Path, changes: Changes) -> Iterator[Replay]:
     if not number:
         hint = "give an image, or the manifest.jsonl of a rendered folder"
         raise ConfigError("holds no jobs", where=path, hint=hint)
+
+
+def _of_text(path: Path, changes: Changes) -> Iterator[Replay]:
+    """A replay for each image that a text beside images describes, as A1111 writes it."""
+    texts = read_infotexts(path)
+    if not texts:
+        hint = "a list of prompts is drawn by ldm render FILE, without --from"
+        raise ConfigError("holds no settings as A1111 writes them beside images", where=path, hint=hint)
+    for number, text in enumerate(texts, 1):
+        where = f"{path}, text {number}" if len(texts) > 1 else str(path)
+        entry = Entry(where, number, path.name, None)
+        yield _replay(entry, lambda text=text: a1111_settings(read_infotext(text), path.parent, changes), changes)
 
 
 def _replay(entry: Entry, read: Callable[[], tuple[dict, list[str], dict]], changes: Changes) -> Replay:
@@ -139,9 +161,13 @@ def _of_image(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
     metadata = read_metadata(path)
     if metadata.ldm:
         return _of_metadata(metadata.ldm, path.parent, changes)
-    if metadata.parameters.strip():
+    if is_json(metadata.parameters) or not metadata.parameters.strip():
+        text = read_foreign({"parameters": metadata.parameters, **metadata.others})
+        if text is not None:
+            return a1111_settings(text, path.parent, changes)
+    else:
         return a1111_settings(read_infotext(metadata.parameters), path.parent, changes)
-    hint = "only images of ldm, A1111 and programs that write its `parameters` text can be repeated"
+    hint = "images of ldm, of A1111 and its relatives, and of programs that write settings as JSON can be repeated"
     raise DataError("holds nothing of how it was drawn", hint=hint)
 
 
