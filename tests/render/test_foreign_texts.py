@@ -164,7 +164,7 @@ def test_wildcards_have_the_names_that_people_give_to_files(wildcards, name):
 
 
 def test_a_missing_wildcard_of_any_name_is_an_error(wildcards):
-    with pytest.raises(ConfigError, match="no wildcard your colors in .*; did you mean 'my colors'"):
+    with pytest.raises(ConfigError, match=r"no wildcard your colors in .*; did you mean 'my colors'"):
         expand("a __your colors__ cat", 0, wildcards)
     with pytest.raises(ConfigError, match="no folder to look in"):
         expand("a __my colors__ cat", 0, Wildcards())

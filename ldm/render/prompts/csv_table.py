@@ -15,7 +15,6 @@ from ldm.render.prompts.entry import Entry, Lines, is_blank, make_entry
 from ldm.render.prompts.line_parser import is_comment
 from ldm.render.prompts.line_settings import WORDS, find_word, parse_settings
 
-
 EXCEL = re.compile(r"sep=(.)\s*")
 
 

@@ -101,7 +101,7 @@ def _infotext(settings: Mapping[str, Any], program: str) -> Infotext:
     rest = []
     for key, value in settings.items():
         field = NAMES.get(_plain(key))
-        if field is None or isinstance(value, (dict, list)) and field != "Size":
+        if field is None or (isinstance(value, (dict, list)) and field != "Size"):
             rest += [key] if value not in (None, "", [], {}, False) else []
         elif value is not None:
             fields.setdefault(field, _as_text(field, value))
