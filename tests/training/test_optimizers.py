@@ -1,6 +1,8 @@
 """Muon for matrices and convolutions, AdamW for the rest: what torch's own two do to each; SGD, 8 bits, adapters."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.training.checkpoints.state import TrainState, read_tensors, save
 from ldm.training.loop.optimizers import checkpoint_bytes, make_optimizer
-from ldm.training.loop.step import ema_copy
+from ldm.training.loop.step import clip_gradients, ema_copy
 from ldm.training.settings import read_settings
 from tests.training.toy import toy_settings
 
@@ -104,6 +106,31 @@ def test_muon_moves_the_matrices_of_adapters(dora, net):
     stepped(net, optimizer)
     for (name, now), old in zip(net.named_parameters(), before.parameters()):
         assert torch.equal(now, old) != now.requires_grad, name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
+def test_a_text_encoder_moves_at_its_own_rate_by_its_own_clip(optimizer, net):
+    """The peer: the text encoder alone, under AdamW (or SGD) with that rate as the learning rate."""
+    settings = replace(SETTINGS, optimizer=optimizer, text_rate=3e-4, clip=0.1, warmup=0)
+    both = nn.ModuleDict({"unet": net, "text": nn.Linear(4, 3)})
+    alone = copy.deepcopy(both["text"])
+    ours = make_optimizer(settings, both, torch.device("cpu"))
+    kind = torch.optim.SGD if optimizer == "sgd" else partial(torch.optim.AdamW, betas=(0.9, 0.99), fused=True)
+    theirs = kind(alone.parameters(), lr=3e-4, weight_decay=0.1)
+    for step in range(2):
+        for group in ours.param_groups:
+            group["lr"] = settings.learning_rate * group.get("scale", 1.0)
+        torch.manual_seed(step)
+        x, y = torch.randn(4, 3, 8, 8), torch.randn(5, 4)
+        (1e4 * both["unet"](x).square().sum() + both["text"](y).square().sum()).backward()
+        alone(y).square().sum().backward()
+        clip_gradients(both, settings)
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        for one in (ours, theirs):
+            one.step()
+            one.zero_grad()
+    for mine, peer in zip(both["text"].parameters(), alone.parameters()):
+        assert torch.allclose(mine, peer, rtol=1e-6, atol=1e-8)
 
 
 def test_nothing_to_train_is_refused(net):

@@ -16,6 +16,8 @@ from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
 from ldm.training.checkpoints import state as states
 from ldm.training.loop import loop
+from ldm.training.settings import read_settings
+from ldm.training.stages.unet import UNetStage
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 
 COLOURS = {"red": (210, 40, 40), "blue": (50, 100, 200), "green": (60, 160, 70), "white": (250, 250, 250)}
@@ -247,6 +249,29 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(name, on_pictures, tmp_path
         for run in ("whole", "halves")
     )
     assert whole == halves
+
+
+def test_a_text_encoder_is_trained_along_and_resumed_to_the_bit(on_pictures, tmp_path):
+    given = [f"{name}={on_pictures / name}" for name in ("vae", "text")]
+    given += [f"data.folder={on_pictures / 'pictures'}", "decay_from=1", "ema=0.5", "optimizer=muon", "text_rate=0.01"]
+    with threads(1):
+        train(on_pictures / "unet.json", tmp_path / "whole", [*given, "steps=4"])
+        train(on_pictures / "unet.json", tmp_path / "halves", [*given, "steps=2"])
+        train(on_pictures / "unet.json", tmp_path / "halves", [*given, "steps=4"], resume="latest")
+    last = [tmp_path / run / "checkpoints" / "step-00000004" for run in ("whole", "halves")]
+    whole, halves = ((folder / "state.safetensors").read_bytes() for folder in last)
+    assert whole == halves
+    state = states.read_tensors(last[0])
+    before = load_text_from(on_pictures / "text" / "model").model.state_dict()
+    after = load_text_from(tmp_path / "whole" / "model").model.state_dict()
+    for name, value in after.items():
+        assert torch.equal(value, state[f"ema.text.{name}"].bfloat16().float()), name
+    assert all(not torch.equal(after[name], value) for name, value in before.items() if "q_proj.weight" in name)
+    images = ldm.Pipeline("a red picture", model=tmp_path / "whole" / "model").generate(seed=1)
+    assert images[0].size == (32, 32)
+    settings = read_settings(on_pictures / "unet.json", [*given, f"init={tmp_path / 'whole'}", "model={}"])
+    again = UNetStage(settings).module["unet"].state_dict()
+    assert all(torch.equal(value, state[f"ema.unet.{name}"]) for name, value in again.items())
 
 
 def test_another_autoencoder_or_tokenizer_is_noticed_on_resuming(on_pictures, tmp_path):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, torch's own) for `matrices`, AdamW for `others`, with one learning rate.
+    """Muon (Jordan et al. 2024, torch's own) for `matrices`, AdamW for the groups `others`, with one learning rate.
 
     A convolution counts as its matrix (out, in * k * k). Updates are scaled to the size of AdamW's (Liu et al. 2025,
     section 2.2), so that learning rate and weight decay mean the same in both. The momentum is kept in the shape of
@@ -19,7 +20,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         matrices: Sequence[nn.Parameter],
-        others: Sequence[nn.Parameter],
+        others: Sequence[dict[str, Any]],
         lr: float,
         weight_decay: float,
         adamw: Callable[..., torch.optim.AdamW],

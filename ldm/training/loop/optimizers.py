@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from ldm.training.settings import Settings
 
 ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
 
+TEXT = "text."  # the beginning of the names of a text encoder that is trained along with a U-Net
+
 
 def make_optimizer(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that the settings name, over the parameters of `module` that are trained."""
@@ -24,45 +27,59 @@ def make_optimizer(settings: Settings, module: nn.Module, device: torch.device) 
 
 
 def _adamw(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    return _adamw_of(settings, device, list(trainable(module).values()))
+    return _adamw_of(settings, device, _groups(settings, trainable(module)))
 
 
-def _adamw_of(settings: Settings, device: torch.device, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    s, fused, group = settings, device.type in ("cpu", "cuda"), {"params": parameters}
-    return torch.optim.AdamW([group], lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay, fused=fused)
+def _adamw_of(settings: Settings, device: torch.device, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    s, fused = settings, device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay, fused=fused)
+
+
+def _groups(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """All parameters in one group; those of a text encoder with a rate of its own in a second one.
+
+    The step multiplies the learning rate by a group's `scale`.
+    """
+    rate = getattr(settings, "text_rate", 0)
+    text = [p for name, p in parameters.items() if rate and name.startswith(TEXT)]
+    others = [p for name, p in parameters.items() if not (rate and name.startswith(TEXT))]
+    return [{"params": others}, *([{"params": text, "scale": rate / settings.learning_rate}] if text else [])]
 
 
 def _adamw8bit(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Moments in 8 bits, in blocks (Dettmers et al. 2022); of tensors below 4096 numbers in 32."""
     import bitsandbytes
 
-    s, parameters = settings, list(trainable(module).values())
-    return bitsandbytes.optim.AdamW8bit(parameters, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
+    s, groups = settings, _groups(settings, trainable(module))
+    return bitsandbytes.optim.AdamW8bit(groups, lr=s.learning_rate, betas=s.betas, weight_decay=s.weight_decay)
 
 
 def _sgd(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    parameters = list(trainable(module).values())
-    return torch.optim.SGD(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    groups = _groups(settings, trainable(module))
+    return torch.optim.SGD(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _muon(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    parameters, hidden = trainable(module), _hidden_names(module)
+    parameters, hidden = trainable(module), _hidden_names(settings, module)
     matrices = [p for name, p in parameters.items() if name in hidden]
     require(bool(matrices), "muon moves matrices, and none is trained: use adamw", "optimizer")
-    others = [p for name, p in parameters.items() if name not in hidden]
+    others = _groups(settings, {name: p for name, p in parameters.items() if name not in hidden})
     adamw = partial(_adamw_of, settings, device)
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay, adamw)
 
 
-def _hidden_names(module: nn.Module) -> set[str]:
-    """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates."""
+def _hidden_names(settings: Settings, module: nn.Module) -> set[str]:
+    """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates.
+
+    A text encoder with a rate of its own is left to AdamW.
+    """
     names = set()
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS:
             names.add(f"{name}.weight")
         elif isinstance(layer, LoraLayer):
             names |= {f"{name}.down", f"{name}.up"}
-    return names
+    return {name for name in names if not (getattr(settings, "text_rate", 0) and name.startswith(TEXT))}
 
 
 OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.Optimizer]] = {
@@ -78,7 +95,7 @@ def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
     tensors, parameters = module.state_dict(), trainable(module)
     size = 2 * sum(tensors[name].nbytes for name in trained_names(module))  # the weights and their average
     moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
-    hidden = _hidden_names(module) if settings.optimizer == "muon" else set()
+    hidden = _hidden_names(settings, module) if settings.optimizer == "muon" else set()
     for name, parameter in parameters.items():
         if settings.optimizer == "adamw8bit" and parameter.numel() >= 4096:
             size += 2 * parameter.numel() * 65 // 64 + 2048  # 8 bits, a scale for each block of 256, two tables

@@ -127,7 +127,7 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     device = next(state.module.parameters()).device
     rate, scaler, ids, parallel = learning_rate(settings, state.step), state.scaler, [], state.parallel
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
     total, rows = torch.zeros((), device=device), 0
     for micro in range(settings.accumulation):
         with parallel.micro(last=micro == settings.accumulation - 1):
@@ -141,7 +141,7 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     total = parallel.group.total(total)
     if scaler:
         scaler.unscale_(state.optimizer)
-    norm = whole(nn.utils.clip_grad_norm_(trainable(state.module).values(), settings.clip))
+    norm = clip_gradients(state.module, settings)
     applied = bool(torch.isfinite(total + norm))
     bad = not applied
     if applied:
@@ -154,6 +154,17 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return Outcome(math.nan if bad else float(total), bad, tuple(ids), rows)
+
+
+def clip_gradients(module: nn.Module, settings: Settings) -> Tensor:
+    """Clip the gradients' norm to `settings.clip`, and return what it was.
+
+    A text encoder with a rate of its own is clipped by itself, so that a spike of one leaves the other's step alone.
+    """
+    apart = getattr(settings, "text_rate", 0) and isinstance(module, nn.ModuleDict)
+    parts = module.values() if apart else [module]
+    norms = [whole(nn.utils.clip_grad_norm_(trainable(part).values(), settings.clip)) for part in parts]
+    return torch.stack(norms).norm() if apart else norms[0]
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ class UNetSettings(Settings):
     vae: str = ""
     text: str = ""
     init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
+    text_rate: float = 0.0  # the text encoder's learning rate, trained along; 0: it is frozen
     compile: bool = False  # torch.compile: needs a C++ compiler on a CPU, a minute at the start
     schedule: dict[str, Any] = field(default_factory=dict)  # fields of ldm.diffusion.schedule.Schedule
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
@@ -77,6 +78,7 @@ class UNetSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.text_rate >= 0, f"must not be negative, got {self.text_rate}", "text_rate")
         require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")

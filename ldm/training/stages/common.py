@@ -34,8 +34,15 @@ def start_from(init: str | None, part: str) -> nn.Module | None:
     newest = state.checkpoints(Path(init))[-1:]
     if newest and part == "unet":
         tensors = state.read_tensors(newest[0])
-        module.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
+        average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        average = {k.removeprefix("unet."): v for k, v in average.items() if not k.startswith("text.")}
+        module.load_state_dict(average)
     return module.float().requires_grad_(True)
+
+
+def networks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The networks that are trained, by name: the U-Net alone, or a ModuleDict with its text encoders."""
+    return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
 
 
 def distinct(samples: Samples, count: int) -> dict[str, int]:

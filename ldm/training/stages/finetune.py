@@ -37,6 +37,7 @@ from ldm.training.stages.common import (
     conditioned,
     draw_grid,
     fixed_levels,
+    networks_of,
     shape_timesteps,
     timesteps_at,
     validation_scores,
@@ -71,7 +72,7 @@ class Finetune:
         self.model = for_training(s, model or load_base(s, self.device))
         self.module, self.inputs = make_module(s, self.model)
         self.inputs["model"] = self.model.hash
-        unet = _parts(self.module)["unet"]
+        unet = networks_of(self.module)["unet"]
         self.network: Callable[..., Tensor] = torch.compile(unet) if s.compile else unet
         self.xl = self.model.unet.config.addition_embed_type == "text_time"
         side = s.data.resolution
@@ -155,13 +156,13 @@ class Finetune:
     def _predict(self, module: nn.Module, batch: Batch) -> Predict:
         """The U-Net of `module` under the batch's captions, which its text encoders read where they are trained."""
         cond = batch.cond if batch.cond is not None else encode(self._text(module), batch.captions)
-        unet = self.network if module is self.module else _parts(module)["unet"]
+        unet = self.network if module is self.module else networks_of(module)["unet"]
         network = conditioned(unet, batch.time_ids)
         return lambda x, timesteps: network(x, timesteps, cond)
 
     def _text(self, module: nn.Module) -> TextEncoder:
         """The text encoder with the networks of `module`, where it has some."""
-        originals, trained = networks(self.model), _parts(module)
+        originals, trained = networks(self.model), networks_of(module)
         return with_networks(self.model.text, {id(originals[p]): trained[p] for p in trained if p != "unet"})
 
     @torch.no_grad()
@@ -188,7 +189,7 @@ class Finetune:
             return None
         plain = self._plain(ema)
         text, side = self._text(plain), s.data.resolution
-        network, shape = _parts(plain)["unet"], (vae.latent_channels, *[side // vae.factor] * 2)
+        network, shape = networks_of(plain)["unet"], (vae.latent_channels, *[side // vae.factor] * 2)
         if self.xl:  # original size, crop, target size
             network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
         schedule, sigmas, guidance = self.model.schedule, drawing.runs[0].sigmas, Guidance(scale=self.guidance_scale)
@@ -204,10 +205,10 @@ class Finetune:
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         """Write both files of a LoRA into the run's folder, or a model into `folder`; returns that folder."""
         s, plain = self.settings, self._plain(ema)
-        model = dataclasses.replace(self.model, unet=_parts(plain)["unet"], text=self._text(plain))
+        model = dataclasses.replace(self.model, unet=networks_of(plain)["unet"], text=self._text(plain))
         if s.train == "full":
             return self._save(model, folder, scores)
-        layers = {part: updates_of(network) for part, network in _parts(ema).items()}
+        layers = {part: updates_of(network) for part, network in networks_of(ema).items()}
         dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
         note = finetune_note(s, self.data.lines, scores)
         write_lora_into(self.out, self._name, model, layers, dtype, note, self._words())
@@ -233,11 +234,6 @@ class Finetune:
         card = finetune_card(self.settings, model, self.device.type, modules, scores)
         dtype = self.settings.save_dtype or "bf16"
         return save_model(model, folder, dtype=dtype, max_shard_mb=15 if small else 5000, readme=card)
-
-
-def _parts(module: nn.Module) -> dict[str, nn.Module]:
-    """The networks that are trained, by their names in LoRA files."""
-    return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
 
 
 def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:
