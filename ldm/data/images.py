@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from ldm.data.to_rgb import to_rgb
 from ldm.errors import DataError, one_line
-from ldm.images import READABLE, flatten
+from ldm.images import READABLE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,6 @@ STORED = {
 }  # bytes per pixel by mode in the other formats, else 4
 PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixels
 MAX_FILE = 200_000_000  # bytes
-BAND = 250_000  # pixels that are converted to RGB at once
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
 UNREAD = (  # (offset, first bytes, name) of formats that are common in folders of images but not read
@@ -94,12 +93,11 @@ def read_image(
 
     with _opened(file, where) as (image, header):
         factor = _scale(image, header, at_least)
-        levels = _levels(image)
         if image.mode == "RGB" and factor == 1 and "transparency" not in image.info:
             image.load()
             result = image
         else:
-            result = _in_bands(image, factor, background, levels)
+            result = to_rgb(image, factor, background)
         turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
         return result if turn is None else result.transpose(Image.Transpose(turn))
 
@@ -189,54 +187,6 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
             detail = f"{width}x{height}, {MAX_PIXELS / 1e6:.0f} megapixels at most"
         raise ImageError("is too large an image", detail, hint="make it smaller")
     return factor
-
-
-def _levels(image: Image.Image) -> tuple[float, float] | None:
-    """(black, white) of an image of 32-bit numbers; None for the other modes.
-
-    The range is 16 bits for integers within it, and 0 to 1 for floats within it; else it is that of the pixels.
-    """
-    if image.mode not in ("I", "F"):
-        return None
-    low, high = image.getextrema()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("is damaged or cut short", "its pixels are not finite numbers")
-    white = 65535.0 if image.mode == "I" else 1.0
-    return (0.0, white) if low >= 0 and high <= white else (low, max(high, low + 1e-6))
-
-
-def _in_bands(
-    image: Image.Image, factor: int, background: tuple[int, int, int], levels: tuple[float, float] | None
-) -> Image.Image:
-    """The image in RGB, `factor` times smaller, converted in bands of about BAND pixels to save memory."""
-    from PIL import Image
-
-    image.load()
-    width, height = image.size
-    rows = max(factor, BAND // width // factor * factor)
-    result = Image.new("RGB", (math.ceil(width / factor), math.ceil(height / factor)))
-    for top in range(0, height, rows):
-        band = _rgb(image.crop((0, top, width, min(height, top + rows))), background, levels)
-        result.paste(band.reduce(factor) if factor > 1 else band, (0, top // factor))
-    return result
-
-
-def _rgb(band: Image.Image, background: tuple[int, int, int], levels: tuple[float, float] | None) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if levels is not None:
-        low, high = levels
-        grey = (np.asarray(band, np.float64) - low) * (255 / (high - low))
-        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if band.mode.startswith("I;16"):
-        numbers = np.asarray(band).astype(np.uint16)
-        grey = np.repeat((numbers / 257).round().astype(np.uint8)[:, :, None], 3, axis=2)
-        clear = band.info.get("transparency")
-        if isinstance(clear, int):
-            grey[numbers == clear] = background
-        return Image.fromarray(grey)
-    return flatten(band, background)
 
 
 # PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the image.

@@ -1,7 +1,7 @@
 """Training: one loop, its exact state, and the stages autoencoder, text, U-Net and fine-tuning."""
 
+from ldm.training.command import train
 from ldm.training.finetuning.command import finetune
-from ldm.training.run import train
 from ldm.training.settings import packaged_configs, read_settings
 
 __all__ = ["finetune", "packaged_configs", "read_settings", "train"]

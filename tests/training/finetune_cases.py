@@ -14,7 +14,7 @@ from ldm.training.checkpoints import state
 from ldm.training.data import read_training_images
 from ldm.training.finetuning.command import read_arguments, resolve_settings
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.finetune import open_finetune
+from ldm.training.stages.finetune import open_stage
 from tests.training.conftest import threads
 
 SIZE = 32  # pixels
@@ -56,7 +56,7 @@ def stage_of(out):
     """The stage of a run as it was before its first step, its data encoded."""
     settings = settings_of(out)
     prior = settings.data.for_prior(settings.prior) if settings.prior else None
-    return open_finetune(settings, out, read_training_images(settings.data, prior))
+    return open_stage(settings, out, read_training_images(settings.data, prior))
 
 
 def last_tensors(out, part="model."):

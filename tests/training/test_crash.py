@@ -7,7 +7,7 @@ import sys
 import pytest
 import safetensors.torch
 
-from ldm.training.checkpoints import state
+from ldm.training.checkpoints import reading, state
 from tests.children import in_child, status_of
 from tests.training.test_survival import ends
 from tests.training.toy import train_toy
@@ -75,7 +75,7 @@ def test_a_crash_at_any_change_on_the_disk_leaves_the_last_checkpoint_good(lora,
         if status == 0:
             break
         assert status == CRASHED
-        newest = state.newest(run)
+        newest = reading.newest(run)
         content = (newest / "state.safetensors").read_bytes()
         assert content == {**before, 12: last}[state.step_of(newest)], number
         assert not list(run.rglob("corrupt-*"))

@@ -427,7 +427,7 @@ def test_a_picture_that_vanishes_or_changes_is_left_out_and_too_many_stop_the_ru
         assert batch.captions == [before.captions[i] for i in kept]
     said = capsys.readouterr().err
     assert said.count("left out") == 2 and "04.png: cannot be opened" in said
-    assert "05.png: was changed since the training began; left out" in said and set(dataset.lost) == {
+    assert "05.png: was changed since the training began; left out" in said and set(dataset.images.lost) == {
         "04.png",
         "05.png",
     }
@@ -510,8 +510,8 @@ def test_what_is_read_often_stays_in_memory_within_its_limit(opened, monkeypatch
     dataset = opened()
     for number in range(2 * len(dataset)):
         dataset.batch(number)
-    monkeypatch.setattr(dataset._cache, "latents", None)
-    monkeypatch.setattr(dataset._cache, "text", None)
+    monkeypatch.setattr(dataset._latents.cache, "latents", None)
+    monkeypatch.setattr(dataset._latents.cache, "text", None)
     bits(dataset.batch(5))
 
     memory, made = Memory(1000), []

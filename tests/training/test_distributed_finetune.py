@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ldm.training.checkpoints import state
+from ldm.training.checkpoints import reading, state
 from ldm.training.distributed import processes
 from ldm.training.distributed.single import whole
 from ldm.training.loop.step import prepare
@@ -130,7 +130,7 @@ def test_torchrun_runs_the_command(sharded, data, model, tmp_path):
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out) and done.stderr.count("10 found: 10 used") == 1
-    assert state.read_about(state.checkpoints(out)[-1])["environment"]["processes"] == 2
+    assert reading.read_about(state.checkpoints(out)[-1])["environment"]["processes"] == 2
     alone = tmp_path / "alone"
     run(data, alone, model)
     assert apart(last_tensors(out), last_tensors(alone)) < 1e-4

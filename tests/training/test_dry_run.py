@@ -7,7 +7,7 @@ import pytest
 
 from ldm.errors import CheckpointError, ConfigError
 from ldm.training import finetune, train
-from ldm.training.checkpoints import state
+from ldm.training.checkpoints import reading
 from tests.training.conftest import threads
 from tests.training.finetune_cases import pictures, run
 
@@ -71,7 +71,7 @@ def test_a_run_goes_on_by_its_folder_alone(done, tmp_path, capsys):
     with threads(1):
         finetune(out=out, resume="latest")
     assert "nothing to resume, starting from the beginning" in capsys.readouterr().err
-    theirs, ours = (state.read_tensors(folder / "checkpoints" / "step-00000003") for folder in (done[1], out))
+    theirs, ours = (reading.read_tensors(folder / "checkpoints" / "step-00000003") for folder in (done[1], out))
     assert all((theirs[name] == value).all() for name, value in ours.items())
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.training.checkpoints import state
+from ldm.training.checkpoints import reading, state
 from ldm.training.loop.estimate import estimate
 from ldm.training.loop.step import prepare, take_step
 from tests.training.toy import Toy, toy_settings, train_toy
@@ -29,7 +29,7 @@ def test_what_a_checkpoint_takes_is_what_it_then_takes(tmp_path):
         settings = toy_settings(optimizer=optimizer)
         said = estimate(Toy(settings), settings).checkpoint_bytes
         train_toy(tmp_path / optimizer, optimizer=optimizer, steps=3)
-        tensors = state.read_tensors(state.checkpoints(tmp_path / optimizer)[-1])
+        tensors = reading.read_tensors(state.checkpoints(tmp_path / optimizer)[-1])
         counts = sum(value.nbytes for name, value in tensors.items() if name.endswith(".step"))
         assert said == sum(value.nbytes for value in tensors.values()) - counts
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
-from ldm.training.checkpoints.state import TrainState, read_tensors, save
+from ldm.training.checkpoints.reading import read_tensors, restore_state
+from ldm.training.checkpoints.state import TrainState, save
 from ldm.training.loop.optimizers import checkpoint_bytes, make_optimizer
 from ldm.training.loop.step import clip_gradients, ema_copy
 from ldm.training.settings import read_settings
@@ -160,7 +161,7 @@ def test_eight_bits_go_on_from_a_checkpoint(tmp_path):
                     now = TrainState(net, ema_copy(net), make_optimizer(settings, net, torch.device("cpu")))
                     for p in net.parameters():
                         p.data.zero_()
-                    now.restore(read_tensors(written), 2)
+                    restore_state(now, read_tensors(written), 2)
             torch.manual_seed(step)
             net(torch.randn(8, 64)).square().sum().backward()
             now.optimizer.step()

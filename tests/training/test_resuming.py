@@ -8,8 +8,8 @@ import pytest
 
 from ldm import files
 from ldm.errors import CheckpointError, ConfigError, LdmError, ModelError
-from ldm.training.checkpoints import state
-from ldm.training.checkpoints.resume import to_resume
+from ldm.training.checkpoints import reading, state
+from ldm.training.checkpoints.begin import to_resume
 from ldm.training.settings import FinetuneSettings, changed
 from tests.training.toy import toy_settings, train_toy
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_without_its_manifest_is_damaged_too(run):
 def test_a_second_damaged_checkpoint_of_a_step_has_a_name_of_its_own(run):
     shutil.copytree(run / "checkpoints" / "step-00000012", run / "checkpoints" / "corrupt-step-00000012")
     damage(run / "checkpoints" / "step-00000012")
-    assert state.newest(run).name == "step-00000009"
+    assert reading.newest(run).name == "step-00000009"
     assert "corrupt-step-00000012-2" in names(run)
 
 

@@ -14,6 +14,7 @@ from ldm.checkpoint.parts import load_text_from, load_vae_from
 from ldm.cli import main
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
+from ldm.training.checkpoints import reading
 from ldm.training.checkpoints import state as states
 from ldm.training.loop import loop
 from ldm.training.settings import read_settings
@@ -151,7 +152,7 @@ def test_diffusers_draws_the_same_from_the_whole_model(on_pictures):
 
 
 def test_starting_from_another_run_takes_its_exact_average(on_pictures, tmp_path):
-    from ldm.training.stages.common import start_from
+    from ldm.training.stages.start import start_from
 
     before = start_from(str(on_pictures / "unet"), "unet").state_dict()
     given = [f"vae={on_pictures / 'vae'}", f"text={on_pictures / 'text'}", f"data.folder={on_pictures / 'pictures'}"]
@@ -261,7 +262,7 @@ def test_a_text_encoder_is_trained_along_and_resumed_to_the_bit(on_pictures, tmp
     last = [tmp_path / run / "checkpoints" / "step-00000004" for run in ("whole", "halves")]
     whole, halves = ((folder / "state.safetensors").read_bytes() for folder in last)
     assert whole == halves
-    state = states.read_tensors(last[0])
+    state = reading.read_tensors(last[0])
     before = load_text_from(on_pictures / "text" / "model").model.state_dict()
     after = load_text_from(tmp_path / "whole" / "model").model.state_dict()
     for name, value in after.items():

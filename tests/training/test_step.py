@@ -9,8 +9,10 @@ import torch
 from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.nn.unet import UNet, UNetConfig
-from ldm.training.checkpoints import state
-from ldm.training.loop.step import Stage, checkpoint_gradients, ema_copy, prepare, take_step, update_ema
+from ldm.training.checkpoints import reading, state
+from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
+from ldm.training.loop.stage import Stage
+from ldm.training.loop.step import ema_copy, prepare, take_step, update_ema
 from tests.conftest import tiny_text, tiny_vae
 from tests.training.conftest import TINY_UNET
 from tests.training.test_survival import ends
@@ -158,9 +160,9 @@ def test_the_scale_goes_on_where_it_was(tmp_path):
     train_toy(tmp_path / "whole", precision="fp16")
     with pytest.raises(KeyboardInterrupt):
         train_toy(tmp_path / "halves", precision="fp16", inside=stop)
-    about = state.read_about(state.checkpoints(tmp_path / "halves")[-1])
+    about = reading.read_about(state.checkpoints(tmp_path / "halves")[-1])
     assert about["scaler"]["scale"] == 32768.0  # 65536 was too much for one of the first gradients
     train_toy(tmp_path / "halves", "latest", precision="fp16")
     assert ends(tmp_path / "halves") == ends(tmp_path / "whole")
-    last = [state.read_about(state.checkpoints(tmp_path / run)[-1])["scaler"] for run in ("whole", "halves")]
+    last = [reading.read_about(state.checkpoints(tmp_path / run)[-1])["scaler"] for run in ("whole", "halves")]
     assert last[0] == last[1]

@@ -14,7 +14,7 @@ import torch
 
 from ldm import files
 from ldm.errors import CheckpointError, Interrupted, NumericsError, ResourceError
-from ldm.training.checkpoints import state
+from ldm.training.checkpoints import reading, state
 from tests.children import in_child, status_of
 from tests.training.toy import Toy, train_toy
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_before_that_holds_frozen_tensors_too_goes_on(tmp_path):
     run = tmp_path / "run"
     train_toy(run, lora=True, decay_from=1)
     expected, folder = ends(run), run / "checkpoints" / "step-00000009"
-    tensors = state.read_tensors(folder)
+    tensors = reading.read_tensors(folder)
     assert not any("layer" in name for name in tensors)
     for part in ("model", "ema"):
         tensors |= {f"{part}.0.layer.{name}": value.clone() for name, value in Toy(None).module[0].state_dict().items()}
@@ -235,7 +235,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_rest(tmp_path, capfd):
     assert "step-00000006: cannot be written (File too large)" in said and "bytes are needed" in said
     assert "are free" in said and said.endswith("the last checkpoint is good (step-00000003)")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
-    assert state.newest(tmp_path / "run").name == "step-00000003"
+    assert reading.newest(tmp_path / "run").name == "step-00000003"
 
 
 def broken_from(first, last=99):

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.nn.lora import attach, new_updates
-from ldm.training.checkpoints.resume import to_resume
+from ldm.training.checkpoints.begin import to_resume
 from ldm.training.loop import seeded
 from ldm.training.loop.loop import fit
 from ldm.training.settings import Settings

@@ -1,4 +1,4 @@
-"""The exact state of a run on disk: weights, EMA, optimizer and step. It is written whole or not at all."""
+"""The exact state of a run, and how it is saved: whole or not at all. `reading` reads it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm import files
-from ldm.console import say, warn
-from ldm.errors import CheckpointError, ModelError, NumericsError, ResourceError, first_line
+from ldm.errors import NumericsError, ResourceError, first_line
 from ldm.training.distributed import current
-from ldm.training.distributed.single import Single, like, whole
+from ldm.training.distributed.single import Single, whole
 
 FORMAT = 1
 WEIGHTS, ABOUT = "state.safetensors", "state.json"
@@ -60,48 +59,11 @@ class TrainState:
                 kept[name] = value.to("cpu").contiguous()
         return _unshared(kept)
 
-    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Restore what `tensors` returned. The parameters keep their memory and device.
-
-        Raises CheckpointError if they belong to another network.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        needed = trained_names(self.module)
-        _load(self.module, parts["model"], needed)
-        _load(self.ema, parts["ema"], needed)
-        slots: dict[str, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            parameter, _, slot = name.rpartition(".")
-            slots.setdefault(parameter, {})[slot] = value
-        for name, parameter in trainable(self.module).items():
-            if name in slots:
-                self.optimizer.state[parameter] = {k: _slot(parameter, v) for k, v in slots[name].items()}
-        self.step = step
-
-    def load_ema(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the average from a checkpoint's tensors."""
-        found = {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
-        _load(self.ema, found, trained_names(self.module))
-
 
 def trained_names(module: nn.Module) -> list[str]:
     """The names in the state_dict of trained parameters and buffers."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return [name for name in module.state_dict() if name not in frozen]
-
-
-def _load(module: nn.Module, given: Mapping[str, Tensor], needed: list[str]) -> None:
-    """Load `given` into `module`. An older checkpoint may also hold parameters that are not trained."""
-    own = module.state_dict()
-    wrong = [name for name in needed if name not in given] + [name for name in given if name not in own]
-    wrong += [name for name, value in given.items() if name in own and own[name].shape != value.shape]
-    if wrong:
-        told = f"{len(wrong)} tensors are not those of this network ({wrong[0]}, …)"
-        raise CheckpointError(told, hint="resume with the settings that the run began with")
-    module.load_state_dict({n: like(v, own[n]) if n in own else v for n, v in given.items()}, strict=False)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,16 +74,6 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = value.clone()
         seen.add(value.data_ptr())
     return tensors
-
-
-def _slot(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
-    """An optimizer's value for a parameter; a moment gets its parameter's layout, as fused optimizers need it."""
-    if value.ndim == 0 and not value.is_floating_point():
-        return int(value)  # bitsandbytes' count of steps
-    if value.shape != parameter.shape:
-        return value.to(parameter.device)
-    value = like(value, parameter)
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -216,13 +168,6 @@ def rotate(run: Path, keep: int, best: int | None) -> list[Path]:
     return [folder for folder in old if folder.exists()]
 
 
-def set_aside(folder: Path, kind: str) -> str:
-    """Rename a checkpoint to KIND-… (KIND-…-2 if that exists) and return its new name."""
-    new = files.unused_path(folder.parent, f"{kind}-{folder.name}", "")
-    folder.rename(new)
-    return new.name
-
-
 def step_of(checkpoint: Path) -> int:
     """The step that a folder `step-N` was saved after."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -233,84 +178,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal())
 
 
-def best(run: Path) -> Path:
-    """The checkpoint that `best.json` of a run names. Raises CheckpointError if there is none."""
-    try:
-        return run / json.loads((run / "best.json").read_text())["checkpoint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        hint = "resume the latest one"
-        raise CheckpointError("names no best checkpoint", where=run / "best.json", hint=hint) from None
-
-
 def corrupt(run: Path) -> list[Path]:
     """The checkpoints of a run that were found to be damaged."""
     return sorted((run / "checkpoints").glob("corrupt-step-*"))
-
-
-def newest(run: Path, look: bool = False) -> Path | None:
-    """The newest checkpoint that matches its manifest. Damaged ones are renamed `corrupt-…` with a warning.
-
-    With `look` nothing is renamed. Raises CheckpointError when there were checkpoints and none is whole.
-    """
-    found, lost = checkpoints(run), corrupt(run)
-    for folder in reversed(found):
-        try:
-            verify(folder)
-            return folder
-        except (CheckpointError, ModelError) as error:
-            done = "damaged" if look else f"set aside as {set_aside(folder, 'corrupt')}"
-            warn(f"{error}; {done}, trying the one before it")
-    if found or lost:
-        raise CheckpointError("no checkpoint is whole", where=run, hint="start anew in another folder")
-    return None
-
-
-def verify(folder: Path) -> None:
-    """Raise CheckpointError or ModelError unless the files of a checkpoint match its manifest."""
-    listed = files.verify_manifest(folder)
-    if missing := [name for name in (WEIGHTS, ABOUT) if name not in listed]:
-        what = f"the manifest does not list {missing[0]}" if listed else "has no manifest"
-        raise CheckpointError(f"{what}, so nothing vouches for it", where=folder, hint="go on from another checkpoint")
-
-
-KINDS = {"step": int, "settings": dict, "losses": list, "environment": dict}  # of what state.json has to hold
-MORE = {"inputs": dict, "scaler": dict}  # and may hold
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError; for another format it names both versions."""
-    hint = "give a folder checkpoints/step-…"
-    try:
-        about = json.loads((folder / ABOUT).read_text())
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError("is no checkpoint of ldm", where=folder, hint=hint) from None
-    if not isinstance(about, dict):
-        raise CheckpointError("is no checkpoint of ldm", where=folder, hint=hint)
-    if about.get("format") != FORMAT:
-        raise CheckpointError(f"has format {about.get('format')}, this version reads {FORMAT}", where=folder)
-    wrong = [name for name, kind in KINDS.items() if not isinstance(about.get(name), kind)]
-    wrong += [name for name, kind in MORE.items() if not isinstance(about.get(name, {}), kind)]
-    if wrong:
-        raise CheckpointError(f"its {ABOUT} is damaged: {wrong[0]}", where=folder, hint="take another checkpoint")
-    return about
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Raises CheckpointError or ModelError if it does not match its manifest."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    verify(folder)
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        hint = "go on from another checkpoint"
-        raise CheckpointError(f"cannot be read ({first_line(error)})", where=folder / WEIGHTS, hint=hint) from None
-
-
-def tell_differences(before: Mapping[str, Any], device: torch.device) -> None:
-    """Print what has changed in the environment, because then the weights cannot be bit-identical."""
-    now = environment(device)
-    told = ", ".join(f"{name} {old} → {now.get(name)}" for name, old in before.items() if old != now.get(name))
-    if told:
-        say(f"resuming in another environment ({told}): the weights will not be bit-identical")

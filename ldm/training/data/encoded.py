@@ -5,19 +5,17 @@ Shapes:  B images or texts   C, h, w latent channels, height, width   H, W image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.data.cache import Cache
-from ldm.data.transforms import View
 from ldm.errors import NumericsError
 from ldm.nn.text import TextEncoder
 from ldm.nn.vae import VAE
-from ldm.training.data.images import ImageSet
 
+EMBEDDED = ("states", "pooled", "mask")
 MEMORY = 2 << 30  # bytes of entries that are kept in memory at most, and at most a quarter of the free memory
 
 
@@ -62,6 +60,15 @@ class Encoders:
         named = {"states": cond.states, "pooled": cond.pooled, "mask": cond.mask}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
+    def embed_rows(self, texts: Sequence[str]) -> dict[str, tuple[Tensor | None, ...]]:
+        """Text -> its states (1, S, D), pooled (1, P) and mask (1, S), all embedded together; of "" none."""
+        texts = list(dict.fromkeys(filter(None, texts)))
+        if not texts:
+            return {}
+        tensors = self.embed(texts, together=True)
+        parts = [tensors.get(name) for name in EMBEDDED]
+        return {text: tuple(None if p is None else p[i : i + 1] for p in parts) for i, text in enumerate(texts)}
+
 
 class Memory:
     """Tensors that are kept until the memory is full; none is removed, for an epoch needs each exactly once."""
@@ -82,17 +89,6 @@ class Memory:
                 self._kept[key] = tensors
                 self.room -= size
         return tensors
-
-
-class Cached:
-    """Latents of a filled cache: `latents` gives mean and std, two fp32 (C, h, w)."""
-
-    def __init__(self, images: ImageSet, cache: Cache, memory: Memory):
-        self.images, self.cache, self.memory = images, cache, memory
-
-    def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
-        digest = self.images.items[place].digest
-        return self.memory.get((digest, view), lambda: self.cache.latents(digest, view))
 
 
 def available() -> int:

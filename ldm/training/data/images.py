@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.config import require
+from ldm.console import warn
 from ldm.data.buckets import Size, bucket_of, histogram
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.sources import Sample, Source, open_source
@@ -46,6 +47,7 @@ class ImageSet:
         self._reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
         self.prior: ImageSet | None = None  # of what the model is to keep
+        self.lost: dict[str, LdmError] = {}  # images that became unreadable after they were counted, by id
 
     @property
     def trained(self) -> list[int]:
@@ -85,6 +87,15 @@ class ImageSet:
             with sample.open() as file:
                 content = file.read(MAX_FILE + 1)
         return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
+
+    def lose(self, place: int, error: LdmError) -> None:
+        """Leave out an image that was counted as good. Raises DataError where too many are left out."""
+        id, counts, allowed = self.items[place].id, self.source.counts, self.data.max_bad
+        if id not in self.lost:
+            warn(f"{error}; left out")
+        self.lost[id] = error
+        if len(counts.skipped) + len(self.lost) > (allowed * counts.found if allowed < 1 else allowed):
+            self.leave_out(self.lost)  # raises, and names them
 
     def leave_out(self, bad: Mapping[str, LdmError]) -> None:
         """Count these images, by id, as skipped. Raises DataError where they are more than `max_bad` allows."""

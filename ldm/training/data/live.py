@@ -5,16 +5,18 @@ Shapes:  C, h, w latent channels, height, width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from ldm.data.transforms import View, pixels, to_float
-from ldm.errors import DataError, NumericsError
+from ldm.errors import DataError, LdmError, NumericsError
 from ldm.training.data.encoded import Encoders, Memory
 from ldm.training.data.images import ImageSet
+from ldm.training.distributed import RowShard, current, rows_of
 
 ENCODED_AT_ONCE = 8 * 3 * 256 * 256  # numbers of the images that the autoencoder encodes in one call
 
@@ -39,13 +41,45 @@ class Live:
             if key not in self._coming:
                 self._coming[key] = self.threads.submit(self._pixels, *key)
 
+    def rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
+        """(row, mean, std) of this process's rows of a batch, two fp32 (C, h, w) each, and which rows they are.
+
+        Images that any process cannot read are left out with a warning; a process that has none of the others gets a
+        row without an image. Raises DataError where more images are lost than `max_bad` allows.
+        """
+        self._encode_together([views[row] for row in part.own])
+        found, lost = [], {}
+        for row in part.own:
+            try:
+                found.append((row, *self.latents(*views[row])))
+            except (DataError, NumericsError) as error:
+                lost[row] = error
+        part = self._remaining(part, [place for place, _ in views], lost)
+        if part.size and not found:
+            vae, size = self.encoders.vae, views[0][1].size
+            nothing = torch.zeros(vae.latent_channels, size.height // vae.factor, size.width // vae.factor)
+            found = [(0, nothing, nothing)]
+        return found, part
+
+    def _remaining(self, part: RowShard, places: Sequence[int], lost: Mapping[int, LdmError]) -> RowShard:
+        """What is left of a part without the images (row -> error) that any process could not read."""
+        group = current()
+        gone = group.any_of([row in lost for row in range(len(places))])
+        if not any(gone):
+            return part
+        errors = group.gathered([json.dumps([row, str(error)]) for row, error in lost.items()])
+        for row, text in sorted(map(json.loads, errors)):
+            self.images.lose(places[row], lost.get(row) or DataError(text))
+        kept = [row for row, is_gone in enumerate(gone) if not is_gone]
+        return rows_of(len(kept), [i for i, row in enumerate(kept) if row in part.own], group.world)
+
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
         """Raises ImageError where the image is gone, DataError where it was changed, NumericsError."""
         if self.memory is None:
             return self._encoded.get((place, view)) or self._encode(place, view)
         return self.memory.get((self.images.items[place].digest, view), lambda: self._encode(place, view))
 
-    def encode_together(self, views: Sequence[tuple[int, View]]) -> None:
+    def _encode_together(self, views: Sequence[tuple[int, View]]) -> None:
         """Encode images of one size at once, which is faster, where no memory keeps them.
 
         Where one of them fails they are left to be encoded one by one.

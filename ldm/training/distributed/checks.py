@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.config import require
 from ldm.device import pick_device
+from ldm.errors import DataError
 from ldm.training.distributed.alone import current
 from ldm.training.settings import Settings, as_dict
 
@@ -43,6 +44,19 @@ def check_same_settings(settings: Settings, out: Path) -> None:
     expected = group.on_first(lambda: digest)
     what = f"process {group.rank} of {group.world} has other settings than process 0: give all of them"
     group.on_all(lambda: require(digest == expected, what, str(out)))
+
+
+def check_same_inputs(inputs: dict[str, str], out: Path) -> None:
+    """Raise DataError if the processes of a run read different inputs."""
+    group = current()
+    firsts = group.on_first(lambda: inputs)
+
+    def same() -> None:
+        for name, digest in inputs.items():
+            if firsts.get(name) != digest:
+                raise DataError(f"process {group.rank} of {group.world} reads another {name} than process 0", where=out)
+
+    group.on_all(same)
 
 
 def _check_sharded(s: Settings) -> None:

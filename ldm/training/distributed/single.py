@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.training.distributed.alone import ALONE, Alone
-
-if TYPE_CHECKING:
-    from ldm.training.loop.step import Stage
-
+from ldm.training.loop.stage import Stage
 
 SHARDED = "full_tensor"  # what tells a DTensor without importing its module
 

@@ -6,16 +6,14 @@ import copy
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.training.distributed.alone import Alone
 from ldm.training.distributed.single import Single, whole
-
-if TYPE_CHECKING:
-    from ldm.training.loop.step import Stage
+from ldm.training.loop.stage import Stage
 
 
 class _Loss(nn.Module):

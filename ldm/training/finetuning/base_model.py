@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.lora import LoraHeader, Target, match_layers, networks, read_lora, target_of
+from ldm.checkpoint.lora import networks
 from ldm.config import require
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.lora import LowRank, attach, layers_of, meant, new_updates
-from ldm.nn.text import ClipText, Conditioning, TextEncoder, XLText
+from ldm.training.finetuning.continued import continued_updates
+from ldm.training.finetuning.text_encoder import require_clip
 from ldm.training.loop import seeded
 from ldm.training.settings import FinetuneSettings
 
-NEEDS_CLIP = "is for CLIP alone, and this model has {}: leave it out"
 LORA_KEEPS = "the model was trained for {}, and a LoRA cannot change that: leave it out, or use train=full"
 
 
@@ -32,7 +32,8 @@ def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
     if have != need:
         what = f"its U-Net takes {have} channels, the autoencoder has {need}: an inpainting model, perhaps"
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
-    require(not s.text_encoder or _is_clip(model.text), NEEDS_CLIP.format(type(model.text).__name__), "text_encoder")
+    if s.text_encoder:
+        require_clip(model.text)
     return model
 
 
@@ -58,11 +59,6 @@ def schedule_for(settings: FinetuneSettings, schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, **changes)
 
 
-def _is_clip(text: TextEncoder) -> bool:
-    parts = (text.first, text.second) if isinstance(text, XLText) else (text,)
-    return all(isinstance(part, ClipText) for part in parts)
-
-
 def make_module(settings: FinetuneSettings, model: Model) -> tuple[nn.Module, dict[str, str]]:
     """What is trained, inside of `model`, and the sha256 of the LoRA that it continues.
 
@@ -76,7 +72,7 @@ def make_module(settings: FinetuneSettings, model: Model) -> tuple[nn.Module, di
         for network in trained.values():
             network.requires_grad_(True)
     else:
-        updates, inputs = _continued_updates(s, model) if s.init else (_new_updates(s, trained), {})
+        updates, inputs = continued_updates(s, model) if s.init else (_new_updates(s, trained), {})
         for part, layers in updates.items():
             attach(trained[part], layers)
     return nn.ModuleDict(trained) if s.text_encoder else parts["unet"], inputs
@@ -119,41 +115,3 @@ def _means(shapes: Mapping[str, tuple[int, ...]], target: str) -> bool:
         return bool(meant(shapes, [target]))
     except ConfigError:
         return False
-
-
-def _continued_updates(
-    settings: FinetuneSettings, model: Model
-) -> tuple[dict[str, dict[str, LowRank]], dict[str, str]]:
-    """The updates of the LoRA to continue, and its sha256."""
-    lora = read_lora(settings.init)
-    updates: dict[str, dict[str, LowRank]] = {}
-    places = places_of(lora.header, target_of(model))
-    for layer, (part, name) in places.items():
-        updates.setdefault(part, {})[name] = lora.layers[layer]
-    return updates, {"init": lora.hash}
-
-
-def places_of(header: LoraHeader, target: Target) -> Mapping[str, tuple[str, str]]:
-    """The part and the layer of each layer of the LoRA to continue (see `fit`).
-
-    Raises ModelError where they do not fit, or could not be written for diffusers.
-    """
-    places = match_layers(header, target).layers
-    kinds = {(part, "magnitude" in header.entries[layer].keys) for layer, (part, _) in places.items()}
-    for part in dict.fromkeys(part for part, _ in kinds):
-        if {(part, True), (part, False)} <= kinds:
-            what = f"has LoRA and DoRA layers in its {part}, which diffusers' files cannot hold"
-            raise ModelError(what, where=header.path, hint="continue a file of one kind")
-    return places
-
-
-def encode(text: TextEncoder, captions: Sequence[str]) -> Conditioning:
-    """The captions' embeddings with gradients, all in one batch; else as `text.encode`, with "" for None."""
-    if not isinstance(text, XLText):
-        return text.states(text.tokenize(list(captions)))
-    first, second = (part.states(part.tokenize(list(captions)), 1, norm=False) for part in (text.first, text.second))
-    states, pooled = torch.cat([first.states, second.states], dim=-1), second.pooled
-    if text.zero_empty:
-        there = states.new_tensor([bool(caption) for caption in captions])
-        states, pooled = states * there[:, None, None], pooled * there[:, None]
-    return Conditioning(states, pooled)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from ldm.checkpoint.describe import describe
-from ldm.checkpoint.lora import Target, read_lora_header, target_at
-from ldm.config import require
+from ldm.checkpoint.lora import target_at
 from ldm.device import pick_device
 from ldm.diffusion import names
 from ldm.errors import ConfigError, ModelError
 from ldm.files import require_place
 from ldm.nn.attention import check_backend
 from ldm.training.data import ImageSet
-from ldm.training.finetuning.base_model import chosen_layers, places_of, schedule_for
+from ldm.training.finetuning.base_model import chosen_layers, schedule_for
+from ldm.training.finetuning.continued import check_init
 from ldm.training.settings import OFF, FinetuneData, FinetuneSettings, check_file_name
 
 
@@ -31,37 +32,16 @@ def check_finetune(s: FinetuneSettings) -> None:
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
     schedule_for(s, info.schedule)
     if prediction_type is not None and s.train != "full":
-        _check_prediction_type(s)
+        with suppress(ModelError):  # a single file that does not tell its own
+            schedule_for(s, describe(s.model, s.vae).schedule)
     if s.text_encoder and not info.clip_layers:
         raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
     target = target_at(s.model, prediction_type)
     if s.init is not None:
-        _check_init(s, target)
+        check_init(s, target)
     elif s.train != "full" and target is not None:
         shapes = {part: layers for part, layers in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
-
-
-def _check_prediction_type(s: FinetuneSettings) -> None:
-    """Raise ConfigError where a LoRA asks for another prediction type than that of the model, if that is known."""
-
-    try:
-        schedule = describe(s.model, s.vae).schedule
-    except ModelError:  # a single file that does not tell it
-        return
-    schedule_for(s, schedule)
-
-
-def _check_init(s: FinetuneSettings, target: Target | None) -> None:
-    """Raise ConfigError or ModelError where the LoRA to continue does not fit the settings or the model."""
-
-    header = read_lora_header(s.init)
-    kind = "dora" if header.dora else "lora"
-    require(s.train == kind, f"the LoRA to continue is a {kind}, and train is {s.train}", "train")
-    if target is not None:
-        text = any(part != "unet" for part, _ in places_of(header, target).values())
-        has = "has layers of the text encoder" if text else "has no layer of the text encoder"
-        require(text == s.text_encoder, f"must be {str(text).lower()}: the LoRA to continue {has}", "text_encoder")
 
 
 def check_run_folder(data: FinetuneData, out: Path, names_file: bool) -> None:

@@ -152,7 +152,9 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     if not before:
         facts = presets.read_facts(given)
         if facts.init is not None:
-            _check_init(given, facts.init)
+            from ldm.training.finetuning.continued import check_given
+
+            check_given(given, facts.init)
         settings = presets.for_model(given, facts)
     data = build(FinetuneData, nest(settings)["data"], "data")
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
@@ -176,17 +178,8 @@ def _settings_before(out: Path, resume: str) -> dict[str, Any]:
             return flatten(json.loads((out / "settings.json").read_text()))
         except (OSError, ValueError, AttributeError):
             return {}
-    from ldm.training.checkpoints import state
+    from ldm.training.checkpoints.reading import read_about
 
     if not Path(resume).is_dir():
         raise CheckpointError("no such checkpoint", where=resume, hint="give a folder checkpoints/step-… or 'latest'")
-    return flatten(state.read_about(Path(resume)).get("settings", {}))
-
-
-def _check_init(given: Mapping[str, Any], lora: Mapping[str, Any]) -> None:
-    """Raise ConfigError where another kind, rank or other layers are given than those of the LoRA to continue."""
-    for name, value in lora.items():
-        asked = given.get(name)
-        if asked is not None and asked != value:
-            what = f"is {value} in the LoRA to continue" if value != [] else "are those of the LoRA to continue"
-            raise ConfigError(f"{what}, not {asked}", where=name, hint="leave it out")
+    return flatten(read_about(Path(resume)).get("settings", {}))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.config import require
-from ldm.console import say
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
 from ldm.training.finetuning.preset_tables import BATCHES, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
 
@@ -126,7 +124,7 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
         device=device.type,
         memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         default=model in (None, "default"),
-        init=None if init is None else settings_of_lora(_read_header(init)),
+        init=None if init is None else _continued(init),
     )
 
 
@@ -137,23 +135,10 @@ def text_of(settings: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _read_header(init: str) -> Any:
-    """Of the LoRA to continue; says what had to be assumed."""
-    from ldm.checkpoint.lora import read_lora_header
+def _continued(init: str) -> dict[str, Any]:
+    from ldm.training.finetuning.continued import settings_of_lora
 
-    header = read_lora_header(init)
-    if header.assumed:
-        say(f"{header.path}: {header.assumed} layers have no alpha; the rank is taken for it")
-    return header
-
-
-def settings_of_lora(header: Any) -> dict[str, Any]:
-    """The settings of a run that continues this LoRA: its kind, its commonest rank and alpha, where its layers are."""
-    entries = list(header.entries.values())
-    (rank, alpha), _ = Counter((entry.rank, entry.alpha) for entry in entries).most_common(1)[0]
-    text = any(name.startswith(("lora_te", "text_encoder")) for name in header.entries)
-    kind = "dora" if header.dora else "lora"
-    return {"train": kind, "lora_rank": rank, "lora_alpha": alpha, "targets": [], "text_encoder": text}
+    return settings_of_lora(init)
 
 
 def command(settings: Mapping[str, Any], out: str | Path) -> str:

@@ -20,7 +20,8 @@ from torch import nn
 from ldm.device import keep_memory, pick_device
 from ldm.training.checkpoints.state import TrainState, trained_names
 from ldm.training.loop.optimizers import checkpoint_bytes
-from ldm.training.loop.step import Stage, precision, prepare, take_step
+from ldm.training.loop.stage import Stage
+from ldm.training.loop.step import precision, prepare, take_step
 from ldm.training.settings import Settings
 
 

@@ -22,14 +22,17 @@ from ldm.console import StopRequest, progress, say, warn
 from ldm.device import is_out_of_memory, keep_memory, pick_device
 from ldm.errors import DataError, Interrupted, LdmError, NumericsError, ResourceError
 from ldm.training.checkpoints import state as states
+from ldm.training.checkpoints.reading import load_ema, read_tensors
 from ldm.training.checkpoints.resume import restore, set_later_aside
 from ldm.training.checkpoints.state import TrainState
 from ldm.training.checks import fingerprints
 from ldm.training.distributed import current
+from ldm.training.distributed.checks import check_same_inputs
 from ldm.training.loop.logs import BEST, Best, RunLogs
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.schedules import learning_rate
-from ldm.training.loop.step import Outcome, Stage, precision, prepare, take_step
+from ldm.training.loop.stage import Stage
+from ldm.training.loop.step import Outcome, precision, prepare, take_step
 from ldm.training.loop.trackers import Trackers
 from ldm.training.reports.page import write_page
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
@@ -55,7 +58,7 @@ def fit(
         if not isinstance(settings, FinetuneSettings):  # whose stage has the hash of everything that it loaded
             inputs = {**fingerprints(settings), **inputs}
         if group.world > 1:
-            _compare(inputs, out)
+            check_same_inputs(inputs, out)
         losses: list[float] = []
         if checkpoint:
             losses = group.on_all(partial(restore, state, checkpoint, settings, inputs, allow_changed))
@@ -84,19 +87,6 @@ def _memory_named(settings: Settings, out: Path) -> Iterator[None]:
             raise
         hint = f"{memory_hints(settings)}; {states.last_good(out)}"
         raise ResourceError("out of memory", where=out, hint=hint) from None
-
-
-def _compare(inputs: dict[str, str], out: Path) -> None:
-    """Raise DataError if the processes of a run read different inputs."""
-    group = current()
-    firsts = group.on_first(lambda: inputs)
-
-    def same() -> None:
-        for name, digest in inputs.items():
-            if firsts.get(name) != digest:
-                raise DataError(f"process {group.rank} of {group.world} reads another {name} than process 0", where=out)
-
-    group.on_all(same)
 
 
 def memory_hints(settings: Settings) -> str:
@@ -344,7 +334,7 @@ class _Run:
         if step is None and not self.group.from_first(_sound(self.scores)):
             raise self._lost("the validation loss is not finite, so no model is made")
         if step is not None:
-            self.state.load_ema(states.read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
+            load_ema(self.state, read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
         ema = self.state.parallel.gathered(self.state.ema)
         return Path(self.group.on_first(lambda: str(self._exported(ema, step))))
 

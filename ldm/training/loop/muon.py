@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.nn.lora import LoraLayer
+
+ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, torch's own) for `matrices`, AdamW for the groups `others`, with one learning rate.
@@ -49,3 +53,14 @@ def as_matrix(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     if tensor.ndim == 2 or parameter.is_contiguous():
         return tensor.flatten(1)
     return tensor.permute(0, 2, 3, 1).flatten(1)  # channels last
+
+
+def hidden_names(module: nn.Module) -> set[str]:
+    """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates."""
+    names = set()
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS:
+            names.add(f"{name}.weight")
+        elif isinstance(layer, LoraLayer):
+            names |= {f"{name}.down", f"{name}.up"}
+    return names

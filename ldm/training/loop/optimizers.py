@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from ldm.config import require
-from ldm.nn.lora import LoraLayer
 from ldm.training.checkpoints.state import trainable, trained_names
-from ldm.training.loop.muon import Muon
+from ldm.training.loop.muon import Muon, hidden_names
 from ldm.training.settings import Settings
-
-ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
 
 TEXT = "text."  # the beginning of the names of a text encoder that is trained along with a U-Net
 
@@ -60,7 +57,7 @@ def _sgd(settings: Settings, module: nn.Module, device: torch.device) -> torch.o
 
 
 def _muon(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    parameters, hidden = trainable(module), _hidden_names(settings, module)
+    parameters, hidden = trainable(module), _hidden(settings, module)
     matrices = [p for name, p in parameters.items() if name in hidden]
     require(bool(matrices), "muon moves matrices, and none is trained: use adamw", "optimizer")
     others = _groups(settings, {name: p for name, p in parameters.items() if name not in hidden})
@@ -68,18 +65,10 @@ def _muon(settings: Settings, module: nn.Module, device: torch.device) -> torch.
     return Muon(matrices, others, settings.learning_rate, settings.weight_decay, adamw)
 
 
-def _hidden_names(settings: Settings, module: nn.Module) -> set[str]:
-    """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates.
-
-    A text encoder with a rate of its own is left to AdamW.
-    """
-    names = set()
-    for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS:
-            names.add(f"{name}.weight")
-        elif isinstance(layer, LoraLayer):
-            names |= {f"{name}.down", f"{name}.up"}
-    return {name for name in names if not (getattr(settings, "text_rate", 0) and name.startswith(TEXT))}
+def _hidden(settings: Settings, module: nn.Module) -> set[str]:
+    """The names of what Muon moves; a text encoder with a rate of its own is left to AdamW."""
+    apart = getattr(settings, "text_rate", 0)
+    return {name for name in hidden_names(module) if not (apart and name.startswith(TEXT))}
 
 
 OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.Optimizer]] = {
@@ -95,7 +84,7 @@ def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
     tensors, parameters = module.state_dict(), trainable(module)
     size = 2 * sum(tensors[name].nbytes for name in trained_names(module))  # the weights and their average
     moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
-    hidden = _hidden_names(settings, module) if settings.optimizer == "muon" else set()
+    hidden = _hidden(settings, module) if settings.optimizer == "muon" else set()
     for name, parameter in parameters.items():
         if settings.optimizer == "adamw8bit" and parameter.numel() >= 4096:
             size += 2 * parameter.numel() * 65 // 64 + 2048  # 8 bits, a scale for each block of 256, two tables

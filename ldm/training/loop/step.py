@@ -11,8 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +19,16 @@ from torch import Tensor, nn
 from ldm.config import require
 from ldm.device import fast_bf16, pick_device
 from ldm.errors import ConfigError
-from ldm.nn.unet import UNet
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
 from ldm.training.distributed.single import Single, local, whole
 from ldm.training.distributed.wrap import wrap_module
+from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
 from ldm.training.loop.optimizers import make_optimizer
 from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.stage import Stage
 from ldm.training.loop.trackers import check_trackers
 from ldm.training.settings import Settings
-
-
-class Stage(Protocol):
-    """What a stage adds to the loop. `batches` can start at any step and depends on (settings, step) alone.
-
-    Parameters of `module` that are not trained do not require a gradient. A stage may also have `lines` about its data
-    (the run's page shows them) and `inputs`, the digests of what it reads by name. A batch may have `ids`. With
-    several processes `batches` gives each its rows (see distributed.RowShard), and `loss` is their mean.
-    """
-
-    module: nn.Module
-
-    def batches(self, first_step: int) -> Iterator[Any]: ...  # accumulation × steps of them
-
-    def loss(self, batch: Any, step: int, micro: int) -> Tensor: ...  # scalar fp32
-
-    def validate(self, ema: nn.Module, step: int) -> dict[str, float]: ...
-
-    def sample_grid(self, ema: nn.Module): ...  # PIL image of samples, or None
-
-    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path: ...  # what was written
 
 
 def check_means(settings: Settings) -> None:
@@ -85,23 +64,6 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
     ema = ema_copy(module)
     parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)
     return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
-
-
-def checkpoint_gradients(module: nn.Module) -> None:
-    """Compute activations again in the backward pass: in our U-Nets, diffusers' and transformers' networks.
-
-    Raises ConfigError where no part of `module` can.
-    """
-    found = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
-    require(bool(found), f"{type(module).__name__} cannot do that", "gradient_checkpointing")
-    for part in module.modules():
-        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
-            part.enable_gradient_checkpointing()
-        elif hasattr(part, "gradient_checkpointing_enable"):  # transformers, which has a new name for it from 5 on
-            enable = getattr(part, "activation_checkpointing_enable", part.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
-        elif isinstance(part, UNet):
-            part.gradient_checkpointing = True
 
 
 def ema_copy(module: nn.Module) -> nn.Module:

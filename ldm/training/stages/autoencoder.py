@@ -18,7 +18,7 @@ from ldm.training.data.samples import open_samples, stream, to_float
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
 from ldm.training.settings import AutoencoderSettings
-from ldm.training.stages.common import SEED_OFFSET, start_from
+from ldm.training.stages.start import SEED_OFFSET, start_from
 
 
 class Crops(NamedTuple):
@@ -26,6 +26,10 @@ class Crops(NamedTuple):
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
     part: RowShard
+
+
+def open_stage(settings: AutoencoderSettings, out: Path, images: object) -> Autoencoder:
+    return Autoencoder(settings)
 
 
 class Autoencoder:

@@ -1,58 +1,24 @@
-"""What the stages share: weights to start from, held-out samples, timesteps, validation and sample grids."""
+"""What the stages share: noise levels, validation and sample grids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.parts import load_unet_from, load_vae_from
 from ldm.diffusion.denoiser import Denoise, Predict, training_loss, x0_error
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
-from ldm.training.checkpoints import state
-from ldm.training.checks import model_folder
-from ldm.training.data.samples import Samples
 from ldm.training.loop import seeded
 
-SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
-
-
-def start_from(init: str | None, part: str) -> nn.Module | None:
-    """The network `part` ("vae", "unet") of another run or of a model folder; None without init.
-
-    A run's U-Net has its fp32 EMA weights; its autoencoder is the exported one, whose latents have unit variance.
-    Raises ModelError where `init` is neither a run nor a model folder.
-    """
-    if init is None:
-        return None
-    module = load_vae_from(model_folder(init)).module if part == "vae" else load_unet_from(model_folder(init))
-    newest = state.checkpoints(Path(init))[-1:]
-    if newest and part == "unet":
-        tensors = state.read_tensors(newest[0])
-        average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-        average = {k.removeprefix("unet."): v for k, v in average.items() if not k.startswith("text.")}
-        module.load_state_dict(average)
-    return module.float().requires_grad_(True)
 
 
 def networks_of(module: nn.Module) -> dict[str, nn.Module]:
     """The networks that are trained, by name: the U-Net alone, or a ModuleDict with its text encoders."""
     return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
-
-
-def distinct(samples: Samples, count: int) -> dict[str, int]:
-    """caption → index of the first `count` samples whose captions differ (fewer where 50 × count hold no more)."""
-    found: dict[str, int] = {}
-    for index in range(50 * count):
-        found.setdefault(samples.captions(index, 1)[0], index)
-        if len(found) == count:
-            break
-    return found
 
 
 def conditioned(unet: Callable[..., Tensor], time_ids: tuple[float, ...] | Tensor | None = None) -> Network:

@@ -27,8 +27,9 @@ from ldm.training.data import Batch, ImageSet, LatentDataset, read_images
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
 from ldm.training.distributed.single import is_sharded
-from ldm.training.finetuning.base_model import encode, for_training, load_base, make_module
+from ldm.training.finetuning.base_model import for_training, load_base, make_module
 from ldm.training.finetuning.prior import draw_prior
+from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop import seeded
 from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import finetune_card
@@ -47,7 +48,7 @@ FEWEST = 32  # pairs of held-out image and noise level that the validation loss 
 SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 
 
-def open_finetune(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:
+def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:
     """The stage, ready to train: the model is read, its prior drawn where that is asked for, and the data encoded."""
     model = load_base(settings, pick_device(settings.device))
     if settings.prior_images:

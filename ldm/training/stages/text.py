@@ -19,7 +19,11 @@ from ldm.training.data.latent_pool import LatentPool, encode_images
 from ldm.training.data.samples import open_samples
 from ldm.training.loop import seeded
 from ldm.training.settings import TextSettings
-from ldm.training.stages.common import SEED_OFFSET, distinct
+from ldm.training.stages.start import SEED_OFFSET, distinct
+
+
+def open_stage(settings: TextSettings, out: Path, images: object) -> Text:
+    return Text(settings)
 
 
 class Text:

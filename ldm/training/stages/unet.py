@@ -30,16 +30,14 @@ from ldm.training.loop import seeded
 from ldm.training.reports.card import unet_card
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
-    SEED_OFFSET,
-    distinct,
     draw_grid,
     fixed_levels,
     networks_of,
     shape_timesteps,
-    start_from,
     timesteps_at,
     validation_scores,
 )
+from ldm.training.stages.start import SEED_OFFSET, distinct, start_from
 
 GRID = 16  # images in the sample grid
 
@@ -50,6 +48,10 @@ class PoolBatch(NamedTuple):
     latents: Tensor  # (B, C, h, w)
     texts: Tensor  # as `_encode` packs them
     part: RowShard
+
+
+def open_stage(settings: UNetSettings, out: Path, images: object) -> UNetStage:
+    return UNetStage(settings)
 
 
 class UNetStage:

@@ -3,10 +3,16 @@
 Imports nothing heavy, so that the command line can print the tables in its help.
 """
 
-from ldm.training.finetuning.options.foreign_options import ALIASES, FOREIGN_SWITCHES, IDLE, MANY, REFUSED
+from ldm.training.finetuning.options.foreign_options import (
+    ALIASES,
+    FOREIGN_SWITCHES,
+    IDLE,
+    MANY,
+    REFUSED,
+    alias_table,
+)
 from ldm.training.finetuning.options.ldm_options import KEYS, OPTIONS, SWITCHES
 from ldm.training.finetuning.options.reading import (
-    alias_table,
     flatten,
     nest,
     parse_overrides,

@@ -217,3 +217,13 @@ FOREIGN_SWITCHES = frozenset(
 FOREIGN_SWITCHES |= {name for name, alias in ALIASES.items() if alias.switch is not None}
 MANY = {"network_args", "optimizer_args", "lr_scheduler_args", "schedulefree_wrapper_args", "text_encoder_lr"}
 MANY |= {"base_weights", "base_weights_multiplier", "validation_images"}
+
+
+def alias_table() -> str:
+    """The options of other tools beside ours, as --help prints them."""
+    rows: dict[str, list[str]] = {}
+    for foreign, alias in ALIASES.items():
+        value = f" {str(alias.switch).lower()}" if alias.switch is not None else ""
+        rows.setdefault(f"{alias.name}{value}", []).append(foreign)
+    width = max(len(ours) for ours in rows)
+    return "\n".join(f"  {ours:<{width}}  {', '.join(foreign)}" for ours, foreign in rows.items())

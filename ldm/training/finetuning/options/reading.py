@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ldm.console import say
@@ -13,7 +12,8 @@ from ldm.errors import ConfigError, nearest
 from ldm.settings_files import parse_scalar
 from ldm.training.finetuning.options.foreign_options import ALIASES, CURVES, IDLE, REFUSED
 from ldm.training.finetuning.options.ldm_options import KEYS, NULLABLE, PATHS, TEXTS
-from ldm.training.settings import MAX_SAMPLES, with_new_names, with_new_value
+from ldm.training.finetuning.options.values import READERS, is_same, repeated
+from ldm.training.settings import with_new_names, with_new_value
 
 
 def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -39,7 +39,7 @@ def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, An
         say("lr_scheduler constant has no warm-up, so lr_warmup_steps is ignored; constant_with_warmup has one")
         settings["warmup"] = 0
     if sources.get("samples") == "num_validation_images":
-        settings |= _repeated(settings)
+        settings |= repeated(settings)
     return {**curve, **settings}
 
 
@@ -48,7 +48,7 @@ def _resolve(name: str, plain: str, value: Any, where: str) -> dict[str, Any]:
     value = str(value) if isinstance(value, os.PathLike) else value
     if plain == "stage" and value != "finetune":
         raise ConfigError(f"is for the stage {value!r:.80}, not finetune", where=where or name)
-    if plain in REFUSED and not any(_is_same(value, neutral) for neutral in REFUSED[plain][0]):
+    if plain in REFUSED and not any(is_same(value, neutral) for neutral in REFUSED[plain][0]):
         raise ConfigError(f"{name} is not supported", where=where or None, hint=REFUSED[plain][1])
     if plain in IDLE:
         say(f"{name} changes nothing here")
@@ -78,59 +78,10 @@ def _checked(value: Any, name: str, plain: str, key: str) -> Any:
     for text in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str):
             _check_text(text, name, is_path)
-    if plain == "prompts_file":
-        return _read_prompts(value)
-    if isinstance(value, str) and plain == "validation_prompts":
-        return [value]
-    if isinstance(value, str) and plain == "report_to" and value in ("none", ""):
-        return []
-    if isinstance(value, str) and plain in ("report_to", "targets"):
-        return [part.strip() for part in value.split(",")]
     if key == "data.cache" and value is False:  # as YAML reads off
         return "off"
-    if key == "data.resolution":
-        return _resolution(value, name)
-    return _betas(value) if key == "betas" else with_new_value(key, value)
-
-
-def _resolution(value: Any, name: str) -> Any:
-    """kohya's 512,512 is 512."""
-    sides = value.split(",") if isinstance(value, str) else value
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2:
-        return value
-    width, height = (side.strip() if isinstance(side, str) else side for side in sides)
-    if width != height:
-        hint = "give one: each image gets a bucket of its own shape, with about as many pixels as that square"
-        raise ConfigError(f"is one number of pixels, got {value!r:.80}", where=name, hint=hint)
-    return int(width) if isinstance(width, str) and width.isdecimal() and len(width) < 9 else width
-
-
-def _betas(value: Any) -> Any:
-    """0.9,0.99 is [0.9, 0.99]."""
-    try:
-        return [float(part) for part in value.split(",")] if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _repeated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' scripts draw num_validation_images of each prompt."""
-    count, prompts = settings["samples"], settings.get("validation_prompts")
-    if not prompts or type(count) is not int or count < 1:
-        return {}
-    return {"validation_prompts": [prompt for prompt in prompts for _ in range(min(count, MAX_SAMPLES))]}
-
-
-def _is_same(value: Any, neutral: str | bool | None) -> bool:
-    """Whether a value is the neutral one, as text too."""
-    if isinstance(neutral, (bool, type(None))):
-        return value is neutral or (isinstance(value, str) and value.lower() == str(neutral).lower())
-    if isinstance(value, str) and value.strip() == neutral:
-        return True
-    try:
-        return not isinstance(value, bool) and float(value) == float(neutral)
-    except (TypeError, ValueError, OverflowError):
-        return False
+    reader = None if isinstance(value, (int, float)) else READERS.get(plain.removeprefix("data."))
+    return reader(value, name) if reader else with_new_value(key, value)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -147,23 +98,6 @@ def _check_text(text: str, name: str, is_path: bool) -> None:
         raise ConfigError("holds a NUL character", where=name)
     if is_path and (len(raw) > 4000 or max(map(len, raw.split(b"/"))) > 255):
         raise ConfigError(f"is too long for a path: {text[:40]!r}…", where=name)
-
-
-def _read_prompts(path: Any) -> list[str]:
-    """The prompts of a text file: one a line, without kohya's options; # begins a comment."""
-    try:
-        text = Path(str(path)).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or "is no UTF-8 text"
-        raise ConfigError(f"cannot be read ({what})", where=f"prompts file {path}") from None
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    prompts = [prompt for line in lines if (prompt := f" {line}".partition(" --")[0].strip())]
-    if any(" --" in line for line in lines):
-        say(f"{path}: options in its lines (--w, --s, …) are ignored: the grid is drawn as the settings say")
-    if not prompts:
-        raise ConfigError("holds no prompt", where=f"prompts file {path}", hint="write one a line")
-    return prompts
 
 
 def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,13 +153,3 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{key} is given twice")
         parsed[key] = parse_value(key, text)
     return parsed
-
-
-def alias_table() -> str:
-    """The options of other tools beside ours, as --help prints them."""
-    rows: dict[str, list[str]] = {}
-    for foreign, alias in ALIASES.items():
-        value = f" {str(alias.switch).lower()}" if alias.switch is not None else ""
-        rows.setdefault(f"{alias.name}{value}", []).append(foreign)
-    width = max(len(ours) for ours in rows)
-    return "\n".join(f"  {ours:<{width}}  {', '.join(foreign)}" for ours, foreign in rows.items())

@@ -1,0 +1,58 @@
+"""Whether a run may begin in its folder, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm import files
+from ldm.checkpoint.lora.read import FILE
+from ldm.console import say
+from ldm.errors import CheckpointError, ConfigError, nearest
+from ldm.training.checkpoints import resume as resuming
+from ldm.training.checkpoints.state import checkpoints, corrupt
+from ldm.training.settings import FinetuneSettings, Settings
+
+READ = ("model", "data", "prior", "init", "tokenizer")  # what has a digest, of which some is no setting
+
+
+def to_resume(
+    settings: Settings, out: Path, resume: str | None, allow_changed: Sequence[str], look: bool = False
+) -> Path | None:
+    """The checkpoint to resume, its settings compared. `resume`: None, "latest", "best" or a checkpoint's folder.
+
+    With `look` nothing is renamed or removed. Raises CheckpointError if the folder holds another run, or the
+    checkpoint is damaged or has other settings; ModelError if its files do not match their manifest; ConfigError for
+    an unknown name in `allow_changed`.
+    """
+    _check_names(settings, allow_changed)
+    if not look:
+        for folder in (out, out / "checkpoints", out / "samples"):
+            files.sweep(folder)
+    if resume is None and (checkpoints(out) or corrupt(out)):
+        raise CheckpointError("already holds a run", where=out, hint="go on with --resume, or choose another folder")
+    folder = None if resume is None else resuming.find(settings, out, resume, allow_changed, look)
+    if folder is None or resuming.is_foreign(folder, out):
+        _check_unfinished(out)
+    if resume is not None and folder is None:
+        say(f"{out}: nothing to resume, starting from the beginning")
+    return folder
+
+
+def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is neither a setting nor an input of the run."""
+    known = [*(field.name for field in dataclasses.fields(settings)), *READ]
+    for name in allow_changed:
+        if name not in known:
+            if isinstance(settings, FinetuneSettings):  # where each of data's is a word for `data`
+                known += [field.name for field in dataclasses.fields(settings.data)]
+            raise ConfigError(f"unknown setting {name!r}", where="allow_changed", hint=nearest(name, known))
+
+
+def _check_unfinished(out: Path) -> None:
+    """Raise CheckpointError if `out` holds a finished model without checkpoints: it would be overwritten."""
+    found = [name for name in ("model", FILE) if (out / name).exists()]
+    if found and (out / "settings.json").exists():
+        told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
+        raise CheckpointError(told, where=out, hint="choose another folder")
