@@ -22,17 +22,8 @@ def progress(
 ):
     """A tqdm bar on stderr; silent when quiet, and when stderr is no terminal unless LDM_PROGRESS=1."""
     hidden = disable or level < 0 or not (sys.stderr.isatty() or os.environ.get("LDM_PROGRESS") == "1")
-    scale = unit == "B"
-    return _bar()(
-        iterable,
-        total=total,
-        desc=desc,
-        unit=unit,
-        unit_scale=scale,
-        disable=hidden,
-        dynamic_ncols=True,
-        initial=initial,
-    )
+    options = {"desc": desc, "unit": unit, "unit_scale": unit == "B", "disable": hidden, "initial": initial}
+    return _bar()(iterable, total=total, dynamic_ncols=True, **options)
 
 
 @functools.cache

@@ -54,17 +54,13 @@ def _create(path: Path) -> int:
         os.close(handle)
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _fsync_file(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _make_folder(folder: Path) -> None:
@@ -117,13 +113,13 @@ def atomic_write(
                 data(tmp)
             else:
                 tmp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-            _fsync_file(tmp)
+            _fsync(tmp)
             tmp.chmod(mode)  # safetensors leaves 0600
             if overwrite:
                 os.replace(tmp, path)
             else:
                 _publish(tmp, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink()
@@ -153,14 +149,12 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             for path in sorted(tmp.rglob("*"), reverse=True):
                 if path.is_file():
                     path.chmod(mode)
-                    _fsync_file(path)
-                else:
-                    _fsync_folder(path)
-            _fsync_folder(tmp)
+                _fsync(path)
+            _fsync(tmp)
             if target.exists():
                 os.rename(target, old)
             os.rename(tmp, target)
-            _fsync_folder(target.parent)
+            _fsync(target.parent)
     except BaseException:
         if old.exists() and not target.exists():
             os.rename(old, target)

@@ -97,22 +97,24 @@ def _toml(text: str, path: Path) -> Any:
 
 
 def _json(text: str, path: Path) -> Any:
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
-            raise ConfigError(f"duplicate key {twice!r}", where=path)
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=distinct)
+        return json.loads(text, object_pairs_hook=lambda pairs: distinct(pairs, path))
     except json.JSONDecodeError as error:
         raise ConfigError(error.msg, where=f"{path}:{error.lineno}:{error.colno}") from None
     except ValueError as error:  # a number of too many digits
         raise ConfigError(f"bad JSON ({error})", where=path) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=path) from None
+
+
+def distinct(pairs: list[tuple[str, Any]], where: Path | None = None) -> dict[str, Any]:
+    """The members of a JSON object. Raises ConfigError for a key that is there twice."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ConfigError(f"duplicate key {twice!r:.80}", where=where)
+    return members
 
 
 def override(mapping: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -11,10 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
 from ldm.bench.timing import Timing, alternate
 from ldm.bench.warm import MAX_DIFFERENCE, peer, require_peer, resolve_device
 from ldm.console import hushed
 from ldm.errors import NumericsError
+from ldm.render.drawing.runner import render
 
 OBJECTS = ("cat", "dog", "red apple", "car", "tree", "fish", "house", "rocket")
 BACKGROUNDS = ("red", "blue", "yellow", "green")
@@ -39,40 +44,30 @@ def rendering(
     Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no folder, and
     NumericsError where images in fp32 differ by more than 2 levels of 255.
     """
-    import torch
-
     require_peer(sampler)
     device, dtype = resolve_device(device, dtype)
     lines = _lines(images)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     peer_arguments = (model, dtype, device, sampler)
     with tempfile.TemporaryDirectory() as root, hushed(), _process() as ldm_process, _process() as diffusers_process:
-        diffusers_process(_load_pipe, peer_arguments)
-        folders = _Folders(Path(root))
-        render_settings = {
-            "model": model,
-            "dtype": dtype,
-            "device": device,
-            "sampler": sampler,
-            "batch_size": batch_size,
-            **call,
-        }
+        diffusers_process(_render_diffusers, peer_arguments, (), Path(root), 1, call)  # only loads the pipeline
+        given = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
+
+        def loop(size: int) -> Callable[[], Path]:
+            return lambda: diffusers_process(_render_diffusers, peer_arguments, lines, _folder(root), size, call)
+
         sides: dict[str, Callable[[], Path]] = {
-            "ldm.render": lambda: ldm_process(_render_ldm, lines, folders.new(), render_settings),
-            f"diffusers in batches of {batch_size}": lambda: diffusers_process(
-                _render_diffusers, peer_arguments, lines, folders.new(), batch_size, call
-            ),
-            "diffusers one by one": lambda: diffusers_process(
-                _render_diffusers, peer_arguments, lines, folders.new(), 1, call
-            ),
+            "ldm.render": lambda: ldm_process(_render_ldm, lines, _folder(root), given),
+            f"diffusers in batches of {batch_size}": loop(batch_size),
+            "diffusers one by one": loop(1),
         }
         difference = _largest_difference([draw() for draw in sides.values()], MAX_DIFFERENCE[dtype])
         seconds = alternate(sides, repeats, warmup=0)  # each has run once
     settings = {"model": model, "images": images, "batch_size": batch_size, "sampler": sampler, **call, "dtype": dtype}
     settings |= {"device": device, "threads": torch.get_num_threads()}
     timing = Timing("render", seconds, settings, {"largest difference of 255": difference})
-    ours, batches, loop = timing.medians.values()
-    faster = {"times as fast as one by one": loop / ours, "times as fast as in batches": batches / ours}
+    ours, batches, one_by_one = timing.medians.values()
+    faster = {"times as fast as one by one": one_by_one / ours, "times as fast as in batches": batches / ours}
     return Timing("render", seconds, settings, {**timing.agreement, **faster})
 
 
@@ -82,32 +77,20 @@ def _lines(count: int) -> list[dict[str, Any]]:
     return [line | ({"negative_prompt": NEGATIVE} if i % 2 else {}) for i, line in enumerate(lines)]
 
 
-class _Folders:
-    """Creates a new folder for every run."""
-
-    def __init__(self, root: Path):
-        self._root, self._count = root, 0
-
-    def new(self) -> Path:
-        self._count += 1
-        folder = self._root / str(self._count)
-        folder.mkdir()
-        return folder
+def _folder(root: str) -> Path:
+    """A new folder for a run."""
+    return Path(tempfile.mkdtemp(dir=root))
 
 
 @contextmanager
 def _process() -> Iterator[Callable[..., Any]]:
     """A function that calls others in one process, which lives as long as this context and has as many threads."""
-    import torch
-
     kind = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, kind, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
 def _render_ldm(lines: Sequence[dict[str, Any]], folder: Path, settings: dict[str, Any]) -> Path:
-    from ldm.render.drawing.runner import render
-
     with hushed():
         render(lines, folder, **settings)
     return folder
@@ -117,8 +100,6 @@ def _render_diffusers(
     peer_arguments: tuple[str, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]
 ) -> Path:
     """The usual loop: one call for every `size` lines, then their images are saved."""
-    import torch
-
     pipe = _pipe(*peer_arguments)
     for start in range(0, len(lines), size):
         batch = lines[start : start + size]
@@ -139,19 +120,11 @@ def _pipe(*peer_arguments: str) -> Any:
         return peer(*peer_arguments)
 
 
-def _load_pipe(peer_arguments: tuple[str, ...]) -> None:
-    """Load the pipeline before anything is drawn; raises what `peer` raises."""
-    _pipe(*peer_arguments)
-
-
 def _largest_difference(folders: Sequence[Path], limit: float) -> float:
     """The largest difference between the first folder's images and the others', in levels of 255.
 
     Raises NumericsError above the limit.
     """
-    import numpy as np
-    from PIL import Image
-
     largest = 0.0
     for path in sorted(folders[0].glob("*.png")):
         first, *others = (np.asarray(Image.open(folder / path.name)).astype(float) for folder in folders)

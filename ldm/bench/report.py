@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from ldm.bench.timing import Timing
 from ldm.bench.warm import warm
 from ldm.errors import ConfigError, nearest
 
-BENCHES: dict[str, Callable[..., Timing | Comparison]] = {"cold": cold, "warm": warm, "render": rendering}
-BENCHES["samplers"] = samplers
+BENCHES: dict[str, Callable[..., Timing | Comparison]]
+BENCHES = {"cold": cold, "warm": warm, "render": rendering, "samplers": samplers}
 TIMINGS = ("cold", "warm")  # run by default; the others take minutes
 
 
@@ -22,8 +23,6 @@ def bench(names: Sequence[str] = (), **settings: Any) -> list[Timing | Compariso
 
     Raises ConfigError for an unknown bench or setting.
     """
-    import inspect
-
     for name in names:
         if name not in BENCHES:
             raise ConfigError(f"unknown bench {name!r}", where="bench", hint=nearest(name, BENCHES))

@@ -10,23 +10,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from ldm import console
 from ldm.bench.comparison import Comparison, Row
 from ldm.bench.sheet import plot, sheet
+from ldm.checkpoint import load_model
 from ldm.config import require
 from ldm.diffusion.names import check, resolve
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError
 from ldm.files import atomic_write, require_writable
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from ldm.diffusion.schedule import Schedule
-    from ldm.pipeline.result import Images
+from ldm.images import encode
+from ldm.pipeline.checks import check_int
+from ldm.pipeline.pipeline import Pipeline
+from ldm.pipeline.result import Images
 
 STEPS = (4, 8, 16, 32)
 REFERENCE, CONTROL, REFERENCE_STEPS = "unipc", "dpmpp_2m", 1000  # every kind of model supports both
@@ -60,10 +63,6 @@ def samplers(
 
     Raises ConfigError before anything is drawn, ResourceError where `out` cannot be written, ModelError for the model.
     """
-    from ldm.checkpoint import load_model
-    from ldm.pipeline import Pipeline
-    from ldm.pipeline.checks import check_int
-
     prompts = check_int(prompts, "prompts", 1, MAX_PROMPTS)
     listed = [steps] if isinstance(steps, int) else steps
     steps = sorted({check_int(n, "steps", 1, REFERENCE_STEPS) for n in listed})
@@ -82,8 +81,6 @@ def samplers(
 
 def cost(sampler: str, sigmas: Tensor) -> tuple[int, int]:
     """(evaluations of the network, draws of noise) of one run over `sigmas` (n + 1,), counted on a single pixel."""
-    import torch
-
     calls = [0, 0]
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -132,10 +129,6 @@ def _compare(
     model: str | Path, texts: Sequence[str], schedule: Schedule, plan: Sequence[tuple[str, int]], **placement: str
 ) -> Comparison:
     """Draw the reference, the control of the first image, and the plan, under one progress bar."""
-    import torch
-
-    from ldm.pipeline import Pipeline
-
     # The one spacing of the betas that visits every timestep of the training, whatever the model's own spacing is
     spacing = None if schedule.is_flow else "trailing"
     most = REFERENCE_STEPS if schedule.is_flow else min(REFERENCE_STEPS, schedule.num_train_timesteps)
@@ -160,8 +153,6 @@ def _compare(
 
 
 def _row(sampler: str, steps: int, schedule: Schedule, images: Images, reference: Images) -> Row:
-    import torch
-
     evaluations, _ = cost(sampler, schedule.sigmas(steps, sampler))
     adds_noise = cost(sampler, torch.tensor([10.0, 1.0, 0.0]))[1] > 0  # two steps: with one, no sampler adds noise
     distance = None if adds_noise else rms_difference(images, reference)
@@ -170,26 +161,17 @@ def _row(sampler: str, steps: int, schedule: Schedule, images: Images, reference
 
 def rms_difference(images: Sequence[Image], references: Sequence[Image]) -> float:
     """RMS difference over pixels in levels of 255 between images and references of the same size: mean of all pairs."""
-    import numpy as np
-
-    both = [
-        (np.asarray(image, np.float64), np.asarray(reference, np.float64))
-        for image, reference in zip(images, references)
-    ]
-    return float(np.mean([np.sqrt(np.mean((image - reference) ** 2)) for image, reference in both]))
+    pairs = zip(*([np.asarray(image, np.float64) for image in side] for side in (images, references)))
+    return float(np.mean([np.sqrt(np.mean((image - reference) ** 2)) for image, reference in pairs]))
 
 
 def detail(images: Sequence[Image]) -> float:
     """Mean absolute difference of neighbouring pixels, in levels of 255."""
-    import numpy as np
-
     pixels = np.stack([np.asarray(image, np.float64) for image in images])  # (N, H, W, 3)
     return float((np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean()) / 2)
 
 
 def _write(folder: Path, comparison: Comparison) -> None:
-    from ldm.images import encode
-
     atomic_write(folder / "samplers.png", encode(sheet(comparison)))
     atomic_write(folder / "samplers.svg", plot(comparison))
     text = json.dumps(comparison.as_json(), indent=1) + "\n"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm.bench.comparison import Comparison
 from ldm.diffusion.names import SAMPLER_NAMES
 from ldm.report import log_panels
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SIDE, GAP, LABELS, HEAD, GROUP = 128, 6, 170, 64, 30  # px; SIDE is the longer side of an image
 INK, FAINT, PAPER, EMPTY = (30, 30, 30), (110, 110, 110), (255, 255, 255), (242, 242, 242)
@@ -18,10 +16,8 @@ GROUPS = {False: "Add no noise: all converge to the reference", True: "Add noise
 NOTE_WIDTH = 140  # letters
 
 
-def sheet(comparison: Comparison) -> Image:
+def sheet(comparison: Comparison) -> Image.Image:
     """Images of one prompt and seed: a row for each sampler, a column for each number of steps, then the reference."""
-    from PIL import Image, ImageDraw, ImageFont
-
     steps = sorted({row.steps for row in comparison.rows})
     width, height = (round(side * SIDE / max(comparison.reference.size)) for side in comparison.reference.size)
     groups = {

@@ -7,8 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
 from ldm.bench.timing import Timing, alternate
+from ldm.checkpoint import check_model
+from ldm.device import dtype_name, pick_device, pick_dtype
 from ldm.errors import ConfigError, ModelError, NumericsError, one_line
+from ldm.pipeline.pipeline import Pipeline
 
 PEERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 FLOW_PEERS = tuple(PEERS)  # StableDiffusionPipeline can use these with flow models, and not the next two
@@ -32,10 +39,6 @@ def warm(
     Both write PNGs. Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no
     folder, and NumericsError where the two images in fp32 differ by more than 2 levels of 255.
     """
-    import numpy as np
-    import torch
-    from PIL import Image
-
     require_peer(sampler)
     device, dtype = resolve_device(device, dtype)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -67,15 +70,11 @@ def require_peer(sampler: str) -> None:
 
 def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     """The names of the device and the dtype, `auto` resolved once for both sides. Raises ConfigError."""
-    from ldm.device import dtype_name, pick_device, pick_dtype
-
     torch_device = pick_device(device)
     return str(torch_device), dtype_name(pick_dtype(dtype, torch_device))
 
 
 def _ldm_call(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
-    from ldm.pipeline import Pipeline
-
     pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
     return lambda: pipe.generate(seed=SEED, sampler=sampler, **settings).save(path)
 
@@ -83,8 +82,6 @@ def _ldm_call(path: Path, model: str, dtype: str, device: str, sampler: str, set
 def _diffusers_call(
     path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]
 ) -> Callable:
-    import torch
-
     pipe = peer(model, dtype, device, sampler)
 
     def draw() -> None:
@@ -100,10 +97,6 @@ def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
     Raises ModelError if it cannot read the folder, ConfigError if its sampler does not go with the model.
     """
     import diffusers
-    import torch
-
-    from ldm.checkpoint import check_model
-    from ldm.device import pick_dtype
 
     folder = check_model(model)
     try:
@@ -121,8 +114,6 @@ def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
 
 def _profile(call: Callable, device: str) -> str:
     """The operators that take longest on the device, as a table of torch's profiler."""
-    import torch
-
     with torch.profiler.profile() as profile:
         call()
     by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"

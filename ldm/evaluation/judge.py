@@ -13,17 +13,12 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
-from ldm.data.emoji import COLOURS, find_font, nearest_colour, objects, scaled
+from ldm.data.emoji import COLOURS, EmojiObject, find_font, nearest_colour, objects, scaled
 from ldm.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ldm.data.emoji import EmojiObject
 
 FRAME = 128  # px; images of other sizes are resized to it
 MARGIN = 4 / 3  # side of a window by the side of the object inside it
@@ -71,10 +66,8 @@ class Verdict:
         return classes.index(thing.lookalike_class) if thing.lookalike_class in classes else len(classes)
 
 
-def to_array(image: Image | np.ndarray) -> np.ndarray:
+def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
     """A PIL image or uint8 (H, W, 3) array as uint8 (128, 128, 3). Raises DataError for anything else."""
-    from PIL import Image
-
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise DataError(f"expected uint8 (H, W, 3), got {image.dtype} {image.shape}", where="judge")
@@ -126,7 +119,7 @@ class Judge:
         classes = {name: i for i, name in enumerate(dict.fromkeys(o.lookalike_class for o in self.objects))}
         self.classes = np.array([classes[o.lookalike_class] for o in self.objects])  # (K,) number of the class
 
-    def __call__(self, image: Image | np.ndarray) -> Verdict:
+    def __call__(self, image: Image.Image | np.ndarray) -> Verdict:
         """Judge an image of one object on a plain background."""
         pixels = to_array(image)
         windows = around(FRAME / 2, FRAME / 2, SIZES, SHIFTS, SHIFTS)
@@ -176,8 +169,6 @@ class View:
     """An image minus its background, of which windows can be cropped; outside the image there is background."""
 
     def __init__(self, pixels: np.ndarray, background: Background):
-        from PIL import Image
-
         self.background = np.array(background.rgb, np.float32) / 255
         wide = np.empty((2 * FRAME, 2 * FRAME, 3), np.uint8)
         wide[:] = np.round(background.rgb)
@@ -186,8 +177,6 @@ class View:
 
     def crops(self, windows: Sequence[Window], cells: int) -> np.ndarray:
         """(W, cells, cells, 3) differences from the background."""
-        from PIL import Image
-
         seen = np.empty((len(windows), cells, cells, 3), np.float32)
         for i, (x, y, size) in enumerate(windows):
             half, shift = size * MARGIN / 2, FRAME / 2

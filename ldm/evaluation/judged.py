@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
 
 from ldm import console
 from ldm.errors import ConfigError
 from ldm.evaluation.arrangements import Arrangement, judge_arrangement
 from ldm.evaluation.judge import Verdict, shared_judge, to_array
 from ldm.evaluation.lists import Prompt
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 FIVE = 5  # "first five": the right class is among so many guesses
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.checkpoint import shipped
 from ldm.data.emoji import COLOURS, EmojiObject, Spec, find, held_out
 from ldm.errors import DataError, nearest
 
@@ -72,8 +73,6 @@ class Prompt:
 
 def folder() -> Path:
     """The folder of the lists: `docs/prompts/` of the checkout, or its copy in the wheel."""
-    from ldm.checkpoint import shipped
-
     return shipped("docs/prompts")
 
 

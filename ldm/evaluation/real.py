@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ldm.data.emoji import COLOURS, Card, Placed, SceneConfig, Spec, find_font, render
 from ldm.data.emoji import layout as places
 from ldm.data.emoji.draws import Draw
 from ldm.evaluation.lists import Prompt
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MIDDLE = places.FRAME // 2
 BESIDE = ("left", "right", "above", "below")

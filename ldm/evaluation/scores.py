@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from ldm import console
+from ldm.checkpoint import Model, load_model
 from ldm.data.emoji import Scene
 from ldm.errors import ConfigError
 from ldm.evaluation.judge import shared_judge
@@ -18,16 +21,13 @@ from ldm.evaluation.lists import Prompt, open_list
 from ldm.evaluation.real import real_images
 from ldm.evaluation.sheet import contact_sheet
 from ldm.files import atomic_write, require_writable
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ldm.checkpoint import Model
-    from ldm.nn.vae import VAE
+from ldm.images import encode, to_pil, to_tensor
+from ldm.nn.vae import VAE
+from ldm.pipeline.pipeline import Pipeline
 
 PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "vae", "device", "dtype")  # the rest goes to `generate`
 
-Renderer = Callable[[list[str], list[int]], Sequence["Image | np.ndarray"]]
+Renderer = Callable[[list[str], list[int]], Sequence[Image.Image | np.ndarray]]
 
 
 def evaluate(
@@ -85,8 +85,6 @@ def evaluate(
 
 def pipeline_renderer(model: Any, texts: list[str], batch_size: int | None, settings: dict[str, Any]) -> Renderer:
     """A renderer that draws one image of each text with a Pipeline. Raises before any weight is read."""
-    from ldm.pipeline import Pipeline
-
     pipeline_settings = {key: value for key, value in settings.items() if key in PIPELINE_ARGUMENTS}
     generate_settings = {key: value for key, value in settings.items() if key not in pipeline_settings}
     pipeline = Pipeline(texts, model=model, **pipeline_settings)
@@ -94,7 +92,7 @@ def pipeline_renderer(model: Any, texts: list[str], batch_size: int | None, sett
 
 
 def judge_scenes(
-    images: Sequence[Image | np.ndarray], scenes: Sequence[Scene], font: str | Path | None = None
+    images: Sequence[Image.Image | np.ndarray], scenes: Sequence[Scene], font: str | Path | None = None
 ) -> dict[str, Any]:
     """The score of images drawn from the captions of these scenes: `first`, `five`, `background`, … (see `summary`)."""
     return summary(judge_images(images, [Prompt.of(scene.spec) for scene in scenes], font))
@@ -107,17 +105,9 @@ def summary(judged: Sequence[Judged]) -> dict[str, Any]:
     is a count of the `background_n` prompts that name a background.
     """
     backgrounds = [j.background_right for j in judged if j.background_right is not None]
-    counts = {
-        "n": len(judged),
-        "named": sum(bool(j.prompt.objects) for j in judged),
-        "first": sum(j.first for j in judged),
-        "five": sum(j.five for j in judged),
-    }
-    counts |= {
-        "objects": sum(j.objects for j in judged),
-        "background": sum(backgrounds),
-        "background_n": len(backgrounds),
-    }
+    counts = {"n": len(judged), "named": sum(bool(j.prompt.objects) for j in judged)}
+    counts |= {name: sum(getattr(j, name) for j in judged) for name in ("first", "five", "objects")}
+    counts |= {"background": sum(backgrounds), "background_n": len(backgrounds)}
     matches = [j.match for j in judged] or [0.0]
     counts |= {f"match_p{q:02d}": round(float(np.percentile(matches, q)), 4) for q in (5, 50)}
     return counts
@@ -133,8 +123,6 @@ def by_group(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
 
 
 def _vae(model: Any, settings: dict[str, Any]) -> VAE:
-    from ldm.checkpoint import load_model
-
     return load_model(model, **{key: settings[key] for key in ("vae", "device", "dtype") if key in settings}).vae
 
 
@@ -158,13 +146,8 @@ def control(
     return report
 
 
-def reconstruct(vae: VAE, images: Sequence[np.ndarray]) -> list[Image]:
+def reconstruct(vae: VAE, images: Sequence[np.ndarray]) -> list[Image.Image]:
     """Images uint8 (H, W, 3) after encoding to the mean and decoding, one at a time."""
-    import torch
-    from PIL import Image
-
-    from ldm.images import to_pil, to_tensor
-
     drawn = [to_tensor(Image.fromarray(image)) for image in images]
     with torch.no_grad():
         return [to_pil(vae.decode(vae.encode(one)).cpu())[0] for one in drawn]
@@ -194,11 +177,8 @@ def table(report: dict[str, Any]) -> str:
     head = f"{'':{width}}  {'first guess':>14} {'first five':>14} {'background':>14} {'match: median':>15} {'5 %':>5}"
     lines = [f"{report['list']}, {report['n']} images by {report['model']}", head]
     for name, s in rows:
-        cells = (
-            _share(s["first"], s["named"]),
-            _share(s["five"], s["named"]),
-            _share(s["background"], s["background_n"]),
-        )
+        counts = (("first", "named"), ("five", "named"), ("background", "background_n"))
+        cells = [_share(s[part], s[whole]) for part, whole in counts]
         match = f" {s['match_p50']:>15.2f} {s['match_p05']:>5.2f}"
         lines.append(f"{name:{width}}  " + " ".join(f"{cell:>14}" for cell in cells) + match)
     return "\n".join(lines)
@@ -216,8 +196,6 @@ def _share(part: int, whole: int) -> str:
 
 
 def _write(folder: Path, report: dict[str, Any], images: Sequence, judged: Sequence[Judged]) -> None:
-    from ldm.images import encode
-
     atomic_write(folder / "sheet.png", encode(contact_sheet(images, judged)))
     text = json.dumps(report, indent=1, ensure_ascii=False, default=str) + "\n"
     console.say(f"wrote {atomic_write(folder / 'scores.json', text)} and sheet.png")

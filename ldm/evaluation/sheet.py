@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm.evaluation.judged import Judged
 from ldm.images import grid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SIDE, FRAME, TEXT, GAP, COLUMNS = 128, 4, 44, 6, 10  # px
 RIGHT, WRONG, INK = (40, 150, 60), (205, 40, 40), (30, 30, 30)
 FONT_SIZE, LINES, WIDTH = 10, 3, 27  # px, lines of text, letters in a line
 
 
-def contact_sheet(images: Sequence[Image | np.ndarray], judged: Sequence[Judged]) -> Image:
+def contact_sheet(images: Sequence[Image.Image | np.ndarray], judged: Sequence[Judged]) -> Image.Image:
     """Rows of ten images. Below each: its prompt, the guess, and the background where it is wrong."""
     return grid([_cell(image, verdict) for image, verdict in zip(images, judged)], COLUMNS, GAP)
 
 
-def _cell(image: Image | np.ndarray, judged: Judged) -> Image:
-    from PIL import Image, ImageDraw, ImageFont
-
+def _cell(image: Image.Image | np.ndarray, judged: Judged) -> Image.Image:
     side = SIDE + 2 * FRAME
     good = (judged.first or not judged.prompt.objects) and judged.background_right is not False
     colour = RIGHT if good else WRONG

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -27,6 +26,8 @@ def export(
     """
     from PIL import Image
 
+    from ldm.images import encode
+
     require(n >= 1, f"must be at least 1, got {n}", "n")
     target = Path(folder)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -38,9 +39,7 @@ def export(
         lines = []
         for index in progress(range(n), desc="scenes", unit="image"):
             scene, name = scenes[index], f"{index:0{digits}d}.png"
-            png = io.BytesIO()
-            Image.fromarray(scene.image).save(png, "PNG")
-            (unfinished / name).write_bytes(png.getvalue())
+            (unfinished / name).write_bytes(encode(Image.fromarray(scene.image)))
             lines.append(json.dumps({"file_name": name, "text": scene.caption}, ensure_ascii=False) + "\n")
         (unfinished / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return target

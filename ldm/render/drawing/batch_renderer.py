@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldm import console
 from ldm.console import StopRequest
 from ldm.device import keep_memory
 from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
+from ldm.pipeline.engine import Engine
 from ldm.pipeline.metadata import make_metadata, warnings_of
+from ldm.pipeline.request import Settings
 from ldm.render.drawing.writer import Drawn, Writer
 from ldm.render.jobs.batches import Group, batch_size, groups, windows
 from ldm.render.jobs.jobs import Job
 from ldm.render.jobs.resolve import Resolver, adapters_of, image_request
 from ldm.render.replay.replay import differences
-
-if TYPE_CHECKING:
-    from ldm.pipeline.engine import Engine
-    from ldm.pipeline.request import Settings
 
 IN_MEMORY = 32  # init images
 WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
+
 from ldm import console
 from ldm.console import StopRequest
 from ldm.errors import ConfigError, Interrupted, ResourceError
@@ -93,8 +95,6 @@ class Worker:
     """Draws and encodes in another process, with as many threads as the driver: so the bytes are the same."""
 
     def __init__(self, threads: int, folder: str, encode: Encode, resolver: Resolver, batch_size: int | None):
-        import torch
-
         torch.set_num_threads(threads)
         with contextlib.suppress(OSError):  # another machine; paths that are not relative work there too
             os.chdir(folder)
@@ -150,16 +150,9 @@ class RayPool:
     """
 
     def __init__(
-        self,
-        resolver: Resolver,
-        writer: Writer,
-        stop: StopRequest,
-        batch_size: int | None,
-        encode: Encode,
-        count: int,
+        self, resolver: Resolver, writer: Writer, stop: StopRequest, batch_size: int | None, encode: Encode, count: int
     ):
         import ray
-        import torch
 
         threads = torch.get_num_threads()
         kind, most, needs = places(ray.cluster_resources(), resolver.device, threads)

@@ -10,7 +10,9 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from ldm.errors import Interrupted, LdmError
 from ldm.images import Metadata
@@ -18,9 +20,6 @@ from ldm.images import encode as encode_image
 from ldm.pipeline.metadata import parameters
 from ldm.render.jobs.jobs import Job
 from ldm.render.output.manifest import Manifest, Report
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 REMARKS = ("truncated", "unknown_words", "remarks")
 WAITING = 16  # images at most between the networks and the disk
@@ -76,11 +75,7 @@ class Writer:
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        report: Report,
-        encode: Callable[[Drawn], bytes],
-        advance: Callable[[int], object],
+        self, manifest: Manifest, report: Report, encode: Callable[[Drawn], bytes], advance: Callable[[int], object]
     ):
         self._manifest, self._report, self._encode, self._advance = manifest, report, encode, advance
         self._queue: queue.Queue[Drawn | None] = queue.Queue(WAITING)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from ldm.checkpoint.describe import ModelInfo
 from ldm.device import free_memory
 from ldm.pipeline.keywords import BATCH
 from ldm.render.jobs.jobs import Job, canonical
 from ldm.render.prompts.setting_table import IMAGE, of_scope
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.checkpoint.describe import ModelInfo
 
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most

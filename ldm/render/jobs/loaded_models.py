@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ldm.checkpoint import Model
 from ldm.checkpoint.describe import describe
 from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.errors import ConfigError, LdmError
-
-if TYPE_CHECKING:
-    from ldm.checkpoint import Model
 
 
 def name_of_loaded(model: Any) -> tuple[str, Model]:
@@ -21,8 +21,6 @@ def name_of_loaded(model: Any) -> tuple[str, Model]:
     One that is what its folder or file holds keeps that name and hash, so that either is the same job. Any other (made
     in memory, with LoRAs or another autoencoder) is hashed over its weights, and no manifest can name it.
     """
-    from ldm.checkpoint import Model
-
     if not isinstance(model, Model):
         raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
     if _as_its_files(model):
@@ -43,8 +41,6 @@ def _as_its_files(model: Model) -> bool:
 
 def weights_hash(model: Model) -> str:
     """sha256 over all weights of a model, their names and types, and the settings that decide its images."""
-    import torch
-
     vae = model.vae
     settings = [dataclasses.asdict(model.unet.config), write_scheduler(model.schedule)]
     settings += [vae.scaling_factor, vae.shift_factor, type(model.text).__name__]

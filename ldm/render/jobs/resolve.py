@@ -7,22 +7,19 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ldm.checkpoint import Model
 from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, resolve
-from ldm.pipeline.sources import DIGESTS, check_sources
+from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
 from ldm.render.jobs.loaded_models import name_of_loaded
 from ldm.render.prompts.setting_table import IMAGE, SETTINGS, of_scope
-
-if TYPE_CHECKING:
-    from ldm.checkpoint import Model
-    from ldm.pipeline.sources import Sources
 
 INITIAL = ("image", "mask_image", "outpaint")  # where an image begins; the size may come from it
 OF_IMAGE = of_scope(IMAGE) - set(INITIAL) | {"lora"}  # resolved by themselves, image by image

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm.errors import ConfigError
 from ldm.render.prompts.line_settings import REFUSED, WORDS, find_word, suggest_word
+from ldm.settings_files import distinct
 
 FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
 # `—steps`, as editors and phones correct `--steps`, and `-steps 30`
@@ -109,12 +110,4 @@ def decode(text: str) -> Any:
         raise ConfigError("bad JSON (nested too deeply)") from None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ConfigError(f"duplicate key {next(key for key in names if names.count(key) > 1)!r:.80}")
-    return members
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+DECODER = json.JSONDecoder(object_pairs_hook=distinct)

@@ -17,8 +17,11 @@ from typing import Any
 
 from ldm import console
 from ldm.device import DTYPES
+from ldm.diffusion.guidance import Guidance
 from ldm.errors import ConfigError, DataError, LdmError
+from ldm.images import read_metadata
 from ldm.pipeline.keywords import GUIDANCE_WORDS
+from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.sources import DIGESTS
 from ldm.render.output.lines import DONE, FAILED, last_lines
 from ldm.render.prompts.entry import Entry, Prompts
@@ -156,8 +159,6 @@ def _consistent(settings: dict[str, Any], changes: Changes) -> dict[str, Any]:
 
 
 def _of_image(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
-    from ldm.images import read_metadata
-
     metadata = read_metadata(path)
     if metadata.ldm:
         return _of_metadata(metadata.ldm, path.parent, changes)
@@ -218,8 +219,6 @@ def _as_in_lines(name: str, value: Any) -> Any:
 
 
 def _check_guidance(settings: Mapping[str, Any]) -> None:
-    from ldm.diffusion.guidance import Guidance
-
     options = {name: settings[word] for word, name in GUIDANCE_WORDS.items() if word in settings}
     try:
         Guidance(scale=settings.get("guidance_scale", 1.0), **options)
@@ -293,8 +292,6 @@ def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
 
     The dtype is that of the image, where it is known. Raises the error of a source that cannot be repeated.
     """
-    from ldm.pipeline import Pipeline
-
     if replay.entry.error is not None:
         raise replay.entry.error
     call = {name: value for name, value in replay.entry.settings.items() if name != "name"}

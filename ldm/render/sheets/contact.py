@@ -6,13 +6,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm.config import require
+from ldm.console import progress
+from ldm.files import atomic_write
+from ldm.images import encode
 from ldm.render.output.folder import finished
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from ldm.render.sheets import labels
 
 FOLDER = "contact"  # of the pages, in the rendered folder
 COLUMNS, ROWS = 6, 8
@@ -25,10 +28,6 @@ def write_contact_sheets(folder: str | os.PathLike, columns: int = COLUMNS, rows
 
     Raises ConfigError where the folder was not rendered, ResourceError where the pages cannot be written.
     """
-    from ldm.console import progress
-    from ldm.files import atomic_write
-    from ldm.images import encode
-
     require(1 <= columns <= 50, f"{columns} is outside 1 to 50", "columns")
     require(1 <= rows <= 50, f"{rows} is outside 1 to 50", "rows")
     lines = finished(folder)
@@ -43,21 +42,15 @@ def write_contact_sheets(folder: str | os.PathLike, columns: int = COLUMNS, rows
     return paths
 
 
-def contact_sheets(lines: list[dict[str, Any]], folder: Path, columns: int, rows: int) -> Iterator[Image]:
+def contact_sheets(lines: list[dict[str, Any]], folder: Path, columns: int, rows: int) -> Iterator[Image.Image]:
     """Pages of columns x rows images from the manifests' lines; one that cannot be read is a grey square."""
-    sides = [
-        side for line in lines for name in ("width", "height") if isinstance(side := line["settings"].get(name), int)
-    ]
-    side = max(LEAST, min(SIDE, max(sides, default=SIDE)))
+    sides = [line["settings"].get(name) for line in lines for name in ("width", "height")]
+    side = max(LEAST, min(SIDE, max((side for side in sides if isinstance(side, int)), default=SIDE)))
     for start in range(0, len(lines), columns * rows):
         yield _page(lines[start : start + columns * rows], folder, columns, side)
 
 
-def _page(lines: list[dict[str, Any]], folder: Path, columns: int, side: int) -> Image:
-    from PIL import Image, ImageDraw, ImageFont
-
-    from ldm.render.sheets import labels
-
+def _page(lines: list[dict[str, Any]], folder: Path, columns: int, side: int) -> Image.Image:
     font = ImageFont.load_default(FONT_SIZE)
     height = side + GAP + LINES * labels.line_height(font)
     sheet_rows = -(-len(lines) // columns)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from ldm import console
 from ldm.files import atomic_write
 from ldm.images import encode
 from ldm.render.sheets import labels
 from ldm.render.sheets.axes import MAX_AXES, Axis
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ldm.render.sheets.labels import Source
+from ldm.render.sheets.labels import Source
 
 FOLDER = "grids"  # of the sheets, in the rendered folder
 MAX_SIDE, MAX_AREA = 16_000, 64_000_000  # pixels of a sheet; larger images are made smaller
@@ -40,10 +38,8 @@ def write_sheets(
     return paths
 
 
-def draw_sheet(axes: Sequence[Axis], images: Sequence[Source], title: str = "") -> Image:
+def draw_sheet(axes: Sequence[Axis], images: Sequence[Source], title: str = "") -> Image.Image:
     """The images of `grid_entries`, in its order, as one sheet with labels; None is a grey cell."""
-    from PIL import Image, ImageDraw, ImageFont
-
     axes = (*axes, *[Axis("", ("",), (), "")] * (MAX_AXES - len(axes)))
     columns, rows, blocks = (len(axis.labels) for axis in axes)
     across = max(1, min(blocks, round(math.sqrt(blocks * rows / columns)))) if blocks > 1 else 1  # blocks side by side
@@ -61,8 +57,6 @@ def draw_sheet(axes: Sequence[Axis], images: Sequence[Source], title: str = "") 
 
 def _cell_size(images: Sequence[Source], columns: int, rows: int) -> tuple[int, int]:
     """(width, height) of a cell: the largest image's, or less where the sheet would be too large."""
-    from PIL import Image
-
     sizes = [(64, 64)]
     for source in images:
         try:

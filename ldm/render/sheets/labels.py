@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont
+from PIL import Image
+from PIL.ImageDraw import ImageDraw
+from PIL.ImageFont import FreeTypeFont
 
-    Source = Image | str | os.PathLike | None  # an image, its file, or nothing to show
+from ldm.images import flatten
 
+Source = Image.Image | str | os.PathLike | None  # an image, its file, or nothing to show
 INK, PAPER, EMPTY = (30, 30, 30), (255, 255, 255), (225, 225, 225)
 MOST = 1000  # characters of a text that are read
 SPACING = 1.3  # line heights
@@ -59,22 +58,15 @@ def line_height(font: FreeTypeFont) -> int:
     return round(font.size * SPACING)
 
 
-def tile(source: Source, width: int, height: int) -> Image | None:
+def tile(source: Source, width: int, height: int) -> Image.Image | None:
     """An image that fits the place, made smaller if need be; None where there is none or it cannot be read."""
-    from PIL import Image
-
-    from ldm.images import flatten
-
     if source is None:
         return None
     try:
         with Image.open(source) if isinstance(source, (str, os.PathLike)) else source.copy() as image:
             scale = min(1.0, width / image.width, height / image.height)
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-            return (
-                flatten(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
-                if size != image.size
-                else flatten(image).copy()
-            )
+            flat = flatten(image)
+            return flat.copy() if size == image.size else flat.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     except (OSError, ValueError, SyntaxError):
         return None
