@@ -1,4 +1,4 @@
-"""Two thousand mutants of a weight file: with a manifest all are refused, without one each is sound or one line."""
+"""Mutants of a weight file: with a manifest all are refused, without one each is sound or refused in one line."""
 
 import json
 import shutil
@@ -17,7 +17,6 @@ from ldm.checkpoint.parts import save_parts
 from ldm.checkpoint.safety import ITEM_BYTES
 from ldm.errors import ModelError
 
-COUNT = 2000
 FILE = "diffusion_pytorch_model.safetensors"
 MUTATIONS = []
 
@@ -236,12 +235,13 @@ def tensors(folder):
     return read_part(vae_layout(folder), "vae", torch.float32, torch.device("cpu"), {}, lambda size: None)
 
 
-def test_mutants_with_a_manifest_are_all_refused_and_without_one_sound_or_one_line(folders):
+@pytest.mark.parametrize("count", [pytest.param(600, id="few"), pytest.param(2000, id="many", marks=pytest.mark.slow)])
+def test_mutants_with_a_manifest_are_all_refused_and_without_one_sound_or_one_line(count, folders):
     with_manifest, without = folders
     raw = (without / FILE).read_bytes()
     original, reasons, loaded, loadable = tensors(with_manifest), set(), 0, 0
     assert whole(with_manifest)
-    for number, (kind, mutant) in enumerate(mutants(raw, COUNT)):
+    for number, (kind, mutant) in enumerate(mutants(raw, count)):
         (without / FILE).write_bytes(mutant)
         assert outcome(whole, with_manifest)[1], kind
         ours, line = outcome(tensors, without)
@@ -257,4 +257,4 @@ def test_mutants_with_a_manifest_are_all_refused_and_without_one_sound_or_one_li
             line = outcome(whole, without)[1]
             assert (line is None) == (fits and all(t.is_floating_point() for t in theirs.values())), (kind, line)
             loadable += line is None
-    assert COUNT * 0.1 < loaded < COUNT * 0.5 and loadable > 5 and len(reasons) > 100
+    assert count * 0.1 < loaded < count * 0.5 and loadable > count // 400 and len(reasons) > count // 20

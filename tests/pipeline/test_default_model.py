@@ -6,6 +6,7 @@ import torch
 
 from ldm import Pipeline
 from ldm.checkpoint import default_folder, load_model
+from ldm.device import fast_bf16
 from ldm.evaluation.judge import background_of, to_array
 from tests.checkpoint.test_checkpoint_model import diffusers_pipeline
 
@@ -28,7 +29,11 @@ def test_it_keeps_to_its_limits():
     assert "trained_on:" in (folder / "README.md").read_text().split("---")[1]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+# A CPU without bfloat16 of its own takes ten minutes for it; the tiny model's test of this name does not.
+BF16 = pytest.param("bf16", marks=() if fast_bf16(torch.device("cpu")) else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", BF16])
 def test_an_image_is_the_same_in_batches_of_1_to_17(dtype):
     prompts = [PROMPTS[i % 4] for i in range(17)]
 
@@ -36,11 +41,10 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype):
         found = []
 
         def last(i, x, x0):
-            if i == 1:
-                found.extend(x.clone())
+            found.extend(x.clone())
 
         pipe = Pipeline(prompts[:count], dtype=dtype)
-        images = pipe.generate(seed=list(range(count)), batch_size=count, num_inference_steps=2, callback=last)
+        images = pipe.generate(seed=list(range(count)), batch_size=count, num_inference_steps=1, callback=last)
         return torch.stack(found), [image.tobytes() for image in images]
 
     latents, pictures = draw(17)
