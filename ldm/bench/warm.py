@@ -44,7 +44,11 @@ def warm(
     settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     with tempfile.TemporaryDirectory() as folder:
         files = {"ldm": Path(folder) / "ours.png", "diffusers": Path(folder) / "theirs.png"}
-        draw_ldm = _ldm_call(files["ldm"], model, dtype, device, sampler, settings)
+        pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
+
+        def draw_ldm() -> None:
+            pipe.generate(seed=SEED, sampler=sampler, **settings).save(files["ldm"])
+
         draw_diffusers = _diffusers_call(files["diffusers"], model, dtype, device, sampler, settings)
         draw_ldm(), draw_diffusers()
         ldm_pixels, diffusers_pixels = (np.asarray(Image.open(path)).astype(float) for path in files.values())
@@ -72,11 +76,6 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     """The names of the device and the dtype, `auto` resolved once for both sides. Raises ConfigError."""
     torch_device = pick_device(device)
     return str(torch_device), dtype_name(pick_dtype(dtype, torch_device))
-
-
-def _ldm_call(path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]) -> Callable:
-    pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
-    return lambda: pipe.generate(seed=SEED, sampler=sampler, **settings).save(path)
 
 
 def _diffusers_call(

@@ -24,14 +24,8 @@ WHITE = (255, 255, 255)
 MAX_MEMORY = 198_000_000  # bytes that reading one image may take
 MAX_PIXELS = 64_000_000
 DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # measured bytes per pixel while the whole image is decoded
-STORED = {
-    "1": 1,
-    "L": 1,
-    "P": 1,
-    "I;16": 2,
-    "I;16B": 2,
-    "I;16L": 2,
-}  # bytes per pixel by mode in the other formats, else 4
+# bytes per pixel by mode in the other formats, else 4
+STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixels
 MAX_FILE = 200_000_000  # bytes
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it

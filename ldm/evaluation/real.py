@@ -16,21 +16,18 @@ MIDDLE = places.FRAME // 2
 BESIDE = ("left", "right", "above", "below")
 
 
-def real_image(prompt: Prompt, seed: int, font: str | Path | None = None) -> np.ndarray:
-    """uint8 (128, 128, 3), a function of (prompt, seed). Raises DataError where the font is missing."""
-    return render(_spec(prompt, seed), find_font(font))
-
-
 def real_images(prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None) -> list[np.ndarray]:
-    """One true image of each prompt."""
-    return [real_image(prompt, seed, font) for prompt, seed in zip(prompts, seeds)]
+    """A true image of each prompt: uint8 (128, 128, 3), a function of (prompt, seed). Raises DataError: no font."""
+    return [render(_spec(prompt, seed), find_font(font)) for prompt, seed in zip(prompts, seeds)]
 
 
 def _spec(prompt: Prompt, seed: int) -> Spec:
     draw, cards = Draw(seed, 0), ()
     colour = prompt.colour or draw.pick(tuple(COLOURS))
     if prompt.family == "pair":
-        objects = _two(draw, prompt, prompt.detail)
+        position = draw.pick(BESIDE) if prompt.detail == "and" else prompt.detail
+        both = places.pair(draw, position, places.PAIR_SIZE)
+        objects = [Placed(thing, *place) for thing, place in zip(prompt.objects, both)]
     elif prompt.family == "count":
         size, points = places.several(draw, int(prompt.detail))
         objects = [Placed(prompt.objects[0], *point, size) for point in points]
@@ -45,13 +42,6 @@ def _spec(prompt: Prompt, seed: int) -> Spec:
         size = draw.integer(*defaults.size)
         objects = [Placed(prompt.objects[0], *places.jittered(draw, MIDDLE, MIDDLE, size, defaults.jitter), size)]
     return Spec(prompt.family, prompt.text, COLOURS[colour], colour, True, tuple(objects), cards=tuple(cards))
-
-
-def _two(draw: Draw, prompt: Prompt, relation: str) -> list[Placed]:
-    position = draw.pick(BESIDE) if relation == "and" else relation
-    sizes = (draw.integer(*places.PAIR_SIZE), draw.integer(*places.PAIR_SIZE))
-    points = places.two(draw, position, sizes)
-    return [Placed(thing, *point, size) for thing, point, size in zip(prompt.objects, points, sizes)]
 
 
 def _cards(draw: Draw, prompt: Prompt) -> list[Card]:

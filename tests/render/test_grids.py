@@ -12,8 +12,7 @@ from ldm.errors import ConfigError
 from ldm.images import encode
 from ldm.pipeline.result import Target
 from ldm.render.jobs.jobs import Shard, short
-from ldm.render.jobs.run import Run
-from ldm.render.jobs.scan import scan
+from ldm.render.jobs.scan import Run, scan
 from ldm.render.output.folder import finished
 from ldm.render.output.manifest import Manifest
 from ldm.render.prompts.entry import Prompts

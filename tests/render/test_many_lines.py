@@ -15,7 +15,7 @@ from ldm.render.jobs.jobs import Shard
 from ldm.render.drawing.runner import _resolver
 from ldm.render.prompts.files import open_prompts
 from ldm.render.jobs.job_file import JobFile
-from ldm.render.jobs.run import Run
+from ldm.render.jobs.scan import Run
 from ldm.render.jobs.scan import scan
 
 def used():

@@ -21,11 +21,7 @@ V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors: their names are the me
 PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 PREDICTION_TYPES |= {"x": "sample", "x0": "sample", "sample": "sample"}
 # metadata whose value is the prediction type
-NAMED_BY = (
-    "modelspec.prediction_type",
-    "modelspec.predict_key",
-    "prediction_type",
-)
+NAMED_BY = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
 UNKNOWN = "its prediction type is not in the file: epsilon and v models have the same names"
 HINT = "give --prediction-type epsilon (2.x base, 512 pixels) or v_prediction (2.x, 768 pixels)"

@@ -27,11 +27,7 @@ SUFFIX = ".safetensors"
 
 
 def save_single(
-    model: Model,
-    path: str | Path,
-    dtype: torch.dtype,
-    card: str | None = None,
-    advance: Advance = silent,
+    model: Model, path: str | Path, dtype: torch.dtype, card: str | None = None, advance: Advance = silent
 ) -> Path:
     """Write the whole model into one file, atomically; only another single-file model is replaced.
 
@@ -95,7 +91,6 @@ def _family(model: Model) -> str | None:
 
 
 def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
-
     states = {"unet": model.unet.state_dict(), "vae": model.vae.module.state_dict()}
     return states | {f"text_encoder{suffix}": text_state(text) for suffix, text in encoders(model.text).items()}
 

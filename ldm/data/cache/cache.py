@@ -15,7 +15,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 from ldm import files
 from ldm.config import require
@@ -24,16 +27,12 @@ from ldm.data.cache.shards import SHARD_BYTES, Shards
 from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, Interrupted, LdmError, NumericsError
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
 FORMAT = 1  # of the entries; raised when pixels or latents are computed in another way
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
-Encode = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]  # (1, 3, H, W) in [-1, 1] -> mean, std
-Embed = Callable[[list[str]], Mapping[str, "torch.Tensor"]]  # one text -> tensors (1, …) by name
-Open = Callable[[int], tuple["Image.Image", str]]  # position -> upright RGB image, identity of what was read
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1, 3, H, W) in [-1, 1] -> mean, std
+Embed = Callable[[list[str]], Mapping[str, Tensor]]  # one text -> tensors (1, …) by name
+Open = Callable[[int], tuple[Image.Image, str]]  # position -> upright RGB image, identity of what was read
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,16 @@ class Cache:
         """Read the entries that another process of the same run has prepared. Takes no lock and changes nothing."""
         self._shards.reload()
 
-    def latents(self, identity: str, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    def latents(self, identity: str, view: View) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of an image's latents, two fp32 (C, h, w). Raises DataError."""
         entry = self._get(self._latent_key(identity, view), f"the image {identity}")
         return entry["mean"].float(), entry["std"].float()
 
-    def text(self, caption: str) -> dict[str, torch.Tensor]:
+    def text(self, caption: str) -> dict[str, Tensor]:
         """The tensors of a caption as `embed` names them, without its first dimension, in `dtype`. Raises DataError."""
         return self._get(self._text_key(caption), f"the caption {caption[:60]!r}")
 
-    def _get(self, key: str, what: str) -> dict[str, torch.Tensor]:
+    def _get(self, key: str, what: str) -> dict[str, Tensor]:
         there, entry = key in self._shards, self._shards.get(key)
         if entry is None:
             what = f"the entry of {what} was damaged after it had been checked" if there else f"has no entry of {what}"
@@ -168,8 +167,6 @@ class Cache:
 
     def _make(self, what: str, jobs: Mapping[str, int], make: Callable[[str], None], stop: StopRequest) -> None:
         """Make every entry (`jobs`: key -> its share of the work); print the disk space needed after the first."""
-        import torch
-
         announced = False
         with torch.no_grad(), progress(total=len(jobs), desc=f"preparing {what}", unit="entry") as bar:
             for key, share in jobs.items():
@@ -190,9 +187,7 @@ class Cache:
         free = shutil.disk_usage(self.folder).free
         say(f"cache: {count} {what} to prepare, {_megabytes(needed)} in {self.folder} ({_megabytes(free)} free)")
 
-    def _put(self, key: str, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-        import torch
-
+    def _put(self, key: str, tensors: Mapping[str, Tensor], where: str) -> None:
         kind = getattr(torch, DTYPES[self.dtype])
         cast = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
         if not all(bool(torch.isfinite(t).all()) for t in cast.values()):

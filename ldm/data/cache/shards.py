@@ -14,13 +14,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import safetensors
+import torch
 
 from ldm import files
 from ldm.console import warn
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX, FORMAT = "index.json", 1
 PATTERN = "ldm-cache-*.safetensors"
@@ -216,16 +216,12 @@ def _digest(key: str, layout: Layout, raw: list[bytes]) -> str:
 
 def _stored(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     """(type, shape, bytes) of a tensor of one of the types above."""
-    import torch
-
     code = {getattr(torch, name): code for code, name in _TORCH.items()}[tensor.dtype]
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return code, tuple(tensor.shape), data
 
 
 def _tensor(code: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:
-    import torch
-
     return torch.frombuffer(bytearray(data), dtype=getattr(torch, _TORCH[code])).reshape(shape)
 
 
@@ -249,8 +245,6 @@ def _header(entries: Mapping[str, dict[str, tuple]]) -> tuple[bytes, list[tuple[
 
 def _read_header(path: Path) -> tuple[dict, int] | None:
     """(table, bytes before the first tensor) of a safetensors file; None where it is damaged."""
-    import safetensors
-
     try:
         with safetensors.safe_open(path, "np"):  # checks offsets, shapes and the file's length
             pass

@@ -10,30 +10,6 @@ from ldm.data.emoji.table import EmojiObject, class_of, common, everyday, find, 
 
 EVERYDAY: tuple[str, ...] = tuple(thing.word for thing in everyday())  # the 150 words that people type first
 
-__all__ = [
-    "COLOURS",
-    "EVERYDAY",
-    "MIXED",
-    "Card",
-    "EmojiObject",
-    "Placed",
-    "Scene",
-    "SceneConfig",
-    "Scenes",
-    "Spec",
-    "canonical",
-    "class_of",
-    "common",
-    "everyday",
-    "export",
-    "find",
-    "find_font",
-    "held_out",
-    "lookalikes",
-    "nearest_colour",
-    "objects",
-    "render",
-    "scaled",
-    "sprite",
-    "vocabulary",
-]
+__all__ = ["COLOURS", "EVERYDAY", "MIXED", "Card", "EmojiObject", "Placed", "Scene", "SceneConfig", "Scenes", "Spec"]
+__all__ += ["canonical", "class_of", "common", "everyday", "export", "find", "find_font", "held_out", "lookalikes"]
+__all__ += ["nearest_colour", "objects", "render", "scaled", "sprite", "vocabulary"]

@@ -49,6 +49,12 @@ def two(draw: Draw, relation: str, sizes: tuple[int, int], fixed: bool = False) 
     return a, b
 
 
+def pair(draw: Draw, relation: str, low_high: tuple[int, int], fixed: bool = False) -> list[tuple[int, int, int]]:
+    """(x, y, size) of a and b, placed as in `two`; their sizes are drawn by themselves."""
+    sizes = (side(draw, low_high, fixed), side(draw, low_high, fixed))
+    return [(*point, size) for point, size in zip(two(draw, relation, sizes, fixed), sizes)]
+
+
 def several(draw: Draw, count: int, fixed: bool = False) -> tuple[int, list[Place]]:
     """(size, centres) of `count` equal objects that do not overlap: rows, columns, triangles, a square.
 

@@ -275,10 +275,8 @@ def _pair(draw: Draw, config: SceneConfig) -> Spec:
     (a, b), background = _two_objects(draw, config), _draw_background(draw, config)
     relation = draw.pick(tuple(captions.RELATIONS))
     position = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
-    fixed = _is_fixed(draw, config)
-    sizes = (layout.side(draw, layout.PAIR_SIZE, fixed), layout.side(draw, layout.PAIR_SIZE, fixed))
-    places = layout.two(draw, position, sizes, fixed)
-    placed = [Placed(thing, *place, size) for thing, place, size in zip((a, b), places, sizes)]
+    places = layout.pair(draw, position, layout.PAIR_SIZE, _is_fixed(draw, config))
+    placed = [Placed(thing, *place) for thing, place in zip((a, b), places)]
     judged = [(relation, a.codepoints, b.codepoints)]
     phrase = captions.pair(draw, relation, a, b)
     shown = [(position, a.codepoints, b.codepoints)]
@@ -308,14 +306,11 @@ def _card(draw: Draw, config: SceneConfig) -> Spec:
     position = draw.pick(("left", "right", "above", "below"))
     fixed = _is_fixed(draw, config)
     if both:
-        sizes = (layout.side(draw, layout.TWO_CARDS_SIZE, fixed), layout.side(draw, layout.TWO_CARDS_SIZE, fixed))
-        places = layout.two(draw, position, sizes, fixed)
+        places = layout.pair(draw, position, layout.TWO_CARDS_SIZE, fixed)
     else:
-        sizes = (layout.side(draw, layout.CARD_SIZE, fixed),)
-        places = (layout.jittered(draw, middle, middle, sizes[0], 0 if fixed else config.jitter),)
-    cards = tuple(
-        Card(draw.pick(("card", "disc")), colour, *place, size) for colour, place, size in zip(colours, places, sizes)
-    )
+        size = layout.side(draw, layout.CARD_SIZE, fixed)
+        places = [(*layout.jittered(draw, middle, middle, size, 0 if fixed else config.jitter), size)]
+    cards = tuple(Card(draw.pick(("card", "disc")), colour, *place) for colour, place in zip(colours, places))
     placed = [Placed(thing, card.x, card.y, round(card.size * layout.CARD_SHARE)) for thing, card in zip(things, cards)]
     judged = [("card", p.object.codepoints, card.colour) for p, card in zip(placed, cards)]
     phrase = " and ".join(captions.on_card(draw, p.object, c.shape, c.colour) for p, c in zip(placed, cards))

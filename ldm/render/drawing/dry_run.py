@@ -14,8 +14,7 @@ from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job
 from ldm.render.jobs.resolve import Resolver, image_request
-from ldm.render.jobs.run import Run
-from ldm.render.jobs.scan import Scan, scan
+from ldm.render.jobs.scan import Run, Scan, scan
 from ldm.render.output.lines import DONE, is_inside, read_manifest
 
 SHOWN = 80  # characters of a prompt

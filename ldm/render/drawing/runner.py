@@ -23,8 +23,7 @@ from ldm.render.drawing.writer import Encode, Writer, WriterStopped
 from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Shard, short
 from ldm.render.jobs.resolve import Resolver
-from ldm.render.jobs.run import Run
-from ldm.render.jobs.scan import Scan, scan
+from ldm.render.jobs.scan import Run, Scan, scan
 from ldm.render.output.lines import DONE, is_inside, read_manifest
 from ldm.render.output.manifest import Manifest, Report
 from ldm.render.prompts.entry import Prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,7 @@ class Resolver:
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
-        if key not in self._models:
-            try:
-                self._models[key] = self._engine(*key)
-            except LdmError as error:
-                self._models[key] = error
-        return _or_raise(self._models[key])
+        return _once(self._models, key, lambda: self._engine(*key))
 
     def _engine(self, model: str, vae: str | None, dtype: str) -> tuple[Engine, ModelInfo]:
         options = {"vae": vae, "dtype": dtype, **self._options}
@@ -111,13 +106,7 @@ class Resolver:
         return prompt, adapters
 
     def _check_fit(self, engine: Engine, adapters: tuple[Adapter, ...]) -> None:
-        key = id(engine), *(adapter.path for adapter in adapters)
-        if key not in self._fitting:
-            try:
-                self._fitting[key] = engine.check(adapters)
-            except LdmError as error:
-                self._fitting[key] = error
-        _or_raise(self._fitting[key])
+        _once(self._fitting, (id(engine), *(adapter.path for adapter in adapters)), lambda: engine.check(adapters))
 
     def _remembered(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Sources | None]:
         """`_resolved`, once for all lines that ask for the same; images are read each time."""
@@ -188,7 +177,13 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else tuple(value.items()) if isinstance(value, dict) else value
 
 
-def _or_raise(value: Any) -> Any:
-    if isinstance(value, LdmError):
-        raise value
-    return value
+def _once(table: dict, key: tuple, make: Callable[[], Any]) -> Any:
+    """What `make` gives for this key, or raises: asked once, and kept in `table`."""
+    if key not in table:
+        try:
+            table[key] = make()
+        except LdmError as error:
+            table[key] = error
+    if isinstance(table[key], LdmError):
+        raise table[key]
+    return table[key]

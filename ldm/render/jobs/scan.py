@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm import console
 from ldm.errors import ConfigError
 from ldm.render.jobs.job_file import JobFile
-from ldm.render.jobs.jobs import Job, Plan, short
-from ldm.render.jobs.run import Run
-from ldm.render.prompts.entry import Entry
+from ldm.render.jobs.jobs import Job, Plan, Shard, short
+from ldm.render.prompts.entry import Entry, Prompts
+from ldm.render.prompts.templates import Wildcards
+
+if TYPE_CHECKING:
+    from ldm.pipeline.result import Target
+    from ldm.render.jobs.resolve import Resolver
 
 SHOWN = 10  # bad lines that are shown one by one; the report holds all
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `render`, checked."""
+
+    prompts: Prompts
+    target: Target
+    defaults: Mapping[str, Any]
+    resolver: Resolver
+    wildcards: Wildcards | None
+    seed: int
+    shard: Shard
+    batch_size: int | None
+    metadata: bool
+    ray: str | None = None  # the address of a cluster
 
 
 @dataclass

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ldm.errors import ConfigError
 from ldm.render.prompts.csv_table import EXCEL, read_csv
@@ -35,7 +35,8 @@ def read_entries(
     without a prompt column.
     """
     if not isinstance(prompts, (str, os.PathLike)):
-        yield from _elements(enumerate(prompts, 1), name or "prompts", Path())
+        for number, item in enumerate(prompts, 1):
+            yield make_entry(f"{name or 'prompts'}, entry {number}", number, item, pairs_of_value, Path())
         return
     if os.fspath(prompts) == "-":
         yield from _read(sys.stdin.buffer, name or "stdin", "", Path())
@@ -119,8 +120,3 @@ def _lines(handle: BinaryIO, name: str) -> Lines:
         except UnicodeDecodeError as error:
             place = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
             yield number, ConfigError(f"is not UTF-8 ({place})", hint="save the file as UTF-8")
-
-
-def _elements(items: Iterable[tuple[int, Any]], name: str, base: Path) -> Iterator[Entry]:
-    for number, item in items:
-        yield make_entry(f"{name}, entry {number}", number, item, pairs_of_value, base)
