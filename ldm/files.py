@@ -19,6 +19,15 @@ from typing import Any, ClassVar
 from ldm.errors import LdmError, ModelError, ResourceError
 
 MANIFEST = "manifest.json"
+DISK_HINTS = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your disk quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.ENOTDIR: "choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 _numbers = itertools.count()
 
 
@@ -30,16 +39,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileExistsError):
             raise
-        hint = {
-            errno.ENOSPC: "free some disk space",
-            errno.EDQUOT: "free some of your disk quota",
-            errno.EFBIG: "raise the limit on the size of files",
-            errno.EROFS: "choose a folder that can be written",
-            errno.EACCES: "choose a folder that can be written",
-            errno.ENOTDIR: "choose another folder",
-            errno.ENAMETOOLONG: "choose a shorter name",
-        }.get(error.errno)
-        raise ResourceError(f"cannot be written ({error.strerror or error})", where=path, hint=hint) from None
+        what = f"cannot be written ({error.strerror or error})"
+        raise ResourceError(what, where=path, hint=DISK_HINTS.get(error.errno)) from None
 
 
 def _create(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Models on disk: loaded, checked and saved as diffusers folders."""
 
-from ldm.checkpoint.default import default_folder, shipped
+from ldm.checkpoint.folder import default_folder, shipped
 from ldm.checkpoint.model import card_of, check_model, clear_cache, load_model, settings_of
 from ldm.checkpoint.save import save_model
 from ldm.checkpoint.types import Model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.nn.text import ClipText, T5Text, TextEncoder
-    from ldm.nn.unet import UNet, UNetConfig
+    from ldm.nn.unet import UNetConfig
     from ldm.nn.vae import VAE
 
 PREFIX = "text_model."  # of CLIP's keys in files; transformers 5 leaves it out of CLIPTextModel
@@ -27,13 +27,6 @@ def unet_config(layout: Layout) -> UNetConfig:
 
     where = layout.folder / "unet/config.json"
     return _checked(lambda: UNetConfig.from_diffusers(layout.configs["unet"], where), where)
-
-
-def build_unet(layout: Layout, state: Mapping[str, torch.Tensor]) -> UNet:
-    """The U-Net of `unet/config.json` with these tensors. Raises ModelError for unsupported settings and wrong keys."""
-    from ldm.nn.unet import load_unet
-
-    return load_unet(unet_config(layout), state, layout.folder / "unet")
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
@@ -91,13 +84,13 @@ def clip_text(
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from ldm.nn.text import ClipText
-    from ldm.nn.weights import load_weights
+    from ldm.nn.weights import load_weights, on_meta
 
     projected = (config.get("architectures") or ("",))[0] == "CLIPTextModelWithProjection"
     encoder_class = CLIPTextModelWithProjection if projected else CLIPTextModel
     settings = _checked(lambda: CLIPTextConfig.from_dict(dict(config)), where)
-    names = _checked(lambda: list(_on_meta(lambda: encoder_class(settings)).state_dict()), where)
-    encoder = load_weights(lambda: encoder_class(settings), named_as(state, names), where)
+    encoder = _checked(lambda: on_meta(lambda: encoder_class(settings)), where)
+    load_weights(encoder, named_as(state, encoder.state_dict()), where)
     for name, buffer in list(encoder.named_buffers()):  # not in the files: the positions 0, 1, 2, …
         if buffer.is_meta and name.endswith("position_ids"):
             device = next(encoder.parameters()).device
@@ -111,16 +104,17 @@ def t5_text(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokeni
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     from ldm.nn.text import T5Text
-    from ldm.nn.weights import load_weights
+    from ldm.nn.weights import load_weights, on_meta
 
     settings = _checked(lambda: T5Config.from_dict(dict(config)), where)
-    names = _checked(lambda: list(_on_meta(lambda: T5EncoderModel(settings)).state_dict()), where)
+    encoder = _checked(lambda: on_meta(lambda: T5EncoderModel(settings)), where)
+    names = encoder.state_dict().keys()
     shared = state.get("shared.weight", state.get(TIED))  # one table under one or both of its names
     tensors = {
         **state,
         **({} if shared is None else {name: shared for name in ("shared.weight", TIED) if name in names}),
     }
-    encoder = load_weights(lambda: T5EncoderModel(settings), tensors, where)
+    load_weights(encoder, tensors, where)
     encoder.set_input_embeddings(encoder.shared)
     read = _checked(lambda: PreTrainedTokenizerFast.from_pretrained(str(tokenizer), local_files_only=True), tokenizer)
     return _checked(lambda: T5Text(encoder, read), tokenizer)
@@ -136,15 +130,14 @@ def text_widths(layout: Layout) -> tuple[int, int | None]:
     return sum(widths), configs[-1].get("projection_dim", 512) if projected else widths[-1]
 
 
-def named_as(state: Mapping[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """The text encoder's tensors, with or without the prefix `text_model.` as in `names`; without position ids."""
-    known = set(names)
-
-    def name(key: str) -> str:
-        alternative = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
-        return alternative if key not in known and alternative in known else key
-
-    return {name(key): tensor for key, tensor in state.items() if not key.endswith("embeddings.position_ids")}
+def named_as(state: Mapping[str, torch.Tensor], known: Container[str]) -> dict[str, torch.Tensor]:
+    """The text encoder's tensors, with or without the prefix `text_model.` as in `known`; without position ids."""
+    named = {}
+    for key, tensor in state.items():
+        other = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
+        if not key.endswith("embeddings.position_ids"):
+            named[other if key not in known and other in known else key] = tensor
+    return named
 
 
 def check_fit(config: UNetConfig, channels: int, width: int, where: object, pooled: int | None = None) -> None:
@@ -152,14 +145,13 @@ def check_fit(config: UNetConfig, channels: int, width: int, where: object, pool
 
     `pooled` is the width of the pooled text, where there is one; XL's U-Net reads it.
     """
-    if config.cross_attention_dim != width:
-        what = f"the U-Net is for text of width {config.cross_attention_dim}, this one has {width}"
-        raise ModelError(what, where=where)
+    widths = {"text": (config.cross_attention_dim, width)}
     if config.addition_embed_type == "text_time" and pooled is not None:
         expected = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        if pooled != expected:
-            what = f"the U-Net is for pooled text of width {expected}, this one has {pooled}"
-            raise ModelError(what, where=where)
+        widths["pooled text"] = (expected, pooled)
+    for name, (wanted, given) in widths.items():
+        if wanted != given:
+            raise ModelError(f"the U-Net is for {name} of width {wanted}, this one has {given}", where=where)
     if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
         shape = f"{config.in_channels} channels in, {config.out_channels} out"
         raise ModelError(f"the U-Net has {shape}, the VAE {channels} latent channels", where=where)
@@ -180,21 +172,17 @@ def read_part(
     return state
 
 
-def _on_meta(build: Callable[[], Any]) -> Any:
-    import torch
-
-    with torch.device("meta"):
-        return build()
-
-
 def _checked(build: Callable[[], Any], where: object) -> Any:
     """The result of `build`; every error that a file's settings cause becomes a ModelError."""
     try:
         return build()
-    except LdmError as error:
-        if error.where is not None:
-            raise
-        raise type(error)(error.what, where=where, hint=error.hint) from None
     except Exception as error:
+        raise _placed(error, where) from None
+
+
+def _placed(error: Exception, where: object) -> LdmError:
+    """The error with its place; one of another library as ModelError."""
+    if not isinstance(error, LdmError):
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise ModelError(f"the settings cannot be used ({reason})", where=where, hint="get the folder again") from None
+        return ModelError(f"the settings cannot be used ({reason})", where=where, hint="get the folder again")
+    return type(error)(error.what, where=where, hint=error.hint) if error.where is None else error

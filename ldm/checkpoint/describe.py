@@ -13,11 +13,11 @@ import torch
 
 from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
-from ldm.checkpoint.hub import is_hub_id
+from ldm.checkpoint.folder import is_hub_id
 from ldm.checkpoint.model import is_single, resolve, settings_of
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single.read import named, text_on_meta
-from ldm.checkpoint.types import Model
+from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
 from ldm.diffusion.diffusers_config import read_scheduler
 from ldm.diffusion.schedule import Schedule
@@ -58,28 +58,20 @@ def describe(
     """
     if isinstance(model, Model):
         return _of_loaded(model)
-    override, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
+    override, skip = check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
     path = resolve(model, weights=hashed)
     if is_single(path):
-        plan = single.plan_of(path, override, skip)
-        name, configs, card = path.stem, plan.configs, plan.card
-        t5 = configs["text_encoder"].get("model_type") == "t5"
-        with named(path):
-            unet = UNetConfig.from_diffusers(configs["unet"], path)
-            schedule = read_scheduler(dict(configs["scheduler"]))
+        name, configs, card, unet, schedule = _of_single(path, override, skip)
     else:
         hub = is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
         configs, card = layout.configs, layouts.read_card(path)
-        t5 = layout.text_class("text_encoder") in layouts.T5
         unet, schedule = build.unet_config(layout), read_scheduler(dict(configs["scheduler"]))
-    if vae is not None and is_single(Path(vae)):
-        single.vae_prefix(read_header(vae), Path(vae))
     if override is not None:
         schedule = dataclasses.replace(schedule, prediction_type=override)
-    vae_config = {} if vae is None else settings_of(resolve(vae, weights=hashed)).get("vae", {})
-    vae_config = vae_config or configs.get("vae", {})
+    vae_config = (vae is not None and _vae_settings(vae, hashed)) or configs.get("vae", {})
+    t5 = configs["text_encoder"].get("model_type") == "t5"
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
     return ModelInfo(
         name=name,
@@ -92,6 +84,20 @@ def describe(
         card=_drawing_settings(layouts.card_settings(card or "")),
         hash=_hash(path, skip) if hashed else "",
     )
+
+
+def _of_single(path: Path, override: str | None, skip: tuple[str, ...]) -> tuple[Any, ...]:
+    """Name, configs, card, U-Net's settings and schedule of a single file."""
+    plan = single.plan_of(path, override, skip)
+    with named(path):
+        unet = UNetConfig.from_diffusers(plan.configs["unet"], path)
+        return path.stem, plan.configs, plan.card, unet, read_scheduler(dict(plan.configs["scheduler"]))
+
+
+def _vae_settings(vae: str | os.PathLike, weights: bool) -> Mapping[str, Any]:
+    if is_single(Path(vae)):
+        single.vae_prefix(read_header(vae), Path(vae))
+    return settings_of(resolve(vae, weights=weights)).get("vae", {})
 
 
 def text_without_weights(model: str | os.PathLike | Model, prediction_type: str | None = None) -> TextEncoder:

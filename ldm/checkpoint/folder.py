@@ -1,21 +1,27 @@
-"""A diffusers folder: which files a model consists of, checked without reading a weight or importing torch."""
+"""A diffusers folder: where a model is and which files it consists of, checked without reading a weight.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ldm.checkpoint.safety import PICKLES, read_header, read_json, refuse_pickle
 from ldm.checkpoint.tensors import weight_files
 from ldm.errors import ModelError
 from ldm.files import check_manifest, sha256
 
+PACKAGE = Path(__file__).resolve().parents[1]  # …/ldm, through the links of an editable install too
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 INDEX = "model_index.json"
 CARD = "README.md"  # not in the manifest, so that it can be edited
 T5_PIPELINE = "LdmT5Pipeline"  # diffusers layout, our class: diffusers has none of this name and refuses the folder
@@ -57,6 +63,31 @@ OTHERS = {  # pipelines that people will bring, by a part of their class name
 }
 
 
+def shipped(name: str) -> Path:
+    """The folder `weights`, `configs` or `docs/prompts`: the wheel's copy `ldm/_<name>`, else the checkout's.
+
+    The path is returned whether it exists or not.
+    """
+    packaged = PACKAGE / f"_{name.rpartition('/')[2]}"
+    return packaged if packaged.is_dir() else PACKAGE.parent / name
+
+
+def default_folder() -> Path:
+    """The default model's folder. Raises ModelError where this installation has none."""
+    folder = shipped("weights") / "default"
+    if not folder.is_dir():
+        hint = "install the package again, or name a model folder"
+        raise ModelError("the default model is not there", where=folder, hint=hint)
+    return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can only be a repository: `owner/name`, and neither that path nor a folder `owner` exists here."""
+    if Path(name).suffix.lower() in (*PICKLES, ".safetensors"):
+        return False
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.exists()
+
+
 @dataclass(frozen=True)
 class Layout:
     """The files of one model (or of an autoencoder alone, without an index), checked; all paths exist."""
@@ -69,17 +100,12 @@ class Layout:
 
     def settings(self) -> list[str]:
         """Every file beside the weights that loading reads, as paths in the folder."""
-        files = [path for paths in self.weights.values() for path in paths]
-        indexes = [path.relative_to(self.folder) for path in files if path.suffix == ".json"]
-        names = [p.as_posix() for p in indexes]
-        if self.index:
-            names += [INDEX, *(f"{part}/{CONFIGS[part]}" for part in self.configs)]
-        elif self.configs.keys() == {"text_encoder"}:
-            names.append("text_encoder/config.json")
-        else:
-            names.append("config.json")  # an autoencoder's folder
-        tokenizers = [self.tokenizer(part) for part in self.texts()]
-        return names + [f"{t.name}/{name}" for t in tokenizers for name in TOKENIZER if (t / name).is_file()]
+        paths = [path for paths in self.weights.values() for path in paths if path.suffix == ".json"]
+        paths += [self.tokenizer(part) / name for part in self.texts() for name in TOKENIZER]
+        names = [path.relative_to(self.folder).as_posix() for path in paths if path.is_file()]
+        if not self.index and not self.texts():  # an autoencoder's folder
+            return [*names, "config.json"]
+        return [*names, *(f"{part}/{CONFIGS[part]}" for part in self.configs), *([INDEX] if self.index else ())]
 
     def texts(self) -> list[str]:
         """The text encoders in their order."""
@@ -142,8 +168,19 @@ def _checked(layout: Layout) -> Layout:
 
 def check_index(folder: Path) -> dict[str, Any]:
     """model_index.json of a supported kind. Raises ModelError that says what the path is instead."""
-    index = _index(folder)
-    _check_classes(index, folder / INDEX)
+    where = folder / INDEX
+    index = read_json(where) if where.is_file() else _no_index(folder)
+    components = PIPELINES.get(str(index.get("_class_name")))
+    if components is None:
+        raise _unknown(index.get("_class_name"), where)
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or part in IGNORED or value == [None, None]:
+            continue
+        name = value[-1] if value and isinstance(value[-1], str) else str(value)
+        if part not in components or (CLASSES[part] and name not in CLASSES[part]):
+            raise ModelError(f"the component {part} ({name}) is not supported", where=where)
+    if missing := [part for part in components if index.get(part) in (None, [None, None])]:
+        raise _incomplete(index, missing, where)
     return index
 
 
@@ -163,7 +200,8 @@ def vae_layout(folder: Path) -> Layout:
     return _checked(Layout(folder, {}, {"vae": config}, {"vae": weights}, manifest))
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def _no_index(folder: Path) -> NoReturn:
+    """Raise ModelError that says what is there instead of a model's folder."""
     if folder.is_file():
         refuse_pickle(folder)
         if folder.suffix.lower() == ".safetensors":
@@ -173,8 +211,6 @@ def _index(folder: Path) -> dict[str, Any]:
         raise ModelError("is neither a model folder nor a weight file", where=folder)
     if not folder.is_dir():
         raise ModelError("no such model folder", where=folder, hint="check the path, or leave --model out")
-    if (folder / INDEX).is_file():
-        return read_json(folder / INDEX)
     hint = "name the folder that has one"
     if (folder / "model" / INDEX).is_file():
         hint = f"did you mean {folder / 'model'}?"
@@ -185,25 +221,21 @@ def _index(folder: Path) -> dict[str, Any]:
     raise ModelError(f"is no model folder, it has no {INDEX}", where=folder, hint=hint)
 
 
-def _check_classes(index: Mapping[str, Any], where: Path) -> None:
-    """Refuse, by name, every pipeline and component that is not supported."""
-    pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        known = next((name for part, name in OTHERS.items() if part in str(pipeline)), None)
-        what = f"{known} ({pipeline})" if known else f"the pipeline {pipeline}"
-        raise ModelError(f"{what} is not supported", where=where, hint=f"supported: {', '.join(PIPELINES)}")
-    components = PIPELINES[pipeline]
-    missing = [part for part in components if index.get(part) in (None, [None, None])]
-    if {"text_encoder_2", "tokenizer_2"} <= set(components) - set(missing) and "text_encoder" in missing:
-        raise ModelError(f"the XL refiner ({pipeline}) is not supported", where=where)
-    for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or part in IGNORED or value == [None, None]:
-            continue
-        name = value[-1] if value and isinstance(value[-1], str) else str(value)
-        if part not in components or (CLASSES[part] and name not in CLASSES[part]):
-            raise ModelError(f"the component {part} ({name}) is not supported", where=where)
-    if missing:
-        raise ModelError(f"names no {' and no '.join(missing)}", where=where, hint="get the whole model folder")
+def _unknown(pipeline: object, where: Path) -> ModelError:
+    known = next((name for part, name in OTHERS.items() if part in str(pipeline)), None)
+    what = f"{known} ({pipeline})" if known else f"the pipeline {pipeline}"
+    return ModelError(f"{what} is not supported", where=where, hint=f"supported: {', '.join(PIPELINES)}")
+
+
+def _incomplete(index: Mapping[str, Any], missing: list[str], where: Path) -> ModelError:
+    pipeline = index["_class_name"]
+    if (
+        "text_encoder" in missing
+        and PIPELINES[pipeline] is TWO
+        and not {"text_encoder_2", "tokenizer_2"} & set(missing)
+    ):
+        return ModelError(f"the XL refiner ({pipeline}) is not supported", where=where)
+    return ModelError(f"names no {' and no '.join(missing)}", where=where, hint="get the whole model folder")
 
 
 def _check_tokenizer(folder: Path, t5: bool) -> None:
@@ -219,11 +251,9 @@ def _check_tokenizer(folder: Path, t5: bool) -> None:
 
 def check_digest(layout: Layout, name: str, digest: str) -> str:
     """Raise ModelError unless the manifest (if there is one) lists `name` with this sha256; returns the digest."""
-    if not layout.manifest:
-        return digest
-    if name not in layout.manifest:
+    if layout.manifest and name not in layout.manifest:
         raise ModelError("is not listed in the manifest", where=layout.folder / name, hint="remove it or the manifest")
-    if layout.manifest[name]["sha256"] != digest:
+    if layout.manifest and layout.manifest[name]["sha256"] != digest:
         raise ModelError("does not match the manifest's sha256", where=layout.folder / name, hint="get the file again")
     return digest
 
@@ -239,10 +269,9 @@ def identity(folder: Path) -> tuple:
     A single file counts together with the settings beside it; () for what is not there.
     """
     parts = [folder, *(folder / part for part in CLASSES)]
-    paths = sorted(path for part in parts if part.is_dir() for path in part.iterdir() if path.is_file())
-    if folder.is_file():
-        paths = [path for path in (folder, *beside(folder)) if path.is_file()]
-    stats = ((path, path.stat()) for path in paths)
+    paths = [path for part in parts if part.is_dir() for path in part.iterdir()]
+    paths += [folder, *beside(folder)] if folder.is_file() else []
+    stats = ((path, path.stat()) for path in sorted(paths) if path.is_file())
     return tuple((str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats)
 
 

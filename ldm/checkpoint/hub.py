@@ -6,29 +6,20 @@ The commit that a name means is looked up once per process and then kept. No oth
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from ldm.checkpoint.folder import CARD, CLASSES, INDEX, STEMS
-from ldm.checkpoint.safety import PICKLES, read_json
+from ldm.checkpoint.safety import read_json
 from ldm.console import progress
 from ldm.errors import LdmError, ModelError
 from ldm.files import MANIFEST
 
-ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SETTINGS = [INDEX, "config.json", MANIFEST, CARD]
 SETTINGS += [f"{part}/*{suffix}" for part in CLASSES for suffix in (".json", ".txt")]
 WEIGHTS = ["diffusion_pytorch_model*.safetensors", *(f"{part}/{stem}*.safetensors" for part, stem in STEMS.items())]
 HALF = ["*.fp16.*", "*.fp16-*"]  # fetched only where a repository has nothing else
 NEVER = ["*non_ema*", "*flax*", "*openvino*"]
 _commits: dict[tuple[str, str, str], str] = {}  # (cache folder, endpoint, name) -> commit
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether this can only be a repository: `owner/name`, and neither that path nor a folder `owner` exists here."""
-    if Path(name).suffix.lower() in (*PICKLES, ".safetensors"):
-        return False
-    return bool(ID.fullmatch(name)) and not Path(name).exists() and not Path(name).parent.exists()
 
 
 def snapshot(name: str, weights: bool = True) -> Path:

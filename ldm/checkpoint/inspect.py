@@ -15,8 +15,8 @@ from typing import Any
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import lora, single
-from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.families import FAMILIES, Family, family_of
+from ldm.checkpoint.folder import default_folder
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
 from ldm.checkpoint.lora.target import target_for
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import check_fit
-from ldm.checkpoint.default import default_folder
-from ldm.checkpoint.hub import forget, is_hub_id, snapshot
+from ldm.checkpoint.folder import default_folder, is_hub_id
+from ldm.checkpoint.hub import forget, snapshot
 from ldm.checkpoint.safety import read_header, read_json
-from ldm.checkpoint.types import Model
+from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
 from ldm.device import pick_device, pick_dtype
 from ldm.errors import ModelError
@@ -38,7 +38,7 @@ def check_model(
 
     Only the settings of a hub id are fetched. Raises ModelError; None for a loaded model without a folder.
     """
-    override, skip = single.check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
+    override, skip = check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
     if isinstance(model, Model):
         return model.path
     path = resolve(model, weights=False)
@@ -75,7 +75,7 @@ def load_model(
     path = resolve(model)
     vae_path = vae if isinstance(vae, str | os.PathLike | None) else None
     vae_folder = _resolve_vae(vae_path) if vae_path is not None else None
-    override = single.check_prediction_type(prediction_type)
+    override = check_prediction_type(prediction_type)
     read = _cached if cache else _load
     loaded = read(path, str(model), device, dtype, vae_folder, override)
     return loaded if vae is vae_path else _with_vae(loaded, vae, device, dtype)
@@ -173,29 +173,30 @@ def card_of(model: Model) -> str | None:
 def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) -> Model:
     """Settings, checks, then weights, part by part; without the autoencoder where another one replaces it."""
     from ldm.diffusion.diffusers_config import read_scheduler
+    from ldm.nn.unet import load_unet
 
     layout = layouts.read_layout(folder, skip=("vae",) if vae_path else ())
     digests = layouts.check_settings(layout)
     schedule = read_scheduler(dict(layout.configs["scheduler"]))
     vae_config = settings_of(vae_path).get("vae", {}) if vae_path else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
-    build.check_fit(build.unet_config(layout), vae_config.get("latent_channels", 4), width, folder, pooled)
+    config = build.unet_config(layout)
+    build.check_fit(config, vae_config.get("latent_channels", 4), width, folder, pooled)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
     with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
-    unet = build.build_unet(layout, state.pop("unet"))
+    unet = load_unet(config, state.pop("unet"), folder / "unet")
     text = build.build_text(layout, {part: state.pop(part) for part in layout.texts()})
     vae = None if vae_path else build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
     for module in (unet, *text.modules, *(() if vae is None else (vae.module,))):
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
-    info = {**layouts.card_settings(layouts.read_card(folder) or ""), **({"ignored": ignored} if ignored else {})}
-    if layout.text_class("text_encoder") in layouts.T5:
-        info["layout"] = layouts.T5_LAYOUT
+    hub, t5 = is_hub_id(name), layout.text_class("text_encoder") in layouts.T5
+    known = {"ignored": ignored, "layout": t5 and layouts.T5_LAYOUT, "commit": hub and folder.name}
+    info = layouts.card_settings(layouts.read_card(folder) or "")
     info.pop("commit", None)  # a card proves nothing
-    if is_hub_id(name):
-        info["commit"] = folder.name
-    short = name if name == "default" or is_hub_id(name) else folder.resolve().name
+    info |= {key: value for key, value in known.items() if value}
+    short = name if name == "default" or hub else folder.resolve().name
     return Model(unet, vae, text, schedule, short, folder.resolve(), layouts.digest_of(digests), info)
 
 

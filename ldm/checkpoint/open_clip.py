@@ -26,7 +26,7 @@ def load_open_clip(
     weights that do not fit.
     """
     from ldm.nn.text import OpenClipText
-    from ldm.nn.weights import load_weights
+    from ldm.nn.weights import load_weights, on_meta
 
     open_clip, config = _config(name)
     text, weights = config["text_cfg"], Path(weights)
@@ -42,7 +42,7 @@ def load_open_clip(
     with torch.device("meta"):
         names = {f"{prefix}{key}": key for key in build().state_dict() for prefix in ("", "text.")}
     state, _ = read_tensors(weights, dtype, device, names=names)
-    tower = load_weights(build, {names[key]: tensor for key, tensor in state.items()}, weights)
+    tower = load_weights(on_meta(build), {names[key]: tensor for key, tensor in state.items()}, weights)
     tower.attn_mask = tower.build_causal_mask().to(device)  # not in the file
     return OpenClipText(tower.requires_grad_(False), open_clip.SimpleTokenizer(), left_out)
 

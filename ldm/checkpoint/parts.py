@@ -57,6 +57,8 @@ def load_unet_from(folder: Path) -> UNet:
     """The U-Net of a whole model's folder, fp32 on the CPU. Raises ModelError."""
     import torch
 
+    from ldm.nn.unet import load_unet
+
     layout = layouts.read_layout(folder)
     state = build.read_part(layout, "unet", torch.float32, torch.device("cpu"), {})
-    return build.build_unet(layout, state)
+    return load_unet(build.unet_config(layout), state, folder / "unet")

@@ -93,12 +93,18 @@ def read_header(path: str | Path) -> Header:
     Raises ModelError (pickle, truncated, malformed) before any tensor is read, with bounded time and memory.
     """
     path = Path(path)
-    refuse_pickle(path)
     try:
-        with path.open("rb", buffering=0) as handle:
+        with open_weights(path) as handle:
             return read_header_bytes(handle, path)[0]
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def open_weights(path: Path) -> BinaryIO:
+    """The file, opened to be read. Raises ModelError for a pickle by its name, and for what is no file."""
+    if path.suffix.lower() in PICKLES or not path.is_file():
+        refuse_pickle(path)
+    return path.open("rb")
 
 
 def read_header_bytes(handle: BinaryIO, path: Path) -> tuple[Header, bytes]:
@@ -115,7 +121,7 @@ def read_header_bytes(handle: BinaryIO, path: Path) -> tuple[Header, bytes]:
     return _parse(raw, size, path), start + raw
 
 
-def _parse(raw: bytes, size: int, where: object) -> Header:
+def _parse(raw: bytes, size: int, where: Path) -> Header:
     """Check the header's JSON against the format; `size` is the whole file's. Raises ModelError with the reason."""
     if sum(raw.count(mark) for mark in (b"{", b"[", b":")) > MAX_MARKS:
         raise _malformed("its header lists more than any model's", where)
@@ -144,7 +150,7 @@ def _parse(raw: bytes, size: int, where: object) -> Header:
     return Header(start, tensors, metadata)
 
 
-def _tensor(name: str, entry: object, start: int, where: object) -> Tensor:
+def _tensor(name: str, entry: object, start: int, where: Path) -> Tensor:
     """One entry of the header, its size checked against its shape; the tensors' bytes begin at `start`."""
     if not name.isprintable() or len(name) > MAX_NAME:
         raise _malformed(f"a tensor has the name {name[:80]!r} … of {len(name)} characters", where)
@@ -184,24 +190,34 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
-def _malformed(reason: str, where: object) -> ModelError:
+def _malformed(reason: str, where: Path) -> ModelError:
+    refuse_pickle(where)  # a file of another format is called by its own name
     return ModelError(f"is not a sound safetensors file: {reason}", where=where, hint=GET_AGAIN)
 
 
 def read_json(path: str | Path) -> dict:
     """A JSON object from a model folder. Raises ModelError with the line of bad syntax."""
     path = Path(path)
-    _check_kind(path)
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelError("is too large for a settings file", where=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError("no such file", where=path, hint="get the whole model folder") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}") from None
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ModelError(f"cannot be read ({type(error).__name__})", where=path) from None
+        value = json.loads(path.read_text(encoding="utf-8")) if _is_short(path) else None
+    except (OSError, RecursionError, ValueError) as error:
+        raise _unreadable(path, error) from None
     if not isinstance(value, dict):
-        raise ModelError("is not a table of settings", where=path)
+        _check_kind(path)
+        raise ModelError(
+            "is not a table of settings" if _is_short(path) else "is too large for a settings file", where=path
+        )
     return value
+
+
+def _is_short(path: Path) -> bool:
+    """Whether this is an ordinary file of at most MAX_JSON bytes; raises OSError where nothing is there."""
+    return path.stat().st_size <= MAX_JSON and path.is_file()
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    if isinstance(error, FileNotFoundError):
+        return ModelError("no such file", where=path, hint="get the whole model folder")
+    if isinstance(error, json.JSONDecodeError):
+        return ModelError(f"is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}")
+    return ModelError(f"cannot be read ({type(error).__name__})", where=path)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.checkpoint.safety import Tensor, read_header_bytes, read_json, refuse_pickle
+from ldm.checkpoint.safety import Tensor, open_weights, read_header_bytes, read_json, refuse_pickle
 from ldm.errors import ModelError
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def read_tensors(
     Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
     tensor is read, and for a tensor that is not finite in `dtype`, which it names.
     """
-    refuse_pickle(path)
     digest, tensors = hashlib.sha256(), {}
-    with path.open("rb") as handle:
+    with open_weights(path) as handle:
         header, raw = read_header_bytes(handle, path)
         digest.update(raw)
         for name, entry in header.tensors.items():

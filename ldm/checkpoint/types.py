@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.errors import ConfigError, nearest
+
 if TYPE_CHECKING:
     import torch
 
@@ -13,6 +15,17 @@ if TYPE_CHECKING:
     from ldm.nn.text import TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
+
+
+PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+PREDICTION_TYPES |= {"x": "sample", "x0": "sample", "sample": "sample"}
+
+
+def check_prediction_type(value: str | None) -> str | None:
+    """epsilon, v_prediction or sample (or short: eps, v, x0) as diffusers spells it. Raises ConfigError."""
+    if value is not None and value not in PREDICTION_TYPES:
+        raise ConfigError(f"unknown prediction type {value!r:.80}", hint=nearest(str(value), PREDICTION_TYPES))
+    return value and PREDICTION_TYPES[value]
 
 
 @dataclasses.dataclass

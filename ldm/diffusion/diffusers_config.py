@@ -48,7 +48,24 @@ OURS = (
     *("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr"),
     *("timestep_spacing", "steps_offset", "flow_shift", "set_alpha_to_one", "use_flow_sigmas"),
 )
-SAME_NAME = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr", "steps_offset")
+NAMES = {  # diffusers' -> ours
+    "num_train_timesteps": "num_train_timesteps",
+    "beta_schedule": "beta_schedule",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "timestep_spacing": "spacing",
+    "steps_offset": "steps_offset",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+}
+FLOW = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 1.0,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+}
 
 
 def _refuse(key: str, value: Any, hint: str | None = None) -> ModelError:
@@ -78,15 +95,13 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
     if (prediction == "flow_prediction") != bool(flow):
         raise _refuse("use_flow_sigmas", flow, f"prediction_type is '{prediction}', and the two go together")
     found: dict[str, Any] = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
-    found |= {key: config[key] for key in SAME_NAME if key in config}
+    found["spacing"] = "linspace" if name.startswith(LINSPACE_BY_DEFAULT) else "leading"
+    found |= {ours: config[key] for key, ours in NAMES.items() if key in config}
     found["prediction_type"] = "flow" if flow else prediction
-    spacing = "linspace" if name.startswith(LINSPACE_BY_DEFAULT) else "leading"
-    found["spacing"] = config.get("timestep_spacing", spacing)
     found["set_alpha_to_one"] = config.get("set_alpha_to_one", name != "PNDMScheduler")
-    if flow:
+    if flow:  # its sigmas replace those of the betas, which are there; the last sigma is 0 in any case
+        found |= {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
         found["flow_shift"] = config.get("flow_shift", 1.0)
-        found["rescale_betas_zero_snr"] = False  # betas are there, but flow sigmas replace them
-        found["set_alpha_to_one"] = False  # as DDIM's last sigma, which flow has at 0 anyway
     try:
         return Schedule(**found)
     except (ConfigError, TypeError) as error:
@@ -98,32 +113,9 @@ def write_scheduler(schedule: Schedule) -> dict[str, Any]:
 
     diffusers' StableDiffusionPipeline renders these two as they are; it expects steps_offset 1 and warns otherwise.
     """
-    common = {
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "beta_schedule": schedule.beta_schedule,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "timestep_spacing": schedule.spacing,
-        "steps_offset": schedule.steps_offset,
-        "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
-    }
+    common = {name: getattr(schedule, ours) for name, ours in NAMES.items()}
     if schedule.is_flow:
-        return {
-            "_class_name": "DPMSolverMultistepScheduler",
-            **common,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": schedule.flow_shift,
-            "algorithm_type": "dpmsolver++",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-            "final_sigmas_type": "zero",
-        }
-    return {
-        "_class_name": "DDIMScheduler",
-        **common,
-        "prediction_type": schedule.prediction_type,
-        "clip_sample": False,
-        "set_alpha_to_one": schedule.set_alpha_to_one,
-        "thresholding": False,
-    }
+        return {"_class_name": "DPMSolverMultistepScheduler", **common, **FLOW, "flow_shift": schedule.flow_shift}
+    common |= {"prediction_type": schedule.prediction_type, "clip_sample": False}
+    end = {"set_alpha_to_one": schedule.set_alpha_to_one, "thresholding": False}
+    return {"_class_name": "DDIMScheduler", **common, **end}

@@ -21,7 +21,7 @@ from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even
 from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
 from ldm.nn.text_cache import TextCache, remember
 from ldm.nn.unet_config import UNetConfig
-from ldm.nn.weights import load_weights
+from ldm.nn.weights import load_weights, on_meta
 from ldm.nn.winograd import RUN, Conv3x3
 
 __all__ = ["UNet", "UNetConfig", "load_unet"]
@@ -341,4 +341,4 @@ class UNet(nn.Module):
 
 def load_unet(config: UNetConfig, state: Mapping[str, Tensor], where: object = None) -> UNet:
     """A U-Net in eval mode that holds the tensors of `state` themselves. Raises ModelError where they do not fit."""
-    return load_weights(lambda: UNet(config), state, where)
+    return load_weights(on_meta(lambda: UNet(config)), state, where)

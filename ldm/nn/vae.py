@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError, ModelError, NumericsError
 from ldm.nn.tiling import through_tiles
-from ldm.nn.weights import load_weights
+from ldm.nn.weights import load_weights, on_meta
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
@@ -38,19 +38,16 @@ class VAE:
     @classmethod
     def from_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], where: object = None) -> VAE:
         """From config.json and weights, in eval mode. Raises ModelError where they do not fit."""
-        return cls(load_weights(lambda: _build(config), renamed(state), where))
+        old = any(name.endswith(".attentions.0.query.weight") for name in state)
+        return cls(load_weights(on_meta(lambda: _build(config)), renamed(state) if old else state, where))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._weight.dtype
+        return next(self.module.parameters()).dtype  # diffusers' own looks at every module: a millisecond
 
     @property
     def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        return next(self.module.parameters())  # diffusers' own properties look at every module: a millisecond each
+        return next(self.module.parameters()).device
 
     def to(self, *args, **kwargs) -> VAE:
         """Moves the weights, as Module.to does; returns itself."""

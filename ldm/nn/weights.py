@@ -13,13 +13,17 @@ from ldm.errors import ModelError
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_weights(build: Callable[[], Module], state: Mapping[str, Tensor], where: object = None) -> Module:
-    """Builds a module on the meta device and gives it the tensors of `state` themselves (no copy), in eval mode.
+def on_meta(build: Callable[[], Module]) -> Module:
+    """The module that `build` makes, on the meta device: without memory."""
+    with torch.device("meta"):
+        return build()
+
+
+def load_weights(module: Module, state: Mapping[str, Tensor], where: object = None) -> Module:
+    """Gives a module the tensors of `state` themselves (no copy); returns it in eval mode.
 
     Raises ModelError with counts and the first five names where a key is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        module = build()
     check_keys(module, state, where)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ldm.checkpoint import check_model, clear_cache, load_model
-from ldm.checkpoint.hub import is_hub_id
+from ldm.checkpoint.folder import is_hub_id
 from ldm.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

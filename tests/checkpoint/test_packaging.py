@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.checkpoint import check_model, default, default_folder, shipped
+from ldm.checkpoint import check_model, default_folder, folder, shipped
 from ldm.errors import ModelError
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_an_editable_install_carries_no_copy(checkout):
 def test_where_the_default_model_is(tmp_path, monkeypatch):
     for name in ("weights", "configs", "docs/prompts"):
         assert shipped(name) == ROOT / name and shipped(name).is_dir()
-    monkeypatch.setattr(default, "PACKAGE", tmp_path / "ldm")
+    monkeypatch.setattr(folder, "PACKAGE", tmp_path / "ldm")
     for act in (default_folder, check_model):
         with pytest.raises(ModelError, match="default model is not there; install the package again"):
             act()

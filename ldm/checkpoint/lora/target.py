@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.default import default_folder
 from ldm.checkpoint.families import Family
-from ldm.checkpoint.folder import Layout, read_layout
+from ldm.checkpoint.folder import Layout, default_folder, read_layout
 from ldm.checkpoint.lora.names import PARTS
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single import plan_of

@@ -13,13 +13,12 @@ from typing import Any
 from ldm.checkpoint.families import Family
 from ldm.checkpoint.folder import beside
 from ldm.checkpoint.safety import MAX_JSON, Header
-from ldm.errors import ConfigError, ModelError, nearest
+from ldm.checkpoint.types import PREDICTION_TYPES
+from ldm.errors import ConfigError, ModelError
 from ldm.settings_files import load
 
 KEY, FORMAT = "ldm", 1
 V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors: their names are the message (NoobAI, ComfyUI, Forge)
-PREDICTION_TYPES = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-PREDICTION_TYPES |= {"x": "sample", "x0": "sample", "sample": "sample"}
 # metadata whose value is the prediction type
 NAMED_BY = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
@@ -42,13 +41,6 @@ def stored_settings(header: Header, where: object) -> dict[str, Any] | None:
         what = f"the settings in its header (format {FORMAT} is known) cannot be used"
         raise ModelError(what, where=where, hint="get the file again, or a newer ldm")
     return settings
-
-
-def check_prediction_type(value: str | None) -> str | None:
-    """epsilon, v_prediction or sample (or short: eps, v, x0) as diffusers spells it. Raises ConfigError."""
-    if value is not None and value not in PREDICTION_TYPES:
-        raise ConfigError(f"unknown prediction type {value!r:.80}", hint=nearest(str(value), PREDICTION_TYPES))
-    return value and PREDICTION_TYPES[value]
 
 
 def find_prediction_type(header: Header, family: Family, path: Path, override: str | None) -> str:
