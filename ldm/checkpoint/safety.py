@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -104,7 +105,7 @@ def open_weights(path: Path) -> BinaryIO:
     """The file, opened to be read. Raises ModelError for a pickle by its name, and for what is no file."""
     if path.suffix.lower() in PICKLES or not path.is_file():
         refuse_pickle(path)
-    return path.open("rb")
+    return path.open("rb", buffering=0)
 
 
 def read_header_bytes(handle: BinaryIO, path: Path) -> tuple[Header, bytes]:
@@ -180,8 +181,7 @@ class _Duplicate(ValueError):
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise _Duplicate(f"its header lists {name[:80]!r} twice")
     return table
 

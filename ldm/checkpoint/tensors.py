@@ -79,15 +79,17 @@ def _tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:
 
 def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: Path) -> torch.Tensor:
     """The tensor on `device`, a floating one as `dtype`. Raises ModelError unless it is finite there."""
-    if not tensor.is_floating_point():
-        return tensor.to(device)
-    placed = tensor.to(device=device, dtype=dtype)
+    placed = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
     if not placed.isfinite().all():
-        if tensor.float().isfinite().all():
-            short = str(dtype).removeprefix("torch.")
-            raise ModelError(f"{name!r} is too large for {short}", where=path, hint="load it with --dtype bf16 or fp32")
-        raise ModelError(f"{name!r} holds NaN or infinity", where=path, hint="get another copy of the model")
+        raise _not_finite(name, tensor, dtype, path)
     return placed
+
+
+def _not_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> ModelError:
+    if not tensor.float().isfinite().all():
+        return ModelError(f"{name!r} holds NaN or infinity", where=path, hint="get another copy of the model")
+    what = f"{name!r} is too large for {str(dtype).removeprefix('torch.')}"
+    return ModelError(what, where=path, hint="load it with --dtype bf16 or fp32")
 
 
 class Source(NamedTuple):

@@ -85,11 +85,15 @@ def resolve(name: object) -> tuple[str, str | None]:
     for end, spacing in _SPACINGS.items():
         if key and key.endswith(end) and key[: -len(end)] in _SAMPLERS:
             return _SAMPLERS[key[: -len(end)]], spacing
+    raise _unknown_sampler(name)
+
+
+def _unknown_sampler(name: object) -> ConfigError:
     known = [*SAMPLER_NAMES, *(other for others in SAMPLER_NAMES.values() for other in others)]
     hint = nearest(str(name)[:80], known)
     if not hint.startswith("did you mean"):
         hint = f"choose from: {', '.join(SAMPLER_NAMES)}"
-    raise ConfigError(f"unknown sampler {name!r:.80}", where="sampler", hint=hint)
+    return ConfigError(f"unknown sampler {name!r:.80}", where="sampler", hint=hint)
 
 
 def resolve_spacing(name: object) -> str | None:

@@ -32,6 +32,12 @@ def load_weights(module: Module, state: Mapping[str, Tensor], where: object = No
 def check_keys(module: nn.Module, state: Mapping[str, Tensor], where: object = None) -> None:
     """Compares names and shapes; raises ModelError that lists all that differs, five names of each sort."""
     expected = module.state_dict()
+    if {name: t.shape for name, t in expected.items()} != {name: t.shape for name, t in state.items()}:
+        what = f"weights do not fit {type(module).__name__} ({len(expected)} tensors): {_differences(expected, state)}"
+        raise ModelError(what, where=where, hint="check that config and weights belong to the same model")
+
+
+def _differences(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     sorts = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
@@ -41,10 +47,7 @@ def check_keys(module: nn.Module, state: Mapping[str, Tensor], where: object = N
             if name in state and state[name].shape != tensor.shape
         ],
     }
-    found = [_first(names, sort) for sort, names in sorts.items() if names]
-    if found:
-        what = f"weights do not fit {type(module).__name__} ({len(expected)} tensors): {'; '.join(found)}"
-        raise ModelError(what, where=where, hint="check that config and weights belong to the same model")
+    return "; ".join(_first(names, sort) for sort, names in sorts.items() if names)
 
 
 def _first(names: list[str], sort: str, count: int = 5) -> str:

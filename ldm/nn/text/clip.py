@@ -45,10 +45,8 @@ class ClipText(OneNetwork):
             raise ModelError(f"the tokenizer has {size} tokens, the text encoder only {config.vocab_size}")
         legacy = config.eos_token_id == 2 and end == size - 1  # transformers then takes the highest id: right if last
         if config.eos_token_id != end and not legacy:
-            hint = f"set eos_token_id to {end} in the text encoder's config.json"
-            raise ModelError(
-                f"the text encoder pools at token {config.eos_token_id}, the tokenizer ends with {end}", hint=hint
-            )
+            what = f"the text encoder pools at token {config.eos_token_id}, the tokenizer ends with {end}"
+            raise ModelError(what, hint=f"set eos_token_id to {end} in the text encoder's config.json")
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids (B, S), S = max_length: cut or padded."""
