@@ -16,15 +16,12 @@ Part = TypeVar("Part")  # a module, or an object that holds some, as VAE and the
 
 
 @contextmanager
-def at_work(part: Part, device: torch.device | None) -> Iterator[Part]:
-    """`part` on `device` while the block runs; None leaves it where it is and yields it itself.
+def at_work(part: Part, device: torch.device) -> Iterator[Part]:
+    """`part` on `device` while the block runs.
 
     What is lent is a copy whose weights are freed afterwards. The part stays as it is, so that others may use it at
     the same time, and nothing has to be brought back.
     """
-    if device is None:
-        yield part
-        return
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the part before this one held
     yield moved(part, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,13 @@ class Adapter:
     weight: float
 
 
+@dataclass
 class Adapters:
     """LoRAs at work: fitted to a model before any weight is read, then merged into it; the model used last is kept."""
 
-    def __init__(self, allow_unapplied: Any):
-        if not isinstance(allow_unapplied, bool):
-            raise ConfigError(f"expected True or False, got {allow_unapplied!r:.80}", where="allow_unapplied")
-        self._allow = allow_unapplied
-        self._fitted: set[Path] = set()
-        self._last: tuple[Model, tuple[Adapter, ...], Model] | None = None
+    _allow: bool  # whether keys that fit nowhere are a warning instead of an error
+    _fitted: set[Path] = field(default_factory=set)
+    _last: tuple[Model, tuple[Adapter, ...], Model] | None = None
 
     def check(self, adapters: Iterable[Adapter], model: Any, prediction_type: str | None = None) -> None:
         """Read the header of each file and fit it to `model`, where that is at hand. Raises ModelError in one line.
@@ -51,9 +49,7 @@ class Adapters:
                 console.warn(unapplied_line(header, found))
 
     def model(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
-        """`base` with these merged into a copy; `base` itself without any. Raises ModelError."""
-        if not adapters:
-            return base
+        """`base` with these merged into a copy. Raises ModelError."""
         if self._last is None or self._last[0] is not base or self._last[1] != adapters:
             self._last = None  # its memory goes before the next one's comes
             self._last = (base, adapters, self._merged(base, adapters))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import re
 import secrets
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +31,8 @@ from ldm.prompts import EMPHASIS
 if TYPE_CHECKING:
     import torch
 
+PLAIN = re.compile(r"[ -~]*")  # a text of these characters alone holds no control character
+
 
 def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
     """A text or a list of texts as a tuple. Raises ConfigError for None, an empty list, control characters, length."""
@@ -40,22 +44,23 @@ def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
         place = where if isinstance(value, str) else f"{where}[{i}]"
         require(isinstance(text, str), f"expected a text, got {text!r:.80}", place)
         require(len(text) <= MAX_PROMPT, f"{len(text):,} characters are more than {MAX_PROMPT:,}", place)
-        for position, character in enumerate(text):
-            if character < " " or character > "~":
-                control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
-                require(not control, f"control character U+{ord(character):04X} at position {position}", place)
+        if not PLAIN.fullmatch(text):
+            _check_characters(text, place)
     return texts
+
+
+def _check_characters(text: str, where: str) -> None:
+    for position, character in enumerate(text):
+        control = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        require(not control, f"control character U+{ord(character):04X} at position {position}", where)
 
 
 def check_negative(value: Any, prompts: int) -> tuple[str | None, ...]:
     """One negative prompt for each prompt; None stands for zeros with XL and for "" elsewhere."""
-    if value is None:
-        return (None,) * prompts
-    texts = check_prompts(value, "negative_prompt")
-    if isinstance(value, str):
-        return texts * prompts
-    require(len(texts) == prompts, f"{len(texts)} texts for {prompts} prompts", "negative_prompt")
-    return texts
+    texts = (None,) if value is None else check_prompts(value, "negative_prompt")
+    many = value is not None and not isinstance(value, str)
+    require(not many or len(texts) == prompts, f"{len(texts)} texts for {prompts} prompts", "negative_prompt")
+    return texts if many else texts * prompts
 
 
 def check_int(value: Any, where: str, least: int, most: int) -> int:
@@ -134,14 +139,14 @@ def _number(value: Any, where: str) -> float:
         raise ConfigError(f"expected a number, got {value!r:.80}", where=where) from None
 
 
-def check_strength(given: Mapping[str, Any]) -> float | None:
+def check_strength(given: Mapping[str, Any]) -> dict[str, float | None]:
     """Of image-to-image: 0.8 unless another is given, 1 where the image grows; None without an image."""
     value = given.get("strength")
     number = None if value is None else check_part(value, "strength")
     if given.get("image") is not None:
-        return number or (1.0 if given.get("outpaint") else STRENGTH)
+        return {"strength": number or (1.0 if given.get("outpaint") else STRENGTH)}
     require(number in (None, STRENGTH), "strength needs an image", "strength")
-    return None
+    return {"strength": None}
 
 
 def check_hires(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,11 +167,11 @@ def check_hires(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"hires_scale": scale, "hires_steps": steps, "hires_strength": strength}
 
 
-def check_tiling(value: Any) -> bool | None:
+def check_tiling(value: Any, where: str = "vae_tiling") -> bool | None:
     """Whether the VAE works in tiles: True, False, or "auto" (None)."""
-    if value is None or value == "auto":
+    if value == "auto":
         return None
-    require(isinstance(value, bool), f'expected True, False or "auto", got {value!r:.80}', "vae_tiling")
+    require(isinstance(value, bool), f'expected True, False or "auto", got {value!r:.80}', where)
     return value
 
 
@@ -245,11 +250,21 @@ def check_bool(value: Any, where: str) -> bool:
     return value
 
 
-def check_emphasis(value: Any) -> str:
+def check_emphasis(value: Any, where: str = "emphasis") -> str:
     """How weights in prompts act: original or no_norm."""
     if not isinstance(value, str) or value not in EMPHASIS:
-        raise ConfigError(f"unknown emphasis {value!r:.80}", where="emphasis", hint=nearest(str(value), EMPHASIS))
+        raise ConfigError(f"unknown emphasis {value!r:.80}", where=where, hint=nearest(str(value), EMPHASIS))
     return value
+
+
+def check_levels(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Noise levels that are chosen one by one: timesteps or sigmas, and how many steps they are."""
+    steps, (_, spacing) = given.get("num_inference_steps"), check_sampler(given)
+    steps = None if steps is None else check_int(steps, "num_inference_steps", 1, MAX_STEPS)
+    timesteps, steps = check_timesteps(given, "timesteps", spacing, steps)
+    sigmas, steps = check_timesteps(given, "sigmas", spacing, steps)
+    require(timesteps is None or sigmas is None, "give either timesteps or sigmas", "timesteps")
+    return {"timesteps": timesteps, "sigmas": sigmas, "num_inference_steps": steps}
 
 
 def check_timesteps(
@@ -271,3 +286,33 @@ def check_timesteps(
     require(spacing is None, f"spacing '{spacing}' chooses the noise levels too; leave one of them out", where)
     require(steps in (None, count), f"{count} of them for {steps} steps; leave num_inference_steps out", where)
     return levels, count
+
+
+# What generate is given of Settings: one by one, and those that are checked together.
+CHECKS: dict[str, tuple[Callable[..., Any], Any]] = {  # keyword -> (its check, a value that changes nothing)
+    "num_inference_steps": (functools.partial(check_int, least=1, most=MAX_STEPS), None),
+    "clip_skip": (functools.partial(check_int, least=0, most=100), 0),
+    "emphasis": (check_emphasis, "original"),
+    "vae_tiling": (check_tiling, "auto"),
+}
+TOGETHER: dict[Callable[..., dict[str, Any]], tuple[str, ...]] = {
+    check_levels: ("timesteps", "sigmas"),
+    check_strength: ("image", "strength"),
+    check_hires: ("hires_scale", "hires_steps", "hires_strength"),
+}
+
+
+def is_given(given: Mapping[str, Any], *words: str) -> bool:
+    """Whether any of these keywords has a value."""
+    return any(given.get(word) is not None for word in words)
+
+
+def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of CHECKS and TOGETHER that are given, checked. Raises ConfigError naming the keyword."""
+    found: dict[str, Any] = {}
+    for word, (check, neutral) in CHECKS.items():
+        if given.get(word) not in (None, neutral):
+            found[word] = check(given[word], word)
+    for check, words in TOGETHER.items():
+        found |= check(given) if is_given(given, *words) else {}
+    return found

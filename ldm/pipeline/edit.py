@@ -16,7 +16,6 @@ from ldm.checkpoint import Model
 from ldm.diffusion.inpaint import Original, with_mask
 from ldm.errors import NumericsError
 from ldm.images import to_pil, to_tensor
-from ldm.nn.tiling import AUTO, TILE
 from ldm.nn.vae import VAE
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
@@ -31,17 +30,16 @@ class Start:
     masked: torch.Tensor | None = None  # (B, C, h, w): of a model that has channels for them
 
     def network(self, network: Callable) -> Callable:
-        """`network` with the mask as an input where it has channels for that."""
-        return network if self.mask is None or self.masked is None else with_mask(network, self.mask, self.masked)
+        """`network` with the mask as an input, which it has channels for."""
+        assert self.mask is not None and self.masked is not None
+        return with_mask(network, self.mask, self.masked)
 
 
 def encode_init_images(
     model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
 ) -> Start:
-    """Where a batch begins, by the initial images and masks of its requests: all have some, or none has."""
+    """Where a batch begins, by the initial images and masks of its requests, which all have some."""
     sources = [request.source for request in requests if request.source is not None]
-    if not sources:
-        return Start()
     images, masks = [source.image for source in sources], [source.mask for source in sources if source.mask is not None]
     whole = settings.strength == 1
     with placement.on(model.vae) as vae:
@@ -86,29 +84,11 @@ def encode_each(
             continue
         pixels = image if isinstance(image, torch.Tensor) else to_tensor(image)
         try:
-            known[id(image)] = vae.encode(pixels, tile=tile_of(settings, vae, *pixels.shape[-2:])).to(device)
+            known[id(image)] = vae.encode(pixels, tile=settings.tile(vae.factor, *pixels.shape[-2:])).to(device)
         except NumericsError:  # then its image is drawn again in fp32
             h, w = (side // vae.factor for side in pixels.shape[-2:])
             known[id(image)] = torch.full((1, vae.latent_channels, h, w), float("nan"), device=device)
     return torch.cat([known[id(image)] for image in images])
-
-
-def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) on the CPU; one that is not finite becomes NaN as a whole."""
-    images = []
-    for one in latents.split(1):
-        try:
-            images.append(vae.decode(one, tile).float().cpu())
-        except NumericsError:  # one image's failure is not the batch's
-            h, w = one.shape[2:]
-            images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))
-    return torch.cat(images)
-
-
-def tile_of(settings: Settings, vae: VAE, height: int, width: int) -> int | None:
-    """The side in latents of the tiles that an image of this size goes through the VAE in; None: all at once."""
-    large = height * width > (AUTO * vae.factor) ** 2
-    return TILE if (large if settings.vae_tiling is None else settings.vae_tiling) else None
 
 
 def mask_to_latents(mask: Image.Image, factor: int) -> torch.Tensor:

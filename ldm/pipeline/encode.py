@@ -114,12 +114,11 @@ def draw_noise(
     noise = Noise([request.seed for request in requests], shape, device)
     given = [request.latents for request in requests if request.latents is not None]  # of all or of none
     start = torch.stack(given).cpu().float() if given else noise().cpu()
-    return noise, torch.stack([_varied(one, request) for one, request in zip(start, requests, strict=True)]).to(device)
+    variations = [request.variation for request in requests]
+    varied = [one if v is None else _varied(one, *v) for one, v in zip(start, variations, strict=True)]
+    return noise, torch.stack(varied).to(device)
 
 
-def _varied(noise: torch.Tensor, request: ImageRequest) -> torch.Tensor:
-    """The first noise (C, h, w), mixed with that of the variation's seed where the image has one."""
-    if request.variation is None:
-        return noise
-    seed, strength = request.variation
+def _varied(noise: torch.Tensor, seed: int, strength: float) -> torch.Tensor:
+    """The first noise (C, h, w), mixed with that of the variation's seed."""
     return slerp(noise, torch.randn(noise.shape, generator=torch.Generator("cpu").manual_seed(seed)), strength)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from PIL import Image
 
 from ldm import console
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.describe import ModelInfo, describe
+from ldm.checkpoint.describe import describe
 from ldm.device import dtype_name, is_out_of_memory, pick_device, pick_dtype
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.sampling import sample
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
 from ldm.nn.unet import UNet
+from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import Adapter, Adapters
-from ldm.pipeline.edit import composite, decode, encode_init_images, enlarge, tile_of
+from ldm.pipeline.checks import check_bool
+from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
@@ -50,8 +52,10 @@ class Engine:
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention)
-        self.info = _describe(model, vae, prediction_type)
-        self._adapters = Adapters(allow_unapplied)
+        if vae is not None or prediction_type is not None:
+            _check_replaced(model, vae)
+        self.info = describe(model, vae, prediction_type)
+        self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"))
         self._tokens = PromptTokens()
         self._encoder: Encoder | None = None  # the one used last
 
@@ -68,7 +72,8 @@ class Engine:
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""
-        return self._adapters.model(self.placement.model(model), adapters)
+        model = self.placement.model(model)
+        return self._adapters.model(model, adapters) if adapters else model
 
     def generate(
         self,
@@ -108,8 +113,10 @@ class Engine:
         """
         s, place, schedule = settings, self.placement, model.schedule
         guidance = replace(s.guidance, scale=tuple(request.guidance_scale for request in requests))
+        edited, start, images = requests[0].source is not None, Start(), torch.empty(0)  # all of a batch or none
         with out_of_memory(s, len(requests)):
-            start, images = encode_init_images(model, place, s, requests), torch.empty(0)
+            if edited:
+                start = encode_init_images(model, place, s, requests)
             for run in s.runs:
                 if run is not s.runs[0]:  # hires-fix
                     start = enlarge(model, place, s, run, images)
@@ -117,13 +124,14 @@ class Engine:
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
                 noise, x = draw_noise(model.vae, requests, run, place.device)
                 with place.on(model.unet) as unet:
-                    network = start.network(network_of(unet, run))
+                    network = network_of(unet, run)
+                    network = network if start.masked is None else start.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
                     sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
                     x0 = sampling(noise=noise, eta=s.eta, callback=watch, original=start.original)
                 with place.on(model.vae) as vae:
-                    images = decode(vae, x0, tile_of(s, vae, run.height, run.width))
-            return composite(images, requests)
+                    images = decode(vae, x0, s.tile(vae.factor, run.height, run.width))
+            return composite(images, requests) if edited else images
 
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
@@ -133,12 +141,10 @@ class Engine:
         Those with an initial image are apart from the others, and so are those with a mask.
         """
         groups: dict[tuple, list[int]] = {}
-        known: dict[tuple, tuple[int, ...]] = {}
+        runs = [run.steps for run in settings.runs]
+        chunks = cache(lambda prompts: [self._tokens.chunks(model.text, prompts, steps) for steps in runs])
         for row, request in enumerate(requests):
-            prompts = request.prompts
-            if prompts not in known:
-                known[prompts] = tuple(self._tokens.chunks(model.text, prompts, run.steps) for run in settings.runs)
-            groups.setdefault((request.adapters, request.begins, known[prompts]), []).append(row)
+            groups.setdefault((request.adapters, request.begins, *chunks(request.prompts)), []).append(row)
         return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
     def _generate_in_fp32(self, settings: Settings, request: ImageRequest) -> Image.Image:
@@ -184,10 +190,14 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+    raise _let_go(settings, batch)
+
+
+def _let_go(settings: Settings, batch: int) -> ResourceError:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     hint = f"use a smaller batch_size than {batch}" if batch > 1 else "use a smaller size or a smaller dtype"
-    raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
+    return ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
 
 
 def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:
@@ -196,6 +206,12 @@ def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.de
     picked_dtype = pick_dtype(dtype, picked)
     if isinstance(model, (str, os.PathLike)):
         return picked, picked_dtype
+    return _place_of_loaded(model, device, dtype, offload, picked, picked_dtype)
+
+
+def _place_of_loaded(
+    model: Any, device: Any, dtype: Any, offload: bool, picked: torch.device, picked_dtype: torch.dtype
+) -> tuple[torch.device, torch.dtype]:
     if not isinstance(model, Model):
         raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")
     if str(device) != "auto" and model.device.type != picked.type and not offload:
@@ -205,14 +221,25 @@ def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.de
     return picked if offload else model.device, model.dtype
 
 
-def _describe(model: Any, vae: Any, prediction_type: str | None) -> ModelInfo:
-    """What is known of the model, which is not loaded yet."""
+def _check_replaced(model: Any, vae: Any) -> None:
+    """Raise ConfigError or ModelError where a model's VAE or prediction type cannot be replaced."""
     if vae is not None and not isinstance(vae, (str, os.PathLike)):
         raise ConfigError(f"expected a folder or a file, got {type(vae).__name__}", where="vae")
     if vae is not None and isinstance(model, Model):
         raise ConfigError("a loaded model has its VAE already", where="vae")
     if vae is not None and not Path(vae).exists():
         raise ModelError("no such VAE", where=vae)
-    if prediction_type is not None and isinstance(model, Model):
+    if isinstance(model, Model):
         raise ConfigError("a loaded model has its schedule already", where="prediction_type")
-    return describe(model, vae, prediction_type)
+
+
+def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W) on the CPU; one that is not finite becomes NaN as a whole."""
+    images = []
+    for one in latents.split(1):
+        try:
+            images.append(vae.decode(one, tile).float().cpu())
+        except NumericsError:  # one image's failure is not the batch's
+            h, w = one.shape[2:]
+            images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))
+    return torch.cat(images)

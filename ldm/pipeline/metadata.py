@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import platform
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 # Our spacings under the schedule names of A1111 that give the same timesteps, where the names are not the same.
 SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
 SAME_TYPES = ("simple", "karras", "exponential", "beta", "sgm_uniform", "ays")
+SCHEDULE_TYPES |= {name: SPACING_NAMES[name][0] for name in SAME_TYPES}
+# A1111's fields in its order -> our keyword; None: computed in `parameters`
+LABELS: dict[str, str | None] = {"Steps": "num_inference_steps", "Sampler": None, "Schedule type": None}
+LABELS |= {"CFG scale": "guidance_scale", "Seed": "seed", "Size": None, "Model hash": None, "Model": "model"}
+LABELS |= {"Denoising strength": None, "Clip skip": None, "Hires upscale": "hires_scale", "Hires steps": "hires_steps"}
+LABELS |= {"Hires upscaler": None, "Variation seed": "variation_seed", "Variation seed strength": "variation_strength"}
+LABELS |= dict.fromkeys(("Mask blur", "Lora hashes", "RNG", "Version"))
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -37,21 +45,14 @@ def make_metadata(
     model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
 ) -> list[dict[str, Any]]:
     """The metadata of each image: every resolved argument, the model and the machine."""
-    shared = _shared(model, placement, settings)
-    reports = text_reports(model.text, settings, requests)
-    return [
-        {
-            "prompt": request.prompt.text,
-            "negative_prompt": None if request.negative_prompt is None else request.negative_prompt.text,
-            "seed": request.seed,
-            "guidance_scale": request.guidance_scale,
-            **shared,
-            "latents": "given" if request.latents is not None else None,
-            **_start(request),
-            **report,
-        }
-        for request, report in zip(requests, reports)
-    ]
+    shared, reports = _shared(model, placement, settings), text_reports(model.text, settings, requests)
+    return [{**_own(request), **shared, **_start(request), **report} for request, report in zip(requests, reports)]
+
+
+def _own(request: ImageRequest) -> dict[str, Any]:
+    negative = request.negative_prompt
+    texts = {"prompt": request.prompt.text, "negative_prompt": None if negative is None else negative.text}
+    return {**texts, "seed": request.seed, "guidance_scale": request.guidance_scale}
 
 
 def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str, Any]:
@@ -78,9 +79,10 @@ def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str,
 
 def _start(request: ImageRequest) -> dict[str, Any]:
     """What an image begins at, where that is more than its seed's noise."""
-    seed, strength = request.variation or (None, None)
-    varied = {} if seed is None else {"variation_seed": seed, "variation_strength": strength}
-    return {**varied, **({} if request.source is None else request.source.metadata)}
+    found: dict[str, Any] = {"latents": None if request.latents is None else "given"}
+    if request.variation is not None:
+        found |= dict(zip(("variation_seed", "variation_strength"), request.variation))
+    return found if request.source is None else {**found, **request.source.metadata}
 
 
 def too_large(info: ModelInfo, settings: Settings) -> str | None:
@@ -95,52 +97,47 @@ def too_large(info: ModelInfo, settings: Settings) -> str | None:
 
 def text_reports(encoder: TextEncoder, settings: Settings, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
     """What the model does not see of each request's prompts: what is cut off, words it was never shown, remarks."""
-    known: dict[tuple, dict[str, Any]] = {}
-    for request in requests:
-        key = request.prompts, request.adapters
-        if key not in known:
-            known[key] = _text_report(encoder, *key, settings.runs[0].steps)
-    return [known[request.prompts, request.adapters] for request in requests]
+    report = functools.cache(functools.partial(_text_report, encoder, settings.runs[0].steps))
+    return [dict(report(request.prompts, request.adapters)) for request in requests]
 
 
 def _text_report(
-    encoder: TextEncoder, prompts: Sequence[Prompt | None], adapters: Sequence[Adapter], steps: int
-) -> dict[str, Any]:
+    encoder: TextEncoder, steps: int, prompts: Sequence[Prompt | None], adapters: Sequence[Adapter]
+) -> dict:
     trained = {word for adapter in adapters for word in read_lora_header(adapter.path).words}
     texts = [prompt for prompt in prompts if prompt is not None and prompt.text]
     plain = [text.plain for text in dict.fromkeys(text for prompt in texts for _, text in prompt.at_steps(steps))]
     cut = [cut_off(encoder, text) for text in plain]
     words = [word for text in plain for word in encoder.unknown_words(text) if word not in trained]
-    return {
-        "truncated": " … ".join(part for part in cut if part),
-        "unknown_words": list(dict.fromkeys(words)),
-        "remarks": [line for prompt in texts for line in prompt.remarks],
-    }
+    remarks = [line for prompt in texts for line in prompt.remarks]
+    shown = {"truncated": " … ".join(filter(None, cut)), "unknown_words": list(dict.fromkeys(words))}
+    return {**shown, "remarks": remarks}
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
     found = {"ldm": ldm.__version__, "python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def warnings_of(reports: Sequence[dict], shown: int = 5) -> list[str]:
     """One line for each thing in metadata or reports that the model does not see of prompts; the first ones in full."""
-    lines = []
-    for report in reports:
-        if report["truncated"]:
-            lines.append(f"the prompt is too long; not seen by the model: {_short(report['truncated'])}")
-        lines += report["remarks"]
-        if report["unknown_words"]:
-            lines.append(f"words that the model was never shown: {_short(', '.join(report['unknown_words']))}")
-    lines = list(dict.fromkeys(lines))
+    seen = [one for one in reports if one["truncated"] or one["remarks"] or one["unknown_words"]]
+    lines = list(dict.fromkeys(line for report in seen for line in _lines_of(report)))
     more = len(lines) - shown
     return lines[:shown] + ([f"{more} more prompts are cut or hold unknown words; see .metadata"] if more > 0 else [])
+
+
+def _lines_of(report: dict) -> list[str]:
+    lines = list(report["remarks"])
+    if report["truncated"]:
+        lines.insert(0, f"the prompt is too long; not seen by the model: {_short(report['truncated'])}")
+    if report["unknown_words"]:
+        lines.append(f"words that the model was never shown: {_short(', '.join(report['unknown_words']))}")
+    return lines
 
 
 def _short(text: str, most: int = 200) -> str:
@@ -150,30 +147,22 @@ def _short(text: str, most: int = 200) -> str:
 
 def parameters(record: dict) -> str:
     """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
-    types = {**SCHEDULE_TYPES, **{name: SPACING_NAMES[name][0] for name in SAME_TYPES}}
-    loras = record.get("lora", ())
+    loras, hires = record.get("lora", ()), record.get("hires_scale")
     prompt = " ".join([record["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])
-    fields = {
-        "Steps": record["num_inference_steps"],
+    computed = {
         "Sampler": SAMPLER_NAMES[record["sampler"]][0],
-        "Schedule type": types.get(record["spacing"]),
-        "CFG scale": record["guidance_scale"],
-        "Seed": record["seed"],
+        "Schedule type": SCHEDULE_TYPES.get(record["spacing"]),
         "Size": f"{record['width']}x{record['height']}",
-        "Model hash": record["model_hash"][:10] if record["model_hash"] else None,
-        "Model": record["model"],
+        "Model hash": (record["model_hash"] or "")[:10] or None,
         "Denoising strength": record.get("hires_strength") or record.get("strength"),
         "Clip skip": record["clip_skip"] + 1 if record.get("clip_skip") else None,  # 1 is A1111's for none skipped
-        "Hires upscale": record.get("hires_scale"),
-        "Hires steps": record.get("hires_steps"),
-        "Hires upscaler": "Lanczos" if record.get("hires_scale") else None,
-        "Variation seed": record.get("variation_seed"),
-        "Variation seed strength": record.get("variation_strength"),
+        "Hires upscaler": "Lanczos" if hires else None,
         "Mask blur": 0 if record.get("mask_sha256") or record.get("outpaint") else None,
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['short_hash']}" for lora in loras) or None,
         "RNG": "CPU",
         "Version": f"ldm {record['versions']['ldm']}",
     }
+    fields = {label: computed[label] if word is None else record.get(word) for label, word in LABELS.items()}
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {record['negative_prompt']}" if record["negative_prompt"] else ""
     return f"{prompt}{negative}\n{line}"

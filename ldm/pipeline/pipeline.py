@@ -15,12 +15,12 @@ from ldm.checkpoint import Model, card_of, save_model
 from ldm.checkpoint.describe import text_without_weights
 from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.adapters import take_adapters
+from ldm.pipeline.adapters import Adapter, take_adapters
 from ldm.pipeline.checks import check_negative, check_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
-from ldm.pipeline.request import ImageRequest, Request, check_prompts_fit, check_request
+from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
 from ldm.pipeline.result import Images
 from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
@@ -71,16 +71,19 @@ class Pipeline:
         **other: Any,
     ):
         own = {name: value for name, value in locals().items() if name in OF_PIPELINE and name != "prompt"}
-        given = resolve_aliases(other, own, other=OF_GENERATE)
-        prompts = check_prompts(prompt)
-        negatives = check_negative(given.pop("negative_prompt"), len(prompts))
+        given = resolve_aliases(other, own, other=OF_GENERATE) if other else own
+        texts = check_prompts(prompt)
+        negatives = check_negative(given.pop("negative_prompt"), len(texts))
         lora, lora_dir = given.pop("lora"), given.pop("lora_dir")
-        prompts, self._everywhere, self._adapters = take_adapters(prompts, negatives, lora, lora_dir)
-        self._prompts = tuple(map(Prompt.parse, prompts, _places("prompt", len(prompts))))
-        places = _places("negative_prompt", len(negatives))
-        self._negatives = tuple(None if text is None else Prompt.parse(text, at) for text, at in zip(negatives, places))
+        self._everywhere: tuple[Adapter, ...] = ()
+        self._adapters: tuple[tuple[Adapter, ...], ...] = ((),) * len(texts)
+        if lora or lora_dir is not None or any("<lora:" in text for text in (*texts, *negatives) if text):
+            texts, self._everywhere, self._adapters = take_adapters(texts, negatives, lora, lora_dir)
+        self._prompts = _parsed("prompt", texts)
+        self._negatives = _parsed("negative_prompt", negatives)
         self._engine = Engine(**given)
-        self._engine.check([adapter for adapters in self._adapters for adapter in adapters])
+        if any(self._adapters):
+            self._engine.check([adapter for adapters in self._adapters for adapter in adapters])
         self._lock = threading.RLock()
         self._warned: set[str] = set()
 
@@ -176,7 +179,7 @@ class Pipeline:
         ResourceError out of memory. Whatever stops a call part-way carries the finished images as `.images`.
         """
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
-        engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE)
+        engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
         call = check_request(given, len(self._prompts), engine.info)
         requests = self._requests(call)
         with self._lock:
@@ -196,8 +199,7 @@ class Pipeline:
                         images[row] = image
                         metadata[row] |= added
             except Stopped:
-                done = f"{len(images)} of {len(requests)} images are finished"
-                console.say(f"stopped by the callback, {done}", verbosity=1)
+                console.say(f"stopped by the callback, {len(images)} of {len(requests)} images are finished", 1)
             except (LdmError, KeyboardInterrupt) as error:
                 stop: Any = error
                 stop.images = _in_order(images, metadata)
@@ -209,13 +211,11 @@ class Pipeline:
         none, settings = (None,) * len(call.seeds), call.settings
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
-        rows = [p for p in range(len(self._prompts)) for _ in range(call.num_images)]
-        per_image = zip(rows, call.seeds, call.guidance_scales, latents, call.variations or none, sources)
-        requests = [
-            ImageRequest(self._prompts[p], self._negatives[p], seed, scale, self._adapters[p], *more)
-            for p, seed, scale, *more in per_image
-        ]
-        check_prompts_fit(requests, settings, self._engine.info)
+        prompts = [one for one in zip(self._prompts, self._negatives, self._adapters) for _ in range(call.num_images)]
+        own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources)
+        requests = [ImageRequest(p, n, seed, scale, loras, *more) for (p, n, loras), seed, scale, *more in own]
+        if not self._engine.info.clip_layers:  # T5
+            check_plain_prompts(requests, settings)
         return requests
 
     def _warn(self, call: Request, metadata: Sequence[dict]) -> None:
@@ -261,11 +261,8 @@ def _watching(callback: Callable | None, bar: Any) -> Callable:
 
     def watch(rows, i, x, x0):
         bar.update()
-        if isinstance(callback, Listener):
-            ends = callback(rows, i, x, x0)
-        else:
-            ends = callback is not None and callback(i, x, x0)
-        if ends is True:
+        told = (rows, i, x, x0) if isinstance(callback, Listener) else (i, x, x0)
+        if callback is not None and callback(*told) is True:
             raise Stopped
 
     return watch
@@ -276,6 +273,6 @@ def _in_order(images: Mapping[int, Any], metadata: Sequence[dict]) -> Images:
     return Images([images[row] for row in sorted(images)], [metadata[row] for row in sorted(images)])
 
 
-def _places(where: str, count: int) -> list[str]:
-    """What messages call each of so many texts."""
-    return [f"{where}[{i}]" if count > 1 else where for i in range(count)]
+def _parsed(where: str, texts: Sequence[str | None]) -> tuple[Any, ...]:
+    places = [f"{where}[{i}]" if len(texts) > 1 else where for i in range(len(texts))]  # as messages call them
+    return tuple(None if text is None else Prompt.parse(text, place) for text, place in zip(texts, places))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,4 +43,4 @@ class Placement:
 
     def on(self, part: Any) -> AbstractContextManager:
         """The U-Net, the VAE or the text encoder, ready to work while the block runs."""
-        return at_work(part, self.device if self.offload else None)
+        return at_work(part, self.device) if self.offload else nullcontext(part)

@@ -17,16 +17,17 @@ from ldm.diffusion.guidance.guided import zero_init
 from ldm.diffusion.inpaint import img2img_sigmas
 from ldm.errors import ConfigError
 from ldm.nn.text import check_plain
+from ldm.nn.tiling import AUTO, TILE
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
 from ldm.pipeline.keywords import (
     BATCH,
     GUIDANCE,
     GUIDANCE_WORDS,
+    HIRES_STRENGTH,
     LATENT_SIZE,
     MAX_IMAGES,
     MAX_SIZE,
-    MAX_STEPS,
     SAMPLER,
     STEPS,
 )
@@ -82,6 +83,11 @@ class Settings:
                 found[one.name] = getattr(self, one.name)
         return found
 
+    def tile(self, factor: int, height: int, width: int) -> int | None:
+        """The side in latents of the tiles that an image of this size goes through the VAE in; None: all at once."""
+        large = height * width > (AUTO * factor) ** 2
+        return TILE if (large if self.vae_tiling is None else self.vae_tiling) else None
+
 
 def resolve(
     given: Mapping[str, Any], info: ModelInfo, sources: Sources | None = None, latents: torch.Tensor | None = None
@@ -93,32 +99,20 @@ def resolve(
     """
     if info.unet.in_channels != info.latent_channels and (sources is None or not sources.masked):
         raise ConfigError(f"{info.name} is an inpainting model", where="model", hint="give image and mask_image")
-    steps, (sampler, spacing) = given.get("num_inference_steps"), checks.check_sampler(given)
-    steps = None if steps is None else checks.check_int(steps, "num_inference_steps", 1, MAX_STEPS)
-    timesteps, steps = checks.check_timesteps(given, "timesteps", spacing, steps)
-    sigmas, steps = checks.check_timesteps(given, "sigmas", spacing, steps)
-    require(timesteps is None or sigmas is None, "give either timesteps or sigmas", "timesteps")
-    levels = timesteps or sigmas
+    sampler = spacing = None
+    if checks.is_given(given, "sampler", "spacing"):
+        sampler, spacing = checks.check_sampler(given)
+    found = checks.check_settings(given)
     sampler, joined = names.resolve(sampler or info.card.get("sampler", SAMPLER))
-    if not levels:
+    if not found.get("timesteps") and not found.get("sigmas"):
         spacing = _known_spacing(spacing or joined, sampler, info)
     height, width = _size(given, info, sources, latents)
-    settings = Settings(
-        num_inference_steps=steps or _card_number(info, "num_inference_steps", int, STEPS),
-        guidance=checks.make_guidance(given),
-        height=height,
-        width=width,
-        sampler=sampler,
-        spacing=spacing,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        eta=checks.check_eta(given.get("eta"), sampler),
-        clip_skip=checks.check_int(given.get("clip_skip") or 0, "clip_skip", 0, 100),
-        emphasis=checks.check_emphasis(given.get("emphasis") or "original"),
-        strength=checks.check_strength(given),
-        **checks.check_hires(given),
-        vae_tiling=checks.check_tiling(given.get("vae_tiling")),
-    )
+    if found.get("num_inference_steps") is None:
+        found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
+    if given.get("eta") is not None:
+        found["eta"] = checks.check_eta(given["eta"], sampler)
+    guidance = checks.make_guidance(given)
+    settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
     _check_fit(settings, info)
     return dataclasses.replace(settings, runs=_runs(settings, info))
 
@@ -133,15 +127,13 @@ def _size(
     given: Mapping[str, Any], info: ModelInfo, sources: Sources | None, latents: torch.Tensor | None
 ) -> tuple[int, int]:
     """(height, width): the given ones, or those of the initial images, the latents or the model's training."""
-    asked = [given.get(name) for name in ("height", "width")]
-    asked = [n if n is None else checks.check_size(n, name, info.factor) for n, name in zip(asked, ("height", "width"))]
-    side = info.unet.sample_size or LATENT_SIZE
+    words, side = ("height", "width"), info.unet.sample_size or LATENT_SIZE
+    asked = [n if n is None else checks.check_size(n, x, info.factor) for n, x in zip(map(given.get, words), words)]
     trained = (side, side) if latents is None else latents.shape[2:]
-    height, width = (n or m * info.factor for n, m in zip(asked, trained))
     if sources is not None:
         height, width = sources.size(info.factor, *asked)
-    for n, name in ((height, "height"), (width, "width")):
-        checks.check_size(n, name, info.factor)
+    else:
+        height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
     if latents is not None:
         expected = (len(latents), info.latent_channels, height // info.factor, width // info.factor)
         shape = tuple(latents.shape)
@@ -149,35 +141,36 @@ def _size(
     return height, width
 
 
-def _check_fit(settings: Settings, info: ModelInfo) -> None:
+def _check_fit(s: Settings, info: ModelInfo) -> None:
     """Raise ConfigError where sampler, guidance or text settings do not go with the model."""
-    names.check(settings.sampler, info.schedule.prediction_type, settings.spacing)
-    zero_init(settings.guidance, info.schedule)
-    info.unet.check_attention_layers(settings.guidance.pag_layers or ())
+    names.check(s.sampler, info.schedule.prediction_type, s.spacing)
+    if s.guidance.zero_init_steps:
+        zero_init(s.guidance, info.schedule)
+    info.unet.check_attention_layers(s.guidance.pag_layers or ())
     limit = info.schedule.num_train_timesteps
-    for name in ("num_inference_steps", "hires_steps"):
-        steps = getattr(settings, name) or 0
+    for name, steps in (("num_inference_steps", s.num_inference_steps), ("hires_steps", s.hires_steps or 0)):
         require(steps <= limit, f"{steps} steps are more than the {limit} of this model", name)
-    if settings.clip_skip and not info.clip_layers:
-        what = f"clip_skip {settings.clip_skip} is impossible: the text encoder is T5, not CLIP"
+    if s.clip_skip and not info.clip_layers:
+        what = f"clip_skip {s.clip_skip} is impossible: the text encoder is T5, not CLIP"
         raise ConfigError(what, where="clip_skip")
     for layers in info.clip_layers:  # XL takes the last layer but one by itself
         layers -= len(info.clip_layers) > 1
-        what = f"clip_skip {settings.clip_skip} is impossible: the text encoder has {layers} layers"
-        require(settings.clip_skip < layers, what, "clip_skip")
+        what = f"clip_skip {s.clip_skip} is impossible: the text encoder has {layers} layers"
+        require(s.clip_skip < layers, what, "clip_skip")
 
 
-def _runs(settings: Settings, info: ModelInfo) -> tuple[Run, ...]:
+def _runs(s: Settings, info: ModelInfo) -> tuple[Run, ...]:
     """The sampling runs with their noise levels. Raises ConfigError where these cannot be."""
-    s = settings
     sigmas = _sigmas(s, info, s.num_inference_steps)
     first = Run(s.height, s.width, sigmas if s.strength is None else img2img_sigmas(sigmas, s.strength))
-    if s.hires_scale is None or s.hires_strength is None:  # neither or both
-        return (first,)
-    height, width = (int(side * s.hires_scale) // info.factor * info.factor for side in (s.height, s.width))
+    return (first,) if s.hires_scale is None else (first, _hires_run(s, s.hires_scale, info))
+
+
+def _hires_run(s: Settings, scale: float, info: ModelInfo) -> Run:
+    height, width = (int(side * scale) // info.factor * info.factor for side in (s.height, s.width))
     require(max(height, width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
     sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps)
-    return first, Run(height, width, img2img_sigmas(sigmas, s.hires_strength, "hires_strength"))
+    return Run(height, width, img2img_sigmas(sigmas, s.hires_strength or HIRES_STRENGTH, "hires_strength"))
 
 
 def _sigmas(settings: Settings, info: ModelInfo, steps: int) -> torch.Tensor:
@@ -227,25 +220,23 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
     Raises ConfigError naming the setting and the values that would do.
     """
     num_images, seeds = checks.check_seeds(given["num_images"], given["seed"], prompts)
-    variations = checks.check_variations(given, num_images, prompts)
+    variations = latents = sources = callback = None
+    if checks.is_given(given, "variation_seed", "variation_strength"):
+        variations = checks.check_variations(given, num_images, prompts)
     if variations and not isinstance(given["seed"], Sequence):
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
-    scale, batch_size, latents = given["guidance_scale"], given["batch_size"], given["latents"]
-    scales = checks.check_guidances(card_scale(info) if scale is None else scale, len(seeds))
-    latents = None if latents is None else checks.check_latents(latents, len(seeds))
-    sources = check_sources(given, prompts, num_images)
-    return Request(
-        settings=resolve(given, info, sources, latents),
-        num_images=num_images,
-        seeds=seeds,
-        guidance_scales=scales,
-        latents=latents,
-        variations=variations,
-        sources=sources,
-        batch_size=BATCH if batch_size is None else checks.check_int(batch_size, "batch_size", 1, MAX_IMAGES),
-        callback=checks.check_callback(given["callback"]),
-        strict=checks.check_bool(given["strict"], "strict"),
-    )
+    scale, batch_size = given["guidance_scale"], given["batch_size"]
+    scales = (card_scale(info),) * len(seeds) if scale is None else checks.check_guidances(scale, len(seeds))
+    if checks.is_given(given, "latents"):
+        latents = checks.check_latents(given["latents"], len(seeds))
+    if checks.is_given(given, "image", "mask_image", "outpaint"):
+        sources = check_sources(given, prompts, num_images)
+    settings = resolve(given, info, sources, latents)
+    batch_size = BATCH if batch_size is None else checks.check_int(batch_size, "batch_size", 1, MAX_IMAGES)
+    if checks.is_given(given, "callback"):
+        callback = checks.check_callback(given["callback"])
+    strict = checks.check_bool(given["strict"], "strict")
+    return Request(settings, num_images, seeds, scales, latents, variations, sources, batch_size, callback, strict)
 
 
 @dataclass(frozen=True)
@@ -272,10 +263,8 @@ class ImageRequest:
         return self.source is not None, self.source is not None and self.source.mask is not None
 
 
-def check_prompts_fit(requests: Sequence[ImageRequest], settings: Settings, info: ModelInfo) -> None:
-    """Raise ConfigError for emphasis in prompts where the model reads with T5."""
-    if info.clip_layers:
-        return
+def check_plain_prompts(requests: Sequence[ImageRequest], settings: Settings) -> None:
+    """Raise ConfigError for emphasis in prompts, which a model that reads with T5 does not take."""
     for prompt in dict.fromkeys(prompt for request in requests for prompt in request.prompts if prompt is not None):
         for run in settings.runs:
             for _, text in prompt.at_steps(run.steps):

@@ -35,22 +35,17 @@ class Target:
         Raises ConfigError for a suffix that is no image format and for one that contradicts `format`.
         """
         chosen = file_format(format) if format else None
-        if output is None:
-            return cls(Path(), None, chosen or "png")
-        text = os.fspath(output)
-        if not text:
-            raise ConfigError("the name is empty", where="output")
-        if "\0" in text:
-            raise ConfigError("the name holds a NUL character", where="output")
+        text = "." if output is None else os.fspath(output)
+        if not text or "\0" in text:
+            raise ConfigError("the name holds a NUL character" if text else "the name is empty", where="output")
         path = Path(text)
         if text.endswith(os.sep) or path.is_dir() or not path.suffix:
             return cls(path, None, chosen or "png")
         try:
             own = file_format(path.suffix)
         except ConfigError as error:
-            raise ConfigError(
-                error.what, where=path, hint="end the name in .png, .jpg or .webp, or a folder in /"
-            ) from None
+            hint = "end the name in .png, .jpg or .webp, or a folder in /"
+            raise ConfigError(error.what, where=path, hint=hint) from None
         if chosen and chosen != own:
             raise ConfigError(f"the name ends in {path.suffix}, the format is {chosen}", where=path)
         return cls(path.parent, path, own)
@@ -71,8 +66,9 @@ class Target:
 
     def write(self, data: bytes, prompt: str, first: bool) -> Path:
         """Write one image, never over a file that was not named."""
-        if self.file and first:
-            return atomic_write(self.file, data)
+        return atomic_write(self.file, data) if self.file and first else self._write_numbered(data, prompt)
+
+    def _write_numbered(self, data: bytes, prompt: str) -> Path:
         stem = self.file.stem if self.file else slug(prompt)
         suffix = self.file.suffix if self.file else f".{self.format}"
         while True:

@@ -20,6 +20,7 @@ from ldm.errors import ConfigError
 from ldm.prompts.emphasis import BREAK, MAX_DEPTH, Piece, read
 
 TOKEN = re.compile(r"\\.|[^\\\[\]():|]+|.", re.DOTALL)
+MARK = re.compile(r"[\\\[\]()]|\b(BREAK|AND)\b")  # without any of these a prompt is words alone
 NUMBER = re.compile(r"[+-]?(\d{1,9}(\.\d*)?|\.\d+)")
 CLOSES = {"(": ")", "[": "]"}
 
@@ -100,6 +101,8 @@ class Prompt:
         The remarks have one line for each bracket that is not closed, and for each [a:b] or [a|b:1], which only look
         like prompt editing.
         """
+        if not MARK.search(text):
+            return cls(text, (), [text], {text: (Piece(text, 1.0),)})
         nodes, remarks = _tree(text, where)
         known: dict[str, tuple[Piece, ...]] = {}
         for part in [nodes, *(option for choice in _choices(nodes) for option in choice.options)]:
@@ -111,6 +114,8 @@ class Prompt:
 
     def at_steps(self, n: int) -> list[tuple[int, Text]]:
         """The texts over `n` steps: (first step, text), the first one for step 0, neighbours differing."""
+        if not MARK.search(self.text):
+            return [(0, Text(self.text, (Piece(self.text, 1.0),)))]
         choices = _choices(self._nodes)
         starts = {0, *(choice.first_of_second(n) for choice in choices if choice.when is not None)}
         steps = range(n) if any(choice.when is None for choice in choices) else sorted(s for s in starts if 0 <= s < n)

@@ -14,6 +14,7 @@ from ldm.errors import ConfigError, ModelError
 from ldm.nn.offload import at_work
 from ldm.nn.unet import Attention
 from ldm.pipeline import Pipeline
+from ldm.pipeline.placement import Placement
 
 FAST = {"num_inference_steps": 3, "sampler": "euler", "seed": 7}
 META = torch.device("meta")  # a device that is no place: what is lent there is seen by where its weights are
@@ -55,7 +56,7 @@ def test_what_is_lent_is_a_copy_that_goes_and_leaves_the_part_as_it_is(model, pa
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
     assert [(id(t), t.data_ptr()) for t in tensors(own)] == before
-    with at_work(own, None) as lent:
+    with Placement(torch.device("cpu"), False, "auto").on(own) as lent:
         assert lent is own
     with at_work(own, torch.device("cpu")) as lent:  # there already: the same memory
         assert [t.data_ptr() for t in tensors(lent)] == [pointer for _, pointer in before]
