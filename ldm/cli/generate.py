@@ -24,12 +24,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm import console
-from ldm.cli.options import MODEL, SAMPLING, add_editing, add_model, add_sampling, names_of
+from ldm.cli.options import OF_MODEL, SAMPLING, add_drawing, names_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
-FROM_PIPELINE = ("negative_prompt", *MODEL)
+FROM_PIPELINE = ("prompt", "negative_prompt", *OF_MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", *names_of("num_images"), type=int, default=1, metavar="N", help="images to draw (1)")
     add("--seed", type=int, metavar="N", help="of the first image; -1 or nothing: drawn, and kept in the file")
     add("--batch-size", metavar="N", type=int, help=f"images drawn together ({BATCH}); changes no image")
-    add(
-        "--strict",
-        action="store_true",
-        help="refuse prompts that the model does not see as a whole, instead of a warning",
-    )
+    strict = "refuse prompts that the model does not see as a whole, instead of a warning"
+    add("--strict", action="store_true", help=strict)
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")
     add("--no-metadata", action="store_true", help="write nothing about prompt and settings into the files")
     add("--from", dest="source", metavar="IMAGE", help="draw it again, as its file says; options given here win")
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
-    add_sampling(parser)
-    add_editing(parser)
-    add_model(parser)
+    add_drawing(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' names are accepted too: {words}.", 118)
     parser.epilog = f"{parser.epilog}\n\n{notes}"
@@ -71,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
             _write(getattr(stop, "images", Images([], [])), target, args)
         raise
     _write(images, target, args)
-    _warn_of_differences(original, images.metadata[0])
+    if original:
+        _warn_of_differences(original, images.metadata[0])
     first, seeds = images.metadata[0], ", ".join(map(str, images.seeds[:8]))
     steps = f"{first['num_inference_steps']} steps of {first['sampler']}"
     console.say(f"{steps}, {first['device']} in {first['dtype']}, seeds {seeds}", verbosity=1)
@@ -80,13 +76,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     """(keywords of Pipeline, of generate, what the image of --from says of its model and machine)."""
-    names = ("prompt", *FROM_PIPELINE), FROM_CALL
-    own, call = ({name: getattr(args, name) for name in part} for part in names)
-    if args.source is None:
-        if args.prompt is None or args.changes:
-            what = "--set belongs to --from" if args.changes else "there is no prompt"
-            raise ConfigError(what, hint='write ldm generate "a cat", or --from PICTURE')
-        return own, call, {}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    own, call = ({name: given[name] for name in part if name in given} for part in (FROM_PIPELINE, FROM_CALL))
+    if args.source is not None:
+        return _replayed(args, own, call)
+    if args.prompt is None or args.changes:
+        what = "--set belongs to --from" if args.changes else "there is no prompt"
+        raise ConfigError(what, hint='write ldm generate "a cat", or --from PICTURE')
+    return own, call, {}
+
+
+def _replayed(args: argparse.Namespace, own: dict, call: dict) -> tuple[dict, dict, Mapping]:
+    """What the image of --from says, with the options that are given in its place."""
     from ldm.render.replay.replay import keywords, read_replays
 
     replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
@@ -104,11 +105,10 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
 
 
 def _warn_of_differences(original: Mapping, now: Mapping) -> None:
-    if original:
-        from ldm.render.replay.replay import differences
+    from ldm.render.replay.replay import differences
 
-        for line in differences(original, now):
-            console.warn(line)
+    for line in differences(original, now):
+        console.warn(line)
 
 
 def _write(images: Any, target: Any, args: argparse.Namespace) -> None:

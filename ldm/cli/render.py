@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from ldm.cli.options import add_editing, add_model, add_sampling, names_of
+from ldm.cli.options import add_drawing, names_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", metavar="KEY=A,B,…", action="append", default=[], help=axis)
     add("--gallery", action="store_true", help="write DIR/index.html: all images, with search and settings")
     add("--contact-sheet", action="store_true", help="write DIR/contact/page-001.jpg, …: all images, small")
-    add_sampling(parser)
-    add_editing(parser)
-    add_model(parser)
+    add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> int:

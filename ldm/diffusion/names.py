@@ -109,16 +109,18 @@ def resolve_spacing(name: object) -> str | None:
 def check(sampler: str, prediction_type: str, spacing: str | None = None) -> None:
     """Raise ConfigError where a sampler does not work with a prediction type, or a spacing with either."""
     flow = prediction_type == "flow"
-    if sampler == "heun_flow" and not flow:
-        hint = "use heun"
-        raise ConfigError(
-            f"heun_flow is for flow models; this one predicts {prediction_type}", where="sampler", hint=hint
-        )
-    if flow and sampler not in FLOW_SAMPLERS:
-        hint = f"choose from: {', '.join(FLOW_SAMPLERS)}"
-        raise ConfigError(f"{sampler} does not work with flow models", where="sampler", hint=hint)
+    if (flow and sampler not in FLOW_SAMPLERS) or (sampler == "heun_flow" and not flow):
+        raise _no_match(sampler, prediction_type)
     if flow and spacing is not None:
         raise ConfigError(f"{spacing} does not apply: a flow model has its own", where="spacing", hint="leave it out")
+
+
+def _no_match(sampler: str, prediction_type: str) -> ConfigError:
+    if prediction_type == "flow":
+        hint = f"choose from: {', '.join(FLOW_SAMPLERS)}"
+        return ConfigError(f"{sampler} does not work with flow models", where="sampler", hint=hint)
+    what = f"heun_flow is for flow models; this one predicts {prediction_type}"
+    return ConfigError(what, where="sampler", hint="use heun")
 
 
 def options(sampler: str, eta: float | None) -> dict[str, float]:

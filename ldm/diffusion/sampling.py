@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, consistency
@@ -12,6 +13,7 @@ from ldm.diffusion.samplers.base import Callback, Noise, absent
 from ldm.diffusion.schedule import Schedule
 
 
+@torch.no_grad()
 def sample(
     denoise: Denoise,
     schedule: Schedule,
@@ -38,5 +40,5 @@ def sample(
         x = add_noise(original.latents, sigmas, start)
     if original is not None and original.mask is not None:
         denoise = mask_known_region(denoise, original, start, sigmas)
-    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **options(sampler, eta))
+    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **({} if eta is None else options(sampler, eta)))
     return x if original is None else original.keep(x, original.latents)  # ddim may end at a sigma above 0

@@ -1,4 +1,8 @@
-"""Multi-head attention as one function with several backends.
+"""Multi-head attention as one function with several backends, and what a run of the U-Net keeps of its texts.
+
+Backend "auto" is `sdpa`, but `chunked` where a CPU computes gradients in 16 bits: measured on two cores with AMX-BF16
+(torch 2.13; 16 images, 192 channels, 8 heads, L = S = 256), forward and backward took 34 ms with `sdpa` and 12-18 ms
+with `chunked` (L = S = 64: 11 against 1.4). In fp32, and forward alone, `sdpa` was faster.
 
 Shapes:  B batch   L query tokens   S key tokens   C channels = heads * head size
 """
@@ -6,15 +10,17 @@ Shapes:  B batch   L query tokens   S key tokens   C channels = heads * head siz
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import ConfigError, ModelError, nearest
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {}
 MASKED = -10000.0  # added to the score of a masked token: finite, so that a row without any token stays finite
+T = TypeVar("T")
 FEW = 4  # queries; of fewer, the kernel of an AMD Zen 4 gives the images of each thread's share other bits
 CHUNK_SCORES = 1 << 18  # scores of one head and image that `chunked` computes at a time
 GROUP_SCORES = 1 << 22  # scores of all images and heads that it computes at a time
@@ -43,9 +49,6 @@ def attention(
     """softmax(q kᵀ / sqrt(C / heads)) v for each head.
 
     q (B, L, C); k, v (B, S, C); mask (B, S) bool, True where a token is attended to. Returns (B, L, C).
-    backend "auto" takes `sdpa`, but `chunked` where a CPU computes gradients in 16 bits: measured on two cores with
-    AMX-BF16 (torch 2.13; 16 images, 192 channels, 8 heads, L = S = 256), forward and backward took 34 ms with `sdpa`
-    and 12-18 ms with `chunked` (L = S = 64: 11 against 1.4). In fp32, and forward alone, `sdpa` was faster.
     """
     if backend == "auto":
         slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and torch.is_grad_enabled()
@@ -114,3 +117,30 @@ def _memory_efficient_attention() -> Callable[..., Tensor]:
     if not torch.cuda.is_available():
         raise ModelError("attention 'xformers' needs a GPU, and there is none here", hint="use attention 'auto'")
     return memory_efficient_attention
+
+
+class TextCache:
+    """Keys and values of each cross-attention and the text's time embedding, for one batch of texts at a time.
+
+    It belongs to one run, in which no weight changes. A step with other texts (prompt editing) empties it. The bits are
+    the same, in 0.93 of the time with 32 rows, 0.96 with 2 (measured: the default model, fp32, one thread).
+    """
+
+    def __init__(self) -> None:
+        self._states: Tensor | None = None
+        self.made: dict[nn.Module, Any] = {}
+
+    def follow(self, states: Tensor) -> None:
+        """Forget all that was made of other texts than these (B, S, D); texts are told apart by identity."""
+        if states is not self._states:
+            self._states = states
+            self.made.clear()
+
+
+def remember(cache: TextCache | None, module: nn.Module, make: Callable[[], T]) -> T:
+    """What `make` returned for this module at a run's first step; without a cache it is made each time."""
+    if cache is None:
+        return make()
+    if module not in cache.made:
+        cache.made[module] = make()
+    return cache.made[module]

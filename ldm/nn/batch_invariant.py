@@ -1,6 +1,18 @@
 """Layers that give an image the same bits in every batch, in eval mode on a CPU; elsewhere they are PyTorch's own.
 
 And how the numbers of an image lie in memory there.
+
+A matrix product may sum in another order when it has another number of rows. Measured (20 numbers of rows from 15 to
+1024, 11 widths, 2 to 34 images), it does so in fp32 where an image has less than 15 rows, and in bf16 where sums are
+longer than 640 numbers. There it runs on blocks of a number of images that depends on the rows of one alone.
+
+Elementwise functions compute whole vectors, and what is left over at the end of each thread's share with another exp.
+So they go image by image, but where every share of every batch ends with a whole vector.
+
+Memory that is taken anew for every sum costs more than the sum, so that sums are written over an input that nobody else
+holds. Measured (the default model, 32 rows, fp32, one thread): with all that writes over its input, a call of the U-Net
+takes 0.96 of the time (2 rows: 0.99). And on a CPU with AMX (2 and 16 rows, one thread) channels-last takes 0.74 and
+0.95 of the time in fp32, and 1.3 in bf16.
 """
 
 from __future__ import annotations
@@ -15,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS, INNER = 32, 512  # see `batch_invariant`
+ROWS, INNER = 32, 512  # of an image in a matrix product, and the length of its sums: see above
 VECTOR = 32  # numbers that PyTorch's elementwise functions compute at once, at most
 
 
@@ -45,23 +57,14 @@ class Pointwise(nn.Conv2d):
 
 
 def batch_invariant(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """product(x), a matrix product with so many rows for each image, with the same bits in every even batch.
-
-    A product may sum in another order when it has another number of rows. Measured (20 numbers of rows from 15 to 1024,
-    11 widths, 2 to 34 images), it does so in fp32 where an image has less than 15 rows, and in bf16 where sums are
-    longer than 640 numbers. There it runs on blocks of a number of images that depends on the rows of one alone.
-    """
+    """product(x), a matrix product with so many rows for each image, with the same bits in every even batch."""
     if len(x) % 2 == 0 and rows >= ROWS and (x.dtype == torch.float32 or x.shape[-1] < INNER):
         return product(x)
     return in_blocks(product, x, max(2, ROWS // rows))
 
 
 def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
-    """function(x) for an elementwise function that gives an image the same bits in every batch.
-
-    PyTorch computes whole vectors and what is left over at the end of each thread's share with another exp. So in eval
-    mode on a CPU it goes image by image, but where every share of every batch ends with a whole vector.
-    """
+    """function(x) for an elementwise function, with the same bits for an image in every batch."""
     if training or not x.is_cpu or x[0].numel() % _whole_shares(torch.get_num_threads()) == 0:
         return function(x)
     return in_blocks(function, x, 1)
@@ -79,11 +82,7 @@ def silu(x: Tensor, training: bool) -> Tensor:
 
 
 def added(h: Tensor, x: Tensor) -> Tensor:
-    """h + x, for an h that nobody else holds: written over it where that changes nothing and no gradient is wanted.
-
-    Memory that is taken anew for every sum costs more than the sum. Measured (the default model, 32 rows, fp32, one
-    thread): with this and what else writes over its input, a call of the U-Net takes 0.96 of the time (2 rows: 0.99).
-    """
+    """h + x, for an h that nobody else holds: written over it where that changes nothing and no gradient is wanted."""
     if torch.is_grad_enabled():
         return x + h  # lies in memory as x does, on which the bits of gradients depend
     alike = h.dtype == x.dtype and (h.stride() == x.stride() or h.shape != x.shape)
@@ -91,8 +90,7 @@ def added(h: Tensor, x: Tensor) -> Tensor:
 
 
 def pad_to_even_batch(x: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
-    """All of them with their last row twice where x has an odd number on a CPU: convolutions may sum in another order
-    there."""
+    """With their last row twice where x has an odd number on a CPU: convolutions may sum in another order there."""
     if len(x) % 2 and x.is_cpu:
         return tuple(t if t is None else torch.cat([t, t[-1:]]) for t in (x, *rest))
     return x, *rest
@@ -107,10 +105,6 @@ def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tens
 
 
 def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How a U-Net that draws wants its images and its convolutions' weights.
-
-    Measured on a CPU with AMX (the default model, 2 and 16 rows, one thread): channels-last takes 0.74 and 0.95 of the
-    time in fp32, and 1.3 in bf16.
-    """
+    """How a U-Net that draws wants its images and its convolutions' weights."""
     fast = device.type == "cpu" and dtype == torch.float32
     return torch.channels_last if fast else torch.contiguous_format

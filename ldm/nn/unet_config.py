@@ -106,15 +106,15 @@ class UNetConfig:
         self._check_positive()
         for level, width in enumerate(self.block_out_channels):
             if width % self.norm_num_groups:
-                raise ConfigError(
-                    f"block_out_channels: {width} is not a multiple of norm_num_groups {self.norm_num_groups}"
-                )
+                what = f"{width} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                raise ConfigError(f"block_out_channels: {what}")
             attends = self.transformer_layers[level] or level == levels - 1  # the middle has the last level's heads
             if attends and width % self.num_heads[level]:
                 raise ConfigError(f"block_out_channels: {width} is not a multiple of num_heads {self.num_heads[level]}")
         if self.transformer_layers[-1] not in (0, self.mid_transformer_layers):
             raise ConfigError("mid_transformer_layers has to equal the last of transformer_layers where that is not 0")
-        self._check_addition()
+        if self.addition_embed_type is not None:
+            self._check_addition(self.addition_embed_type)
 
     def _check_positive(self) -> None:
         for field in ("in_channels", "out_channels", "layers_per_block", "mid_transformer_layers", "norm_num_groups"):
@@ -125,12 +125,10 @@ class UNetConfig:
         if min(self.transformer_layers) < 0:
             raise ConfigError(f"transformer_layers must not be negative, got {self.transformer_layers}")
 
-    def _check_addition(self) -> None:
-        kind, heads, width = self.addition_embed_type, self.addition_embed_type_num_heads, self.cross_attention_dim
-        if kind not in (None, "text", "text_time"):
-            raise ConfigError(
-                f"addition_embed_type '{kind}' is not supported", hint=nearest(kind, ["text", "text_time"])
-            )
+    def _check_addition(self, kind: str) -> None:
+        heads, width, known = self.addition_embed_type_num_heads, self.cross_attention_dim, ("text", "text_time")
+        if kind not in known:
+            raise ConfigError(f"addition_embed_type '{kind}' is not supported", hint=nearest(kind, known))
         if kind == "text" and (heads < 1 or width % heads):
             raise ConfigError(f"cross_attention_dim {width} is not a multiple of addition_embed_type_num_heads {heads}")
         needed = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")

@@ -81,11 +81,10 @@ class VAE:
         return mean + std * noise.to(mean.device)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1].
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1], alike in every batch.
 
-        One image at a time, so that its bits do not depend on the batch; with `tile` in tiles of so many latents a
-        side, where it is larger (see ldm.nn.tiling). Raises NumericsError for NaN or infinity:
-        in 16 bits some autoencoders overflow, and a black image must not pass for a result.
+        `tile`: in tiles of so many latents a side, where an image is larger (see ldm.nn.tiling). Raises NumericsError
+        for NaN or infinity: in 16 bits some autoencoders overflow, and a black image must not pass for a result.
         """
         if latents.shape[1] != self.latent_channels:
             raise ModelError(f"latents have {latents.shape[1]} channels, this VAE decodes {self.latent_channels}")

@@ -53,7 +53,7 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype, tiny_folder):
 
 
 def test_the_unet_reads_the_texts_once_a_batch(pipe, monkeypatch):
-    from ldm.nn.text_cache import TextCache
+    from ldm.nn.attention import TextCache
 
     read, follow = [], TextCache.follow
 

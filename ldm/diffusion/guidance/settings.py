@@ -62,20 +62,14 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in GUIDANCES:
-            raise ConfigError(
-                f"unknown guidance {self.kind!r:.80}", where="guidance", hint=nearest(str(self.kind), GUIDANCES)
-            )
-        scale = self.scale.tolist() if hasattr(self.scale, "tolist") else self.scale  # of torch and numpy
-        if isinstance(scale, Sequence) and not isinstance(scale, (str, bytes)):
-            require(len(scale) > 0, "the list is empty", "guidance_scale")
-            scale = tuple(_number(one, f"guidance_scale[{i}]", 0, MAX_SCALE) for i, one in enumerate(scale))
-        else:
-            scale = _number(scale, "guidance_scale", 0, MAX_SCALE)
-        self._set("scale", scale)
+            hint = nearest(str(self.kind), GUIDANCES)
+            raise ConfigError(f"unknown guidance {self.kind!r:.80}", where="guidance", hint=hint)
+        self._set("scale", _scale(self.scale))
         self._set("rescale", _number(self.rescale, "guidance_rescale", 0, 1))
-        require(self.interval is None or self.sigma_interval is None, "give steps or sigmas, not both", "interval")
-        self._set("interval", _pair(self.interval, "guidance_interval", 1))
-        self._set("sigma_interval", _pair(self.sigma_interval, "guidance_sigma_interval", math.inf))
+        if self.interval is not None or self.sigma_interval is not None:
+            require(self.interval is None or self.sigma_interval is None, "give steps or sigmas, not both", "interval")
+            self._set("interval", _pair(self.interval, "guidance_interval", 1))
+            self._set("sigma_interval", _pair(self.sigma_interval, "guidance_sigma_interval", math.inf))
         for kind, entry in GUIDANCES.items():
             for name, default in entry.options.items():
                 value = getattr(self, name)
@@ -88,13 +82,18 @@ class Guidance:
 
     def applies(self, step: int, steps: int, sigma: float) -> bool:
         """Whether the interval holds this step (from 0) of so many, or this sigma."""
-        if self.interval is not None:
-            first, end = (int(fraction * steps) for fraction in self.interval)  # as diffusers rounds
-            return first <= step < end
         if self.sigma_interval is not None:
-            low, high = self.sigma_interval
-            return low < sigma <= high
-        return True
+            return self.sigma_interval[0] < sigma <= self.sigma_interval[1]
+        first, end = (int(fraction * steps) for fraction in self.interval or (0, 1))  # as diffusers rounds
+        return first <= step < end
+
+
+def _scale(value: Any) -> float | tuple[float, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # of torch and numpy
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return _number(value, "guidance_scale", 0, MAX_SCALE)
+    require(len(value) > 0, "the list is empty", "guidance_scale")
+    return tuple(_number(one, f"guidance_scale[{i}]", 0, MAX_SCALE) for i, one in enumerate(value))
 
 
 def _number(value: Any, where: str, low: float, high: float) -> float:

@@ -58,7 +58,7 @@ class Conditioning:
         if len({part.states.shape[-1] for part in parts}) != 1 or len({part.pooled is None for part in parts}) != 1:
             raise ModelError("texts of different encoders cannot be put together")
         longest = max(part.states.shape[1] for part in parts)
-        padded = [part._padded(longest) for part in parts]
+        padded = [one if one.states.shape[1] == longest else one._padded(longest) for one in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]  # of all or of none
         masked = any(part.mask is not None for part in padded)
         return cls(
@@ -69,8 +69,6 @@ class Conditioning:
 
     def _padded(self, length: int) -> Conditioning:
         short = length - self.states.shape[1]
-        if not short:
-            return self
         return Conditioning(F.pad(self.states, (0, 0, 0, short)), self.pooled, F.pad(self._full_mask(), (0, short)))
 
     def _full_mask(self) -> Tensor:

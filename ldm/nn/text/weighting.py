@@ -76,15 +76,13 @@ def encode_weighted(
     xl = isinstance(text, XLText)
     zero_empty = isinstance(text, XLText) and text.zero_empty
     back = clip_skip + 1 if xl else clip_skip
-    for part in _parts(text):
+    for part in _parts(text) if back else ():
         part.check_skip(back)
     most = max(chunks, *(prompt.chunks for prompt in prompts))
     rows = []
     for prompt in prompts:
-        sides = [
-            _side(part, own + [[]] * (most - len(own)), back, not xl, emphasis)
-            for part, own in zip(_parts(text), prompt.parts)
-        ]
+        filled = [own + [[]] * (most - len(own)) for own in prompt.parts]
+        sides = [_side(part, own, back, not xl, emphasis) for part, own in zip(_parts(text), filled)]
         cond = Conditioning(torch.cat([states for states, _ in sides], dim=-1), sides[-1][1])  # (1, N * S, D), (1, P)
         rows.append(cond.zeros() if prompt.absent and zero_empty else cond)
     return Conditioning.cat(rows)
@@ -132,19 +130,20 @@ def _side(
     sides = []
     for chunk in chunks:
         cond = part.states(part.with_special_tokens([token for token, _ in chunk]), back, norm)
-        weights = torch.ones(part.max_length, device=cond.states.device)
-        weights[1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
-        sides.append((weighted(cond.states, weights, emphasis), cond.pooled))
+        weights = [weight for _, weight in chunk]
+        states = cond.states if set(weights) <= {1.0} else weighted(cond.states, weights, emphasis)
+        sides.append((states, cond.pooled))
     return torch.cat([states for states, _ in sides], dim=1), sides[0][1]
 
 
-def weighted(states: Tensor, weights: Tensor, emphasis: str) -> Tensor:
+def weighted(states: Tensor, of_tokens: list[float], emphasis: str) -> Tensor:
     """states (1, S, D) times weights (S,), in fp32; for "original" scaled to the mean over all that they had before.
 
-    Not where that mean is nothing but what rounding left, as after a layer norm that was never trained.
+    `of_tokens` are the weights between start and end. Not scaled where that mean is nothing but what rounding left, as
+    after a layer norm that was never trained.
     """
-    if (weights == 1).all():
-        return states
+    weights = torch.ones(states.shape[1], device=states.device)
+    weights[1 : 1 + len(of_tokens)] = torch.tensor(of_tokens)
     before = states.float()
     after = before * weights[:, None]
     if emphasis == "original":
