@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self._joined(words), namespace)
+        return super().parse_known_args(self._joined(words) if self.switches else words, namespace)
 
     def _joined(self, words: Sequence[str]) -> list[str]:
         """Each switch with its value behind a "=", so that it takes no other word for it."""
@@ -73,35 +73,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.update(dict.fromkeys(OFFLINE, "1"))
         with terminate_politely():
             return args.run(args) or 0
-    except SystemExit as stop:  # --help, --version
-        return int(stop.code or 0)
-    except Terminated:
-        return _report("stopped (SIGTERM)", debug, 128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        return _report("stopped (Ctrl-C)", debug, 128 + signal.SIGINT)
-    except LdmError as error:
-        return _report(f"error: {error}", debug, error.exit_code)
-    except BrokenPipeError:  # the reader of stdout went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        what = one_line(f"{type(error).__name__}: {error}")
-        return _report(f"internal error: {what} (a bug; --debug shows where)", debug, 1)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        return _exit_code(error, debug)
     finally:
         console.level = before
+
+
+def _exit_code(error: BaseException, debug: bool) -> int:
+    """What a command returns that ended by `error`, which is shown."""
+    if isinstance(error, SystemExit):  # --help, --version
+        return int(error.code or 0)
+    if isinstance(error, Terminated):
+        return _report("stopped (SIGTERM)", debug, 128 + signal.SIGTERM)
+    if isinstance(error, KeyboardInterrupt):
+        return _report("stopped (Ctrl-C)", debug, 128 + signal.SIGINT)
+    if isinstance(error, LdmError):
+        return _report(f"error: {error}", debug, error.exit_code)
+    if isinstance(error, BrokenPipeError):  # the reader of stdout went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    what = one_line(f"{type(error).__name__}: {error}")
+    return _report(f"internal error: {what} (a bug; --debug shows where)", debug, 1)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command. Raises ConfigError, with the nearest name for what is misspelt."""
     first = next((word for word in words if not word.startswith("-")), None)
     parser, commands = build_parser([first] if first in COMMANDS else COMMANDS)
-    if first is None and not set(words) & {"-h", "--help", "--version"}:
-        parser.print_help(sys.stderr)
-        raise SystemExit(2)
-    if first in PLANNED:
-        raise ConfigError(f"`ldm {first}` is not built yet", hint=f"there are {', '.join(commands)}")
-    if first is not None and first not in commands:
-        raise ConfigError(f"unknown command {first!r}", hint=f'{nearest(first, commands)} (ldm generate "a cat" draws)')
+    if first not in COMMANDS and not (first is None and set(words) & {"-h", "--help", "--version"}):
+        _no_command(first, parser)
     args, unknown = parser.parse_known_args(list(words))
     if hasattr(args, "overrides"):  # KEY=VALUE may stand after options too
         args.overrides += [word for word in unknown if _is_override(word)]
@@ -109,6 +109,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         _refuse(unknown[0], commands[first])
     return args
+
+
+def _no_command(word: str | None, parser: Parser) -> NoReturn:
+    if word is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if word in PLANNED:
+        raise ConfigError(f"`ldm {word}` is not built yet", hint=f"there are {', '.join(COMMANDS)}")
+    raise ConfigError(f"unknown command {word!r}", hint=f'{nearest(word, COMMANDS)} (ldm generate "a cat" draws)')
 
 
 def _is_override(word: str) -> bool:
