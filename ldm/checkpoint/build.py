@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.folder import T5, WORDS, Layout, check_digest, read_json
-from ldm.checkpoint.tensors import Advance, read_tensors, silent
+from ldm.checkpoint.safety import Advance, read_tensors, silent
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.checkpoint.safety import PICKLES, read_header, read_json, refuse_pickle
-from ldm.checkpoint.tensors import weight_files
 from ldm.errors import ModelError
 from ldm.files import check_manifest, sha256
 
@@ -302,6 +301,40 @@ def card_settings(text: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError):  # a malformed date is a ValueError
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files that hold one component: [single file] or [index.json, shards…].
+
+    Full precision comes before an `.fp16` variant. Raises ModelError where there is none, naming a pickle if that is
+    all there is, and for an index that is malformed or names files that are missing or outside the folder.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    for single in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        variant = single.removeprefix(stem).removesuffix("safetensors")
+        index = f"{stem}.safetensors.index{variant}json"
+        if single in names:
+            return [folder / single]
+        if index in names:
+            return [folder / index, *_shards(folder / index)]
+    for name in sorted(names):
+        if name.startswith((stem, "pytorch_model")):
+            refuse_pickle(folder / name)
+    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", hint="get the whole model folder")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ModelError("has no weight_map", where=index, hint="get the file again")
+    shards = [index.parent / file for file in sorted(set(files))]
+    for shard in shards:
+        if shard.parent != index.parent or shard.suffix != ".safetensors" or shard.name in ("", ".."):
+            raise ModelError(f"names {shard.name!r}, which is no safetensors file beside it", where=index)
+        if not shard.is_file():
+            raise ModelError(f"names {shard.name!r}, which is missing", where=index, hint="get the whole model folder")
+    return shards
 
 
 def index_for(pipeline: str, texts: Mapping[str, Any], scheduler_class: str) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from typing import Any
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import lora, single
 from ldm.checkpoint.families import FAMILIES, Family, family_of
-from ldm.checkpoint.folder import default_folder
+from ldm.checkpoint.folder import default_folder, weight_files
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
 from ldm.checkpoint.lora.target import target_for
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.header import KEY
 from ldm.checkpoint.single.names import UNET
-from ldm.checkpoint.tensors import weight_files
 from ldm.errors import ModelError
 
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}

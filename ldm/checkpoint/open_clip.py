@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.safety import read_tensors
 from ldm.errors import ModelError, nearest
 
 if TYPE_CHECKING:

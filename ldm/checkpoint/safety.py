@@ -1,15 +1,20 @@
-"""The headers of safetensors files, read and checked; pickles are recognised and refused, never unpickled."""
+"""Safetensors files, read and checked: each byte once, hashed on the way; pickles are recognised and refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ldm.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 HEAD = 4096  # bytes that are read to recognise a file, at most
 MAX_HEADER = 16 << 20  # bytes; the header of SDXL's U-Net has 0.3 MB
@@ -20,8 +25,17 @@ MAX_JSON = 16 << 20  # bytes of a config, index or vocabulary
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 ITEM_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+TORCH |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32"}
+TORCH |= {"U16": "uint16", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 USE_SAFETENSORS = "get the .safetensors version, or convert the file where you trust it"
 GET_AGAIN = "get the file again"
+
+Advance = Callable[[int], object]  # called with the number of bytes that were just read or written
+
+
+def silent(size: int) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ def _parse(raw: bytes, size: int, where: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed("its metadata is not text", where)
     start = position = 8 + len(raw)
-    entries = ((name, _tensor(name, entry, start, where)) for name, entry in table.items())
+    entries = ((name, _entry(name, entry, start, where)) for name, entry in table.items())
     tensors = dict(sorted(entries, key=lambda item: (item[1].begin, item[1].size)))
     for name, tensor in tensors.items():
         if tensor.begin != position:
@@ -151,7 +165,7 @@ def _parse(raw: bytes, size: int, where: Path) -> Header:
     return Header(start, tensors, metadata)
 
 
-def _tensor(name: str, entry: object, start: int, where: Path) -> Tensor:
+def _entry(name: str, entry: object, start: int, where: Path) -> Tensor:
     """One entry of the header, its size checked against its shape; the tensors' bytes begin at `start`."""
     if not name.isprintable() or len(name) > MAX_NAME:
         raise _malformed(f"a tensor has the name {name[:80]!r} … of {len(name)} characters", where)
@@ -193,6 +207,71 @@ def _no_constant(name: str) -> None:
 def _malformed(reason: str, where: Path) -> ModelError:
     refuse_pickle(where)  # a file of another format is called by its own name
     return ModelError(f"is not a sound safetensors file: {reason}", where=where, hint=GET_AGAIN)
+
+
+def read_tensors(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    advance: Advance = silent,
+    names: Container[str] | None = None,
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of one safetensors file (all, or those in `names`), floating ones as `dtype` on `device`; its sha256.
+
+    Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
+    tensor is read, and for a tensor that is not finite in `dtype`, which it names.
+    """
+    digest, tensors = hashlib.sha256(), {}
+    with open_weights(path) as handle:
+        header, raw = read_header_bytes(handle, path)
+        digest.update(raw)
+        for name, entry in header.tensors.items():
+            if names is None or name in names:
+                tensors[name] = placed_tensor(name, _read_tensor(handle, entry, digest, path), dtype, device, path)
+            else:
+                _pass_over(handle, entry.size, digest, path)
+            advance(entry.size)
+    return tensors, digest.hexdigest()
+
+
+def _pass_over(handle, size: int, digest, path: Path) -> None:
+    """Read and hash the next bytes without keeping them."""
+    while size:
+        block = handle.read(min(size, 1 << 20))
+        if not block:
+            raise ModelError("became shorter while it was read", where=path)
+        digest.update(block)
+        size -= len(block)
+
+
+def _read_tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:
+    import torch
+
+    memory = torch.empty(entry.size, dtype=torch.uint8)
+    view, position = memoryview(memory.numpy()), 0
+    while position < entry.size:
+        block = view[position : position + (1 << 24)]
+        count = handle.readinto(block)
+        if not count:
+            raise ModelError("became shorter while it was read", where=path)
+        digest.update(block[:count])
+        position += count
+    return memory.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
+
+
+def placed_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: Path) -> torch.Tensor:
+    """The tensor on `device`, a floating one as `dtype`. Raises ModelError unless it is finite there."""
+    placed = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    if not placed.isfinite().all():
+        raise _not_finite(name, tensor, dtype, path)
+    return placed
+
+
+def _not_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> ModelError:
+    if not tensor.float().isfinite().all():
+        return ModelError(f"{name!r} holds NaN or infinity", where=path, hint="get another copy of the model")
+    what = f"{name!r} is too large for {str(dtype).removeprefix('torch.')}"
+    return ModelError(what, where=path, hint="load it with --dtype bf16 or fp32")
 
 
 def read_json(path: str | Path) -> dict:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import PREFIX, TIED, check_fit
-from ldm.checkpoint.tensors import Advance, silent, write_shards
+from ldm.checkpoint.safety import Advance, silent
+from ldm.checkpoint.tensors import write_shards
 from ldm.checkpoint.types import Model
 from ldm.device import DTYPES, SPELLINGS
 from ldm.errors import ModelError

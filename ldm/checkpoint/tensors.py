@@ -1,95 +1,19 @@
-"""Read and write safetensors files: each byte is read once and hashed on the way, files are written in shards."""
+"""Safetensors files, written: tensor by tensor, in shards."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.checkpoint.safety import Tensor, open_weights, read_header_bytes, read_json, refuse_pickle
-from ldm.errors import ModelError
+from ldm.checkpoint.safety import TORCH, Advance, placed_tensor, silent
 
 if TYPE_CHECKING:
     import torch
 
-TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-TORCH |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32"}
-TORCH |= {"U16": "uint16", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 HEADER_ROOM = 200  # bytes that one tensor's entry may take in a shard's header, beside its name
-
-Advance = Callable[[int], object]  # called with the number of bytes that were just read or written
-
-
-def silent(size: int) -> None:
-    """Report nothing."""
-
-
-def read_tensors(
-    path: Path,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    advance: Advance = silent,
-    names: Container[str] | None = None,
-) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of one safetensors file (all, or those in `names`), floating ones as `dtype` on `device`; its sha256.
-
-    Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
-    tensor is read, and for a tensor that is not finite in `dtype`, which it names.
-    """
-    digest, tensors = hashlib.sha256(), {}
-    with open_weights(path) as handle:
-        header, raw = read_header_bytes(handle, path)
-        digest.update(raw)
-        for name, entry in header.tensors.items():
-            if names is None or name in names:
-                tensors[name] = _placed(name, _tensor(handle, entry, digest, path), dtype, device, path)
-            else:
-                _pass_over(handle, entry.size, digest, path)
-            advance(entry.size)
-    return tensors, digest.hexdigest()
-
-
-def _pass_over(handle, size: int, digest, path: Path) -> None:
-    """Read and hash the next bytes without keeping them."""
-    while size:
-        block = handle.read(min(size, 1 << 20))
-        if not block:
-            raise ModelError("became shorter while it was read", where=path)
-        digest.update(block)
-        size -= len(block)
-
-
-def _tensor(handle, entry: Tensor, digest, path: Path) -> torch.Tensor:
-    import torch
-
-    memory = torch.empty(entry.size, dtype=torch.uint8)
-    view, position = memoryview(memory.numpy()), 0
-    while position < entry.size:
-        block = view[position : position + (1 << 24)]
-        count = handle.readinto(block)
-        if not count:
-            raise ModelError("became shorter while it was read", where=path)
-        digest.update(block[:count])
-        position += count
-    return memory.view(getattr(torch, TORCH[entry.dtype])).reshape(entry.shape)
-
-
-def _placed(name: str, tensor: torch.Tensor, dtype: torch.dtype, device, path: Path) -> torch.Tensor:
-    """The tensor on `device`, a floating one as `dtype`. Raises ModelError unless it is finite there."""
-    placed = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-    if not placed.isfinite().all():
-        raise _not_finite(name, tensor, dtype, path)
-    return placed
-
-
-def _not_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> ModelError:
-    if not tensor.float().isfinite().all():
-        return ModelError(f"{name!r} holds NaN or infinity", where=path, hint="get another copy of the model")
-    what = f"{name!r} is too large for {str(dtype).removeprefix('torch.')}"
-    return ModelError(what, where=path, hint="load it with --dtype bf16 or fp32")
 
 
 class Source(NamedTuple):
@@ -107,7 +31,7 @@ class Source(NamedTuple):
 def source(tensor: torch.Tensor, dtype: torch.dtype, name: str, path: Path) -> Source:
     """A tensor to write, a floating one as `dtype`; writing it raises ModelError if it is not finite."""
     kind = dtype if tensor.is_floating_point() else tensor.dtype
-    return Source(kind, tuple(tensor.shape), lambda: _placed(name, tensor.detach(), dtype, "cpu", path))
+    return Source(kind, tuple(tensor.shape), lambda: placed_tensor(name, tensor.detach(), dtype, "cpu", path))
 
 
 def write_tensors(
@@ -178,38 +102,4 @@ def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
             room = max_bytes
         shards[-1].append(name)
         room -= needed
-    return shards
-
-
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files that hold one component: [single file] or [index.json, shards…].
-
-    Full precision comes before an `.fp16` variant. Raises ModelError where there is none, naming a pickle if that is
-    all there is, and for an index that is malformed or names files that are missing or outside the folder.
-    """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    for single in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        variant = single.removeprefix(stem).removesuffix("safetensors")
-        index = f"{stem}.safetensors.index{variant}json"
-        if single in names:
-            return [folder / single]
-        if index in names:
-            return [folder / index, *_shards(folder / index)]
-    for name in sorted(names):
-        if name.startswith((stem, "pytorch_model")):
-            refuse_pickle(folder / name)
-    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", hint="get the whole model folder")
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not files or not all(isinstance(file, str) for file in files):
-        raise ModelError("has no weight_map", where=index, hint="get the file again")
-    shards = [index.parent / file for file in sorted(set(files))]
-    for shard in shards:
-        if shard.parent != index.parent or shard.suffix != ".safetensors" or shard.name in ("", ".."):
-            raise ModelError(f"names {shard.name!r}, which is no safetensors file beside it", where=index)
-        if not shard.is_file():
-            raise ModelError(f"names {shard.name!r}, which is missing", where=index, hint="get the whole model folder")
     return shards

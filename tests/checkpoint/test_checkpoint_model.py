@@ -433,7 +433,7 @@ def test_settings_are_refused_before_a_weight_is_read(copied, name):
 
 
 def test_a_value_too_large_for_fp16_is_named(tiny, tmp_path):
-    from ldm.checkpoint.tensors import read_tensors
+    from ldm.checkpoint.safety import read_tensors
 
     save_file({"a.weight": torch.tensor([1e6])}, tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match=r"'a.weight' is too large for float16"):

@@ -13,8 +13,9 @@ import torch
 
 import ldm
 from ldm.checkpoint.families import SD1
+from ldm.checkpoint.safety import silent
 from ldm.checkpoint.single.names import originals, parts_of
-from ldm.checkpoint.tensors import Source, silent, write_tensors
+from ldm.checkpoint.tensors import Source, write_tensors
 from tests.checkpoint.test_families import shapes
 
 SIZE = """

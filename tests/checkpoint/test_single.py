@@ -244,7 +244,7 @@ def test_the_metadata_of_an_image_names_the_file(models):
 def test_sizes_are_checked_before_a_weight_is_read(models, monkeypatch):
     _, _, file = models["1.5"]
     pipe = Pipeline("a cat", file)
-    monkeypatch.setattr("ldm.checkpoint.tensors.read_tensors", None)
+    monkeypatch.setattr("ldm.checkpoint.single.read.read_tensors", None)
     with pytest.raises(ldm.errors.ConfigError, match="63 is not a multiple of 4"):
         pipe.generate(width=63)
 

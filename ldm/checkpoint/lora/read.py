@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.lora.names import OTHER_KINDS, PARTS, split_key
-from ldm.checkpoint.safety import Header, read_header, refuse_pickle
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.safety import Header, read_header, read_tensors, refuse_pickle
 from ldm.errors import ConfigError, ModelError, nearest
 from ldm.files import read_manifest
 

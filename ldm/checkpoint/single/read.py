@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoint.build import check_fit, clip_text, t5_text
 from ldm.checkpoint.families import SCHEDULE_BUFFERS, family_of
 from ldm.checkpoint.folder import card_settings
-from ldm.checkpoint.safety import Header, read_header
+from ldm.checkpoint.safety import Header, read_header, read_tensors
 from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, find_prediction_type, stored_settings, zero_snr
 from ldm.checkpoint.single.names import UNET, VAE, Destination, Part, destination_of, parts_of, vae_part
 from ldm.checkpoint.single.tokenizers import clips, unpack
-from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.types import Model
 from ldm.console import progress
 from ldm.errors import LdmError, ModelError

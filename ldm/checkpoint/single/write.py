@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.build import check_fit
 from ldm.checkpoint.families import family_of
-from ldm.checkpoint.safety import read_header
+from ldm.checkpoint.safety import Advance, read_header, silent
 from ldm.checkpoint.save import encoders, text_config, text_state, vae_config
 from ldm.checkpoint.single.header import FORMAT, V_KEY, ZERO_SNR_KEY, metadata_of
 from ldm.checkpoint.single.names import UNET, Destination, Part, originals, parts_of
 from ldm.checkpoint.single.tokenizers import stored
-from ldm.checkpoint.tensors import Advance, Source, silent, source, write_tensors
+from ldm.checkpoint.tensors import Source, source, write_tensors
 from ldm.checkpoint.types import Model
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
