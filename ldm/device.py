@@ -35,13 +35,10 @@ def pick_device(name: str = "auto") -> torch.device:
 def check_dtype(value: Any, where: str = "dtype") -> str:
     """auto, fp32, fp16 or bf16, from any spelling: float32, torch.float32, half, a torch dtype. Raises ConfigError."""
     word = str(value).lower()
-    if word == "auto":
-        return word
-    if word not in SPELLINGS:
-        raise ConfigError(
-            f"unknown dtype {str(value)!r:.80}", where=where, hint=nearest(word[:80], ("auto", *SPELLINGS))
-        )
-    return SPELLINGS[word]
+    if word != "auto" and word not in SPELLINGS:
+        hint = nearest(word[:80], ("auto", *SPELLINGS))
+        raise ConfigError(f"unknown dtype {str(value)!r:.80}", where=where, hint=hint)
+    return SPELLINGS.get(word, word)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -44,15 +44,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _create(path: Path) -> int:
-    """Create an empty file; returns the permissions that the umask, or the folder's default ACL, gave it.
-
-    Asking `os.umask` would open the files of other threads to everybody for a moment.
-    """
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
+    """Create an empty file; returns the permissions that the umask, or the folder's default ACL, gave it."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # os.umask would change it for a moment
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def _fsync(path: Path) -> None:
@@ -100,9 +94,8 @@ def atomic_write(
 ) -> Path:
     """Write a whole file or nothing: a temporary name beside it (or in `scratch`, an existing folder), fsync, rename.
 
-    `data` is the content, or a function that writes to the path that it is called with. With `overwrite=False` an
-    existing file is kept and FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be
-    written.
+    `data` is the content, or a function that writes to a path. With `overwrite=False` an existing file is kept and
+    FileExistsError raised. Raises ResourceError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     tmp = _temporary(Path(scratch or path.parent) / path.name)
@@ -116,10 +109,7 @@ def atomic_write(
                 tmp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
             _fsync(tmp)
             tmp.chmod(mode)  # safetensors leaves 0600
-            if overwrite:
-                os.replace(tmp, path)
-            else:
-                _publish(tmp, path)
+            (os.replace if overwrite else _publish)(tmp, path)
             _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -203,10 +193,7 @@ def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Pa
 
 
 def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Path in the folder -> sha256 and size, as `manifest.json` lists them; {} where there is no manifest.
-
-    Raises ModelError for a damaged manifest, and one that names files outside the folder.
-    """
+    """Path in the folder -> sha256 and size, by `manifest.json`; {} without one. Raises ModelError for a bad one."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return {}

@@ -37,10 +37,7 @@ def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], fold
 
 
 def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]]) -> TextEncoder:
-    """The folder's text encoders with these tensors (component -> name -> tensor) and their tokenizers.
-
-    Raises ModelError where they do not belong together.
-    """
+    """The folder's text encoders with these tensors (component -> name -> tensor) and tokenizers. Raises ModelError."""
     from ldm.nn.text import XLText
 
     if layout.text_class("text_encoder") in T5:
@@ -76,9 +73,8 @@ def clip_text(
 ) -> ClipText:
     """CLIP's text encoder from config.json and tensors, in eval mode; keys may begin with `text_model.` or not.
 
-    config["architectures"][0] is CLIPTextModel (the default) or CLIPTextModelWithProjection; `words` are the words that
-    it was trained on, where these are few and known. Raises ModelError for tensors that do not fit, and where the
-    tokenizer has more words than the encoder or another end of text.
+    config["architectures"][0] is CLIPTextModel (the default) or CLIPTextModelWithProjection; `words` are those that it
+    was trained on, where they are known. Raises ModelError where tensors or tokenizer do not fit.
     """
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -141,10 +137,7 @@ def named_as(state: Mapping[str, torch.Tensor], known: Container[str]) -> dict[s
 
 
 def check_fit(config: UNetConfig, channels: int, width: int, where: object, pooled: int | None = None) -> None:
-    """Raise ModelError unless the U-Net fits a VAE with `channels` latent channels and text states of this `width`.
-
-    `pooled` is the width of the pooled text, where there is one; XL's U-Net reads it.
-    """
+    """Raise ModelError unless the U-Net fits a VAE's latent `channels` and the widths of text and pooled text."""
     widths = {"text": (config.cross_attention_dim, width)}
     if config.addition_embed_type == "text_time" and pooled is not None:
         expected = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

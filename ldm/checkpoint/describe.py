@@ -53,17 +53,18 @@ def describe(
 ) -> ModelInfo:
     """A description of the model after every check that needs no weight; only the settings of a hub id are fetched.
 
-    `vae` and `prediction_type` replace the model's. `hashed` adds the hash that the loaded model would have (without
-    another VAE): from the manifest where there is one, else by reading all weights. Raises ModelError as loading does.
+    `vae` and `prediction_type` replace the model's. `hashed` adds the loaded model's hash (without another VAE), from
+    the manifest or by reading all weights. Raises ModelError as loading does.
     """
     if isinstance(model, Model):
         return _of_loaded(model)
-    override, skip = check_prediction_type(prediction_type), ("vae",) if vae is not None else ()
+    override = None if prediction_type is None else check_prediction_type(prediction_type)
+    skip = ("vae",) if vae is not None else ()
     path = resolve(model, weights=hashed)
     if is_single(path):
         name, configs, card, unet, schedule = _of_single(path, override, skip)
     else:
-        hub = is_hub_id(str(model))
+        hub = str(model) != "default" and is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
         configs, card = layout.configs, layouts.read_card(path)

@@ -63,10 +63,7 @@ OTHERS = {  # pipelines that people will bring, by a part of their class name
 
 
 def shipped(name: str) -> Path:
-    """The folder `weights`, `configs` or `docs/prompts`: the wheel's copy `ldm/_<name>`, else the checkout's.
-
-    The path is returned whether it exists or not.
-    """
+    """The folder `weights`, `configs` or `docs/prompts`, there or not: the wheel's `ldm/_<name>`, or the checkout's."""
     packaged = PACKAGE / f"_{name.rpartition('/')[2]}"
     return packaged if packaged.is_dir() else PACKAGE.parent / name
 
@@ -126,8 +123,7 @@ class Layout:
 def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     """Check a model folder as far as possible without reading a weight; components in `skip` may be missing.
 
-    Raises ModelError: no folder, a pickle, no model_index.json, a pipeline that is not supported, a component, file or
-    tensor table that is missing or malformed, a file whose size differs from the manifest's.
+    Raises ModelError: no folder, a pipeline that is not supported, a part missing, malformed or of another size.
     """
     layout = read_configs(folder, skip)
     weights = {part: weight_files(folder / part, STEMS[part]) for part in layout.configs if part in STEMS}
@@ -263,10 +259,7 @@ def check_settings(layout: Layout) -> dict[str, str]:
 
 
 def identity(folder: Path) -> tuple:
-    """Names, sizes, times and inodes of a model's files: equal as long as no file changes.
-
-    A single file counts together with the settings beside it; () for what is not there.
-    """
+    """Names, sizes, times and inodes of a model's files, of a single file with the settings beside it; () for none."""
     parts = [folder, *(folder / part for part in CLASSES)]
     paths = [path for part in parts if part.is_dir() for path in part.iterdir()]
     paths += [folder, *beside(folder)] if folder.is_file() else []
@@ -304,10 +297,9 @@ def card_settings(text: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files that hold one component: [single file] or [index.json, shards…].
+    """The safetensors files of one component: [single file] or [index.json, shards…], full precision before `.fp16`.
 
-    Full precision comes before an `.fp16` variant. Raises ModelError where there is none, naming a pickle if that is
-    all there is, and for an index that is malformed or names files that are missing or outside the folder.
+    Raises ModelError: none or a pickle alone; an index that is malformed or names files missing or elsewhere.
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     for single in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
@@ -317,10 +309,14 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             return [folder / single]
         if index in names:
             return [folder / index, *_shards(folder / index)]
+    raise _no_weights(folder, stem, names)
+
+
+def _no_weights(folder: Path, stem: str, names: set[str]) -> ModelError:
     for name in sorted(names):
         if name.startswith((stem, "pytorch_model")):
             refuse_pickle(folder / name)
-    raise ModelError("no weights here", where=folder / f"{stem}.safetensors", hint="get the whole model folder")
+    return ModelError("no weights here", where=folder / f"{stem}.safetensors", hint="get the whole model folder")
 
 
 def _shards(index: Path) -> list[Path]:

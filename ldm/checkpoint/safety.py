@@ -128,10 +128,9 @@ def read_header_bytes(handle: BinaryIO, path: Path) -> tuple[Header, bytes]:
     if len(start) < 8:
         raise _malformed("has no header", path)
     length = int.from_bytes(start, "little")
-    if length > size - 8:
-        raise _malformed(f"its header of {length} bytes does not fit into {size} bytes", path)
-    if length > MAX_HEADER:
-        raise _malformed(f"its header of {length} bytes is larger than any model's", path)
+    if length > min(size - 8, MAX_HEADER):
+        reason = f"does not fit into {size} bytes" if length > size - 8 else "is larger than any model's"
+        raise _malformed(f"its header of {length} bytes {reason}", path)
     raw = handle.read(length)
     return _parse(raw, size, path), start + raw
 
@@ -218,8 +217,7 @@ def read_tensors(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of one safetensors file (all, or those in `names`), floating ones as `dtype` on `device`; its sha256.
 
-    Every byte is read once, straight into the tensor's memory. Raises ModelError for a malformed header before any
-    tensor is read, and for a tensor that is not finite in `dtype`, which it names.
+    Raises ModelError for a malformed header before any tensor is read, and for a tensor that is not finite in `dtype`.
     """
     digest, tensors = hashlib.sha256(), {}
     with open_weights(path) as handle:

@@ -21,6 +21,12 @@ from ldm.errors import ConfigError, LdmError, nearest, one_line
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
 PLANNED = ("web",)  # of the contract, and not there yet
+EVERYWHERE = (
+    (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
+    (("-v", "--verbose"), "count", "say more"),
+    (("--debug",), "store_true", "show where an error comes from"),
+    (("--offline",), "store_true", "never use the network"),
+)
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -145,12 +151,10 @@ def build_parser(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Par
 def common_options() -> Parser:
     """What every command takes, before and after its name (a parser of its own each time: defaults are shared)."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = common.add_argument_group("everywhere")
-    group.add_argument("-q", "--quiet", action="count", help="no progress, nothing but warnings and errors")
-    group.add_argument("-v", "--verbose", action="count", help="say more")
-    group.add_argument("--debug", action="store_true", help="show where an error comes from")
-    group.add_argument("--offline", action="store_true", help="never use the network")
-    group.add_argument("--version", action="version", version=f"ldm {ldm.__version__}")
+    add = common.add_argument_group("everywhere").add_argument
+    for names, action, text in EVERYWHERE:
+        add(*names, action=action, help=text)
+    add("--version", action="version", version=f"ldm {ldm.__version__}")
     return common
 
 

@@ -1,4 +1,4 @@
-"""One denoiser for every prediction type: denoise(x, sigma) -> x0, and the loss that trains the network inside it.
+"""One denoiser for every prediction type: denoise(x, sigma) -> x0, a sampler's run, and the loss that trains it.
 
 With x = x0 + sigma * noise:   x0 = c_skip * x + c_out * network(c_in * x, timestep)
 Network: predict(x_in (B, C, H, W), timesteps (B,) fp32) -> raw (B, C, H, W).
@@ -10,6 +10,10 @@ from collections.abc import Callable
 
 import torch
 
+from ldm.diffusion.inpaint import Original, add_noise, mask_known_region
+from ldm.diffusion.names import options
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.base import Callback, Noise, absent
 from ldm.diffusion.schedule import PREDICTION_TYPES, Schedule
 from ldm.errors import ConfigError, nearest
 
@@ -72,6 +76,37 @@ def consistency(denoise: Denoise, schedule: Schedule) -> Denoise:
         return c_skip * x + c_out * denoise(x, sigma)
 
     return to_x0
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    schedule: Schedule,
+    sigmas: torch.Tensor,
+    start: torch.Tensor,
+    sampler: str,
+    *,
+    noise: Noise = absent,
+    spacing: str | None = None,
+    eta: float | None = None,
+    callback: Callback = None,
+    original: Original | None = None,
+) -> torch.Tensor:
+    """Unit noise `start` (B, C, h, w) -> latents (B, C, h, w), by a sampler of SAMPLERS over `sigmas` (n + 1,).
+
+    `noise` is needed by samplers that add some. `original`: the images to begin at (with the sigmas that
+    `img2img_sigmas` leaves), or to keep where their mask says so. Raises ConfigError for an eta that cannot be.
+    """
+    if sampler == "lcm":
+        denoise = consistency(denoise, schedule)
+    if original is None or original.from_noise:
+        x = schedule.initial(start, sigmas, sampler, spacing)
+    else:
+        x = add_noise(original.latents, sigmas, start)
+    if original is not None and original.mask is not None:
+        denoise = mask_known_region(denoise, original, start, sigmas)
+    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **({} if eta is None else options(sampler, eta)))
+    return x if original is None else original.keep(x, original.latents)  # ddim may end at a sigma above 0
 
 
 def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Denoise
 from ldm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ldm.diffusion.denoiser import Denoise
 
 PARALLEL = 0.9995  # mean cosine above which two noises are one and the same, so that an arc between them has no length
 

@@ -96,11 +96,8 @@ class Schedule:
     set_alpha_to_one: bool = False  # DDIM's last sigma: 0, or (Stable Diffusion) the sigma of timestep 0
 
     def __post_init__(self) -> None:
-        for field, known in (
-            ("prediction_type", PREDICTION_TYPES),
-            ("beta_schedule", BETAS),
-            ("spacing", SCHEDULE_SPACINGS),
-        ):
+        names = {"prediction_type": PREDICTION_TYPES, "beta_schedule": BETAS, "spacing": SCHEDULE_SPACINGS}
+        for field, known in names.items():
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"unknown {field} '{value}'", where="schedule", hint=nearest(str(value), known))
         if self.num_train_timesteps < 2:
@@ -151,12 +148,9 @@ class Schedule:
         return product.sqrt(), (1 - product).sqrt()
 
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network is told, (B,) fp32: integer timesteps as they are, flow times as whole thousandths.
-
-        Rounded down as DPMSolverMultistepScheduler does it, so that other programs ask a model what it was taught.
-        """
+        """What the network is told, (B,) fp32: integer timesteps as they are, flow times as whole thousandths."""
         if not self.is_flow:
-            return timesteps.float()
+            return timesteps.float()  # else rounded down as DPMSolverMultistepScheduler does it, to be asked the same
         return (timesteps * self.num_train_timesteps + EDGE).floor().float()
 
     def timestep(self, sigma: torch.Tensor | float) -> torch.Tensor:
@@ -179,19 +173,19 @@ class Schedule:
         return torch.as_tensor(np.interp(timestep.numpy(), np.arange(len(table)), table)).float()
 
     def sigmas(self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None) -> torch.Tensor:
-        """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them.
+        """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them; the last one is 0, for DDIM
+        without set_alpha_to_one the sigma of timestep 0. spacing None is the schedule's own, for lcm its table.
 
-        The last one is 0; for DDIM on timesteps, without set_alpha_to_one, it is the sigma of timestep 0.
-        spacing None is the schedule's own, for lcm its table. Raises ConfigError for a step count that is not
-        possible, an unknown spacing, and one that does not fit the schedule.
+        Raises ConfigError for a step count that is not possible, and a spacing that is unknown or does not fit.
         """
         n = num_inference_steps
         if n < 1:
             raise ConfigError(f"num_inference_steps must be at least 1, not {n}")
-        if self.is_flow:
-            if spacing is not None:
-                raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", hint="leave it out")
-            return self._flow_sigmas(n, sampler)
+        if self.is_flow and spacing is not None:
+            raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", hint="leave it out")
+        return self._flow_sigmas(n, sampler) if self.is_flow else self._beta_sigmas(n, sampler, spacing)
+
+    def _beta_sigmas(self, n: int, sampler: str, spacing: str | None) -> torch.Tensor:
         if spacing in SIGMA_SPACINGS:
             low, high = self.sigmas_all[0].item(), self.sigmas_all[-1].item()
             sigmas = torch.from_numpy(SPACINGS[spacing](low, high, n)).float()
@@ -264,29 +258,22 @@ class Schedule:
         return torch.tensor(timesteps.tolist(), dtype=torch.float64)
 
     def _flow_sigmas(self, n: int, sampler: str) -> torch.Tensor:
-        """Equal steps of t from 1 - 1/T to 0 (for UniPC from 1 to 1/T, then 0), shifted, as t / (1 - t).
-
-        Where t * T is whole but for float64's last bit, diffusers rounds down by chance; computed as there and moved
-        away from the edge (by 2e-7 in t), so that `timestep` says the same.
-        """
+        """Equal steps of t from 1 - 1/T to 0 (for UniPC from 1 to 1/T, then 0), shifted, as t / (1 - t)."""
         total = self.num_train_timesteps
         if sampler == "unipc":
             t = np.append(np.linspace(1, 1 / total, n + 1)[:-1], 0.0)
         else:
             t = (1.0 - np.linspace(1, 1 / total, n + 1))[::-1]
         t = (self.flow_shift * t / (1 + (self.flow_shift - 1) * t)).clip(max=FLOW_CAP)
-        edge = np.floor(t * total) + 1
+        edge = np.floor(t * total) + 1  # near it, diffusers rounds down by chance: moved away, by 2e-7 in t
         t = np.where(edge - t * total < 2 * EDGE, (edge - 2 * EDGE) / total, t)
         return torch.from_numpy(t / (1 - t)).float()
 
     def initial(
         self, noise: torch.Tensor, sigmas: torch.Tensor, sampler: str = "euler", spacing: str | None = None
     ) -> torch.Tensor:
-        """Unit noise (B, C, H, W) scaled to the x that sampling starts from; the one home of this convention.
-
-        Euler and its relatives take sigma itself with any spacing but leading; all else takes the scale at which the
-        network's input is the noise unchanged: sqrt(sigma^2 + 1), for flow sigma + 1.
-        """
+        """Unit noise (B, C, H, W) scaled to the x that sampling starts from. Euler and its relatives take sigma itself
+        with any spacing but leading; all else the scale at which the network's input is the noise unchanged."""
         sigma = sigmas[0].item()
         if self.is_flow:
             return noise * (sigma + 1)

@@ -6,6 +6,7 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import cast
@@ -18,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from ldm.errors import ModelError
 from ldm.nn.attention import TextCache, attention, check_backend, remember
 from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even_batch, per_image, silu
-from ldm.nn.embeddings import TextTimeEmbedding, TimestepEmbedding, sinusoidal
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights, on_meta
 from ldm.nn.winograd import RUN, Conv3x3
@@ -152,6 +152,60 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # (B, C, h, w) -> (B, C, *size)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def sinusoidal(values: Tensor, channels: int) -> Tensor:
+    """values (N,) -> (N, channels): cosines, then sines, of frequencies from 1 down to 1/10000, in fp32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device) / half)
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, channels: int, embed: int):
+        super().__init__()
+        self.linear_1 = Linear(channels, embed)
+        self.linear_2 = Linear(embed, embed)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
+        return self.linear_2(silu(self.linear_1(x), self.training))
+
+
+class AttentionPooling(nn.Module):
+    """One query, the mean of all tokens that count plus a learned vector, attends to itself and to them."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.k_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, D)
+        if mask is None:
+            query = x.mean(dim=1)
+        else:
+            query = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
+        query = query + self.positional_embedding.to(x.dtype)  # (B, D)
+        x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
+        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
+
+
+class TextTimeEmbedding(nn.Module):
+    """Text pooled into the time embedding (addition_embed_type "text")."""
+
+    def __init__(self, width: int, embed: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.pool = AttentionPooling(width, num_heads)
+        self.proj = Linear(width, embed)
+        self.norm2 = nn.LayerNorm(embed)
+
+    def forward(self, states: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, E)
+        return self.norm2(self.proj(self.pool(self.norm1(states), mask)))
 
 
 class Level(nn.Module):
@@ -319,13 +373,17 @@ class UNet(nn.Module):
         if self.config.addition_embed_type == "text":
             temb = temb + remember(cache, self.add_embedding, lambda: self.add_embedding(states, mask))
         elif self.config.addition_embed_type == "text_time":
-            if pooled is None or time_ids is None:
-                raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
-            assert self.config.addition_time_embed_dim is not None  # as UNetConfig has checked
-            waves = partial(sinusoidal, channels=self.config.addition_time_embed_dim)
-            sizes = torch.cat([waves(ids).flatten()[None] for ids in time_ids]).to(x.dtype)  # (B, 6 * that)
-            temb = temb + self.add_embedding(torch.cat([pooled, sizes], dim=-1))
+            temb = temb + self._embed_sizes(pooled, time_ids, x.dtype)
         return temb
+
+    def _embed_sizes(self, pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """XL's: pooled text (B, P) and time_ids (B, 6) -> (B, E)."""
+        if pooled is None or time_ids is None:
+            raise ModelError("this U-Net (addition_embed_type 'text_time') needs pooled text and time_ids")
+        assert self.config.addition_time_embed_dim is not None  # as UNetConfig has checked
+        waves = partial(sinusoidal, channels=self.config.addition_time_embed_dim)
+        sizes = torch.cat([waves(ids).flatten()[None] for ids in time_ids]).to(dtype)  # (B, 6 * that)
+        return self.add_embedding(torch.cat([pooled, sizes], dim=-1))
 
     def _run(self, layer: Callable[..., Tensor], *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

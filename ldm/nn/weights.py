@@ -20,10 +20,7 @@ def on_meta(build: Callable[[], Module]) -> Module:
 
 
 def load_weights(module: Module, state: Mapping[str, Tensor], where: object = None) -> Module:
-    """Gives a module the tensors of `state` themselves (no copy); returns it in eval mode.
-
-    Raises ModelError with counts and the first five names where a key is missing, unexpected or of another shape.
-    """
+    """Gives a module the tensors of `state` themselves (no copy); returns it in eval mode. Raises as `check_keys`."""
     check_keys(module, state, where)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()

@@ -85,9 +85,8 @@ class Conv3x3(nn.Conv2d):
         self._made_of = self.weight, _version(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, O, H, W)
-        if self.kernel is None or not getattr(RUN, "tiles", False) or not self._fresh() or not _whole_tiles(x):
-            return super().forward(x)
-        return _by_tiles(x, self.kernel, self.bias)
+        tiles = self.kernel is not None and getattr(RUN, "tiles", False) and self._fresh() and _whole_tiles(x)
+        return _by_tiles(x, self.kernel, self.bias) if tiles and self.kernel else super().forward(x)
 
     def _suits(self) -> bool:
         weight, channels, out = self.weight, self.in_channels, self.out_channels
@@ -100,8 +99,7 @@ class Conv3x3(nn.Conv2d):
 
     def _fresh(self) -> bool:
         """Whether the kernel may be used: the weight is still what it was made of."""
-        weight, version = self._made_of
-        return self._draws() and weight is self.weight and version == _version(weight)
+        return self._draws() and self._made_of[0] is self.weight and self._made_of[1] == _version(self.weight)
 
 
 def _version(tensor: Tensor) -> int:

@@ -101,10 +101,14 @@ def check_size(value: Any, where: str, factor: int | None) -> int:
     """A number of pixels that the VAE's factor (where known) divides. Raises ConfigError naming the nearest two."""
     number = check_int(value, where, 1, MAX_SIZE)
     if factor and number % factor:
-        below, above = number // factor * factor, -(-number // factor) * factor
-        near = f"{below} or {above}" if below else str(above)
-        raise ConfigError(f"{number} is not a multiple of {factor}", where=where, hint=f"use {near}")
+        raise _no_multiple(number, factor, where)
     return number
+
+
+def _no_multiple(number: int, factor: int, where: str) -> ConfigError:
+    below, above = number // factor * factor, -(-number // factor) * factor
+    near = f"{below} or {above}" if below else str(above)
+    return ConfigError(f"{number} is not a multiple of {factor}", where=where, hint=f"use {near}")
 
 
 def check_sampler(given: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -193,14 +197,18 @@ def check_seeds(num_images: Any, seed: Any, prompts: int, where: str = "seed") -
     """
     if num_images is not None:
         num_images = check_int(num_images, "num_images", 1, MAX_IMAGES)
-    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))
-    if not several:
-        num_images = num_images or 1
-        first = _seed(seed, where, spare=num_images)
-        return num_images, tuple(first + k for k in range(num_images)) * prompts
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
+        return _listed_seeds(num_images, seed, prompts, where)
+    num_images = num_images or 1
+    first = _seed(seed, where, spare=num_images)
+    return num_images, tuple(first + k for k in range(num_images)) * prompts
+
+
+def _listed_seeds(num_images: int | None, seed: Sequence[Any], prompts: int, where: str) -> tuple[int, tuple[int, ...]]:
     if num_images is None and len(seed) % prompts == 0:
         num_images = len(seed) // prompts
-    expected = (num_images or 1) * prompts
+    num_images = num_images or 1
+    expected = num_images * prompts
     require(len(seed) == expected and expected > 0, f"{len(seed)} seeds for {expected} images", where)
     return num_images, tuple(_seed(s, where=f"{where}[{i}]") for i, s in enumerate(seed))
 

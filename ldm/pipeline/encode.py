@@ -56,11 +56,7 @@ class Encoder:
     def conditions(
         self, requests: Sequence[ImageRequest], steps: int, clip_skip: int, emphasis: str
     ) -> tuple[Condition, Condition | None]:
-        """(with the prompts, with the negative ones) for a batch whose prompts have equally many chunks.
-
-        Where prompt editing changes a text on the way, a function of the step (from 0). The second is None where no
-        image has guidance.
-        """
+        """(with the prompts, with the negative ones or None) of a batch; functions of the step where a text changes."""
         prompts, negatives = zip(*(request.prompts for request in requests))
         chunks = self._tokens.chunks(self.text, requests[0].prompts, steps)
         cond = self._over(prompts, steps, (chunks, clip_skip, emphasis))
@@ -71,18 +67,21 @@ class Encoder:
         plans = [texts_at_steps(prompt, steps) for prompt in prompts]
         if all(len(plan) == 1 for plan in plans):
             return self._encode([plan[0][1] for plan in plans], settings)
+        return self._edited(plans, steps, settings)
+
+    def _edited(
+        self, plans: Sequence[Sequence[tuple[int, Text | None]]], steps: int, settings: tuple[int, int, str]
+    ) -> Condition:
         rows = [tuple([text for first, text in plan if first <= step][-1] for plan in plans) for step in range(steps)]
         known = {row: self._encode(row, settings) for row in dict.fromkeys(rows)}
         return lambda step: known[rows[step]]
 
     def _encode(self, texts: Sequence[Text | None], settings: tuple[int, int, str]) -> Conditioning:
         chunks, clip_skip, emphasis = settings
-        new = [text for text in dict.fromkeys(texts) if (text, *settings) not in self._known]
-        if new:
+        if new := [text for text in dict.fromkeys(texts) if (text, *settings) not in self._known]:
             with self._placement.on(self.text) as encoder:
                 for text in new:
-                    tokens = self._tokens.of(self.text, text)
-                    cond = encode_weighted(encoder, [tokens], clip_skip, emphasis, chunks)
+                    cond = encode_weighted(encoder, [self._tokens.of(self.text, text)], clip_skip, emphasis, chunks)
                     self._known[text, *settings] = cond.to(self._placement.device, self._dtype)
         for text in dict.fromkeys(texts):  # those used last stand last
             self._known[text, *settings] = self._known.pop((text, *settings))

@@ -17,8 +17,8 @@ from ldm import console
 from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import describe
 from ldm.device import dtype_name, is_out_of_memory, pick_device, pick_dtype
+from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
-from ldm.diffusion.sampling import sample
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
 from ldm.nn.unet import UNet
@@ -84,10 +84,8 @@ class Engine:
     ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
         """(number of the request, its image, what the image's metadata has to add) of each, in no certain order.
 
-        settings    resolved for this model
-        watch       called as (numbers, i, x, x0) after step i of each batch
-        An image that is NaN is drawn again in fp32, alone. Raises NumericsError where that does not help or fp32 was
-        used already; ResourceError out of memory.
+        `watch` is called as (numbers, i, x, x0) after step i of each batch. An image that is NaN is drawn again in
+        fp32, alone. Raises NumericsError where that does not help, ResourceError out of memory.
         """
         if self.device.type == "cuda" and self.dtype == torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
@@ -136,10 +134,7 @@ class Engine:
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
     ) -> list[list[int]]:
-        """Which requests are drawn together: at most `size`, with the same LoRAs and equally many chunks of text.
-
-        Those with an initial image are apart from the others, and so are those with a mask.
-        """
+        """Which requests are drawn together: at most `size`, of the same LoRAs, chunks of text, kind of begin."""
         groups: dict[tuple, list[int]] = {}
         runs = [run.steps for run in settings.runs]
         chunks = cache(lambda prompts: [self._tokens.chunks(model.text, prompts, steps) for steps in runs])

@@ -22,7 +22,6 @@ from ldm.prompts import Prompt
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
-    from ldm.checkpoint.describe import ModelInfo
     from ldm.nn.text import TextEncoder
     from ldm.pipeline.adapters import Adapter
     from ldm.pipeline.placement import Placement
@@ -45,14 +44,13 @@ def make_metadata(
     model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
 ) -> list[dict[str, Any]]:
     """The metadata of each image: every resolved argument, the model and the machine."""
-    shared, reports = _shared(model, placement, settings), text_reports(model.text, settings, requests)
-    return [{**_own(request), **shared, **_start(request), **report} for request, report in zip(requests, reports)]
-
-
-def _own(request: ImageRequest) -> dict[str, Any]:
-    negative = request.negative_prompt
-    texts = {"prompt": request.prompt.text, "negative_prompt": None if negative is None else negative.text}
-    return {**texts, "seed": request.seed, "guidance_scale": request.guidance_scale}
+    shared, found = _shared(model, placement, settings), []
+    for request, report in zip(requests, text_reports(model.text, settings, requests)):
+        negative = None if request.negative_prompt is None else request.negative_prompt.text
+        own = {"prompt": request.prompt.text, "negative_prompt": negative, "seed": request.seed}
+        own["guidance_scale"] = request.guidance_scale
+        found.append({**own, **shared, **_start(request), **report})
+    return found
 
 
 def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str, Any]:
@@ -85,11 +83,8 @@ def _start(request: ImageRequest) -> dict[str, Any]:
     return found if request.source is None else {**found, **request.source.metadata}
 
 
-def too_large(info: ModelInfo, settings: Settings) -> str | None:
+def too_large(side: int, settings: Settings) -> str:
     """A line about a size of more pixels than the model was trained on; hires-fix begins small for that reason."""
-    side = (info.unet.sample_size or 0) * info.factor
-    if not side or settings.height * settings.width <= side**2:
-        return None
     size = f"{settings.width}x{settings.height}"
     hint = "; try hires_scale" if settings.strength is None else ""
     return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{hint}"

@@ -225,10 +225,14 @@ class Pipeline:
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        large = too_large(self._engine.info, settings)
-        if large and large not in self._warned:
-            self._warned.add(large)
-            console.warn(large)
+        side = (self._engine.info.unet.sample_size or 0) * self._engine.info.factor
+        if side and settings.height * settings.width > side**2:
+            self._warn_once(too_large(side, settings))
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            console.warn(line)
 
     def stream(self, **settings: Any) -> Iterator[Step]:
         """As generate, giving each step as it happens: `for step in pipe.stream(): step.preview`.

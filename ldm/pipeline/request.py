@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,8 @@ def resolve(
     found = checks.check_settings(given)
     sampler, joined = names.resolve(sampler or info.card.get("sampler", SAMPLER))
     if not found.get("timesteps") and not found.get("sigmas"):
-        spacing = _known_spacing(spacing or joined, sampler, info)
+        spacing = spacing or joined or (None if sampler == "lcm" else info.card.get("spacing"))  # lcm has its own
+        spacing = "ays_xl" if spacing == "ays" and info.unet.addition_embed_type == "text_time" else spacing
     height, width = _size(given, info, sources, latents)
     if found.get("num_inference_steps") is None:
         found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
@@ -115,12 +117,6 @@ def resolve(
     settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
     _check_fit(settings, info)
     return dataclasses.replace(settings, runs=_runs(settings, info))
-
-
-def _known_spacing(spacing: str | None, sampler: str, info: ModelInfo) -> str | None:
-    spacing = spacing or (None if sampler == "lcm" else info.card.get("spacing"))  # lcm has its own
-    xl = info.unet.addition_embed_type == "text_time"
-    return "ays_xl" if spacing == "ays" and xl else spacing
 
 
 def _size(
@@ -135,10 +131,13 @@ def _size(
     else:
         height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
     if latents is not None:
-        expected = (len(latents), info.latent_channels, height // info.factor, width // info.factor)
-        shape = tuple(latents.shape)
-        require(shape == expected, f"this model and size need the shape {expected}, got {shape}", "latents")
+        _check_shape(latents, (info.latent_channels, height // info.factor, width // info.factor))
     return height, width
+
+
+def _check_shape(latents: torch.Tensor, of_each: tuple[int, int, int]) -> None:
+    expected, shape = (len(latents), *of_each), tuple(latents.shape)
+    require(shape == expected, f"this model and size need the shape {expected}, got {shape}", "latents")
 
 
 def _check_fit(s: Settings, info: ModelInfo) -> None:
@@ -146,17 +145,23 @@ def _check_fit(s: Settings, info: ModelInfo) -> None:
     names.check(s.sampler, info.schedule.prediction_type, s.spacing)
     if s.guidance.zero_init_steps:
         zero_init(s.guidance, info.schedule)
-    info.unet.check_attention_layers(s.guidance.pag_layers or ())
+    if s.guidance.pag_layers:
+        info.unet.check_attention_layers(s.guidance.pag_layers)
     limit = info.schedule.num_train_timesteps
     for name, steps in (("num_inference_steps", s.num_inference_steps), ("hires_steps", s.hires_steps or 0)):
         require(steps <= limit, f"{steps} steps are more than the {limit} of this model", name)
-    if s.clip_skip and not info.clip_layers:
-        what = f"clip_skip {s.clip_skip} is impossible: the text encoder is T5, not CLIP"
+    if s.clip_skip or len(info.clip_layers) > 1:
+        _check_clip_skip(s.clip_skip, info.clip_layers)
+
+
+def _check_clip_skip(clip_skip: int, encoders: tuple[int, ...]) -> None:
+    if clip_skip and not encoders:
+        what = f"clip_skip {clip_skip} is impossible: the text encoder is T5, not CLIP"
         raise ConfigError(what, where="clip_skip")
-    for layers in info.clip_layers:  # XL takes the last layer but one by itself
-        layers -= len(info.clip_layers) > 1
-        what = f"clip_skip {s.clip_skip} is impossible: the text encoder has {layers} layers"
-        require(s.clip_skip < layers, what, "clip_skip")
+    for layers in encoders:  # XL takes the last layer but one by itself
+        layers -= len(encoders) > 1
+        what = f"clip_skip {clip_skip} is impossible: the text encoder has {layers} layers"
+        require(clip_skip < layers, what, "clip_skip")
 
 
 def _runs(s: Settings, info: ModelInfo) -> tuple[Run, ...]:
@@ -187,15 +192,11 @@ def card_scale(info: ModelInfo) -> float:
 def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any) -> Any:
     """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
     value = info.card.get(name, default)
-    try:
-        number = kind(value)
-        good = 0 < number <= 1000
-    except (TypeError, ValueError, OverflowError):
-        good = False
-    if not good:
-        hint = f"mend the card (README.md), or give {name} yourself"
-        raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)
-    return number
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if 0 < kind(value) <= 1000:
+            return kind(value)
+    hint = f"mend the card (README.md), or give {name} yourself"
+    raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,14 @@ class Target:
             raise ConfigError("the file name is longer than 200 bytes", where="output")
         try:
             require_writable(self.folder)
-        except ResourceError as error:
-            raise ConfigError(error.what, where=error.where, hint=error.hint or "choose another folder") from None
-        except OSError as error:
-            raise ConfigError(str(error.strerror or error), where=self.folder, hint="choose another folder") from None
+        except (ResourceError, OSError) as error:
+            raise self._refusal(error) from None
         return self
+
+    def _refusal(self, error: ResourceError | OSError) -> ConfigError:
+        if isinstance(error, ResourceError):
+            return ConfigError(error.what, where=error.where, hint=error.hint or "choose another folder")
+        return ConfigError(str(error.strerror or error), where=self.folder, hint="choose another folder")
 
     def write(self, data: bytes, prompt: str, first: bool) -> Path:
         """Write one image, never over a file that was not named."""

@@ -96,26 +96,21 @@ class Prompt:
 
     @classmethod
     def parse(cls, text: str, where: str = "prompt") -> Prompt:
-        """Raises ConfigError, of any of the texts that the prompt can become, as `emphasis.read` does.
-
-        The remarks have one line for each bracket that is not closed, and for each [a:b] or [a|b:1], which only look
-        like prompt editing.
-        """
+        """Raises ConfigError, of any of the texts that it can become, as `emphasis.read` does. Remarks: a line for each
+        bracket that is not closed, and for each [a:b] or [a|b:1], which only look like prompt editing."""
         if not MARK.search(text):
             return cls(text, (), [text], {text: (Piece(text, 1.0),)})
-        nodes, remarks = _tree(text, where)
-        known: dict[str, tuple[Piece, ...]] = {}
-        for part in [nodes, *(option for choice in _choices(nodes) for option in choice.options)]:
-            written = "".join(_chosen(part, lambda choice: []))
-            pieces, lines = read(written, where)
-            known[written] = tuple(pieces)
-            remarks += lines
-        return cls(text, tuple(remarks), nodes, known)
+        nodes, lines = _tree(text, where)
+        remarks, known = _read_all(nodes, lines, where)
+        return cls(text, remarks, nodes, known)
 
     def at_steps(self, n: int) -> list[tuple[int, Text]]:
         """The texts over `n` steps: (first step, text), the first one for step 0, neighbours differing."""
         if not MARK.search(self.text):
-            return [(0, Text(self.text, (Piece(self.text, 1.0),)))]
+            return [(0, Text(self.text, self._read[self.text]))]
+        return self._chosen_at_steps(n)
+
+    def _chosen_at_steps(self, n: int) -> list[tuple[int, Text]]:
         choices = _choices(self._nodes)
         starts = {0, *(choice.first_of_second(n) for choice in choices if choice.when is not None)}
         steps = range(n) if any(choice.when is None for choice in choices) else sorted(s for s in starts if 0 <= s < n)
@@ -127,6 +122,17 @@ class Prompt:
                     self._read[written] = tuple(read(written, "prompt")[0])
                 texts.append((step, Text(written, self._read[written])))
         return texts
+
+
+def _read_all(nodes: Nodes, remarks: list[str], where: str) -> tuple[tuple[str, ...], dict[str, tuple[Piece, ...]]]:
+    """The remarks on every text that a prompt can become, and the texts' pieces."""
+    known: dict[str, tuple[Piece, ...]] = {}
+    for part in [nodes, *(option for choice in _choices(nodes) for option in choice.options)]:
+        written = "".join(_chosen(part, lambda choice: []))
+        pieces, lines = read(written, where)
+        known[written] = tuple(pieces)
+        remarks += lines
+    return tuple(remarks), known
 
 
 def _tree(prompt: str, where: str) -> tuple[Nodes, list[str]]:

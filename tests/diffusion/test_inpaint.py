@@ -7,13 +7,12 @@ import pytest
 import torch
 from sampler_cases import SD, build_peer, distance, gaussian
 
-from ldm.diffusion.denoiser import denoiser
+from ldm.diffusion.denoiser import denoiser, sample
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.diffusion.inpaint import Original, add_noise, img2img_sigmas, mask_known_region, slerp, with_mask
 from ldm.diffusion.names import FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError
 

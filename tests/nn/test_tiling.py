@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import load_model
-from ldm.diffusion.denoiser import denoiser
-from ldm.diffusion.sampling import sample
+from ldm.diffusion.denoiser import denoiser, sample
 from ldm.nn.tiling import SharedNorm, ramp, spans, through_tiles
 
 PROMPTS = ("an apple on a blue background", "a green frog on a yellow background")

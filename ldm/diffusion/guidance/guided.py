@@ -30,17 +30,14 @@ def guided_denoiser(
     """The network as denoise(x (B, C, H, W), sigma (B,)) -> x0 (B, C, H, W) fp32, for one run over `sigmas` (n + 1,).
 
     network(x, timesteps, **condition.inputs) -> raw, in `dtype`. A condition may be a function of the step (from 0).
-    All rows of a call have one sigma; an evaluation between two steps counts to the earlier one, one at the next step's
-    sigma (Heun's second) to the next. Rows through the network: B with the prompt, B more where a scale is above 1,
-    B more for PAG (with the keywords perturb=mask (B',) bool, True where self-attention is to be the identity, and
-    perturb_in=layers), in the order u, c, p. Outside of the interval there are B rows, in steps of zero-init none.
-
-    Made for one run: APG's momentum begins with it. Raises ConfigError for a scale that is not finite or not one number
-    or one an image, conditions that do not fit it, and zero-init without flow, whose answer 0 means that x stays.
+    Rows through the network: B with the prompt, B more where a scale is above 1, B more for PAG (with the keywords
+    perturb=mask (B',) bool, True where self-attention is to be the identity, and perturb_in=layers), in the order u, c,
+    p. Outside of the interval there are B rows, in steps of zero-init none. Made for one run, with which APG's momentum
+    begins. Raises ConfigError for scales that are not finite, nor one or one an image; for conditions that do not fit.
     """
     cond_at, uncond_at = (c if callable(c) else (lambda step, c=c: c) for c in (cond, uncond))
     weights = _weights(guidance.scale, cond_at(0), uncond_at(0))
-    levels, skipped = sigmas[:-1].tolist(), zero_init(guidance, schedule)
+    levels, skipped = sigmas[:-1].tolist(), zero_init(guidance, schedule) if guidance.kind == "cfg_zero" else 0
     parts = [part for part, used in (("u", (weights > 1).any()), ("c", True), ("p", guidance.pag_scale)) if used]
     combine = Combination(guidance)
     joined: dict[str, Any] = {}
@@ -60,17 +57,20 @@ def guided_denoiser(
         elif step < skipped:
             raw = torch.zeros_like(x, dtype=torch.float32)
         else:
-            perturbed = {}
-            if "p" in parts:
-                rows = torch.arange(len(parts) * len(x), device=x.device) >= (len(parts) - 1) * len(x)
-                perturbed = {"perturb": rows, "perturb_in": guidance.pag_layers}
-            repeated = torch.cat([x_in] * len(parts)), torch.cat([timesteps] * len(parts))
+            perturbed = _perturbed(guidance, x, len(parts)) if "p" in parts else {}
+            repeated = (torch.cat([one] * len(parts)) for one in (x_in, timesteps))
             raw = network(*repeated, **conditions(step).inputs, **perturbed).float()
             w = weights.to(x.device).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
             raw = combine(w=w, **dict(zip(parts, raw.chunk(len(parts)))))
         return c_skip * x + c_out * raw
 
     return denoise
+
+
+def _perturbed(guidance: Guidance, x: Tensor, parts: int) -> dict[str, Any]:
+    """The network's keywords for PAG, whose rows are the last."""
+    rows = torch.arange(parts * len(x), device=x.device) >= (parts - 1) * len(x)
+    return {"perturb": rows, "perturb_in": guidance.pag_layers}
 
 
 class Combination:
@@ -100,6 +100,7 @@ class Combination:
         return projected(c, self._change, w, eta, threshold)
 
 
+# An evaluation between two steps counts to the earlier one, one at the next step's sigma (Heun's second) to the next.
 def step_at(sigma: float, levels: Sequence[float]) -> int:
     """The step (from 0) that an evaluation at `sigma` belongs to; `levels` are where the steps begin, descending."""
     above = sum(level > sigma for level in levels)

@@ -107,10 +107,7 @@ class ClipText(OneNetwork):
         return str(self.tokenizer.decode(self.token_ids(text)[self.max_length - 2 :])).strip()  # less start and end
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words, each once, that the encoder was never trained on, as far as that is known.
-
-        Without a list of its words, as for CLIP's own, only what becomes the unknown token's id.
-        """
+        """Words, each once, that the encoder was never trained on; without a list of its words what is no token."""
         found = spelt(text)
         if self.words is not None:
             return [word for word in found if word not in self.words]

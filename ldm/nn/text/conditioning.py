@@ -50,10 +50,7 @@ class Conditioning:
 
     @classmethod
     def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
-        """One after the other. Shorter states are padded with zeros that the mask leaves out.
-
-        Raises ModelError where widths differ or only some parts have pooled text.
-        """
+        """One after the other; shorter states are padded with zeros that the mask leaves out. Raises ModelError."""
         parts = list(parts)
         if len({part.states.shape[-1] for part in parts}) != 1 or len({part.pooled is None for part in parts}) != 1:
             raise ModelError("texts of different encoders cannot be put together")

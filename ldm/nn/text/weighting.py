@@ -46,10 +46,7 @@ class Tokens:
 
 
 def tokenize(text: TextEncoder, prompt: Sequence[Piece] | None) -> Tokens:
-    """The tokens of a prompt's pieces; None is what it is for text.encode.
-
-    T5 has no chunks and takes no emphasis. Raises ConfigError for the latter.
-    """
+    """The tokens of a prompt's pieces; None is what it is for text.encode. Raises ConfigError for emphasis with T5."""
     pieces = [Piece("", 1.0)] if prompt is None else prompt
     if isinstance(text, T5Text):
         check_plain(pieces)
@@ -63,9 +60,8 @@ def encode_weighted(
 ) -> Conditioning:
     """States (B, N * S, D) of prompts in A1111's grammar, and the pooled text of their first chunks (B, P).
 
-    N is that of the longest prompt, and at least `chunks`; shorter ones go on with empty chunks. Each prompt is encoded
-    alone and chunk by chunk, so that its bits depend on the others through N alone. One chunk without emphasis has the
-    bits of text.encode. Raises ConfigError for an unknown emphasis, an impossible clip_skip, and no prompts.
+    N is that of the longest prompt, and at least `chunks`; shorter ones go on with empty chunks. The bits of a prompt
+    depend on the others through N alone. Raises ConfigError: unknown emphasis, impossible clip_skip, no prompts.
     """
     if emphasis not in EMPHASIS:
         raise ConfigError(f"unknown emphasis {emphasis!r:.80}", where="emphasis", hint=nearest(str(emphasis), EMPHASIS))
@@ -98,10 +94,7 @@ def cut_off(text: TextEncoder, prompt: str) -> str:
 
 
 def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Chunk]:
-    """The tokens of a prompt's pieces in chunks: BREAK ends one, and a full one ends at the last comma near its end.
-
-    At least one chunk, which may be empty; no empty one at the end of a prompt.
-    """
+    """The tokens in chunks, at least one: BREAK ends one, and a full one ends at the last comma near its end."""
     size, commas = part.max_length - 2, part.token_ids(",")
     near = int(size * NEAR)
     done: list[Chunk] = []

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.denoiser import Denoise, Predict, training_loss, x0_error
-from ldm.diffusion.sampling import sample
+from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
 from ldm.training.loop import seeded
