@@ -28,8 +28,7 @@ def progress(
 
 @functools.cache
 def _bar() -> type:
-    """tqdm with a lock for this process alone: tqdm's default lock is shared with forked children, and a child that is
-    killed while it holds the lock would block all others for ever."""
+    """tqdm with a lock for this process alone: a forked child that is killed with the shared one would block all."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())

@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -287,12 +288,9 @@ def card_settings(text: str) -> dict[str, Any]:
     """The settings between the `---` lines at the head of a model card; {} where there are none."""
     import yaml
 
-    if not text.startswith("---\n"):
-        return {}
-    try:
-        card = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except (yaml.YAMLError, ValueError):  # a malformed date is a ValueError
-        return {}
+    card = None
+    with contextlib.suppress(yaml.YAMLError, ValueError):  # a malformed date is a ValueError
+        card = yaml.safe_load(text[4:].split("\n---", 1)[0]) if text.startswith("---\n") else None
     return card if isinstance(card, dict) else {}
 
 

@@ -64,11 +64,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ldm` with these arguments and return its exit code.
-
-    0 done, 1 a bug, 2 refused before work began, 3 finished with named failures, 4 out of disk or memory, 5 stopped
-    part-way, 130 and 143 stopped by a signal.
-    """
+    """Run `ldm` with these arguments and return its exit code: 0 done, 1 a bug, 2 refused before work began, 3 finished
+    with named failures, 4 out of disk or memory, 5 stopped part-way, 130 and 143 stopped by a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = console.level
     debug = "--debug" in words
@@ -140,9 +137,8 @@ def build_parser(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Par
     for name in names:
         module = importlib.import_module(f"ldm.cli.{name}")
         text, _, examples = module.__doc__.partition("\n\n")
-        commands[name] = subparsers.add_parser(
-            name, help=text.rstrip("."), description=text, epilog=examples.strip(), parents=[common_options()]
-        )
+        shown = {"help": text.rstrip("."), "description": text, "epilog": examples.strip()}
+        commands[name] = subparsers.add_parser(name, **shown, parents=[common_options()])
         module.add_arguments(commands[name])
         commands[name].set_defaults(run=module.run)
     return parser, commands
@@ -177,14 +173,14 @@ def _report(line: str, debug: bool, code: int) -> int:
 @contextmanager
 def terminate_politely() -> Iterator[None]:
     """While active, SIGTERM unwinds as Ctrl-C does, so that temporary files go and finished work is kept."""
-
-    def stop(_number, _frame):
-        raise Terminated
-
     here = threading.current_thread() is threading.main_thread()
-    old = signal.signal(signal.SIGTERM, stop) if here else None
+    old = signal.signal(signal.SIGTERM, _terminate) if here else None
     try:
         yield
     finally:
         if here:
             signal.signal(signal.SIGTERM, old)
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated

@@ -33,21 +33,16 @@ def scalings(prediction_type: str, sigma: torch.Tensor) -> tuple[torch.Tensor, t
         return c_in**2, -sigma * c_in, c_in
     if prediction_type == "sample":
         return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
-    raise ConfigError(
-        f"unknown prediction_type '{prediction_type}'", hint=nearest(str(prediction_type), PREDICTION_TYPES)
-    )
+    hint = nearest(str(prediction_type), PREDICTION_TYPES)
+    raise ConfigError(f"unknown prediction_type '{prediction_type}'", hint=hint)
 
 
 def precondition(
     schedule: Schedule, x: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(c_skip, c_out, the network's x, its timesteps) for x (B, C, H, W) at sigma (B,).
-
-    Precision is decided here: x and the scalings are fp32, and the network gets `dtype`.
-    """
-    c_skip, c_out, c_in = (
-        c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in scalings(schedule.prediction_type, sigma.float())
-    )
+    """(c_skip, c_out, the network's x in `dtype`, its timesteps) for x (B, C, H, W) at sigma (B,); all else is fp32."""
+    factors = scalings(schedule.prediction_type, sigma.float())
+    c_skip, c_out, c_in = (c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in factors)
     return c_skip, c_out, (c_in * x).to(dtype), schedule.timestep(sigma).to(x.device)
 
 

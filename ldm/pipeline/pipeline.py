@@ -150,8 +150,7 @@ class Pipeline:
 
         guidance    cfg, apg, pag or cfg_zero; with guidance_rescale, guidance_interval=(from, to) in fractions of the
                     steps or guidance_sigma_interval, and the options of its kind (ldm.diffusion.guidance.Guidance)
-        guidance_scale  one number, or a list with one for each image; 1 and less: none, which halves the
-                    work in batches (one image alone costs the same on a CPU)
+        guidance_scale  one number, or a list with one for each image; 1 and less: none, half the work in batches
         seed        image k of every prompt has seed + k; a list holds one for each image; None or -1 draws one
         sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
         timesteps   or sigmas: the noise levels themselves, descending, in place of a number of steps and a spacing

@@ -30,10 +30,8 @@ class Target:
 
     @classmethod
     def of(cls, output: str | os.PathLike | None = None, format: str | None = None) -> Target:
-        """From what the user wrote: a file, a folder (existing, without suffix, or ending in /), or nothing.
-
-        Raises ConfigError for a suffix that is no image format and for one that contradicts `format`.
-        """
+        """From what the user wrote: a file, a folder (existing, without suffix, or ending in /), or nothing. Raises
+        ConfigError for a suffix that is no image format or contradicts `format`."""
         chosen = file_format(format) if format else None
         text = "." if output is None else os.fspath(output)
         if not text or "\0" in text:
