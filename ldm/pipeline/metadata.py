@@ -47,7 +47,7 @@ def make_metadata(
     shared, found = _shared(model, placement, settings), []
     for request, report in zip(requests, text_reports(model.text, settings, requests)):
         negative = None if request.negative_prompt is None else request.negative_prompt.text
-        own = {"prompt": request.prompt.text, "negative_prompt": negative, "seed": request.seed}
+        own: dict[str, Any] = {"prompt": request.prompt.text, "negative_prompt": negative, "seed": request.seed}
         own["guidance_scale"] = request.guidance_scale
         found.append({**own, **shared, **_start(request), **report})
     return found
