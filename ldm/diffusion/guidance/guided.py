@@ -33,7 +33,7 @@ def guided_denoiser(
     Rows through the network: B with the prompt, B more where a scale is above 1, B more for PAG (with the keywords
     perturb=mask (B',) bool, True where self-attention is to be the identity, and perturb_in=layers), in the order u, c,
     p. Outside of the interval there are B rows, in steps of zero-init none. Made for one run, with which APG's momentum
-    begins. Raises ConfigError for scales that are not finite, nor one or one an image; for conditions that do not fit.
+    begins. Raises ConfigError for scales that are neither one nor one an image, and for conditions that do not fit.
     """
     cond_at, uncond_at = (c if callable(c) else (lambda step, c=c: c) for c in (cond, uncond))
     weights = _weights(guidance.scale, cond_at(0), uncond_at(0))
@@ -117,12 +117,10 @@ def zero_init(guidance: Guidance, schedule: Schedule) -> int:
     return int(guidance.kind == "cfg_zero" and schedule.is_flow) if steps is None else steps
 
 
-def _weights(scale: float | tuple[float, ...] | Tensor, cond: Any, uncond: Any | None) -> Tensor:
+def _weights(scale: float | tuple[float, ...], cond: Any, uncond: Any | None) -> Tensor:
     """(1,) or (B,) fp32 on the CPU, checked together with the conditions."""
-    weights = torch.as_tensor(scale, dtype=torch.float32).cpu()
-    if not weights.isfinite().all():
-        raise ConfigError("guidance_scale must be a finite number", hint="NaN or infinity was given")
-    if weights.ndim > 1 or weights.numel() not in (1, len(cond)):
+    weights = torch.tensor(scale, dtype=torch.float32)
+    if weights.numel() not in (1, len(cond)):
         raise ConfigError(f"guidance_scale has shape {tuple(weights.shape)} for {len(cond)} images")
     if (weights > 1).any() and (uncond is None or len(uncond) != len(cond)):
         count = "no" if uncond is None else len(uncond)
