@@ -123,20 +123,20 @@ def _side(
     sides = []
     for chunk in chunks:
         cond = part.states(part.with_special_tokens([token for token, _ in chunk]), back, norm)
-        weights = [weight for _, weight in chunk]
-        states = cond.states if set(weights) <= {1.0} else weighted(cond.states, weights, emphasis)
+        states = cond.states
+        if any(weight != 1 for _, weight in chunk):
+            weights = torch.ones(part.max_length, device=states.device)
+            weights[1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
+            states = weighted(states, weights, emphasis)
         sides.append((states, cond.pooled))
     return torch.cat([states for states, _ in sides], dim=1), sides[0][1]
 
 
-def weighted(states: Tensor, of_tokens: list[float], emphasis: str) -> Tensor:
+def weighted(states: Tensor, weights: Tensor, emphasis: str) -> Tensor:
     """states (1, S, D) times weights (S,), in fp32; for "original" scaled to the mean over all that they had before.
 
-    `of_tokens` are the weights between start and end. Not scaled where that mean is nothing but what rounding left, as
-    after a layer norm that was never trained.
+    Not where that mean is nothing but what rounding left, as after a layer norm that was never trained.
     """
-    weights = torch.ones(states.shape[1], device=states.device)
-    weights[1 : 1 + len(of_tokens)] = torch.tensor(of_tokens)
     before = states.float()
     after = before * weights[:, None]
     if emphasis == "original":
