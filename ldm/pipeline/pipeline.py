@@ -77,7 +77,7 @@ class Pipeline:
         lora, lora_dir = given.pop("lora"), given.pop("lora_dir")
         self._everywhere: tuple[Adapter, ...] = ()
         self._adapters: tuple[tuple[Adapter, ...], ...] = ((),) * len(texts)
-        if lora or lora_dir is not None or any("<lora:" in text for text in (*texts, *negatives) if text):
+        if lora or lora_dir is not None or any("<" in text for text in (*texts, *negatives) if text):
             texts, self._everywhere, self._adapters = take_adapters(texts, negatives, lora, lora_dir)
         self._prompts = _parsed("prompt", texts)
         self._negatives = _parsed("negative_prompt", negatives)
