@@ -12,6 +12,7 @@ from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.training.checkpoints.reading import read_tensors, restore_state
 from ldm.training.checkpoints.state import TrainState, save
+from ldm.training.loop import muon
 from ldm.training.loop.optimizers import checkpoint_bytes, make_optimizer
 from ldm.training.loop.step import clip_gradients, ema_copy
 from ldm.training.settings import read_settings
@@ -46,8 +47,9 @@ def net():
     return Net()
 
 
-def test_each_parameter_moves_as_torch_moves_it(net):
+def test_each_parameter_moves_as_torch_moves_it(net, monkeypatch):
     """The peer: the convolution held as a matrix all along, under torch's two optimizers side by side."""
+    monkeypatch.setattr(muon, "fast_bf16", lambda device: True)  # the iteration in bf16, as torch has it
     other = copy.deepcopy(net)
     matrix = nn.Parameter(other.conv.weight.detach().flatten(1).clone())
     rest = [p for n, p in other.named_parameters() if n not in ("conv.weight", "linear.weight")]
@@ -67,6 +69,17 @@ def test_each_parameter_moves_as_torch_moves_it(net):
     other.conv.weight.data.copy_(matrix.data.view_as(other.conv.weight))
     for (name, ours), theirs in zip(net.named_parameters(), other.parameters()):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("shape", [(12, 72), (40, 16), (24, 24)])
+def test_the_iteration_in_fp32_is_that_in_bf16_without_its_rounding(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    exact, rounded = (muon.orthogonalized(matrix, dtype).float() for dtype in (torch.float32, torch.bfloat16))
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+    values, (u, _, v) = torch.linalg.svdvals(exact), torch.linalg.svd(matrix, full_matrices=False)
+    assert values.min() > 0.6 and values.max() < 1.25
+    assert (exact - u @ torch.diag((u.T @ exact @ v.T).diagonal()) @ v).norm() < 1e-4  # the same singular vectors
 
 
 def test_layout_in_memory_changes_nothing(net):
