@@ -6,10 +6,13 @@ examples:
   ldm evaluate --prompts pairs-20 -o scores/           writes scores.json and sheet.png, a sheet of all verdicts
   ldm evaluate --prompts mine.tsv --guidance-scale 3   a list of your own, in the form of docs/prompts/
 
+  ldm evaluate --text -n 2000                          what a linear reader can tell from the text encoder's states
+
 It prints how often all that a prompt asks for is the judge's first guess among the 849 objects, how often it is among
 the first five, and how often the background has the right colour. Below come the same numbers for true scenes, for true
 scenes with shuffled captions, and for true scenes that the model's autoencoder encoded and decoded: they show what the
-judge itself can do.
+judge itself can do. With --text no image is drawn: linear readers of the text encoder's mean states are fitted, and
+tell of unseen captions which object, which colour, and which of two things is where.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", metavar="LIST", default="everyday", help=f"{lists} (everyday)")
     add("-o", "--output", metavar="DIR", help="folder for scores.json and sheet.png (none)")
     add("-n", "--num-prompts", dest="n", type=int, metavar="N", help="only the first N prompts")
+    add("--text", action="store_true", help="read the text encoder instead, over N unseen captions (10000)")
+    add("--fit", type=int, metavar="N", default=16000, help="with --text: captions that the readers learn from (16000)")
     add("--seed", type=int, metavar="N", default=0, help="image i, from 1, is drawn with seed N + i (0)")
     add("--steps", dest="num_inference_steps", type=int, metavar="N", help="(the model's)")
     add("--guidance-scale", type=float, metavar="X", help="(the model's)")
@@ -41,8 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm.evaluation import evaluate
+    from ldm.config import require
+    from ldm.evaluation import evaluate, evaluate_text
 
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    if args.text:
+        device, n = settings.pop("device", "auto"), 10_000 if args.n is None else args.n
+        require(not settings, "is for images: leave it out with --text", next(iter(settings), None))
+        evaluate_text(args.model, args.output, n=n, fit=args.fit, seed=args.seed, device=device)
+        return 0
     evaluate(args.model, args.prompts, args.output, **{name: getattr(args, name) for name in FROM_CALL}, **settings)
     return 0

@@ -2,6 +2,7 @@
 
 _LAZY = {  # name -> module; heavy libraries are imported when one is asked for
     "evaluate": "scores",
+    "evaluate_text": "readers",
     "judge_images": "judged",
     "judge_scenes": "scores",
     "summary": "scores",
