@@ -38,9 +38,17 @@ class AutoencoderSettings(Settings):
 
 @dataclass(frozen=True)
 class TextSettings(Settings):
-    """A small CLIP: text tower and image tower on latents, by contrast."""
+    """A small CLIP: text tower and image tower on latents, by contrast; the text tower may learn to name things."""
 
     vae: str = ""  # run or folder with the autoencoder
+    init: str | None = None  # a run or a model's folder whose text encoder and tokenizer to go on from
+    contrast: float = 1.0  # weight of the contrast with latents
+    naming: float = 0.0  # weight of the linear readers of drawn scenes: object, colour, count, which thing is where
+    order: float = 3.0  # weight, within naming, of which of two things is where
+    everyday_until: float = 0.25  # fraction of the steps in which those two are everyday things: order is found sooner
+    anchor: float = 0.0  # weight of staying what `init` was on the plain words of single things, however they are said
+    named: int = 64  # captions of scenes that the readers learn from, a step, beside the contrast's batch
+    mirrored: int = 40  # pairs of captions whose two things have changed places, a step
     vocabulary: int = 2048  # BPE entries
     max_length: int = 40  # tokens, start and end included
     tokenizer_captions: int = 20000  # captions that the BPE is trained on
@@ -53,6 +61,13 @@ class TextSettings(Settings):
         super().__post_init__()
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         _check_pool(self.latent_pool, self.renew)
+        for name in ("contrast", "naming", "order", "anchor", "named", "mirrored"):
+            require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
+        require(0 <= self.everyday_until <= 1, "must be in [0, 1]", "everyday_until")
+        names = self.naming > 0 and not self.data.folder
+        require(self.contrast > 0 or names, "nothing is trained without it and without naming", "contrast")
+        require(not names or self.named + self.mirrored > 0, "needs captions to read", "named")
+        require(not self.anchor or bool(self.init and names), "needs init, and naming of drawn scenes", "anchor")
 
 
 @dataclass(frozen=True)
