@@ -139,15 +139,6 @@ def read_configs(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     return Layout(folder, index, configs, {}, {})
 
 
-def text_layout(folder: Path) -> Layout:
-    """The layout of `text_encoder/` and `tokenizer/` in a folder that need not hold more; XL's pair is refused."""
-    if (folder / "text_encoder_2").is_dir():
-        raise ModelError("has two text encoders, which is not supported for training yet", where=folder)
-    config = read_json(folder / "text_encoder" / "config.json")
-    weights = weight_files(folder / "text_encoder", STEMS["text_encoder"])
-    return _checked(Layout(folder, {}, {"text_encoder": config}, {"text_encoder": weights}, check_manifest(folder)))
-
-
 def _checked(layout: Layout) -> Layout:
     """The same layout, its text encoders, tokenizers and the tensor table of every weight file checked."""
     for part in layout.texts():
@@ -155,7 +146,7 @@ def _checked(layout: Layout) -> Layout:
         if (kind == "t5") != (named in T5):
             path = layout.folder / part / CONFIGS[part]
             raise ModelError(f"is of model type {kind}, but the index names the text encoder {named}", where=path)
-        _check_tokenizer(layout.tokenizer(part), named in T5)
+        check_tokenizer(layout.tokenizer(part), named in T5)
     for part in layout.weights:
         for path in layout.shards(part):
             read_header(path)
@@ -234,7 +225,8 @@ def _incomplete(index: Mapping[str, Any], missing: list[str], where: Path) -> Mo
     return ModelError(f"names no {' and no '.join(missing)}", where=where, hint="get the whole model folder")
 
 
-def _check_tokenizer(folder: Path, t5: bool) -> None:
+def check_tokenizer(folder: Path, t5: bool) -> None:
+    """Raise ModelError where a tokenizer's folder lacks a vocabulary, or holds a malformed file."""
     has = {name for name in TOKENIZER if (folder / name).is_file()}
     if t5 and "tokenizer.json" not in has:
         hint = "transformers' T5TokenizerFast writes it from spiece.model"

@@ -6,6 +6,7 @@ The commit that a name means is looked up once per process and then kept. No oth
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.checkpoint.folder import CARD, CLASSES, INDEX, STEMS
@@ -28,20 +29,35 @@ def snapshot(name: str, weights: bool = True) -> Path:
     `weights=False` gets the settings alone. Raises ModelError that names the repository, the missing file and the
     cache folder.
     """
+    patterns = [*SETTINGS, *WEIGHTS] if weights else SETTINGS
+    folder = fetch(name, patterns)
+    if weights and missing_weights(folder):
+        folder = fetch(name, patterns, half=True)
+    if weights and (file := missing_weights(folder)):
+        raise no_weights(name, file)
+    return folder
+
+
+def fetch(name: str, patterns: Sequence[str], half: bool = False, first: str = INDEX) -> Path:
+    """The local folder of a repository's files with these names (`*` matches `/` too); its name is the commit.
+
+    With `half` files in half precision come too. `first` is the file that an error names. Raises ModelError.
+    """
     from huggingface_hub import constants
 
     repo, _, revision = name.partition("@")
     key = (constants.HF_HUB_CACHE, constants.ENDPOINT, name)
-    revision = _commits.get(key) or revision or None
-    patterns = [*SETTINGS, *WEIGHTS] if weights else SETTINGS
-    folder = _download(repo, revision, patterns, [*HALF, *NEVER])
+    folder = _download(repo, _commits.get(key) or revision or None, patterns, NEVER if half else [*HALF, *NEVER], first)
     _commits[key] = folder.name
-    if weights and missing_weights(folder):
-        folder = _download(repo, folder.name, patterns, NEVER)
-    if weights and (file := missing_weights(folder)):
-        what = f"the repository has no {file}, and pickles are never fetched (cache: {constants.HF_HUB_CACHE})"
-        raise ModelError(what, where=name, hint="choose a repository with safetensors")
     return folder
+
+
+def no_weights(name: str, file: str) -> ModelError:
+    """The error for a repository without this weight file."""
+    from huggingface_hub import constants
+
+    what = f"the repository has no {file}, and pickles are never fetched (cache: {constants.HF_HUB_CACHE})"
+    return ModelError(what, where=name, hint="choose a repository with safetensors")
 
 
 def forget() -> None:
@@ -49,7 +65,7 @@ def forget() -> None:
     _commits.clear()
 
 
-def _download(repo: str, revision: str | None, allow: list[str], ignore: list[str]) -> Path:
+def _download(repo: str, revision: str | None, allow: Sequence[str], ignore: Sequence[str], first: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -59,13 +75,14 @@ def _download(repo: str, revision: str | None, allow: list[str], ignore: list[st
         disable_progress_bars()
     try:
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline
+            repo, revision=revision, allow_patterns=list(allow), ignore_patterns=list(ignore), local_files_only=offline
         )
     except Exception as error:  # the library has many: no network, no such repository, gated, a full disk
         reason, hint = _reason(error, repo)
+        absent, reason = _absent(repo, revision, first), "offline" if offline else reason
         raise ModelError(
-            f"no such folder here, and {_absent(repo, revision)} of the repository {repo} is neither in the cache"
-            f" {constants.HF_HUB_CACHE} nor could it be downloaded ({'offline' if offline else reason})",
+            f"no such folder here, and {absent} of the repository {repo} is neither in the cache"
+            f" {constants.HF_HUB_CACHE} nor could it be downloaded ({reason})",
             where=repo if revision is None else f"{repo}@{revision}",
             hint=hint,
         ) from None
@@ -87,9 +104,12 @@ def _reason(error: Exception, repo: str) -> tuple[str, str]:
     return next((known[name] for name in names if name in known), (names[0], hint))
 
 
-def _absent(repo: str, revision: str | None) -> str:
-    """The first file of a model that the cache does not hold."""
+def _absent(repo: str, revision: str | None, first: str) -> str:
+    """The first file of a model that the cache does not hold; of a part `first`."""
     from huggingface_hub import try_to_load_from_cache
+
+    if first != INDEX:
+        return first
 
     index = try_to_load_from_cache(repo, INDEX, revision=revision)
     missing = missing_weights(Path(index).parent) if isinstance(index, str) else None

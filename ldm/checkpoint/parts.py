@@ -1,14 +1,23 @@
-"""Single parts of a model for training, in diffusers' folders (`vae/`, `text_encoder/`, `tokenizer/`)."""
+"""Single parts of a model for training: found, described by their settings, loaded and saved."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint import build
+from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint import model as models
+from ldm.checkpoint.families import VAE as VAE_CONFIG
+from ldm.checkpoint.families import family_of
+from ldm.checkpoint.part_places import Place, find_place, model_folder, weights_of
+from ldm.checkpoint.safety import Header, read_header, read_json
 from ldm.checkpoint.save import write_text, write_vae
+from ldm.checkpoint.single.names import UNET
+from ldm.checkpoint.text_parts import TextParts, find_text
+from ldm.console import say
 from ldm.errors import ModelError
 from ldm.files import atomic_folder, write_manifest
 
@@ -19,6 +28,8 @@ if TYPE_CHECKING:
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
 
+__all__ = ["Place", "TextParts", "VaePart", "find_text", "find_vae", "load_text_from", "load_unet_from"]
+__all__ += ["load_vae_from", "model_folder", "save_parts"]
 SHARD = 15_000_000  # bytes
 
 
@@ -33,24 +44,84 @@ def save_parts(folder: Path, dtype: torch.dtype, vae: VAE | None = None, text: T
     return folder
 
 
+@dataclass(frozen=True)
+class VaePart:
+    """An autoencoder on disk, known by its settings."""
+
+    place: Place
+    config: Mapping[str, Any]
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.get("latent_channels", 4)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent."""
+        return 2 ** (len(self.config.get("block_out_channels", (0,))) - 1)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that loading reads."""
+        folders = self.place.folders
+        return [*weights_of(folders[0]), folders[0] / "config.json"] if folders else [self.place.root]
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of its files."""
+        return self.place.fingerprint(self.files)
+
+    def load(self) -> VAE:
+        """The autoencoder in fp32 on the CPU. Raises ModelError."""
+        import torch
+
+        path = self.place.folders[0] if self.place.folders else self.place.root
+        return models.load_vae(path, torch.device("cpu"), torch.float32, VAE_CONFIG)[0]
+
+
+def find_vae(name: str, subfolder: str | None = None, weights: bool = True) -> VaePart:
+    """The autoencoder of a name (see `find_place`), checked by its settings alone. Raises ModelError.
+
+    A single file with an autoencoder alone has no settings: it is read as that of Stable Diffusion 1.x.
+    """
+    place = find_place(name, "vae", subfolder, weights)
+    if place.folders:
+        config = read_json(place.folders[0] / "config.json")
+        named = config.get("_class_name") or (config.get("architectures") or ["AutoencoderKL"])[0]
+        if named != "AutoencoderKL":
+            where = place.folders[0] / "config.json"
+            raise ModelError(f"is of class {named}, and an autoencoder is AutoencoderKL", where=where)
+        return VaePart(place, config)
+    header = read_header(place.root)
+    single.vae_prefix(header, place.root)
+    if settings := single.stored_settings(header, place.root):
+        return VaePart(place, settings["configs"]["vae"])
+    if any(key.startswith(UNET) for key in header.tensors):
+        shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+        return VaePart(place, family_of(shapes, place.root).vae)
+    _check_shapes(header, place.root)
+    scale = VAE_CONFIG["scaling_factor"]
+    say(f"{place.root}: an autoencoder without settings is read as Stable Diffusion 1.x's (scaling_factor {scale})")
+    return VaePart(place, VAE_CONFIG)
+
+
+def _check_shapes(header: Header, path: Path) -> None:
+    """Raise ModelError where a file's autoencoder is not of the size of Stable Diffusion 1.x's."""
+    name = next(key for key in header.tensors if key.endswith("decoder.conv_in.weight"))
+    channels, expected = header.tensors[name].shape[:2], (VAE_CONFIG["block_out_channels"][-1], 4)
+    if channels != expected:
+        what = f"is an autoencoder without settings, of another size than Stable Diffusion's ({channels}, {expected})"
+        raise ModelError(what, where=path, hint="give its folder, with config.json")
+
+
 def load_vae_from(folder: Path) -> VAE:
     """The autoencoder of a run, a model's folder or an autoencoder's folder, fp32 on the CPU. Raises ModelError."""
-    import torch
-
-    inner = folder / "vae" if (folder / "vae").is_dir() else folder
-    return models.load_vae(inner, torch.device("cpu"), torch.float32)[0]
+    return find_vae(str(folder)).load()
 
 
 def load_text_from(folder: Path) -> TextEncoder:
     """The text encoder and tokenizer of a run or model folder, fp32 on the CPU. Raises ModelError."""
-    import torch
-
-    if not (folder / "text_encoder").is_dir() or not (folder / "tokenizer").is_dir():
-        raise ModelError("holds no text encoder with its tokenizer", where=folder, hint="give a run of the text stage")
-    layout = layouts.text_layout(folder)
-    layouts.check_settings(layout)
-    state = build.read_part(layout, "text_encoder", torch.float32, torch.device("cpu"), {})
-    return build.build_text(layout, {"text_encoder": state})
+    return find_text(str(folder)).load()
 
 
 def load_unet_from(folder: Path) -> UNet:

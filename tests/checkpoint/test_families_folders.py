@@ -288,5 +288,4 @@ def test_xl_parts_that_do_not_belong_together_are_refused(families, tmp_path):
             load_model(copy, "cpu", "fp32")
     with pytest.raises(ModelError, match="no projection"):
         XLText(model.text.first, model.text.first, True)
-    with pytest.raises(ModelError, match="two text encoders"):
-        load_text_from(folder)
+    assert isinstance(load_text_from(folder), XLText)

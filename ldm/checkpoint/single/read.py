@@ -210,11 +210,11 @@ def _read(
     tensors, digest = read_tensors(plan.path, dtype, device, advance, names=plan.destinations)
     states: dict[str, dict[str, torch.Tensor]] = {destination.part: {} for destination in plan.destinations.values()}
     for key, destination in plan.destinations.items():
-        states[destination.part] |= dict(zip(destination.names, _pieces(tensors.pop(key), destination)))
+        states[destination.part] |= dict(zip(destination.names, pieces(tensors.pop(key), destination)))
     return states, digest
 
 
-def _pieces(tensor: torch.Tensor, destination: Destination) -> list[torch.Tensor]:
+def pieces(tensor: torch.Tensor, destination: Destination) -> list[torch.Tensor]:
     """The tensor in the folder's form: cut into q, k and v (each with memory of its own), transposed, or flat."""
     if len(destination.names) > 1:
         return [piece.clone() for piece in tensor.chunk(len(destination.names))]
@@ -252,7 +252,7 @@ def read_vae(
     if unknown := [key for key, destination in inside.items() if destination is None]:
         raise ModelError(f"has {len(unknown)} keys that no autoencoder has ({', '.join(unknown[:SHOWN])})", where=path)
     tensors, digest = read_tensors(path, dtype, device, names=inside)
-    state = {destination.names[0]: _pieces(tensors.pop(key), destination)[0] for key, destination in inside.items()}
+    state = {destination.names[0]: pieces(tensors.pop(key), destination)[0] for key, destination in inside.items()}
     with named(path):
         vae = Autoencoder.from_state(config, state, "the VAE")
     vae.module.requires_grad_(False)

@@ -49,12 +49,12 @@ class OpenClipText(OneNetwork):
         layers more. Raises ConfigError for an impossible one.
         """
         self.check_skip(clip_skip)
-        return one_by_one([text or "" for text in texts], lambda text: self.states(self._ids([text]), clip_skip))
+        return one_by_one([text or "" for text in texts], lambda text: self.states(self.tokenize([text]), clip_skip))
 
     @torch.no_grad()
     def encode_together(self, texts: list[str]) -> Conditioning:
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
-        return Conditioning.cat(self.states(ids) for ids in self._ids(texts).split(64))
+        return Conditioning.cat(self.states(ids) for ids in self.tokenize(texts).split(64))
 
     @property
     def clip_layers(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class OpenClipText(OneNetwork):
 
     def without_norm(self, text: str, back: int) -> Conditioning:
         """The states `back` layers before the last, (1, S, D) without the final norm, and the projected text (1, P)."""
-        return self.states(self._ids([text]), back, norm=False)
+        return self.states(self.tokenize([text]), back, norm=False)
 
     def states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
         """Token ids (B, S) -> as `encode` with `back` as clip_skip, or with `norm` False as `without_norm`."""
@@ -87,7 +87,8 @@ class OpenClipText(OneNetwork):
         ids = [self.tokenizer.sot_token_id, *tokens, self.tokenizer.eot_token_id]
         return torch.tensor([ids + [0] * (self.max_length - len(ids))], device=self.device)
 
-    def _ids(self, texts: list[str]) -> Tensor:
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids (B, S), S = max_length: cut or padded."""
         return self.tokenizer(texts, context_length=self.max_length).to(self.device)
 
     def _hidden(self, ids: Tensor) -> list[Tensor]:

@@ -66,6 +66,21 @@ class XLText:
             part.check_skip(clip_skip + 1)
         return one_by_one(texts, lambda text: self._encode(text, clip_skip + 1))
 
+    @torch.no_grad()
+    def encode_together(self, texts: Sequence[str | None]) -> Conditioning:
+        """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
+        parts = []
+        for some in (list(texts[i : i + 64]) for i in range(0, len(texts), 64)):
+            words = [text or "" for text in some]
+            first, second = (part.states(part.tokenize(words), 1, norm=False) for part in (self.first, self.second))
+            cond = Conditioning(torch.cat([first.states, second.states], dim=-1), second.pooled)
+            none = torch.tensor([text is None and self.zero_empty for text in some], device=cond.states.device)
+            zeros = cond.zeros()
+            assert cond.pooled is not None and zeros.pooled is not None  # of the second's projection
+            states = torch.where(none[:, None, None], zeros.states, cond.states)
+            parts.append(Conditioning(states, torch.where(none[:, None], zeros.pooled, cond.pooled)))
+        return Conditioning.cat(parts)
+
     def _encode(self, text: str | None, back: int) -> Conditioning:
         first, second = (part.without_norm(text or "", back) for part in (self.first, self.second))
         cond = Conditioning(torch.cat([first.states, second.states], dim=-1), second.pooled)
