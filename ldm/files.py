@@ -287,12 +287,16 @@ def require_place(folder: str | Path) -> None:
 
 def require_space(folder: str | Path, needed: int) -> None:
     """Raise ResourceError unless `needed` bytes are free where `folder` is or will be."""
-    probe = _existing(folder)
-    free = shutil.disk_usage(probe).free
+    free = free_space(folder)
     if free < needed:
         raise ResourceError(
             f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=folder, hint="free some disk space"
         )
+
+
+def free_space(folder: str | Path) -> int:
+    """Free bytes where `folder` is or will be."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 class Lock:

@@ -1,4 +1,4 @@
-"""Make and check datasets.
+"""Make, check and encode datasets.
 
 examples:
   ldm data emoji -o scenes/ -n 2000 --seed 1       draws captioned emoji scenes as an imagefolder
@@ -6,6 +6,10 @@ examples:
   ldm data check images/ --page check.html         the same with images, as one HTML file
   ldm data check images/ --captions names --json
   ldm data check owner/name --first 500            the first images of a set on the hub, without downloading it
+  ldm data cache images/ -o cache/ --vae default --resolution 128
+                                                   latents, made once; then: ldm train … data=cache/
+  ldm data cache images/ -o /mnt/cache --vae owner/vae --text owner/clip --shard 2/8
+                                                   with embeddings of the captions, on the second of eight machines
 
 `ldm data check` reads a folder of any layout, a .tar, a .parquet or a set on the hub, and changes nothing. At the end
 it runs two training steps on random numbers and estimates what `ldm finetune` would take on this machine. The exit
@@ -41,10 +45,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.add_argument("--page", metavar="FILE", help="write one HTML file with images")
     check.add_argument("--json", action="store_true", help="print one JSON document with the complete lists")
+    cache = kinds.add_parser("cache", help="encode a set once, for ldm train", parents=[common_options()])
+    cache.add_argument("data", metavar="DATA", help="a folder, a .tar, a .parquet, or owner/name on the hub")
+    cache.add_argument("-o", "--output", metavar="CACHE", required=True, help="the folder of the shards")
+    cache.add_argument("--vae", metavar="VAE", default="default", help="autoencoder, as vae= of ldm train (default)")
+    cache.add_argument("--text", metavar="TEXT", help="embed the captions by this encoder, as text= of ldm train")
+    cache.add_argument("--text-2", metavar="TEXT", help="the second of two text encoders")
+    for part in ("vae", "text", "text-2"):
+        cache.add_argument(f"--{part}-subfolder", metavar="NAME", help=argparse.SUPPRESS)
+    cache.add_argument("--resolution", metavar="N", type=int, default=512, help="resolution of the training (512)")
+    cache.add_argument("--square", action="store_true", help="crop all images to squares: no other buckets")
+    cache.add_argument(
+        "--embeddings",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="keep embeddings; auto: unless they are larger than the images (auto)",
+    )
+    cache.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored (bf16)")
+    cache.add_argument("--shard", metavar="I/N", default="1/1", help="make the i-th of n parts (1/1)")
+    cache.add_argument("--batch-size", metavar="N", type=int, default=8, help="images that are encoded together (8)")
+    cache.add_argument("--workers", metavar="N", type=int, default=1, help="threads that read images (1)")
+    cache.add_argument("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files) (auto)")
+    cache.add_argument("--split", metavar="NAME", default="train", help="of a set that has splits (train)")
+    cache.add_argument("--allow-empty-captions", action="store_true", help="take images without a caption too")
+    cache.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"emoji": _emoji, "check": _check}[args.kind](args)
+    return {"emoji": _emoji, "check": _check, "cache": _cache}[args.kind](args)
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from ldm.training import cache
+
+    names = ("vae", "text", "text_2", "vae_subfolder", "text_subfolder", "text_2_subfolder", "resolution", "square")
+    names += ("embeddings", "dtype", "shard", "batch_size", "workers", "captions", "split", "allow_empty_captions")
+    folder = cache(args.data, args.output, **{name: getattr(args, name) for name in (*names, "device")})
+    if not args.quiet:
+        print(folder)
+    return 0
 
 
 def _emoji(args: argparse.Namespace) -> int:
