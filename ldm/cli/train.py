@@ -6,6 +6,8 @@ examples:
   ldm train emoji/unet -o runs/unet vae=runs/vae text=runs/text
   ldm train emoji/unet -o runs/mine data=my-pictures/ steps=20000 learning_rate=5e-4
   ldm train emoji/unet -o runs/unet vae=runs/vae text=runs/text --resume
+  ldm train tiny/128 -o runs/tiny data=images/ vae=default text=models/clip --dry-run   (parameters, memory, time)
+  ldm train sd/256 -o runs/sd data=images/ vae=stabilityai/sd-vae-ft-mse text=openai/clip-vit-large-patch14
   ldm train emoji/small -o runs/small vae=weights/default text=weights/default snr_gamma=5   (two minutes, to compare)
 
 The finished model is RUN/model, a diffusers folder. Ctrl-C saves the state and stops; --resume goes on exactly there.

@@ -138,12 +138,17 @@ def training_loss(
     timesteps: torch.Tensor,
     snr_gamma: float | None = None,
     teacher: Predict | None = None,
+    contrast: float = 0.0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the network's answer, one number per image: (B,) fp32.
 
     x0, noise (B, C, H, W); timesteps (B,): integers in [0, T) for betas, floats in (0, 1) for flow.
     snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
     teacher: its answer is the target in place of the one that x0 and noise give; it gets no gradients.
+    contrast: weight of the error against another image's target, which is subtracted, so that answers stay apart
+    (contrastive flow matching, Stoica et al. 2025, eq. 6; 0.05 is usual). The other image is the next one in the batch.
+    mask: (B, 1, H, W) in [0, 1]: how much each place counts; an image without any place has loss 0.
     """
     x0, noise = x0.float(), noise.float()
     alpha, sigma = schedule.alpha_sigma(timesteps.to(x0.device))  # (B,)
@@ -153,10 +158,20 @@ def training_loss(
     if teacher is not None:
         with torch.no_grad():
             answer = teacher(*inputs).float()
-    loss = (predict(*inputs).float() - answer).square().flatten(1).mean(1)
+    predicted = predict(*inputs).float()
+    loss = _mean_square(predicted - answer, mask)
+    if contrast:
+        loss = loss - contrast * _mean_square(predicted - answer.roll(1, 0), mask)
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss
+
+
+def _mean_square(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B,) of errors (B, C, H, W), over the places of a mask (B, 1, H, W)."""
+    if mask is None:
+        return error.square().flatten(1).mean(1)
+    return (error.square().mean(1, keepdim=True) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-3)
 
 
 def x0_error(predict: Predict, schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
-from ldm.errors import ConfigError, ModelError, nearest
-from ldm.files import MANIFEST, sha256
+from ldm.data.cache.prepared import is_prepared, list_shards, read_info
+from ldm.errors import ConfigError, DataError, nearest
+from ldm.training.parts import text_parts, unet_config, vae_part
 from ldm.training.settings import (
     AutoencoderSettings,
     Settings,
@@ -18,29 +19,42 @@ from ldm.training.settings import (
     UNetSettings,
 )
 
-INPUTS = ("vae", "text", "init")  # settings that name a run or a model's folder
-
 
 def check_stage(settings: Settings) -> None:
     """Raise ConfigError, DataError or ModelError for what would stop a stage later. Reads no weight and no image."""
     from ldm.data.emoji import find_font
     from ldm.training.data.samples import open_samples
 
-    for name in INPUTS:
-        if getattr(settings, name, None):
-            model_folder(getattr(settings, name))
+    if init := getattr(settings, "init", None):
+        model_folder(init)
     if isinstance(settings, AutoencoderSettings):
         _known_names(settings.model, _autoencoder_names(), "model")
     elif isinstance(settings, TextSettings):
         from transformers import CLIPTextConfig, CLIPVisionConfig
 
+        vae_part(settings)
         _known_names(settings.model, CLIPTextConfig().to_dict(), "model")
         _known_names(settings.image_tower, CLIPVisionConfig().to_dict(), "image_tower")
     elif isinstance(settings, UNetSettings):
         _check_unet(settings)
+    if is_prepared(settings.data.folder):
+        return _check_prepared(settings)
     if not settings.data.folder:
         find_font(settings.data.font)
     open_samples(settings.data, settings.seed)
+
+
+def _check_prepared(settings: Settings) -> None:
+    """Raise ConfigError or DataError where a prepared dataset is not what the settings are for."""
+    where, info = settings.data.folder, read_info(settings.data.folder)
+    if not isinstance(settings, UNetSettings):
+        raise DataError("holds latents, which the stage unet reads", where=where, hint="give the images")
+    made, asked = info["resolution"], settings.data.resolution
+    hint = f"set data.resolution={made}, or make another cache"
+    if made != asked:
+        raise ConfigError(f"is {asked}, and {where} was made at {made} px", where="data.resolution", hint=hint)
+    if not any(not shard.held for shard in list_shards(where)):
+        raise DataError("holds no image to train on yet", where=where, hint="go on with ldm data cache")
 
 
 def _check_unet(settings: UNetSettings) -> None:
@@ -54,6 +68,9 @@ def _check_unet(settings: UNetSettings) -> None:
     schedule = build(Schedule, settings.schedule, "schedule")
     names.check(settings.sampler, schedule.prediction_type)
     schedule.sigmas(settings.sample_steps, settings.sampler)
+    vae, text = vae_part(settings), text_parts(settings)
+    unet_config(settings, vae, text)
+    text.check()
 
 
 def _autoencoder_names() -> list[str]:
@@ -76,17 +93,3 @@ def check_same(given: Mapping[str, Any], config: Mapping[str, Any], init: str) -
         have = config[name]
         same = list(value) == list(have) if isinstance(value, (list, tuple)) else value == have
         require(same, f"asks for {value}, but {init} has {have}: leave it out, or leave out init", f"model.{name}")
-
-
-def model_folder(run: str | Path) -> Path:
-    """The diffusers folder that `run` is or holds (`RUN/model`). Raises ModelError where there is none."""
-    for folder in (Path(run) / "model", Path(run)):
-        if any((folder / part).is_dir() for part in ("vae", "unet", "text_encoder")):
-            return folder
-    raise ModelError("holds no model", where=run, hint="give a finished run of ldm train, or a diffusers folder")
-
-
-def fingerprints(settings: Settings) -> dict[str, str]:
-    """The sha256 of the manifest of each model that the run reads, by setting; models without one are left out."""
-    folders = {name: model_folder(getattr(settings, name)) for name in INPUTS[:2] if getattr(settings, name, None)}
-    return {name: sha256(folder / MANIFEST) for name, folder in folders.items() if (folder / MANIFEST).is_file()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.training.distributed import processes
 from ldm.training.run import run
-from ldm.training.settings import FinetuneSettings, read_settings
+from ldm.training.settings import FinetuneSettings, TextSettings, UNetSettings, read_settings
 
 if TYPE_CHECKING:
     from ldm.training.data import ImageSet
@@ -34,6 +36,10 @@ def train(
     with processes() as group:
         settings = group.on_all(lambda: read_settings(config, overrides))
         images = None
+        if isinstance(settings, (TextSettings, UNetSettings)):
+            from ldm.training.parts import pinned_names
+
+            settings = replace(settings, **group.on_first(partial(pinned_names, settings)))
         if isinstance(settings, FinetuneSettings):
             images = group.on_all(lambda: _read_images(settings, Path(out)))
         return run(settings, Path(out), resume, allow_changed, dry_run, images)

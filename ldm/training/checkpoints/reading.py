@@ -107,7 +107,7 @@ def restore_state(state: TrainState, tensors: Mapping[str, Tensor], step: int) -
 
     Raises CheckpointError if they belong to another network.
     """
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}, "average": {}, "stage": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
@@ -121,6 +121,11 @@ def restore_state(state: TrainState, tensors: Mapping[str, Tensor], step: int) -
     for name, parameter in trainable(state.module).items():
         if name in slots:
             state.optimizer.state[parameter] = {k: _slot(parameter, v) for k, v in slots[name].items()}
+    for decay, average in state.averages.items():
+        for name, value in average.items():  # one that is new begins as the model is now
+            value.copy_(like(parts["average"].get(f"{decay:.9f}/{name}", parts["model"][name]), value))
+    for name, value in state.stage.items():
+        value.copy_(parts["stage"].get(name, value))
     state.step = step
 
 

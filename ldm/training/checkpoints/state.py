@@ -39,6 +39,8 @@ class TrainState:
     step: int = 0  # optimizer steps done
     scaler: torch.amp.GradScaler | None = None
     parallel: Single = field(default_factory=Single)  # how its processes train it together
+    averages: dict[float, dict[str, Tensor]] = field(default_factory=dict)  # decay -> name -> one more average
+    stage: Mapping[str, Tensor] = field(default_factory=dict)  # what the stage keeps itself
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state under a flat name: trained parameters, buffers, their average, moments.
@@ -52,12 +54,28 @@ class TrainState:
         for name, parameter in trainable(self.module).items():
             for slot, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"optimizer.{name}.{slot}"] = torch.as_tensor(value)
+        for decay, average in self.averages.items():
+            found |= {f"average.{decay:.9f}/{name}": value for name, value in average.items()}
+        found |= {f"stage.{name}": value for name, value in self.stage.items()}
         first, kept = self.parallel.group.first, {}
         for name, value in found.items():
             value = whole(value.detach())
             if first:
                 kept[name] = value.to("cpu").contiguous()
         return _unshared(kept)
+
+    @contextmanager
+    def averaged(self, decay: float) -> Iterator[nn.Module]:
+        """`ema` with the weights of another average, inside of the block."""
+        own = dict(self.ema.named_parameters())
+        before = {name: own[name].data for name in self.averages[decay]}
+        try:
+            for name, value in self.averages[decay].items():
+                own[name].data = value
+            yield self.ema
+        finally:
+            for name, data in before.items():
+                own[name].data = data
 
 
 def trained_names(module: nn.Module) -> list[str]:

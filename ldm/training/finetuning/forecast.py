@@ -17,8 +17,9 @@ from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
 from ldm.training.finetuning.options import flatten, nest
 from ldm.training.finetuning.presets import apply_presets, read_facts
+from ldm.training.forecast import forecast_lines
 from ldm.training.loop.estimate import Estimate, estimate
-from ldm.training.settings import FinetuneSettings, Settings, as_dict
+from ldm.training.settings import FinetuneSettings, Settings, UNetSettings, as_dict
 from ldm.training.stages.finetune import Finetune
 
 CAPTION = "an image of a thing"
@@ -58,13 +59,15 @@ def trial_batch(stage: Finetune) -> Batch:
 
 
 def print_dry_run(settings: Settings, out: Path, images: ImageSet | None, checkpoint: Path | None) -> None:
-    """Print the settings and, of a fine-tuning, what its remaining steps would take."""
+    """Print the settings and, of a U-Net, what its remaining steps would take."""
     done = read_about(checkpoint)["step"] if checkpoint else 0
     if checkpoint:
         say(f"would resume {checkpoint.name}: {max(0, settings.steps - done)} of {settings.steps} steps are left")
     lines = [f"{name}: {value}" for name, value in flatten(as_dict(settings)).items()]
     if isinstance(settings, FinetuneSettings) and done < settings.steps:
         lines += measure(dataclasses.replace(settings, steps=settings.steps - done), out, images).lines
+    if isinstance(settings, UNetSettings) and done < settings.steps:
+        lines += forecast_lines(settings, settings.steps - done)
     say("\n".join(lines))
 
 

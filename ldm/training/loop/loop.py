@@ -25,7 +25,6 @@ from ldm.training.checkpoints import state as states
 from ldm.training.checkpoints.reading import load_ema, read_tensors
 from ldm.training.checkpoints.resume import restore, set_later_aside
 from ldm.training.checkpoints.state import TrainState
-from ldm.training.checks import fingerprints
 from ldm.training.distributed import current
 from ldm.training.distributed.checks import check_same_inputs
 from ldm.training.loop.logs import BEST, Best, RunLogs
@@ -34,6 +33,7 @@ from ldm.training.loop.schedules import learning_rate
 from ldm.training.loop.stage import Stage
 from ldm.training.loop.step import Outcome, precision, prepare, take_step
 from ldm.training.loop.trackers import Trackers
+from ldm.training.parts import fingerprints
 from ldm.training.reports.page import write_page
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
 
@@ -272,6 +272,9 @@ class _Run:
     def _score(self) -> None:
         step = self.state.step
         scores, image = self.stage.validate(self.state.ema, step), self.stage.sample_grid(self.state.ema)
+        for decay in self.settings.ema_lengths:
+            with self.state.averaged(decay) as ema:
+                scores |= {f"{name} ema {decay:g}": v for name, v in self.stage.validate(ema, step).items()}
         if not self.group.first:
             return
         if image is not None:
@@ -335,8 +338,16 @@ class _Run:
             raise self._lost("the validation loss is not finite, so no model is made")
         if step is not None:
             load_ema(self.state, read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
+        for decay in self.settings.ema_lengths:
+            with self.state.averaged(decay) as other:
+                found = self.state.parallel.gathered(other)
+                folder = self.out / f"model-ema-{decay:g}"
+                self.group.on_first(partial(self._exported_average, found, folder))
         ema = self.state.parallel.gathered(self.state.ema)
         return Path(self.group.on_first(lambda: str(self._exported(ema, step))))
+
+    def _exported_average(self, ema: nn.Module, folder: Path) -> str:
+        return str(self.stage.export(ema, folder, self.scores))
 
     def _best_step(self) -> int | None:
         """The step of the best checkpoint if the model is made from it, else None."""

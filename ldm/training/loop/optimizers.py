@@ -83,6 +83,7 @@ def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
     """The size of a checkpoint on disk once every parameter has been moved, to some KB; no optimizer is built."""
     tensors, parameters = module.state_dict(), trainable(module)
     size = 2 * sum(tensors[name].nbytes for name in trained_names(module))  # the weights and their average
+    size += len(settings.ema_lengths) * sum(parameter.nbytes for parameter in parameters.values())
     moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
     hidden = _hidden(settings, module) if settings.optimizer == "muon" else set()
     for name, parameter in parameters.items():

@@ -13,8 +13,9 @@ class Stage(Protocol):
     """What a stage adds to the loop. `batches` can start at any step and depends on (settings, step) alone.
 
     Parameters of `module` that are not trained do not require a gradient. A stage may also have `lines` about its data
-    (the run's page shows them) and `inputs`, the digests of what it reads by name. A batch may have `ids`. With
-    several processes `batches` gives each its rows (see distributed.RowShard), and `loss` is their mean.
+    (the run's page shows them), `inputs`, the digests of what it reads by name, and `tensors`, a state of its own that
+    checkpoints keep. A batch may have `ids`. With several processes `batches` gives each its rows (see
+    distributed.RowShard), and `loss` is their mean.
     """
 
     module: nn.Module

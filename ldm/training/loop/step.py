@@ -63,7 +63,16 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
     scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
     ema = ema_copy(module)
     parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)
-    return TrainState(module, ema, make_optimizer(settings, module, device), scaler=scaler, parallel=parallel)
+    optimizer = make_optimizer(settings, module, device)
+    averages = {decay: _copies(ema, module) for decay in settings.ema_lengths}
+    kept = getattr(stage, "tensors", {})
+    return TrainState(module, ema, optimizer, scaler=scaler, parallel=parallel, averages=averages, stage=kept)
+
+
+def _copies(ema: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+    """What is averaged, by name: copies in the layout of `ema`."""
+    own = dict(ema.named_parameters())
+    return {name: own[name].detach().clone() for name in trainable(module)}
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
@@ -108,7 +117,10 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     bad = not applied
     if applied:
         state.optimizer.step()
-        update_ema(state.ema, state.module, min(settings.ema, (1 + state.step) / (10 + state.step)))
+        warm = (1 + state.step) / (10 + state.step)
+        update_ema(state.ema, state.module, min(settings.ema, warm))
+        for decay, average in state.averages.items():
+            update_average(average, state.module, min(decay, warm))
     elif scaler:
         bad = not math.isfinite(total) or scaler.get_scale() <= 1
     if scaler:
@@ -137,3 +149,10 @@ def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
         torch._foreach_lerp_(local(old for old, _ in pairs), local(new for _, new in pairs), 1 - decay)
     for old, new in zip(ema.buffers(), module.buffers()):
         old.copy_(new)
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · module of what is trained, in place."""
+    new = trainable(module)
+    torch._foreach_lerp_(local(average.values()), local(new[name] for name in average), 1 - decay)

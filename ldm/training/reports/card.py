@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoint import Model
+from ldm.checkpoint.folder import T5_LAYOUT
+from ldm.nn.text import T5Text, XLText
 from ldm.training.settings import FinetuneSettings, UNetSettings, as_dict
 
 EMOJI = """Scenes that this package draws from the font Noto Color Emoji (SIL Open Font License 1.1), with captions from
@@ -50,7 +52,7 @@ RUNS = "The last run that made it; `init` names the one before, `vae` and `text`
 
 
 def unet_card(
-    settings: UNetSettings, device: str, modules: Mapping[str, nn.Module], scores: Mapping[str, float]
+    settings: UNetSettings, model: Model, device: str, modules: Mapping[str, nn.Module], scores: Mapping[str, float]
 ) -> str:
     """README.md of a complete model: front matter with `trained_on` and the defaults of Pipeline, then the text."""
     s = settings
@@ -58,13 +60,21 @@ def unet_card(
         head=_head(device, sampler=s.sampler, num_inference_steps=s.sample_steps, guidance_scale=s.guidance_scale),
         title="A latent text-to-image model trained by `ldm train`",
         prompt="a cat",
-        origin=': `StableDiffusionPipeline.from_pretrained("this/folder")` loads it too.',
+        origin=_origin(model),
         data=FOLDER.format(s.data.folder) if s.data.folder else EMOJI,
         parts=_parts(modules),
         dtype="bfloat16",
         recipe=RUNS + _recipe(s),
         scores=_scores(scores),
     )
+
+
+def _origin(model: Model) -> str:
+    """Which pipeline of diffusers loads the folder too."""
+    if isinstance(model.text, T5Text):
+        return f" ({T5_LAYOUT})."
+    name = "StableDiffusionXLPipeline" if isinstance(model.text, XLText) else "StableDiffusionPipeline"
+    return f': `{name}.from_pretrained("this/folder")` loads it too.'
 
 
 def finetune_card(

@@ -44,6 +44,7 @@ class Settings:
     final_lr: float = 0.02  # fraction of the learning rate that is left at the last step
     clip: float = 1.0  # gradient norm
     ema: float = 0.9995
+    ema_lengths: tuple[float, ...] = ()  # decays of more averages, scored beside it and exported as RUN/model-ema-DECAY
     seed: int = 0
     workers: int = 1  # processes that draw or read images
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -60,6 +61,8 @@ class Settings:
             require(getattr(self, name) >= 1, f"must be at least 1, not {getattr(self, name)}", name)
         require(self.learning_rate > 0, "must be positive", "learning_rate")
         require(0 <= self.ema < 1, "must be in [0, 1)", "ema")
+        for decay in self.ema_lengths:
+            require(0 <= decay < 1, f"must be in [0, 1), got {decay}", "ema_lengths")
         require(0 <= self.decay_from <= 1, "must be in [0, 1]", "decay_from")
         require(0 <= self.final_lr <= 1, "must be in [0, 1]", "final_lr")
         require(self.clip > 0, "must be positive", "clip")

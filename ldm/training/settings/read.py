@@ -24,7 +24,7 @@ FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", 
 FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
 FREE |= {"export", "save_dtype", "name"}
 FREE_DATA = {"cache", "max_bad", "workers"}  # the same, within `data`
-PATHS = {"model", "vae", "text", "init", "prior"}  # equal where both lead to the same place
+PATHS = {"model", "vae", "text", "text_2", "init", "prior"}  # equal where both lead to the same place
 
 
 def packaged_configs() -> Path:

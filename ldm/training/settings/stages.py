@@ -40,7 +40,8 @@ class AutoencoderSettings(Settings):
 class TextSettings(Settings):
     """A small CLIP: text tower and image tower on latents, by contrast; the text tower may learn to name things."""
 
-    vae: str = ""  # run or folder with the autoencoder
+    vae: str = ""  # the autoencoder: "default", a run, a folder, a file or a hub id
+    vae_subfolder: str | None = None  # where in the folder or repository it is
     init: str | None = None  # a run or a model's folder whose text encoder and tokenizer to go on from
     contrast: float = 1.0  # weight of the contrast with latents
     naming: float = 0.0  # weight of the linear readers of drawn scenes: object, colour, count, which thing is where
@@ -74,8 +75,12 @@ class TextSettings(Settings):
 class UNetSettings(Settings):
     """The denoiser, trained on a pool of cached latents and text embeddings."""
 
-    vae: str = ""
-    text: str = ""
+    vae: str = ""  # the autoencoder: "default", a run, a folder, a file or a hub id (owner/name@revision)
+    text: str = ""  # the text encoder with its tokenizer, in the same way; a folder of XL has two
+    text_2: str | None = None  # the second of two text encoders
+    vae_subfolder: str | None = None  # where in the folder or repository the part is
+    text_subfolder: str | None = None
+    text_2_subfolder: str | None = None
     init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
     text_rate: float = 0.0  # the text encoder's learning rate, trained along; 0: it is frozen
     compile: bool = False  # torch.compile: needs a C++ compiler on a CPU, a minute at the start
@@ -83,6 +88,8 @@ class UNetSettings(Settings):
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = 1.0  # above 1: more often at high noise, where the text decides
     snr_gamma: float | None = None
+    contrast: float = 0.0  # flow: weight of the error against another image's target (0.05 is usual); 0: none
+    weight_floor: float | None = None  # weigh samples by their measured error, but no less than this; None: all alike
     caption_dropout: float = 0.1
     latent_pool: int = 4096
     renew: int = 64  # steps after which 256 latents of the pool are replaced
@@ -90,12 +97,20 @@ class UNetSettings(Settings):
     sample_steps: int = 25
     guidance_scale: float = 4.0
     validation: int = 256
+    validation_levels: int = 0  # parts of the noise levels whose validation loss is told by itself
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.text_rate >= 0, f"must not be negative, got {self.text_rate}", "text_rate")
         require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
+        floor = self.weight_floor
+        require(floor is None or 0 < floor <= 1, f"must be above 0, at most 1, got {floor}", "weight_floor")
+        require(0 <= self.contrast < 1, f"must be in [0, 1), got {self.contrast}", "contrast")
+        flow = self.schedule.get("prediction_type") == "flow"
+        require(flow or not self.contrast, "is for flow: set schedule.prediction_type=flow", "contrast")
+        levels = self.validation_levels
+        require(0 <= levels <= 20, f"must be 0 to 20, got {levels}", "validation_levels")
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         require(bool(self.text), NEEDED.format("text", "text"), "text")
@@ -103,7 +118,7 @@ class UNetSettings(Settings):
 
 
 PIECE = 256  # latents that are renewed together
-NEEDED = "is needed: the run of `ldm train emoji/{}`, or a model's folder ({}=RUN)"
+NEEDED = "is needed: the run of `ldm train emoji/{}`, a folder, a hub id or default ({}=…)"
 
 
 def _check_pool(size: int, renew: int) -> None:

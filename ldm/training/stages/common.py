@@ -12,6 +12,7 @@ from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
 from ldm.training.loop import seeded
 
+SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
 
 
@@ -52,16 +53,26 @@ def fixed_levels(count: int, seed: int) -> Tensor:
 
 
 def validation_scores(
-    parts: Iterable[tuple[Predict, Tensor, Tensor, Tensor]], schedule: Schedule, snr_gamma: float | None
+    parts: Iterable[tuple[Predict, Tensor, Tensor, Tensor]],
+    schedule: Schedule,
+    snr_gamma: float | None,
+    levels: int = 0,
 ) -> dict[str, float]:
-    """The loss and the error of x0, over parts of held-out samples: (predict, x0, noise, noise levels in (0, 1))."""
+    """The loss and the error of x0, over parts of held-out samples: (predict, x0, noise, noise levels in (0, 1)).
+
+    With `levels` also the loss in each of so many equal parts of the noise levels: `loss_0_25` is that of 0 to 25 %.
+    """
     found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
     for predict, x0, noise, u in parts:
         timesteps = timesteps_at(schedule, u).to(x0.device)
-        loss = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma).mean()
-        found["validation_loss"].append(loss.expand(len(x0)))
+        losses = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma)
+        found["validation_loss"].append(losses.mean().expand(len(x0)))
         found["x0_error"].append(x0_error(predict, schedule, x0, noise, u.to(x0.device)))
-    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+        for part in range(levels):
+            name = f"loss_{100 * part // levels}_{100 * (part + 1) // levels}"
+            found.setdefault(name, []).append(losses.cpu()[(u * levels).long() == part])
+    means = {name: torch.cat(values) for name, values in found.items()}
+    return {name: values.mean().item() for name, values in means.items() if len(values)}
 
 
 def draw_grid(

@@ -35,6 +35,7 @@ from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import finetune_card
 from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.common import (
+    SMALL,
     conditioned,
     draw_grid,
     fixed_levels,
@@ -45,7 +46,6 @@ from ldm.training.stages.common import (
 )
 
 FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
-SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 
 
 def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.checkpoint.parts import load_unet_from, load_vae_from
+from ldm.checkpoint.parts import load_unet_from, load_vae_from, model_folder
 from ldm.training.checkpoints.reading import read_tensors
 from ldm.training.checkpoints.state import checkpoints
-from ldm.training.checks import model_folder
 from ldm.training.data.samples import Samples
 
 SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.parts import load_text_from, load_vae_from, save_parts
+from ldm.checkpoint.parts import load_text_from, model_folder, save_parts
 from ldm.config import require
 from ldm.device import pick_device
 from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
 from ldm.nn.text import ClipText, known_words
-from ldm.training.checks import check_same, model_folder
+from ldm.training.checks import check_same
 from ldm.training.data.latent_pool import LatentPool, encode_images
 from ldm.training.data.samples import open_samples
 from ldm.training.loop import seeded
+from ldm.training.parts import vae_part
 from ldm.training.settings import TextSettings
 from ldm.training.stages.start import SEED_OFFSET, distinct
 from ldm.training.stages.text_terms import ReadingTerms, Told
@@ -44,7 +45,7 @@ class Text:
         s = self.settings = settings
         self.device = pick_device(s.device)
         self.samples = open_samples(s.data, s.seed)
-        self.vae = load_vae_from(model_folder(s.vae))
+        self.vae = vae_part(s).load()
         self.vae.module.to(self.device)
         captions = self.samples.captions(0, s.tokenizer_captions)
         self.text = self._started() if s.init else None

@@ -1,0 +1,217 @@
+"""What training a U-Net from nothing will take: parameters, FLOPs, memory, images a second, time and disk.
+
+Steps are tried on random latents and texts where they fit into memory and into a minute; else their time is estimated
+from the FLOPs and the speed of a matrix product here, and the lines say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.checkpoint.safety import ITEM_BYTES, read_header
+from ldm.config import build
+from ldm.device import is_out_of_memory, pick_device
+from ldm.diffusion.denoiser import training_loss
+from ldm.diffusion.schedule import Schedule
+from ldm.nn.unet import UNet, UNetConfig
+from ldm.training.data.encoded import available
+from ldm.training.distributed import RowShard
+from ldm.training.loop.estimate import estimate
+from ldm.training.loop.optimizers import checkpoint_bytes
+from ldm.training.loop.step import precision
+from ldm.training.parts import text_parts, unet_config, vae_part
+from ldm.training.settings import UNetSettings
+from ldm.training.stages.common import timesteps_at
+
+SECONDS = 60.0  # that two tried steps may take
+TOKENS = 77  # of a caption
+
+
+class TrialBatch(NamedTuple):
+    """Random rows."""
+
+    latents: Tensor  # (B, C, h, w)
+    inputs: dict[str, Tensor]  # keywords of UNet.forward
+    part: RowShard
+
+
+class Trial:
+    """The U-Net of the settings on random rows: as the stage, without its parts and its data."""
+
+    def __init__(self, settings: UNetSettings, config: UNetConfig, count: int, device: torch.device):
+        self.schedule = build(Schedule, settings.schedule, "schedule")
+        self.config, self.count, self.device = config, count, device
+        with torch.random.fork_rng(devices=[]):
+            self.module = UNet(config)
+
+    def batches(self, first_step: int) -> Iterator[TrialBatch]:
+        draw = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=draw).to(self.device)
+
+        while True:
+            c, side = self.config, self.config.sample_size or 0
+            yield TrialBatch(
+                normal(self.count, c.in_channels, side, side), inputs_of(c, normal, self.count), RowShard(self.count)
+            )
+
+    def loss(self, batch: TrialBatch, step: int, micro: int) -> Tensor:
+        x0 = batch.latents
+        u = (torch.arange(len(x0)) + 0.5) / len(x0)
+        inputs = {name: value for name, value in batch.inputs.items() if name != "states"}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.module(x, t, batch.inputs["states"], **inputs)
+
+        times = timesteps_at(self.schedule, u).to(self.device)
+        return training_loss(predict, self.schedule, x0, torch.randn_like(x0), times).mean()
+
+    def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
+        return {}
+
+    def sample_grid(self, ema: nn.Module) -> None:
+        return None
+
+    def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
+        return folder
+
+
+def inputs_of(config: UNetConfig, normal: Callable[..., Tensor], count: int) -> dict[str, Tensor]:
+    """Random texts, and for XL pooled ones and sizes, as keywords of UNet.forward."""
+    inputs = {"states": normal(count, TOKENS, config.cross_attention_dim)}
+    if config.addition_embed_type == "text_time":
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs |= {"pooled": normal(count, width), "time_ids": normal(count, 6)}
+    return inputs
+
+
+def costs(config: UNetConfig, checkpointing: bool) -> tuple[int, int, int]:
+    """(parameters, FLOPs of a training step, bytes that its backward pass keeps) of one image, on no device.
+
+    FLOPs are those of convolutions, matrix products and attention: forward once (twice with gradient checkpointing),
+    and twice that for the backward pass. Bytes are fp32 and without gradient checkpointing.
+    """
+    with torch.device("meta"):
+        unet, side = UNet(config), config.sample_size or 0
+
+        def normal(*shape: int) -> Tensor:
+            return torch.empty(shape)
+
+        inputs = inputs_of(config, normal, 1)
+        x, timesteps, states = normal(1, config.in_channels, side, side), normal(1), inputs.pop("states")
+    weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = unet(x, timesteps, states, **inputs)
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    size = sum(kept.values())
+    del out
+    return parameters, counter.get_total_flops() * (4 if checkpointing else 3), size
+
+
+def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
+    """The lines of a dry run, for so many remaining steps."""
+    vae, text = vae_part(settings), text_parts(settings)
+    config = unet_config(settings, vae, text)
+    device = pick_device(settings.device)
+    parameters, flops, kept = costs(config, settings.gradient_checkpointing)
+    with torch.device("meta"):
+        disk = checkpoint_bytes(settings, UNet(config))
+    state = disk + 4 * parameters  # weights, their average, moments; and gradients
+    activations = settings.batch_size * kept * (0.2 if settings.gradient_checkpointing else 1)
+    parts = sum(_numbers(path) for path in (*vae.files, *text.files)) * 4
+    count = settings.batch_size * settings.accumulation
+    lines = [
+        f"U-Net: {_short(parameters)} parameters, {flops / 1e12:.3g} TFLOPs to train on one image",
+        f"{steps} steps of {count} images ({_short(steps * count)} in all)",
+    ]
+    room, peak = _room(device), state + activations
+    rate = _speed(settings, device)
+    measured = _measured(settings, config, device, flops / rate) if state + kept < room else None
+    if measured is None:
+        why = "too large for this machine" if state + kept >= room else f"two steps would take over {SECONDS:.0f} s"
+        each, how = count * flops / rate, f"estimated from {rate / 1e12:.2g} TFLOP/s of a matrix product, {why}"
+    else:
+        each, how = measured
+    lines += [
+        f"memory: about {peak / 1e9:.3g} GB in fp32 ({room / 1e9:.3g} GB are free), and {parts / 1e9:.2g} GB for the"
+        " autoencoder and the text encoder",
+        f"speed: {count / each:.3g} images/s with cached latents and texts ({how})",
+        f"time: about {timedelta(seconds=round(each * steps))}; scores, sample grids, checkpoints and encoding on top",
+        f"disk: {disk / 1e6:.3g} MB a checkpoint, up to {settings.keep + 2} at a time",
+    ]
+    return lines
+
+
+def _measured(
+    settings: UNetSettings, config: UNetConfig, device: torch.device, seconds: float
+) -> tuple[float, str] | None:
+    """(seconds of a step, how they were found) from two tried steps; None where they take too long, or do not fit.
+
+    `seconds` is what one image may take. Fewer images than those of a step are tried where that is needed.
+    """
+    count = min(settings.batch_size, math.floor(SECONDS / 2 / seconds))
+    if count < 1:
+        return None
+    try:
+        trial = Trial(settings, config, count, device)
+        one = dataclasses.replace(settings, accumulation=1, batch_size=count)
+        found = estimate(trial, one).step_seconds
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    images = settings.batch_size * settings.accumulation
+    what = f"measured: a step of {count} images took {found:.2g} s"
+    return found * images / count, f"{what} on {device.type}"
+
+
+def _speed(settings: UNetSettings, device: torch.device) -> float:
+    """FLOP/s of a matrix product in the settings' precision, here and now."""
+    size = 4096 if device.type == "cuda" else 768
+    a, took = torch.randn(size, size, device=device), []
+    with precision(settings, device), torch.no_grad():
+        for _ in range(4):
+            began = time.perf_counter()
+            float((a @ a)[0, 0])
+            took.append(time.perf_counter() - began)
+    return 2 * size**3 / min(took)
+
+
+def _room(device: torch.device) -> int:
+    """Free bytes, of the device or of the system."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+
+
+def _numbers(path: Path) -> int:
+    """How many numbers a file of weights holds; 0 of other files."""
+    if path.suffix != ".safetensors":
+        return 0
+    return sum(tensor.size // ITEM_BYTES[tensor.dtype] for tensor in read_header(path).tensors.values())
+
+
+def _short(number: Any) -> str:
+    """1234567 -> 1.23 M."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,126 @@
+"""Settings that change what a step learns or what is averaged and told of it, each against its formula."""
+
+import pytest
+import torch
+
+from ldm.diffusion.denoiser import training_loss
+from ldm.diffusion.schedule import Schedule
+from ldm.errors import ConfigError
+from ldm.training import train
+from ldm.training.checkpoints import state
+from ldm.training.checkpoints.reading import read_tensors
+from ldm.training.loop.error_weights import ErrorWeights
+from ldm.training.settings import read_settings
+from ldm.training.stages.common import validation_scores
+from tests.training.toy import Toy, train_toy
+
+FLOW = Schedule(prediction_type="flow")
+
+
+def draws():
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 2, 4, 4, generator=draw) for _ in range(3)]
+
+
+def test_contrast_subtracts_the_error_against_another_images_target():
+    x0, noise, answer = draws()
+    loss = training_loss(lambda x, t: answer, FLOW, x0, noise, torch.tensor([0.2, 0.5, 0.9]), contrast=0.05)
+    target = noise - x0
+    own = ((answer - target) ** 2).mean((1, 2, 3))
+    other = ((answer - target[[2, 0, 1]]) ** 2).mean((1, 2, 3))
+    assert torch.allclose(loss, own - 0.05 * other)
+
+
+def test_a_mask_counts_the_places_that_it_shows():
+    x0, noise, answer = draws()
+    mask = torch.zeros(3, 1, 4, 4)
+    mask[0, 0, :2], mask[1] = 1.0, 1.0
+    args = (lambda x, t: answer, FLOW, x0, noise, torch.tensor([0.2, 0.5, 0.9]))
+    masked, whole = training_loss(*args, mask=mask), training_loss(*args)
+    upper = ((answer - noise + x0) ** 2)[0, :, :2].mean()
+    assert torch.allclose(masked, torch.stack([upper, whole[1], torch.tensor(0.0)]))
+
+
+def test_the_loss_of_each_part_of_the_noise_levels():
+    x0, noise, answer = draws()
+    u = torch.tensor([0.1, 0.6, 0.9])
+    losses = training_loss(lambda x, t: answer, FLOW, x0, noise, u)
+    found = validation_scores([(lambda x, t: answer, x0, noise, u)], FLOW, None, levels=4)
+    told = {name: value for name, value in found.items() if name.startswith("loss_")}
+    low, middle, high = losses.tolist()
+    assert told == pytest.approx({"loss_0_25": low, "loss_50_75": middle, "loss_75_100": high})
+    assert found["validation_loss"] == pytest.approx(losses.mean())
+    assert validation_scores([(lambda x, t: answer, x0, noise, u)], FLOW, None).keys() == {
+        "validation_loss",
+        "x0_error",
+    }
+
+
+class Watched(Toy):
+    """Remembers its weights before each step."""
+
+    seen: list
+
+    def batches(self, first_step):
+        for batch in super().batches(first_step):
+            type(self).seen.append({name: p.detach().clone() for name, p in self.module.named_parameters()})
+            yield batch
+
+
+def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
+    lengths = {"ema_lengths": (0.5, 0.9)}
+    Watched.seen = []
+    train_toy(tmp_path / "whole", steps=6, kind=Watched, **lengths)
+    tensors = read_tensors(state.checkpoints(tmp_path / "whole")[-1])
+    weights = [*Watched.seen[1:], {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}]
+    for decay in lengths["ema_lengths"]:
+        average = dict(Watched.seen[0])
+        for step, now in enumerate(weights):
+            keep = min(decay, (1 + step) / (10 + step))
+            average = {name: keep * old + (1 - keep) * now[name] for name, old in average.items()}
+        for name, value in average.items():
+            assert torch.allclose(tensors[f"average.{decay:.9f}/{name}"], value, atol=1e-6)
+        assert (tmp_path / f"whole/model-ema-{decay:g}/weights.txt").is_file()
+    texts = {(tmp_path / f"whole/{folder}/weights.txt").read_text() for folder in ("model", "model-ema-0.9")}
+    assert len(texts) == 2
+    train_toy(tmp_path / "halves", steps=3, **lengths)
+    train_toy(tmp_path / "halves", steps=6, resume="latest", **lengths)
+    one, other = (state.checkpoints(tmp_path / run)[-1] / state.WEIGHTS for run in ("whole", "halves"))
+    assert one.read_bytes() == other.read_bytes()
+    scores = (tmp_path / "whole/scores.jsonl").read_text()
+    assert "validation_loss ema 0.5" in scores and "validation_loss ema 0.9" in scores
+
+
+def test_what_is_learned_badly_counts_more_and_nothing_less_than_the_floor():
+    weights = ErrorWeights(0.5)
+    assert weights.of(["a", "b"]).tolist() == [1, 1]
+    for _ in range(200):
+        weights.seen(["easy", "hard"], torch.tensor([1.0, 7.0]), torch.tensor([0.3, 0.3]))
+        weights.seen(["easy", "hard"], torch.tensor([10.0, 70.0]), torch.tensor([0.9, 0.9]))  # the same, relatively
+    easy, hard = weights.of(["easy", "hard"]).tolist()
+    assert easy + hard == pytest.approx(2) and hard / easy == pytest.approx(1.75 / 0.5, rel=0.05)
+    weights.seen(["easy"], torch.tensor([float("nan")]), torch.tensor([0.3]))
+    assert weights.errors.isfinite().all()
+
+
+def test_weights_by_error_resume_to_the_bit(unet_settings, tmp_path, one_thread):
+    words = ["weight_floor=0.5", "latent_pool=256", "renew=0", "accumulation=1", "validate_every=99", "keep=2"]
+    train(unet_settings, tmp_path / "whole", [*words, "steps=4"])
+    train(unet_settings, tmp_path / "halves", [*words, "steps=3"])
+    train(unet_settings, tmp_path / "halves", [*words, "steps=4"], resume="latest")
+    one, other = (state.checkpoints(tmp_path / run)[-1] / state.WEIGHTS for run in ("whole", "halves"))
+    assert one.read_bytes() == other.read_bytes()
+    assert (read_tensors(one.parent)["stage.errors"] != 1).any()
+
+
+def test_what_the_aids_do_not_go_with_is_refused():
+    base = ["vae=default", "text=default"]
+    for words, said in (
+        (["contrast=0.05"], "contrast: is for flow"),
+        (["contrast=2", "schedule={prediction_type: flow}"], "contrast: must be in"),
+        (["weight_floor=0"], "weight_floor: must be above 0"),
+        (["ema_lengths=[1.5]"], "ema_lengths: must be in"),
+        (["validation_levels=-1"], "validation_levels: must be 0 to 20"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_settings("emoji/unet", [*base, *words])

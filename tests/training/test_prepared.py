@@ -1,0 +1,272 @@
+"""A dataset that is encoded once: what is stored, how it goes on, and the batches that come out of it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm
+from ldm import files
+from ldm.cli import main
+from ldm.data.cache.prepared import PartWriter, Row, list_shards, read_info, read_shard
+from ldm.data.cache.sequence import ShardSequence
+from ldm.device import pick_device
+from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, ResourceError
+from ldm.training import cache, train
+from ldm.training.checkpoints import state
+from ldm.training.data.encoded import Encoders
+from ldm.training.data.prepared import PreparedDataset
+from tests.training.conftest import SCHEDULE, TINY_UNET, threads
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve images of two shapes, one with two captions; one more that is no image."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), dtype=np.uint8)
+    for i, array in enumerate(pixels):
+        Image.fromarray(array if i % 3 else array[:32]).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text("a cat\na red cat" if i == 5 else f"a dog {'and a cat ' * (i % 2)}on red")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (folder / "bad.txt").write_text("a cat")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(parts, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    return cache(images, out, str(parts), str(parts), resolution=32, embeddings="yes", dtype="fp32", **LOOSE)
+
+
+LOOSE = {"max_bad": 1, "held_out": 0.3, "batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def encoders(parts):
+    from ldm.checkpoint.parts import find_text, find_vae
+
+    vae, text = find_vae(str(parts)), find_text(str(parts))
+    return Encoders(vae.load(), text.load(), ("", ""), pick_device("cpu")), (vae.fingerprint, text.fingerprints)
+
+
+def dataset(folder, encoders, seed=0, batch_size=4, dropout=0.0, **options):
+    return PreparedDataset(folder, encoders[0], encoders[1], seed, batch_size, dropout, **options)
+
+
+def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made, images, encoders):
+    from ldm.data.transforms import fixed_views, pixels, to_float
+
+    data = dataset(made, encoders)
+    epochs, number = {}, 0
+    while (rows := data._sequence.at(number)).epoch < 2:
+        epochs.setdefault(rows.epoch, []).append((number, rows.ids))
+        number += 1
+    ids = [sorted(id for _, some in epoch for id in some) for epoch in epochs.values()]
+    assert ids[0] == ids[1] and len(ids[0]) == data.samples == len(set(ids[0]))
+    assert [some for _, some in epochs[0]] != [some for _, some in epochs[1]]
+    held = [id for batch in data.held_out() for id in batch.ids]
+    assert held and sorted(held + ids[0]) == [f"{i:02}.png" for i in range(12)]
+    batch = data.batch(0)
+    again = dataset(made, encoders).batch(0)
+    assert torch.equal(batch.latents, again.latents) and batch.captions == again.captions
+    rows = data._sequence.at(0)
+    with Image.open(images / rows.ids[0]) as image:
+        from ldm.data.buckets import Size, bucket_of
+        from ldm.training.settings import FinetuneData
+
+        size = Size(image.height, image.width)
+        bucket = bucket_of(size, FinetuneData(folder="x", resolution=32).buckets)
+        (view,) = fixed_views(size, bucket, FinetuneData(folder="x").transform)
+        mean, std = encoders[0].encode(to_float(pixels(image.convert("RGB"), view))[None])
+    assert torch.allclose(rows.mean[0], mean[0], atol=1e-4) and torch.allclose(rows.std[0], std[0], atol=1e-4)
+    expected = encoders[0].text.encode(batch.captions).states
+    assert torch.allclose(batch.cond.states, expected, atol=1e-5)
+
+
+def test_a_caption_is_chosen_or_dropped_in_each_epoch(made, encoders):
+    data, seen = dataset(made, encoders, batch_size=1), set()
+    for number in range(200):
+        if data._sequence.at(number).ids == ["05.png"]:
+            seen |= set(data.batch(number).captions)
+    assert seen == {"a cat", "a red cat"} or "05.png" in [i for b in data.held_out() for i in b.ids]
+    dropped = dataset(made, encoders, dropout=1.0).batch(0)
+    assert set(dropped.captions) == {""}
+    assert torch.allclose(dropped.cond.states[0], encoders[0].text.encode([""]).states[0], atol=1e-5)
+
+
+def test_captions_are_encoded_in_training_where_embeddings_would_be_larger_than_the_images(
+    images, parts, made, encoders, tmp_path, capsys
+):
+    out = cache(images, tmp_path / "cache", str(parts), str(parts), resolution=32, dtype="fp32", **LOOSE)
+    said = capsys.readouterr().err
+    chosen = read_info(out)["embeddings"]
+    assert ("captions stay text" in said) is not chosen and "are free" in said and "latents take" in said
+    out = cache(images, tmp_path / "none", str(parts), resolution=32, dtype="fp32", **LOOSE)
+    live, stored = dataset(out, encoders).batch(1), dataset(made, encoders).batch(1)
+    assert not read_info(out)["embeddings"] and live.captions == stored.captions
+    assert torch.equal(live.latents, stored.latents)
+    assert torch.allclose(live.cond.states, stored.cond.states, atol=1e-5)
+
+
+def test_parts_of_several_machines_are_the_whole_and_go_on_after_a_stop(images, parts, made, encoders, tmp_path):
+    settings = {"resolution": 32, "dtype": "fp32", "embeddings": "no", **LOOSE}
+    out = tmp_path / "cache"
+    cache(images, out, str(parts), shard="2/3", **settings)
+    partly = dataset(out, encoders)
+    assert 0 < partly.samples < 12 and "as far as they are made" in partly.lines[1]
+    cache(images, out, str(parts), shard="1/3", **settings)
+    cache(images, out, str(parts), shard="3/3", **settings)
+    names = sorted(id for shard in list_shards(out) for id in ids(shard.path))
+    assert names == [f"{i:02}.png" for i in range(12)]
+    victim = list_shards(out)[0].path
+    lost = ids(victim)
+    victim.write_bytes(victim.read_bytes()[:-3] + b"abc")
+    with pytest.raises(DataError, match="is damaged or gone; run ldm data cache again"):
+        read_shard(victim)
+    before = {shard.path: shard.path.stat().st_mtime_ns for shard in list_shards(out) if shard.path != victim}
+    number = int(victim.parent.name.split("-")[1])
+    cache(images, out, str(parts), shard=f"{number}/3", **settings)
+    assert sorted(id for shard in list_shards(out) for id in ids(shard.path)) == names and lost
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def ids(path):
+    return [id for id, _ in json.loads(bytes(read_shard(path)["captions"].numpy()))]
+
+
+def test_a_full_disk_keeps_what_is_done(images, parts, encoders, tmp_path, monkeypatch):
+    write, count = files.atomic_write, []
+
+    def full(path, data, *args, **options):
+        if path.suffix == ".safetensors":
+            count.append(path)
+            if len(count) > 1:
+                raise ResourceError("No space left on device", where=path)
+        return write(path, data, *args, **options)
+
+    settings = {"resolution": 32, "embeddings": "no", **LOOSE}
+    monkeypatch.setattr(files, "atomic_write", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        cache(images, tmp_path / "cache", str(parts), **settings)
+    monkeypatch.undo()
+    assert len(list_shards(tmp_path / "cache")) == 1
+    cache(images, tmp_path / "cache", str(parts), **settings)
+    names = sorted(id for shard in list_shards(tmp_path / "cache") for id in ids(shard.path))
+    assert names == [f"{i:02}.png" for i in range(12)]
+
+
+def test_what_does_not_fit_is_one_line(images, parts, made, encoders, tmp_path, capsys):
+    words = ["data", "cache", str(images), "-o", str(tmp_path / "c"), "--vae", str(parts), "--resolution", "32"]
+    assert main(words) == 2 and "1 of 13 images cannot be used" in capsys.readouterr().err
+    again = {"embeddings": "yes", "dtype": "fp32", **LOOSE}
+    with pytest.raises(ConfigError, match="was made with resolution 32, not 64"):
+        cache(images, made, str(parts), str(parts), resolution=64, **again)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    for options, said in (
+        ({"out": tmp_path / "other"}, "holds something else than a cache"),
+        ({"flip": 0.5}, "one view of each image"),
+        ({"shard": "4/3"}, "is no shard"),
+        ({"embeddings": "yes"}, "needs a text encoder"),
+        ({"batch_sise": 3}, "did you mean"),
+        ({"max_bad": 0}, "1 of 13 images cannot be used"),
+    ):
+        out = options.pop("out", tmp_path / "cache")
+        with pytest.raises(LdmError, match=said):
+            cache(images, out, str(parts), resolution=32, **{"max_bad": 1, **options})
+    with pytest.raises(DataError, match="was made with another autoencoder"):
+        PreparedDataset(made, encoders[0], ("x", encoders[1][1]), 0, 4, 0.0)
+    with pytest.raises(DataError, match="was made with another text encoder"):
+        PreparedDataset(made, encoders[0], (encoders[1][0], ["x"]), 0, 4, 0.0)
+
+
+def unet(made, parts, out, *words, **options):
+    settings = {"stage": "unet", "steps": 4, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-3, "warmup": 1}
+    settings |= {"workers": 0, "device": "cpu", "precision": "fp32", "save_every": 99, "sample_steps": 1, "ema": 0.5}
+    settings |= {"schedule": SCHEDULE, "model": TINY_UNET, "data": {"resolution": 32}, "vae": str(parts)}
+    (made.parent / "unet.json").write_text(json.dumps({**settings, "text": str(parts)}))
+    with threads(1):
+        return train(made.parent / "unet.json", out, [f"data={made}", *words], **options)
+
+
+def test_a_unet_is_trained_on_it_and_resumes_to_the_bit(made, parts, tmp_path):
+    model = unet(made, parts, tmp_path / "whole")
+    assert ldm.Pipeline("a cat", model=model).generate(num_inference_steps=1)[0].size == (32, 32)
+    assert "validation_loss" in (tmp_path / "whole/scores.jsonl").read_text()
+    unet(made, parts, tmp_path / "halves", "steps=1", "decay_from=1")
+    unet(made, parts, tmp_path / "halves", "steps=4", "decay_from=1", resume="latest")
+    unet(made, parts, tmp_path / "other", "steps=4", "decay_from=1")
+    one, other = (state.checkpoints(tmp_path / run)[-1] / state.WEIGHTS for run in ("other", "halves"))
+    assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(ConfigError, match=r"data.resolution: is 64, and .* was made at 32 px"):
+        unet(made, parts, tmp_path / "run", "data.resolution=64")
+    with pytest.raises(DataError, match="holds latents, which the stage unet reads"):
+        train("emoji/autoencoder", tmp_path / "run", [f"data={made}"])
+
+
+def test_more_shards_than_when_the_run_began_are_noticed(made, parts, images, tmp_path):
+    part = cache(images, tmp_path / "cache", str(parts), shard="1/2", resolution=32, embeddings="no", **LOOSE)
+    unet(part, parts, tmp_path / "run", "steps=1")
+    cache(images, part, str(parts), shard="2/2", resolution=32, embeddings="no", **LOOSE)
+    with pytest.raises(CheckpointError, match=r"the data is not the one .* --allow-changed data"):
+        unet(part, parts, tmp_path / "run", "steps=2", resume="latest")
+    unet(part, parts, tmp_path / "run", "steps=2", resume="latest", allow_changed=["data"])
+
+
+def synthetic(folder, count):
+    """A part of so many rows of 4x2x2 latents."""
+    mean, std = torch.zeros(4, 2, 2, dtype=torch.bfloat16), torch.ones(4, 2, 2, dtype=torch.bfloat16)
+    with PartWriter(folder / "part-1-of-1") as writer:
+        for i in range(count):
+            writer.put(Row(i, str(i), ("a cat",), (16, 16, 0, 0, 16, 16), mean, std))
+        writer.flush()
+
+
+def test_no_more_than_two_windows_are_in_memory(tmp_path):
+    synthetic(tmp_path, 3 * 4096)
+    size = list_shards(tmp_path)[0].path.stat().st_size
+    data = ShardSequence(list_shards(tmp_path), 256, 0, 2 * size)
+    for number in range(200):
+        data.at(number)
+        windows = [future.result() for future in data._loaded.values()]
+        assert len(windows) <= 2 and max(len(window.tensors) for window in windows) <= 2
+    data.close()
+
+
+@pytest.mark.slow
+def test_a_million_rows_take_little_memory_and_the_first_batch_little_time(tmp_path):
+    """The figures are printed: run it with -s."""
+    synthetic(tmp_path, 1_000_000)
+    program = """
+import resource, sys, time
+from ldm.data.cache.prepared import list_shards
+from ldm.data.cache.sequence import ShardSequence
+import torch
+base, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+data = ShardSequence(list_shards(sys.argv[1]), 256, 0)
+first = data.at(0)
+took = time.monotonic() - began
+for number in range(1, 4000):
+    data.at(number)
+print(data.samples, len(first.ids), took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    samples, rows, seconds, gigabytes = map(float, done.stdout.split())
+    print(f"first batch after {seconds:.2f} s, {gigabytes:.2f} GB beside the libraries")
+    assert samples == 1_000_000 and rows == 256 and seconds < 30 and gigabytes < 1
+
+
+def test_small_windows_give_the_same_rows_in_another_order(tmp_path):
+    synthetic(tmp_path, 9_000)
+    shards, seen = list_shards(tmp_path), []
+    for window in (1, 1 << 30):
+        data = ShardSequence(shards, 100, 3, window)
+        rows = [data.at(number) for number in range(data._windows(0)[1][-1])]
+        assert all(r.epoch == 0 for r in rows) and data.at(len(rows)).epoch == 1
+        seen.append([id for r in rows for id in r.ids])
+        data.close()
+    assert sorted(seen[0]) == sorted(seen[1]) == sorted(map(str, range(9_000))) and seen[0] != seen[1]
