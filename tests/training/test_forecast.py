@@ -1,6 +1,5 @@
 """What a dry run of a U-Net tells, and the packaged settings for it."""
 
-import dataclasses
 import json
 
 import pytest
@@ -34,8 +33,8 @@ def test_packaged_settings_are_networks_of_the_size_that_they_say(name):
 
 
 def test_costs_are_those_of_a_real_step():
-    config = UNetConfig(block_out_channels=(16, 32), layers_per_block=1, transformer_layers=(0, 1), num_heads=(2, 2))
-    config = dataclasses.replace(config, norm_num_groups=8, cross_attention_dim=24, sample_size=8)
+    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "transformer_layers": (0, 1), "num_heads": (2, 2)}
+    config = UNetConfig(**sizes, norm_num_groups=8, cross_attention_dim=24, sample_size=8)
     parameters, flops, kept = costs(config, False)
     unet = UNet(config)
     assert parameters == sum(p.numel() for p in unet.parameters())

@@ -68,7 +68,7 @@ class Watched(Toy):
 
 
 def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
-    lengths = {"ema_lengths": (0.5, 0.9)}
+    lengths = {"ema_lengths": (0.05, 0.2)}
     Watched.seen = []
     train_toy(tmp_path / "whole", steps=6, kind=Watched, **lengths)
     tensors = read_tensors(state.checkpoints(tmp_path / "whole")[-1])
@@ -81,14 +81,17 @@ def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
         for name, value in average.items():
             assert torch.allclose(tensors[f"average.{decay:.9f}/{name}"], value, atol=1e-6)
         assert (tmp_path / f"whole/model-ema-{decay:g}/weights.txt").is_file()
-    texts = {(tmp_path / f"whole/{folder}/weights.txt").read_text() for folder in ("model", "model-ema-0.9")}
-    assert len(texts) == 2
+    texts = {
+        (tmp_path / f"whole/{folder}/weights.txt").read_text()
+        for folder in ("model", "model-ema-0.05", "model-ema-0.2")
+    }
+    assert len(texts) == 3
     train_toy(tmp_path / "halves", steps=3, **lengths)
     train_toy(tmp_path / "halves", steps=6, resume="latest", **lengths)
     one, other = (state.checkpoints(tmp_path / run)[-1] / state.WEIGHTS for run in ("whole", "halves"))
     assert one.read_bytes() == other.read_bytes()
     scores = (tmp_path / "whole/scores.jsonl").read_text()
-    assert "validation_loss ema 0.5" in scores and "validation_loss ema 0.9" in scores
+    assert "validation_loss ema 0.05" in scores and "validation_loss ema 0.2" in scores
 
 
 def test_what_is_learned_badly_counts_more_and_nothing_less_than_the_floor():
