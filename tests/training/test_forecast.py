@@ -42,7 +42,8 @@ def test_costs_are_those_of_a_real_step():
 
     with FlopCounterMode(display=False) as counter:
         unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 77, 24)).sum().backward()
-    assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    exact = counter.get_total_flops()  # less than three times the forward pass: inputs get no gradient
+    assert exact <= flops <= 1.15 * exact
     assert costs(config, True)[1] == flops * 4 / 3
     assert 50_000 < kept < 5_000_000
 
