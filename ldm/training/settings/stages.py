@@ -88,7 +88,7 @@ class UNetSettings(Settings):
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     timestep_shift: float = 1.0  # above 1: more often at high noise, where the text decides
     snr_gamma: float | None = None
-    contrast: float = 0.0  # flow: weight of the error against another image's target (0.05 is usual); 0: none
+    flow_contrast: float = 0.0  # flow: weight of the error against another image's target (0.05 is usual); 0: none
     weight_floor: float | None = None  # weigh samples by their measured error, but no less than this; None: all alike
     caption_dropout: float = 0.1
     latent_pool: int = 4096
@@ -106,9 +106,9 @@ class UNetSettings(Settings):
         require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
         floor = self.weight_floor
         require(floor is None or 0 < floor <= 1, f"must be above 0, at most 1, got {floor}", "weight_floor")
-        require(0 <= self.contrast < 1, f"must be in [0, 1), got {self.contrast}", "contrast")
+        require(0 <= self.flow_contrast < 1, f"must be in [0, 1), got {self.flow_contrast}", "flow_contrast")
         flow = self.schedule.get("prediction_type") == "flow"
-        require(flow or not self.contrast, "is for flow: set schedule.prediction_type=flow", "contrast")
+        require(flow or not self.flow_contrast, "is for flow: set schedule.prediction_type=flow", "flow_contrast")
         levels = self.validation_levels
         require(0 <= levels <= 20, f"must be 0 to 20, got {levels}", "validation_levels")
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")

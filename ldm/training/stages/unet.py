@@ -215,7 +215,7 @@ class UNetStage:
         dropped = part.of(u[1] < s.caption_dropout).to(self.device).view(-1, *[1] * (texts.ndim - 1))
         predict = self._predict(self.module, torch.where(dropped, self.empty, texts), time_ids)
         noise = part.of(noise).to(self.device)
-        losses = training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma, contrast=s.contrast)
+        losses = training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma, contrast=s.flow_contrast)
         if self.weights is not None:
             plain, losses = losses, losses * self.weights.of(samples).to(losses.device)
             self.weights.seen(samples, plain, even)
