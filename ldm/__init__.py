@@ -7,6 +7,8 @@ _LAZY["finetune"] = "ldm.training"
 _LAZY["inspect"] = "ldm.checkpoint.inspect"
 _LAZY["convert"] = "ldm.checkpoint.convert"
 _LAZY["check_data"] = "ldm.data.doctor"
+_LAZY["verify"] = "ldm.render.replay.verify"
+_LAZY["doctor"] = "ldm.bench.machine"
 _LAZY["render"] = (
     "ldm.render.drawing.runner"  # the package ldm.render, which takes the name once imported, calls the same
 )

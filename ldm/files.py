@@ -237,6 +237,17 @@ def verify_manifest(
     return files
 
 
+def spelt_alike(path: Path) -> Path:
+    """`path`, or where there is none the one beside it whose name is the same text in another Unicode form.
+
+    Macs write é as two characters, keyboards as one.
+    """
+    if path.name.isascii() or path.exists() or not path.parent.is_dir():
+        return path
+    name = unicodedata.normalize("NFC", path.name)
+    return next((one for one in path.parent.iterdir() if unicodedata.normalize("NFC", one.name) == name), path)
+
+
 def slug(text: str) -> str:
     """`[a-z0-9-]{1,60}` from any text, `image` when nothing is left."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()

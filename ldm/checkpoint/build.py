@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.folder import T5, WORDS, Layout, check_digest, read_json
+from ldm.checkpoint.folder import OTHER_TOWERS, T5, WORDS, Layout, check_digest, read_json
 from ldm.checkpoint.safety import Advance, read_tensors, silent
 from ldm.errors import LdmError, ModelError
 
@@ -127,11 +127,15 @@ def text_widths(layout: Layout) -> tuple[int, int | None]:
 
 
 def named_as(state: Mapping[str, torch.Tensor], known: Container[str]) -> dict[str, torch.Tensor]:
-    """The text encoder's tensors, with or without the prefix `text_model.` as in `known`; without position ids."""
+    """The text encoder's tensors, with or without the prefix `text_model.` as in `known`.
+
+    Without position ids and what else of CLIP a text encoder does not have.
+    """
     named = {}
     for key, tensor in state.items():
         other = key.removeprefix(PREFIX) if key.startswith(PREFIX) else PREFIX + key
-        if not key.endswith("embeddings.position_ids"):
+        unused = key.endswith("embeddings.position_ids") or key.startswith((*OTHER_TOWERS, "text_projection."))
+        if not unused or key in known:
             named[other if key not in known and other in known else key] = tensor
     return named
 

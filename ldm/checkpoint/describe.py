@@ -14,12 +14,12 @@ import torch
 from ldm.checkpoint import build, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.folder import is_hub_id
-from ldm.checkpoint.model import is_single, resolve, settings_of
+from ldm.checkpoint.model import is_single, resolve, vae_settings
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single.read import named, text_on_meta
 from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
-from ldm.diffusion.diffusers_config import read_scheduler
+from ldm.diffusion.diffusers_config import read_scheduler, read_stepping
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 from ldm.files import sha256
@@ -43,6 +43,7 @@ class ModelInfo:
     clip_layers: tuple[int, ...]  # of each of CLIP's text encoders; () for T5
     card: Mapping[str, Any]  # its defaults: sampler, num_inference_steps, guidance_scale, spacing
     hash: str = ""  # of the loaded model; "" unless it was asked for
+    notes: tuple[str, ...] = ()  # what of its settings ours replace
 
 
 def describe(
@@ -71,7 +72,8 @@ def describe(
         unet, schedule = build.unet_config(layout), read_scheduler(dict(configs["scheduler"]))
     if override is not None:
         schedule = dataclasses.replace(schedule, prediction_type=override)
-    vae_config = (vae is not None and _vae_settings(vae, hashed)) or configs.get("vae", {})
+    vae_config = configs.get("vae", {}) if vae is None else vae_settings(resolve(vae, weights=hashed))
+    stepping, note = read_stepping(configs["scheduler"])
     t5 = configs["text_encoder"].get("model_type") == "t5"
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
     return ModelInfo(
@@ -82,8 +84,9 @@ def describe(
         latent_channels=vae_config.get("latent_channels", 4),
         factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
         clip_layers=() if t5 else tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in texts),
-        card=_drawing_settings(layouts.card_settings(card or "")),
+        card={**stepping, **_drawing_settings(layouts.card_settings(card or ""))},
         hash=_hash(path, skip) if hashed else "",
+        notes=() if note is None else (note,),
     )
 
 
@@ -93,12 +96,6 @@ def _of_single(path: Path, override: str | None, skip: tuple[str, ...]) -> tuple
     with named(path):
         unet = UNetConfig.from_diffusers(plan.configs["unet"], path)
         return path.stem, plan.configs, plan.card, unet, read_scheduler(dict(plan.configs["scheduler"]))
-
-
-def _vae_settings(vae: str | os.PathLike, weights: bool) -> Mapping[str, Any]:
-    if is_single(Path(vae)):
-        single.vae_prefix(read_header(vae), Path(vae))
-    return settings_of(resolve(vae, weights=weights)).get("vae", {})
 
 
 def text_without_weights(model: str | os.PathLike | Model, prediction_type: str | None = None) -> TextEncoder:

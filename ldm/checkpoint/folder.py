@@ -55,6 +55,7 @@ CONFIGS = {**dict.fromkeys(STEMS, "config.json"), "scheduler": "scheduler_config
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WORDS = "words.json"  # ours: the words that the text encoder was trained on
 TOKENIZER += ("added_tokens.json", WORDS)
+OTHER_TOWERS = ("vision_model.", "visual_projection.", "logit_scale")  # of CLIP, where a text encoder is asked for
 OTHERS = {  # pipelines that people will bring, by a part of their class name
     "ControlNet": "ControlNet",
     "XL": "this kind of Stable Diffusion XL",

@@ -138,6 +138,10 @@ def _file(path: Path) -> dict[str, Any]:
         return _single(path, header)
     if any("lora" in key for key in header.tensors):
         return _lora(path, header)
+    if any(key.startswith("model_ema.") for key in header.tensors):
+        what = "holds averaged weights (model_ema) and no U-Net under its own names"
+        info = {"kind": "other", "format": "single file", "what": what, "metadata": dict(header.metadata)}
+        return {**info, **_total({"all": _part(header.tensors.values(), None)})}
     info = {**_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     try:

@@ -49,7 +49,7 @@ def check_model(
     else:
         layouts.read_layout(path, skip)
     if vae is not None and is_single(Path(vae)):
-        single.vae_prefix(read_header(vae), Path(vae))
+        single.vae_facts(Path(vae))
     return path
 
 
@@ -158,6 +158,15 @@ def settings_of(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
         return {}
 
 
+def vae_settings(path: Path) -> Mapping[str, Any]:
+    """The settings of an autoencoder's folder or file; of a file without any, what its tensors say.
+
+    {} where a folder has none, which loading refuses. Raises ModelError for a file without an autoencoder.
+    """
+    settings = settings_of(path).get("vae", {})
+    return settings or (single.vae_facts(path) if is_single(path) else {})
+
+
 def card_of(model: Model) -> str | None:
     """The text of the model card that came with a loaded model."""
     if model.path is None:
@@ -169,13 +178,13 @@ def card_of(model: Model) -> str | None:
 
 def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) -> Model:
     """Settings, checks, then weights, part by part; without the autoencoder where another one replaces it."""
-    from ldm.diffusion.diffusers_config import read_scheduler
+    from ldm.diffusion.diffusers_config import read_scheduler, read_stepping
     from ldm.nn.unet import load_unet
 
     layout = layouts.read_layout(folder, skip=("vae",) if vae_path else ())
     digests = layouts.check_settings(layout)
     schedule = read_scheduler(dict(layout.configs["scheduler"]))
-    vae_config = settings_of(vae_path).get("vae", {}) if vae_path else layout.configs["vae"]
+    vae_config = vae_settings(vae_path) if vae_path else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
     config = build.unet_config(layout)
     build.check_fit(config, vae_config.get("latent_channels", 4), width, folder, pooled)
@@ -191,6 +200,8 @@ def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) 
     hub, t5 = name != "default" and is_hub_id(name), layout.text_class("text_encoder") in layouts.T5
     known = {"ignored": ignored, "layout": t5 and layouts.T5_LAYOUT, "commit": hub and folder.name}
     info = layouts.card_settings(layouts.read_card(folder) or "")
+    if stepping := read_stepping(layout.configs["scheduler"])[0]:
+        info["ldm"] = {**stepping, **(info["ldm"] if isinstance(info.get("ldm"), Mapping) else {})}
     info.pop("commit", None)  # a card proves nothing
     info |= {key: value for key, value in known.items() if value}
     short = name if name == "default" or hub else folder.resolve().name

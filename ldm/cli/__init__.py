@@ -15,15 +15,17 @@ from typing import NoReturn
 
 import ldm
 from ldm import console
+from ldm.cli import connections
 from ldm.console import Terminated
 from ldm.errors import ConfigError, LdmError, nearest, one_line
 
 # Each is a module of this room.
-COMMANDS = ("generate", "render", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
+COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
+COMMANDS += ("doctor",)
 PLANNED = ("web",)  # of the contract, and not there yet
 EVERYWHERE = (
     (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
-    (("-v", "--verbose"), "count", "say more"),
+    (("-v", "--verbose"), "count", "say more, every connection to other machines included"),
     (("--debug",), "store_true", "show where an error comes from"),
     (("--offline",), "store_true", "never use the network"),
 )
@@ -74,12 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.level = -1 if args.quiet else args.verbose
         if args.offline:
             os.environ.update(dict.fromkeys(OFFLINE, "1"))
+        if args.offline or args.verbose:
+            connections.watch(args.offline)
         with terminate_politely():
             return args.run(args) or 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _exit_code(error, debug)
     finally:
         console.level = before
+        connections.rest()
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:

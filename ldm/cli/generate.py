@@ -83,6 +83,8 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     if args.prompt is None or args.changes:
         what = "--set belongs to --from" if args.changes else "there is no prompt"
         raise ConfigError(what, hint='write ldm generate "a cat", or --from PICTURE')
+    if "--" in args.prompt or "—" in args.prompt:
+        _warn_of_flags(args.prompt)
     return own, call, {}
 
 
@@ -102,6 +104,14 @@ def _replayed(args: argparse.Namespace, own: dict, call: dict) -> tuple[dict, di
     given = ({name: value for name, value in part.items() if value != defaults[name]} for part in (own, call))
     (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
     return own, call, replays[0].source
+
+
+def _warn_of_flags(prompt: str) -> None:
+    """Prompt files take flags inside a line; here they are drawn as words."""
+    from ldm.render.prompts.line_parser import flags_in
+
+    for flag in flags_in(prompt):
+        console.warn(f"{flag} inside the prompt is drawn as text; give it as an option, behind the quotes")
 
 
 def _warn_of_differences(original: Mapping, now: Mapping) -> None:

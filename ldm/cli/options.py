@@ -129,6 +129,7 @@ MODEL = [
     Option("lora", "FILE[:WEIGHT]", "a LoRA or DoRA; may be given several times", {"type": _lora, "action": "append"}),
     Option("lora_dir", "FOLDER", "where <lora:name:0.8> in the prompt finds name.safetensors"),
     Option("allow_unapplied", None, "warn of a LoRA's keys that fit nowhere, instead of refusing it", SWITCH),
+    Option("dora_scaling", "NAME", "how weights act on a DoRA: linear (A1111, ComfyUI) or peft, in its norm (linear)"),
     Option("device", "NAME", "auto, cpu, cuda, mps", AUTO),
     Option("dtype", "NAME", "auto, fp32, bf16, fp16", AUTO),
     Option("offload", None, "keep parts in main memory, on the GPU only while they work", SWITCH),

@@ -16,33 +16,54 @@ CLASSES = (
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
     *("KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+    *("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler"),
+    *("DDPMParallelScheduler", "DPMSolverMultistepInverseScheduler"),
 )
+NEW_WAYS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler")  # distilled or other: never taken for our default
 LINSPACE_BY_DEFAULT = ("Euler", "Heun", "LMS", "KDPM2", "DPMSolver", "DEIS", "UniPC")  # the others: leading
 
 # Settings that reach further than stepping, with the values that change nothing for us.
 ONLY: dict[str, tuple[Any, ...]] = {
     "trained_betas": (None,),
+    "use_dynamic_shifting": (False,),
+    "timestep_type": ("discrete",),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+# Settings of diffusers' stepping that ours replaces, with the values that ask for nothing of their own.
+STEPPING: dict[str, tuple[Any, ...]] = {
     "clip_sample": (False,),
     "thresholding": (False,),
     "use_karras_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
     "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
-    "use_dynamic_shifting": (False,),
     "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
     "final_sigmas_type": ("zero",),
     "sigma_min": (None,),
     "sigma_max": (None,),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "lambda_min_clipped": (float("-inf"), "-Infinity", "-inf"),
     "algorithm_type": ("dpmsolver++",),
+}
+SPACED_BY = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
+ALGORITHMS = {"dpmsolver++": "dpmpp_2m", "sde-dpmsolver++": "dpmpp_2m_sde"}
+SAMPLERS = {  # classes whose stepping is one of our samplers; of all others ours takes the place
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "UniPCMultistepScheduler": "unipc",
 }
 # Settings of one stepping method, or of a method that is refused above: without effect on the schedule.
 IGNORED = (
     *("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "skip_prk_steps", "solver_order"),
     *("solver_type", "lower_order_final", "euler_at_final", "time_shift_type", "predict_x0", "disable_corrector"),
-    *("solver_p", "noise_sampler_seed", "sigma_type", "shift_terminal"),
+    *("solver_p", "noise_sampler_seed", "sigma_type", "shift_terminal", "original_inference_steps"),
+    *("timestep_scaling", "predictor_order", "corrector_order", "predictor_corrector", "tau_func", "gamma"),
 )
 OURS = (
     *("prediction_type", "beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "rescale_betas_zero_snr"),
@@ -80,8 +101,32 @@ def _check(config: Mapping[str, Any]) -> None:
         if key in ONLY:
             if value not in ONLY[key]:
                 raise _refuse(key, value)
-        elif not (key.startswith("_") or key in IGNORED or key in OURS or value is None or value is False):
+        elif not (
+            key.startswith("_") or key in IGNORED or key in STEPPING or key in OURS or value is None or value is False
+        ):
             raise _refuse(key, value)
+
+
+def read_stepping(config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """({"sampler": …, "spacing": …} that step as a config asks, one line about what ours replaces or None).
+
+    {} for a config that asks for nothing of its own: which sampler runs is our choice then.
+    """
+    name = config.get("_class_name", "DDIMScheduler")
+    special = {key: config[key] for key in STEPPING if key in config and config[key] not in STEPPING[key]}
+    if not special and name not in NEW_WAYS:
+        return {}, None
+    found = {"sampler": SAMPLERS.get(name, "")}
+    if name == "DPMSolverMultistepScheduler":
+        found["sampler"] = ALGORITHMS.get(special.pop("algorithm_type", "dpmsolver++"), "")
+    spacing = next((ours for key, ours in SPACED_BY.items() if special.pop(key, False)), "")
+    if not config.get("use_flow_sigmas"):
+        found["spacing"] = spacing
+    found = {key: value for key, value in found.items() if value}
+    lost = [] if "sampler" in found else [name.removesuffix("Scheduler")]
+    lost += [f"{key} {value!r:.40}" for key, value in special.items()]
+    ours = ", ".join(found.values()) or "our own sampler"
+    return found, f"{WHERE}: {', '.join(lost)} replaced by {ours}" if lost else None
 
 
 def read_scheduler(config: Mapping[str, Any]) -> Schedule:

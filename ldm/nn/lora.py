@@ -1,7 +1,7 @@
 """Low-rank updates of linear layers and convolutions: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024).
 
-    LoRA  W' = W + s B A                            s = factor * alpha / rank
-    DoRA  W' = m (W + s B A) / |W + s B A|          one norm and one m for each output, as PEFT has it
+    LoRA  W' = W + f a/r B A                        f factor, a alpha, r rank
+    DoRA  W' = W + f (m V / |V| - W)                V = W + a/r B A: one norm and one m for each output
 
 To render, the updates are merged into a copy that shares all other weights: a layer then is what it was, so an image
 keeps its bits. To train, a LoraLayer stands in the place of each layer.
@@ -61,21 +61,23 @@ def layers_of(module: nn.Module) -> dict[str, Layer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
 
 
-def merged(weight: Tensor, updates: Iterable[tuple[LowRank, float]]) -> Tensor:
-    """`weight` with every (update, factor), computed in fp32, in its own dtype. Factor 0 is no update at all.
+def merged(weight: Tensor, updates: Iterable[tuple[LowRank, float]], dora: str = "linear") -> Tensor:
+    """`weight` with every (update, factor), computed in fp32, in its own dtype; the changes are added up.
 
-    A factor scales B A, for DoRA too (inside the norm), as PEFT's adapter weights do; the changes are added up.
+    A factor scales the whole change, as in A1111 and ComfyUI. With dora="peft" that of a DoRA scales B A inside the
+    norm, as PEFT's adapter weights do: not linear, and nearly the whole change at a factor just above 0.
     """
     base = weight.float()
     total = base
     for update, factor in updates:
         if factor == 0:
             continue
-        change = update.delta(base, factor)
-        if update.magnitude is not None:
-            whole = base + change
-            change = _per_output(_dora_scale(update.magnitude.to(base), whole), whole) * whole - base
-        total = total + change
+        if update.magnitude is None:
+            total = total + update.delta(base, factor)
+            continue
+        whole = base + update.delta(base, factor if dora == "peft" else 1.0)
+        change = _per_output(_dora_scale(update.magnitude.to(base), whole), whole) * whole - base
+        total = total + (change if dora == "peft" else factor * change)
     return total.to(weight.dtype)
 
 
@@ -99,13 +101,15 @@ def clone_shared_weights(module: Module) -> Module:
     return copy.deepcopy(module, memo)
 
 
-def merge(module: nn.Module, updates: Mapping[str, Sequence[tuple[LowRank, float]]]) -> dict[str, nn.Parameter]:
+def merge(
+    module: nn.Module, updates: Mapping[str, Sequence[tuple[LowRank, float]]], dora: str = "linear"
+) -> dict[str, nn.Parameter]:
     """Give the named layers of `module` merged weights in place; returns the weights that they had, for `unmerge`."""
     kept = {}
     with torch.no_grad():
         for name, found in updates.items():
             kept[name] = weight = module.get_parameter(f"{name}.weight")
-            module.get_submodule(name).weight = nn.Parameter(merged(weight, found), requires_grad=False)
+            module.get_submodule(name).weight = nn.Parameter(merged(weight, found, dora), requires_grad=False)
     return kept
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ldm.checkpoint import Model
 
 
+DORA_SCALINGS = ("linear", "peft")
+
+
 @dataclass(frozen=True)
 class Adapter:
     path: Path  # a LoRA file, or a folder with one
@@ -28,6 +31,7 @@ class Adapters:
     """LoRAs at work: fitted to a model before any weight is read, then merged into it; the model used last is kept."""
 
     _allow: bool  # whether keys that fit nowhere are a warning instead of an error
+    _dora: str = "linear"  # how weights act on a DoRA: see ldm.nn.lora.merged
     _fitted: set[Path] = field(default_factory=set)
     _last: tuple[Model, tuple[Adapter, ...], Model] | None = None
 
@@ -43,6 +47,8 @@ class Adapters:
         for header in headers:
             found = match_layers(header, target, self._allow) if target else None
             self._fitted |= {header.path} if found else set()
+            if header.by_metadata:
+                console.say(f"{header.path}: alpha of {header.by_metadata} layers is the header's ss_network_alpha")
             if header.assumed:
                 console.say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
             if found and found.unapplied:
@@ -66,7 +72,7 @@ class Adapters:
             self._fitted.add(lora.header.path)
             if found.unapplied:
                 console.warn(unapplied_line(lora.header, found))
-        return with_loras(base, loras, self._allow)
+        return with_loras(base, loras, self._allow, self._dora)
 
 
 def take_adapters(

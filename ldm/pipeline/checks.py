@@ -39,6 +39,8 @@ def check_prompts(value: Any, where: str = "prompt") -> tuple[str, ...]:
     if not isinstance(value, (str, list, tuple)):
         raise ConfigError(f"expected a text or a list of texts, got {value!r:.80}", where=where)
     texts = (value,) if isinstance(value, str) else tuple(value)
+    if any(isinstance(text, str) and "\r\n" in text for text in texts):  # Windows' line ends
+        texts = tuple(text.replace("\r\n", "\n") if isinstance(text, str) else text for text in texts)
     require(len(texts) > 0, "the list is empty", where)
     for i, text in enumerate(texts):
         place = where if isinstance(value, str) else f"{where}[{i}]"

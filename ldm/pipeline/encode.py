@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ldm.data.emoji.names import with_names
 from ldm.diffusion.inpaint import slerp
 from ldm.nn.text import Conditioning, TextEncoder, Tokens, encode_weighted, tokenize
 from ldm.nn.vae import VAE
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run
-from ldm.prompts import Prompt, Text
+from ldm.prompts import BREAK, Prompt, Text
 
 KEPT = 256  # distinct texts whose states stay in memory
 KEPT_TOKENS = 4096  # distinct texts whose tokens do
@@ -29,6 +30,8 @@ class PromptTokens:
         self._known: dict[Text | None, Tokens] = {}
 
     def of(self, encoder: TextEncoder, text: Text | None) -> Tokens:
+        if text is not None and not text.written.isascii():
+            text = with_named_emoji(encoder, text)
         if text not in self._known:
             if len(self._known) == KEPT_TOKENS:
                 self._known.clear()
@@ -39,6 +42,25 @@ class PromptTokens:
         """How many chunks of tokens the longest of these prompts has at any step."""
         texts = {text for prompt in dict.fromkeys(prompts) for _, text in texts_at_steps(prompt, steps)}
         return max(self.of(encoder, text).chunks for text in texts)
+
+
+def with_named_emoji(encoder: TextEncoder, text: Text) -> Text:
+    """The text with the names of emoji, for an encoder that was trained on few words and not on these emoji."""
+    return named_emoji(encoder, text)[0]
+
+
+def named_emoji(encoder: TextEncoder, text: Text) -> tuple[Text, dict[str, str]]:
+    """(the text as `with_named_emoji`, emoji -> the name that stands for it)."""
+    known = getattr(encoder, "words", None)
+    if known is None:  # CLIP's own vocabulary has tokens for emoji
+        return text, {}
+    written, named = with_names(text.written, known)
+    if not named:
+        return text, {}
+    pieces = [
+        piece if piece is BREAK else piece._replace(text=with_names(piece.text, known)[0]) for piece in text.pieces
+    ]
+    return Text(written, tuple(pieces)), named
 
 
 def texts_at_steps(prompt: Prompt | None, steps: int) -> Sequence[tuple[int, Text | None]]:

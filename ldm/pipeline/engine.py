@@ -23,7 +23,7 @@ from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
-from ldm.pipeline.adapters import Adapter, Adapters
+from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
 from ldm.pipeline.checks import check_bool
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
@@ -48,6 +48,7 @@ class Engine:
         offload: bool = False,
         attention: str = "auto",
         allow_unapplied: bool = False,
+        dora_scaling: str = "linear",
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
@@ -55,7 +56,11 @@ class Engine:
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
         self.info = describe(model, vae, prediction_type)
-        self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"))
+        for line in self.info.notes:
+            console.say(line)
+        if dora_scaling not in DORA_SCALINGS:
+            raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
+        self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._encoder: Encoder | None = None  # the one used last
 

@@ -18,6 +18,7 @@ from ldm.device import dtype_name
 from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
 from ldm.nn.text import cut_off
+from ldm.pipeline.encode import named_emoji
 from ldm.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -101,12 +102,17 @@ def _text_report(
 ) -> dict:
     trained = {word for adapter in adapters for word in read_lora_header(adapter.path).words}
     texts = [prompt for prompt in prompts if prompt is not None and prompt.text]
-    plain = [text.plain for text in dict.fromkeys(text for prompt in texts for _, text in prompt.at_steps(steps))]
+    read = list(dict.fromkeys(text for prompt in texts for _, text in prompt.at_steps(steps)))
+    named: dict[str, str] = {}
+    if not all(text.written.isascii() for text in read):
+        pairs = [named_emoji(encoder, text) for text in read]
+        read, named = [text for text, _ in pairs], {emoji: name for _, names in pairs for emoji, name in names.items()}
+    plain = [text.plain for text in read]
     cut = [cut_off(encoder, text) for text in plain]
     words = [word for text in plain for word in encoder.unknown_words(text) if word not in trained]
     remarks = [line for prompt in texts for line in prompt.remarks]
     shown = {"truncated": " … ".join(filter(None, cut)), "unknown_words": list(dict.fromkeys(words))}
-    return {**shown, "remarks": remarks}
+    return {**shown, "remarks": remarks, **({"named": named} if named else {})}
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
-OF_PIPELINE += ("prediction_type", "device", "dtype", "offload", "attention")
+OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
@@ -41,6 +41,7 @@ class Pipeline:
     lora             LoRA files for every prompt: a path, (path, weight), or a list of these
     lora_dir         where <lora:name:0.8> in a prompt finds name.safetensors, for that prompt alone
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
+    dora_scaling     how weights act on a DoRA: linear (A1111, ComfyUI) or peft (inside its norm, as PEFT has it)
     vae              another VAE's folder or file in place of the model's own
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
@@ -62,6 +63,7 @@ class Pipeline:
         lora: Any = None,
         lora_dir: str | os.PathLike | None = None,
         allow_unapplied: bool = False,
+        dora_scaling: str = "linear",
         vae: str | os.PathLike | None = None,
         prediction_type: str | None = None,
         device: str = "auto",
@@ -221,6 +223,8 @@ class Pipeline:
         """Warn of what the model does not see of the prompts and, once, of sizes that it was not trained on."""
         for line in warnings_of(metadata):
             console.warn(line)
+        for emoji, name in {pair for one in metadata for pair in one.get("named", {}).items()}:
+            console.say(f"{emoji} is read as {name!r}: the model was trained on words")
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -36,6 +36,7 @@ from ldm.pipeline.sources import Source, Sources, check_sources
 from ldm.prompts import Prompt
 
 EMPTY = Prompt.parse("")
+MAX_AREA = 16  # times the pixels that the model was trained on: more only where a size is given
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def _size(
     trained = (side, side) if latents is None else latents.shape[2:]
     if sources is not None:
         height, width = sources.size(info.factor, *asked)
+        if None in asked and height * width > MAX_AREA * (side * info.factor) ** 2:
+            _refuse_area(height, width, side * info.factor, info.factor)
     else:
         height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
     if latents is not None:
@@ -138,6 +141,19 @@ def _size(
 def _check_shape(latents: torch.Tensor, of_each: tuple[int, int, int]) -> None:
     expected, shape = (len(latents), *of_each), tuple(latents.shape)
     require(shape == expected, f"this model and size need the shape {expected}, got {shape}", "latents")
+
+
+def _refuse_area(height: int, width: int, trained: int, factor: int) -> NoReturn:
+    """Raise ConfigError: an initial image decides a size far beyond what the model was trained on.
+
+    A photo of 12 megapixels would be drawn for hours, if memory lasts, without having been asked for.
+    """
+    scale = trained / min(height, width)
+    fitting = [max(factor, round(side * scale) // factor * factor) for side in (width, height)]
+    times = height * width / trained**2
+    what = f"the image of {width}x{height} has {times:.0f} times the {trained}x{trained} pixels of the model's training"
+    hint = f"give --width {fitting[0]} --height {fitting[1]}, or this size by --width and --height"
+    raise ConfigError(what, where="image", hint=hint)
 
 
 def _check_fit(s: Settings, info: ModelInfo) -> None:

@@ -1,6 +1,7 @@
 """The initial images: read, checked, brought to size, and made larger at their sides (outpainting).
 
-A mask is white where the image is painted anew and black where it stays; greys count from 50 % up as white. Sizes
+A mask is white where the image is painted anew and black where it stays; greys count from 50 % up as white. Where its
+transparency varies, that is its shape: a stroke on a transparent layer is painted, and so is a hole in the image. Sizes
 that the model cannot have are brought to the next smaller one, the image by Lanczos, its mask with it.
 """
 
@@ -16,13 +17,16 @@ from typing import Any
 import numpy
 from PIL import Image, ImageOps
 
+from ldm import console
 from ldm.config import require
 from ldm.data.images import read_image
 from ldm.errors import ConfigError, DataError, nearest
-from ldm.images import flatten
+from ldm.files import spelt_alike
+from ldm.images import READABLE, flatten
 from ldm.pipeline.checks import check_int, check_size
 from ldm.pipeline.keywords import MAX_SIZE
 
+SAME = 8  # mean difference in 0 to 255 below which colours are the same ones, saved again
 WHITE, BLACK, HALF = (255, 255, 255), (0, 0, 0), 128
 DIGESTS = {"image": "image_sha256", "mask_image": "mask_sha256"}  # a keyword -> the metadata's, of the pixels
 SIDES = ("left", "right", "top", "bottom")
@@ -132,13 +136,51 @@ def _read(image: Any, mask: Any) -> Source:
     found = {"image": name, DIGESTS["image"]: _digest(init)}
     if mask is None:
         return Source(init, None, found)
-    grey, name = _opened(mask, "mask_image", BLACK)
+    grey, name = _mask(mask, init)
     if grey.size != init.size:
         (w, h), (iw, ih) = grey.size, init.size
         raise ConfigError(f"the mask is {w}x{h}, its image {iw}x{ih}", where="mask_image")
-    binary = grey.convert("L").point(lambda value: 255 if value >= HALF else 0)
-    require(binary.getbbox() is not None, "the mask is black: nothing would be painted", "mask_image")
+    levels = grey.convert("L")
+    binary = levels.point(lambda value: 255 if value >= HALF else 0)
+    if binary.getbbox() is None:
+        brightest = levels.getextrema()[1]
+        what = "the mask is black" if brightest == 0 else f"the mask has no white: its brightest grey is {brightest}"
+        hint = "paint in white, on black or on nothing"
+        raise ConfigError(f"{what}: nothing would be painted", where="mask_image", hint=hint)
     return Source(init, binary, found | {"mask_image": name, DIGESTS["mask_image"]: _digest(grey)})
+
+
+def _mask(value: Any, init: Image.Image) -> tuple[Image.Image, str]:
+    """(the mask as an image, its absolute path or "given"): by its transparency where that carries the shape."""
+    mask, name = _opened(value, "mask_image", BLACK)
+    alpha = _alpha(value)
+    if alpha is None or alpha.size != init.size or alpha.getextrema()[0] >= HALF:
+        return mask, name
+    shape = alpha.point(lambda level: 255 if level >= HALF else 0)
+    require(shape.getbbox() is not None, "the mask is transparent everywhere: nothing would be painted", "mask_image")
+    inside = numpy.asarray(shape) > 0
+    pixels = numpy.asarray(mask)[inside].astype(int)  # (n, 3)
+    if numpy.abs(pixels - numpy.asarray(init)[inside]).mean() < SAME:
+        console.say("the mask is the image with a hole in it: what is transparent is painted")
+        return shape.point(lambda level: 255 - level).convert("RGB"), name
+    bright = pixels.max(axis=1) >= HALF
+    grey = numpy.ptp(pixels, axis=1).max() < SAME
+    if grey and bright.any() and not bright.all():
+        console.say("the mask is white and black, and transparent: what is transparent counts as black")
+        return mask, name
+    console.say("the mask is a stroke on a transparent layer: what is opaque is painted")
+    return shape.convert("RGB"), name
+
+
+def _alpha(value: Any) -> Image.Image | None:
+    """The transparency of an image or its file, upright; None for one without any, or that cannot be opened."""
+    try:
+        image = value if isinstance(value, Image.Image) else Image.open(Path(value).expanduser(), formats=READABLE)
+        if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+            return None
+        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[Image.Image, str]:
@@ -147,7 +189,7 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
         return flatten(ImageOps.exif_transpose(value), background), "given"
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ConfigError(f"expected an image or its file, got {value!r:.80}", where=where)
-    path = Path(value).expanduser()
+    path = spelt_alike(Path(value).expanduser())
     try:
         with path.open("rb") as file:
             return read_image(file, path, background=background), str(path.resolve())
@@ -156,6 +198,18 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         reason = "no such image" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
         raise ConfigError(f"{str(path)!r:.200}: {reason}", where=where) from None
+
+
+def digests_of(path: Path) -> set[str]:
+    """Every sha256 that metadata may keep of a file: as an initial image, as a mask, by its transparency.
+
+    Raises ConfigError for what is no image.
+    """
+    found = {_digest(_opened(path, "image", background)[0]) for background in (WHITE, BLACK)}
+    if (alpha := _alpha(path)) is not None:
+        shape = alpha.point(lambda level: 255 if level >= HALF else 0)
+        found |= {_digest(one.convert("RGB")) for one in (shape, shape.point(lambda level: 255 - level))}
+    return found
 
 
 def _digest(image: Image.Image) -> str:

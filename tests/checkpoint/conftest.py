@@ -93,7 +93,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def make():
     """Parts of other models."""
-    return SimpleNamespace(text=tiny_text, vae=tiny_vae)
+    return SimpleNamespace(text=tiny_text, vae=tiny_vae, model=tiny_model)
 
 
 @pytest.fixture(scope="session")

@@ -129,8 +129,10 @@ def test_a_single_file_of_ours_comes_with_its_settings(saved, tmp_path):
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file({**load_file(path), "stranger.weight": torch.ones(2)}, path, metadata)
-    assert ldm.inspect(path)["unapplied"] == [{"key": "stranger.weight", "why": "belongs to no part of the model"}]
+    stranger = "model.diffusion_model.stranger.weight"
+    save_file({**load_file(path), stranger: torch.ones(2), "leftover.weight": torch.ones(2)}, path, metadata)
+    assert ldm.inspect(path)["unapplied"] == [{"key": stranger, "why": "belongs to no part of the model"}]
+    assert ldm.inspect(path)["ignored"] == {"leftover.*": 1}
     with pytest.raises(ModelError, match="stranger"):
         load_model(path, "cpu", "fp32")
 
@@ -267,6 +269,7 @@ OTHERS = {
     "text_model.encoder.layers.0.mlp.fc1.weight": "is a CLIP text encoder alone",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "is a T5 text encoder alone",
     "anything": "holds no U-Net of Stable Diffusion",
+    "model_ema.diffusion_modelinput_blocks00weight": "holds averaged weights (model_ema)",
 }
 
 

@@ -114,6 +114,31 @@ SPELLINGS = {
         "lora_te1_text_model_encoder_layers_1_self_attn_out_proj.lora_up.weight",
         ("text_encoder", TEXT_OUT),
     ),
+    "peft's own files": (
+        f"base_model.model.{Q}.lora_A.weight",
+        f"base_model.model.{Q}.lora_B.weight",
+        ("unet", Q),
+    ),
+    "peft's own files of a part": (
+        f"text_encoder.base_model.model.text_model.{TEXT_Q}.lora_A.weight",
+        f"text_encoder.base_model.model.text_model.{TEXT_Q}.lora_B.weight",
+        ("text_encoder", TEXT_Q),
+    ),
+    "compiled and in parallel": (
+        f"module._orig_mod.{Q}.lora_A.weight",
+        f"module._orig_mod.{Q}.lora_B.weight",
+        ("unet", Q),
+    ),
+    "lycoris": (
+        "lycoris_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0.lora_down.weight",
+        "lycoris_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0.lora_up.weight",
+        ("unet", OUT),
+    ),
+    "around the original network": (
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_down.weight",
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_up.weight",
+        ("unet", Q),
+    ),
 }
 
 
@@ -145,6 +170,18 @@ def test_where_alpha_comes_from(lora_file):
     assert alpha_of(lora_file(pair() | {f"unet.{Q}.alpha": torch.tensor(5.0)}, told(lora_alpha=16))) == 5
     assert alpha_of(lora_file(pair(), {"ss_network_alpha": "8.0", "ss_network_dim": "2"})) == 8
     assert alpha_of(lora_file(pair(), {"ss_network_alpha": "8.0", "ss_network_dim": "4"})) == 2
+
+
+def test_alpha_in_the_settings_that_peft_keeps_beside_its_file(lora_file, tmp_path):
+    file = lora_file(pair(f"base_model.model.{Q}"), name="adapter_model")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 12}))
+    assert alpha_of(file) == alpha_of(tmp_path) == 12 and read_lora_header(file).assumed == 0
+
+
+def test_alpha_from_kohyas_header_alone_is_said(trained, lora_file, capsys):
+    file = lora_file(pair(), {"ss_network_alpha": "8.0", "ss_network_dim": "2"})
+    Pipeline("a cat", trained("1.5").folder, lora=file)
+    assert "alpha of 1 layers is the header's ss_network_alpha" in capsys.readouterr().err
 
 
 def test_a_missing_alpha_is_said_once(trained, lora_file, capsys):

@@ -296,6 +296,27 @@ def test_position_ids_and_keys_without_the_prefix_load(models, tmp_path):
     assert same_bits(model, load_model(folder, "cpu", "fp32", cache=False))
 
 
+def test_leftovers_are_told_and_change_nothing(models, tmp_path, capsys):
+    """What ComfyUI, sgm and other exporters leave behind; a file with the scales of fp8 is refused by that name."""
+    _, folder, file = models["1.5"]
+    more = {
+        "model_sampling.sigmas": torch.ones(1000),
+        "embedding_manager.embedder.x": torch.ones(2),
+        "cond_stage_model.logit_scale": torch.tensor(4.6),
+        "cond_stage_model.transformer.vision_model.embeddings.class_embedding": torch.ones(8),
+        "cond_stage_model.text_projection": torch.eye(4),
+    }
+    path = damaged(tmp_path, file, lambda tensors: tensors.update(more))
+    model = load_model(path, "cpu", "fp32", cache=False)
+    assert same_bits(model, load_model(folder, "cpu", "fp32", cache=False))
+    assert "x.safetensors: 5 tensors that the model has no use for: " in capsys.readouterr().err
+    found = ldm.inspect(path)
+    assert found["unapplied"] == [] and sum(found["ignored"].values()) == 5
+    path = damaged(tmp_path, file, lambda tensors: tensors.update({"scaled_fp8": torch.ones(2)}))
+    with pytest.raises(ModelError, match=r"holds scaled fp8 \(scaled_fp8\), which is not supported"):
+        check_model(path)
+
+
 def breaks():
     """(how to break a file's tensors, what is said); each file also holds NaN, which only reading would find."""
 
@@ -390,6 +411,18 @@ def test_an_autoencoder_comes_from_files_of_every_shape(models, saved, tmp_path)
     save_file({**bare, "decoder.extra": torch.ones(1)}, tmp_path / "extra.safetensors")
     with pytest.raises(ModelError, match=r"1 keys that no autoencoder has .decoder.extra"):
         load_model(folder, "cpu", "fp32", vae=tmp_path / "extra.safetensors")
+
+
+def test_the_channels_of_an_autoencoders_file_are_told_by_its_tensors(make, tmp_path, capsys):
+    model, four = make.model(channels=8), make.model()
+    save_model(model, tmp_path / "eight", dtype="fp32")
+    save_file(model.vae.module.state_dict(), tmp_path / "eight.safetensors")
+    save_file({**four.vae.module.state_dict(), "logvar": torch.zeros(1)}, tmp_path / "four.safetensors")
+    loaded = Pipeline("a cat", tmp_path / "eight", vae=tmp_path / "eight.safetensors")
+    assert loaded._engine.info.latent_channels == 8 and loaded._engine.info.factor == model.vae.factor
+    assert load_model(tmp_path / "eight", "cpu", "fp32", vae=tmp_path / "eight.safetensors").vae.latent_channels == 8
+    with pytest.raises(ModelError, match="8 channels in, 8 out, the VAE 4 latent channels"):
+        load_model(tmp_path / "eight", "cpu", "fp32", vae=tmp_path / "four.safetensors")
 
 
 def test_a_changed_file_is_loaded_anew(models, tmp_path):

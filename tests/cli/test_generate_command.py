@@ -212,3 +212,10 @@ def test_prompt_and_noise_level_options_reach_the_record(generate, files, capsys
     assert generate("a (cat", "--strict") == 2 and "is not closed" in capsys.readouterr().err
     assert generate("a cat", "--sigmas", "9,x") == 2 and "expected numbers with commas" in capsys.readouterr().err
     assert len(files()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--steps", "—steps"])
+def test_flags_of_prompt_files_inside_a_prompt_are_told(tiny_folder, tmp_path, capsys, flag):
+    words = ["generate", f"a cat {flag} 3", "--model", str(tiny_folder), "--steps", "1", "-o", str(tmp_path / "a.png")]
+    assert main(words) == 0
+    assert f"{flag} inside the prompt is drawn as text" in capsys.readouterr().err

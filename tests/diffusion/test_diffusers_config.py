@@ -3,11 +3,12 @@
 import json
 import logging
 
+import diffusers
 import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from diffusers.utils import logging as diffusers_logging
 
-from ldm.diffusion.diffusers_config import read_scheduler, write_scheduler
+from ldm.diffusion.diffusers_config import CLASSES, read_scheduler, read_stepping, write_scheduler
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ModelError
 
@@ -88,12 +89,8 @@ def test_settings_left_out_have_the_defaults_of_the_class(cls):
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name 'FlowMatchEulerDiscreteScheduler'"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"clip_sample": True}, "clip_sample True"),
-        ({"thresholding": True}, "thresholding"),
         ({"variance_type": "learned_range"}, "variance_type 'learned_range'"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas"),
-        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ({"a_new_setting": 0.5}, "a_new_setting 0.5"),
         ({"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'"),
@@ -106,3 +103,41 @@ def test_what_is_not_supported_is_refused_by_name(change, said):
     with pytest.raises(ModelError, match=r"^scheduler_config\.json: ") as caught:
         read_scheduler({**write_scheduler(Schedule()), **change})
     assert said in str(caught.value)
+
+
+STEPPINGS = {  # class, settings -> (what ours takes, what it says to replace)
+    ("DPMSolverMultistepScheduler", ("use_karras_sigmas", True)): ({"sampler": "dpmpp_2m", "spacing": "karras"}, None),
+    ("EulerDiscreteScheduler", ("use_karras_sigmas", True)): ({"sampler": "euler", "spacing": "karras"}, None),
+    ("UniPCMultistepScheduler", ("use_beta_sigmas", True)): ({"sampler": "unipc", "spacing": "beta"}, None),
+    ("DPMSolverMultistepScheduler", ("algorithm_type", "sde-dpmsolver++")): ({"sampler": "dpmpp_2m_sde"}, None),
+    ("LCMScheduler", ("original_inference_steps", 50)): ({"sampler": "lcm"}, None),
+    ("DEISMultistepScheduler", ("algorithm_type", "deis")): (
+        {},
+        "DEISMultistep, algorithm_type 'deis' replaced by our",
+    ),
+    ("EulerDiscreteScheduler", ("final_sigmas_type", "sigma_min")): ({"sampler": "euler"}, "final_sigmas_type 'sigma"),
+    ("DDIMScheduler", ("clip_sample", True)): ({"sampler": "ddim"}, "clip_sample True replaced by ddim"),
+    ("EulerDiscreteScheduler", ("use_karras_sigmas", False)): ({}, None),
+    ("PNDMScheduler", ("skip_prk_steps", True)): ({}, None),
+}
+
+
+@pytest.mark.parametrize(("cls", "setting"), STEPPINGS)
+def test_ways_of_stepping_become_ours_or_are_said_to_be_replaced(cls, setting):
+    """The betas and the prediction type stay the model's whatever stepped."""
+    config = {**write_scheduler(Schedule("v_prediction")), "_class_name": cls, setting[0]: setting[1]}
+    assert read_scheduler(config) == read_scheduler({**write_scheduler(Schedule("v_prediction")), "_class_name": cls})
+    found, note = read_stepping(config)
+    expected, said = STEPPINGS[cls, setting]
+    assert found == expected and (note is None if said is None else said in note and "\n" not in note)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_loads_as_diffusers_saves_it(name):
+    if not hasattr(diffusers, name) or (
+        name == "DPMSolverSDEScheduler" and not diffusers.utils.is_torchsde_available()
+    ):
+        pytest.skip("this diffusers cannot make one")
+    peer = getattr(diffusers, name).from_config(write_scheduler(Schedule("v_prediction")))
+    read = read_scheduler({**json.loads(peer.to_json_string()), "_class_name": name})
+    assert (read.prediction_type, read.beta_schedule, read.beta_end) == ("v_prediction", "scaled_linear", 0.012)

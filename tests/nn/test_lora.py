@@ -83,11 +83,20 @@ def test_merged_and_applied_equal_pefts_layer(name, dora):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("factor", [0.5, -0.7])
-def test_a_factor_scales_as_pefts_adapter_weight_does(dora, factor):
+def test_a_factor_scales_as_pefts_adapter_weight_does_where_that_is_asked_for(dora, factor):
     model, net, update = theirs_and_update("linear", dora, factor)
-    weight = merged(net.layer.weight, [(update, factor)])
+    weight = merged(net.layer.weight, [(update, factor)], dora="peft")
     x = torch.randn(5, 12)
     torch.testing.assert_close(nn.functional.linear(x, weight, net.layer.bias), model.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1e-6, -1.0])
+def test_a_dora_is_linear_in_its_factor(factor):
+    """As A1111 and ComfyUI have it: continuous at 0, and -1 goes the other way."""
+    _, net, update = theirs_and_update("linear", dora=True)
+    weight = net.layer.weight
+    whole = merged(weight, [(update, 1.0)]) - weight
+    torch.testing.assert_close(merged(weight, [(update, factor)]), weight + factor * whole)
 
 
 def test_factor_zero_is_off_for_dora_too():

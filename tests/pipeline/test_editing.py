@@ -87,6 +87,55 @@ def test_greys_count_as_what_they_are_nearer_to(pipe):
     assert sharp.tobytes() == soft.tobytes()
 
 
+def stroke(colour):
+    """A disc of this colour on a transparent layer."""
+    layer = Image.new("RGBA", (SIDE, SIDE))
+    layer.paste(colour, mask=disc())
+    return layer
+
+
+def with_hole(image, mask):
+    layer = image.convert("RGBA")
+    layer.putalpha(mask.point(lambda level: 255 - level))
+    return layer
+
+
+def two_colours():
+    layer = stroke("white")
+    layer.paste("red", (9, 7, 16, 12))
+    return layer
+
+
+ALPHAS = {
+    "red stroke": (stroke("red"), "a stroke on a transparent layer"),
+    "black stroke": (stroke("black"), "a stroke on a transparent layer"),
+    "several colours": (two_colours(), "a stroke on a transparent layer"),
+    "hole": (with_hole(picture(), disc()), "the image with a hole in it"),
+    "opaque": (disc().convert("RGBA"), ""),
+}
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+def test_a_masks_transparency_is_its_shape_where_it_varies(pipe, tmp_path, name, capsys):
+    mask, said = ALPHAS[name]
+    (expected,) = pipe.generate(seed=3, image=picture(), mask_image=disc(), **FAST)
+    shape = two_colours().getchannel("A") if name == "several colours" else disc()
+    mask.save(tmp_path / "mask.png")
+    for given in (mask, tmp_path / "mask.png"):
+        (drawn,) = pipe.generate(seed=3, image=picture(), mask_image=given, **FAST)
+        assert np.array_equal(outside(drawn, shape), outside(picture(), shape))
+        assert name == "several colours" or drawn.tobytes() == expected.tobytes()
+        assert said in capsys.readouterr().err
+
+
+def test_white_and_black_beside_transparency_stay_what_they_are(pipe, capsys):
+    mask = disc().convert("RGBA")
+    mask.paste((0, 0, 0, 0), (0, 0, SIDE, 4))
+    (drawn,) = pipe.generate(seed=3, image=picture(), mask_image=mask, **FAST)
+    assert np.array_equal(outside(drawn, disc()), outside(picture(), disc()))
+    assert "what is transparent counts as black" in capsys.readouterr().err
+
+
 def test_the_less_strength_the_more_of_the_picture_stays(pipe):
     image = picture()
 
@@ -318,6 +367,15 @@ BAD = {
     "two for one": ({"image": ["in.png", "in.png"]}, "image: 2 of them for 1 prompts"),
     "mask alone": ({"mask_image": "in.png"}, "mask_image: a mask needs an image"),
     "mask of another size": ({"image": "in.png", "mask_image": "wide.png"}, "mask_image: the mask is 40x32, .* 32x32"),
+    "mask without white": (
+        {"image": "in.png", "mask_image": Image.new("RGB", (32, 32), "red")},
+        "the mask has no white: its brightest grey is 76: nothing would be painted; paint in white",
+    ),
+    "transparent mask": ({"image": "in.png", "mask_image": Image.new("RGBA", (32, 32))}, "is transparent everywhere"),
+    "large photo": (
+        {"image": Image.new("RGB", (512, 384))},
+        "image: the image of 512x384 has 192 times the 32x32 .*; give --width 40 --height 32, or this size by --width",
+    ),
     "black mask": ({"image": "in.png", "mask_image": Image.new("L", (32, 32))}, "mask_image: the mask is black"),
     "strength 0": ({"image": "in.png", "strength": 0}, "strength: 0 is not above 0 and up to 1"),
     "strength NaN": ({"image": "in.png", "strength": float("nan")}, "strength: nan is not above 0"),

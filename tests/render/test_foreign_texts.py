@@ -179,3 +179,21 @@ def test_hires_fix_has_words_in_prompt_lines(tmp_path):
     settings = {"prompt": "a cat", "hires_scale": 2.0, "hires_strength": 0.5, "hires_steps": 4}
     line = "a cat --hr_scale 2 --hires_strength 0.5 --hr_second_pass_steps 4"
     assert settings_of(tmp_path, line) == [settings]
+
+
+def test_names_typed_by_people_find_files_of_another_unicode_form(tmp_path):
+    from ldm.checkpoint.lora import find_lora
+    from ldm.files import spelt_alike
+
+    decomposed = unicodedata.normalize("NFD", "Möbel")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / f"{decomposed}.safetensors").touch()
+    file = next((tmp_path / "sub").iterdir())
+    for name in ("Möbel", "Möbel.safetensors", "sub/Möbel"):
+        assert find_lora(name, tmp_path) == file
+    with pytest.raises(ConfigError, match="no LoRA is named"):
+        find_lora("other/Möbel", tmp_path)
+    (tmp_path / f"{decomposed}.png").touch()
+    assert spelt_alike(tmp_path / "Möbel.png").name == f"{decomposed}.png"
+    assert settings_of(tmp_path, "a cat --image Möbel.png")[0]["image"].endswith(f"{decomposed}.png")
+    assert spelt_alike(tmp_path / "nö.png") == tmp_path / "nö.png"

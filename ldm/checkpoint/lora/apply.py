@@ -74,10 +74,13 @@ def _check_shape(header: LoraHeader, entry: Entry, part: str, name: str, shape: 
     raise ModelError(what, where=where, hint=hint)
 
 
-def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unapplied: bool = False) -> Model:
+def with_loras(
+    model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unapplied: bool = False, dora: str = "linear"
+) -> Model:
     """The model with every (file, weight) merged. `model` does not change; the two share all weights that are equal.
 
-    Weights may be negative; `info["lora"]` lists path, name, weight and hash of each. Raises as match_layers.
+    Weights may be negative; `dora` says how they act on a DoRA (see ldm.nn.lora.merged). `info["lora"]` lists path,
+    name, weight and hash of each. Raises as match_layers.
     """
     from ldm.nn.lora import clone_shared_weights, merge
 
@@ -90,8 +93,9 @@ def with_loras(model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unap
     for part, module in networks(model).items():
         if updates[part]:
             changed[id(module)] = copied = clone_shared_weights(module)
-            merge(copied, updates[part])
-    info = {**model.info, "lora": [*model.info.get("lora", ()), *(_info(lora, weight) for lora, weight in loras)]}
+            merge(copied, updates[part], dora)
+    listed = [_info(lora, weight, dora) for lora, weight in loras]
+    info = {**model.info, "lora": [*model.info.get("lora", ()), *listed]}
     unet = changed.get(id(model.unet), model.unet)
     text = _with_words(with_networks(model.text, changed), [word for lora, _ in loras for word in lora.header.words])
     return dataclasses.replace(model, unet=unet, text=text, info=info)
@@ -106,9 +110,10 @@ def _with_words(text: Any, words: Sequence[str]) -> Any:
     return new
 
 
-def _info(lora: LoraFile, weight: float) -> dict[str, Any]:
+def _info(lora: LoraFile, weight: float, dora: str) -> dict[str, Any]:
     name, path = lora.header.name, str(Path(lora.header.path).resolve())
-    return {"name": name, "path": path, "weight": weight, "hash": lora.hash, "short_hash": lora.short_hash}
+    found = {"name": name, "path": path, "weight": weight, "hash": lora.hash, "short_hash": lora.short_hash}
+    return found | ({"dora_scaling": dora} if lora.header.dora and dora != "linear" else {})
 
 
 def with_networks(text: Any, changed: Mapping[int, Any]) -> Any:

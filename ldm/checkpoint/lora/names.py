@@ -36,6 +36,9 @@ ROLES = {  # how a key ends -> what the tensor is
     ".lora_magnitude_vector.default.weight": "magnitude",
 }
 OTHER_KINDS = {"hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "lora_mid": "LoCon in Tucker form", "ia3": "IA3"}
+WRAPPERS = re.compile(r"^((?:unet|text_encoder|text_encoder_2)\.)?(?:base_model\.model|module|_orig_mod)\.")
+OTHER_PREFIXES = {"lycoris_unet_": "lora_unet_", "lycoris_te": "lora_te", "lycoris_": "lora_unet_"}
+OTHER_PREFIXES |= {"model.diffusion_model.": "unet.", "diffusion_model.": "unet."}  # trainers around ComfyUI's network
 # The oldest files call a text encoder's layers as the U-Net's.
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -45,12 +48,22 @@ def split_key(key: str) -> tuple[str, str] | None:
     end = max((end for end in ROLES if key.endswith(end)), key=len, default=None)
     if end is None:
         return None
-    layer = key[: -len(end)].replace(".processor.", ".")
+    layer = without_wrappers(key[: -len(end)].replace(".processor.", "."))
     if match := re.fullmatch(r"(.+\.self_attn\.)(to_q|to_k|to_v|to_out)", layer):
         layer = match[1] + OLD_TEXT[match[2]]
     elif layer.endswith(".to_out"):
         layer += ".0"
     return layer, ROLES[end]
+
+
+def without_wrappers(layer: str) -> str:
+    """A layer's name without what wrappers and trainers put around it: base_model.model., module., lycoris_, …"""
+    while (plain := WRAPPERS.sub(r"\1", layer)) != layer:
+        layer = plain
+    for other, ours in OTHER_PREFIXES.items():
+        if layer.startswith(other):
+            return ours + layer[len(other) :]
+    return layer
 
 
 def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str, tuple[str, str]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import struct
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.lora.names import OTHER_KINDS, PARTS, split_key
-from ldm.checkpoint.safety import Header, read_header, read_tensors, refuse_pickle
+from ldm.checkpoint.safety import Header, read_header, read_json, read_tensors, refuse_pickle
 from ldm.errors import ConfigError, ModelError, nearest
 from ldm.files import read_manifest
 
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from ldm.nn.lora import LowRank
 
 FILE = "pytorch_lora_weights.safetensors"  # in the folders that PEFT's and diffusers' tools write
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in the folders of save_pretrained
 METADATA = "lora_adapter_metadata"  # in the header of diffusers' files: JSON of PEFT's settings, a prefix for each part
 WORDS = "ldm_words"  # in the header of ours: JSON of the captions' words, where the model's text encoder knows few
+UNET_LAYERS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
 
@@ -49,6 +53,7 @@ class LoraHeader:
     unknown: tuple[str, ...]  # keys that belong to no low-rank update
     metadata: Mapping[str, str]
     assumed: int  # layers without an alpha in the file: theirs is the rank
+    by_metadata: int = 0  # layers whose alpha kohya's ss_network_alpha alone gives
 
     @property
     def name(self) -> str:
@@ -108,8 +113,11 @@ def find_lora(name: str, folder: str | os.PathLike) -> Path:
     for path in sorted(folder.rglob("*.safetensors")):
         if path.stem == path.parent.name and (path.parent / FILE).is_file():
             continue  # the same in kohya's layout, as fine-tuning leaves it beside the other
-        known.setdefault(path.parent.name if path.name == FILE else path.stem, []).append(path)
-    matches = known.get(name, [])
+        known.setdefault(_plain(path.parent.name if path.name == FILE else path.stem), []).append(path)
+    plain = _plain(name.removesuffix(".safetensors"))
+    matches = known.get(plain.rpartition("/")[2], [])
+    if "/" in plain:  # sub/name, as ComfyUI has it
+        matches = [path for path in matches if f"/{plain}" in f"/{_plain(path.relative_to(folder).as_posix())}"]
     if not matches:
         hint = nearest(name, list(known)[:50]) if known else "there is no LoRA in this folder"
         raise ConfigError(f"no LoRA is named {name!r:.80}", where=folder, hint=hint)
@@ -117,6 +125,11 @@ def find_lora(name: str, folder: str | os.PathLike) -> Path:
         paths = ", ".join(str(path.relative_to(folder)) for path in matches[:3])
         raise ConfigError(f"{len(matches)} LoRAs are named {name!r}: {paths}", where=folder, hint="rename one")
     return matches[0]
+
+
+def _plain(name: str) -> str:
+    """A name in one Unicode form: files from Macs have another than what people type."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_lora_header(path: str | Path) -> LoraHeader:
@@ -140,9 +153,12 @@ def read_lora_header(path: str | Path) -> LoraHeader:
     _check_kind(layers, unknown, path)
     shapes = {layer: {role: header.tensors[key].shape for role, key in keys.items()} for layer, keys in layers.items()}
     ranks = {layer: _rank(layer, layers[layer], its_shapes, path) for layer, its_shapes in shapes.items()}
+    header = _with_peft_config(header, path)
     alphas, assumed = _alphas(header, layers, ranks, path)
     entries = {layer: Entry(keys, shapes[layer], alphas[layer]) for layer, keys in layers.items()}
-    return LoraHeader(path, _format(layers), entries, tuple(unknown), header.metadata, assumed)
+    without = [layer for layer, keys in layers.items() if "alpha" not in keys]
+    by_metadata = 0 if METADATA in header.metadata else len(without) - assumed
+    return LoraHeader(path, _format(layers), entries, tuple(unknown), header.metadata, assumed, by_metadata)
 
 
 def read_lora(path: str | Path) -> LoraFile:
@@ -250,6 +266,8 @@ def _peft_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Pa
     alphas = {}
     for part in PARTS:
         names = {layer: layer.removeprefix(f"{part}.") for layer in ranks if layer.startswith(f"{part}.")}
+        if part == "unet" and not names:  # PEFT's own files name no part
+            names = {layer: layer for layer in ranks if layer.startswith(UNET_LAYERS)}
         alpha = settings.get(f"{part}.lora_alpha")
         if alpha is None or not names:
             continue
@@ -263,6 +281,15 @@ def _peft_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Pa
         if settings.get(f"{part}.use_rslora"):  # scale alpha / sqrt(rank)
             alphas |= {layer: alphas[layer] * math.sqrt(ranks[layer]) for layer in names}
     return alphas
+
+
+def _with_peft_config(header: Header, path: Path) -> Header:
+    """The header with the settings that PEFT keeps beside its file, where the file itself has none."""
+    config = path.parent / PEFT_CONFIG
+    if METADATA in header.metadata or path.name != PEFT_FILE or not config.is_file():
+        return header
+    settings = {f"unet.{name}": value for name, value in read_json(config).items()}
+    return dataclasses.replace(header, metadata={**header.metadata, METADATA: json.dumps(settings)})
 
 
 def _check_manifest(path: Path, digest: str) -> None:

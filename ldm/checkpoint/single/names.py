@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm.checkpoint.folder import OTHER_TOWERS
 from ldm.nn.unet_config import UNetConfig
 
 Config = Mapping[str, Any]
@@ -115,8 +116,9 @@ def text_part(name: str, config: Config, unet: UNetConfig) -> Part:
     clip = "CLIP" in (config.get("architectures") or ("CLIP",))[0]
     if not clip or (name == "text_encoder" and (xl or not unet.use_linear_projection)):
         prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
-        unused = ("text_model.embeddings.position_ids", "embeddings.position_ids", "text_projection.weight")
-        return Part(name, (prefix,), {}, unused=unused[: 2 if _projects(config) else 3])
+        unused = ("text_model.embeddings.position_ids", "embeddings.position_ids", *OTHER_TOWERS)
+        unused += () if _projects(config) else ("text_projection.weight",)
+        return Part(name, (prefix,), {}, unused=unused)
     inside = (
         ("conditioner.embedders.1.model.",) if xl else ("cond_stage_model.model.", "conditioner.embedders.0.model.")
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from ldm.checkpoint.build import check_fit, clip_text, t5_text
 from ldm.checkpoint.families import SCHEDULE_BUFFERS, family_of
 from ldm.checkpoint.folder import card_settings
 from ldm.checkpoint.safety import Header, read_header, read_tensors
+from ldm.checkpoint.single import leftovers
 from ldm.checkpoint.single.header import V_KEY, ZERO_SNR_KEY, find_prediction_type, stored_settings, zero_snr
 from ldm.checkpoint.single.names import UNET, VAE, Destination, Part, destination_of, parts_of, vae_part
 from ldm.checkpoint.single.tokenizers import clips, unpack
 from ldm.checkpoint.types import Model
-from ldm.console import progress
+from ldm.console import progress, say
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from ldm.nn.vae import VAE as Autoencoder
 
 FLAGS = (V_KEY, ZERO_SNR_KEY)
-SHOWN = 5  # names of unknown keys that an error lists
+SHOWN = 5  # names of keys that a message lists
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Plan:
     ignored: Mapping[str, int]  # group of known tensors that are not needed -> how many
     zero_empty: bool = True  # XL: None as a prompt is zeros
     card: str | None = None  # the model card
-    unknown: tuple[str, ...] = ()  # keys that belong to no part; only where `plan_of` is not strict
+    leftovers: tuple[str, ...] = ()  # keys that belong to no part and change nothing
+    unknown: tuple[str, ...] = ()  # keys that loading refuses; only where `plan_of` is not strict
 
     def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         """Name in the folder -> shape, of one component."""
@@ -95,16 +98,24 @@ def _with_destinations(plan: Plan, skip: tuple[str, ...], strict: bool) -> Plan:
             destinations[key] = destination
         else:
             unknown.append(key)
-    if not strict:
-        return replace(plan, destinations=destinations, ignored=dict(ignored), unknown=tuple(unknown))
     if unknown:
-        names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
-        raise ModelError(f"has {len(unknown)} keys that belong to no part of the model ({names})", where=plan.path)
+        plan = _with_leftovers(plan, unknown, strict)
+        ignored |= leftovers.groups(plan.leftovers)
+    if not strict:
+        return replace(plan, destinations=destinations, ignored=dict(ignored))
     missing = [name for name in parts if name not in skip and not any(p.part == name for p in destinations.values())]
     if missing:
         hint = "give one with --vae" if missing == ["vae"] else "get the whole model"
         raise ModelError(f"holds no {' and no '.join(missing)}", where=plan.path, hint=hint)
     return replace(plan, destinations=destinations, ignored=dict(ignored))
+
+
+def _with_leftovers(plan: Plan, unknown: Sequence[str], strict: bool) -> Plan:
+    """The same plan with the keys that have no place. If `strict`, raises ModelError for those that loading needs."""
+    if strict:
+        leftovers.check_leftovers(unknown, plan.path)
+    refused = leftovers.refused(unknown)
+    return replace(plan, leftovers=tuple(key for key in unknown if key not in refused), unknown=tuple(refused))
 
 
 def _group(key: str, part: Part | None) -> str | None:
@@ -153,6 +164,8 @@ def read_single(path: Path, device: torch.device, dtype: torch.dtype, plan: Plan
     channels = plan.configs["vae"].get("latent_channels", 4)
     pooled = plan.configs.get("text_encoder_2", {}).get("projection_dim")
     check_fit(unet.config, channels, text.width, path, pooled)
+    if plan.leftovers:
+        say(f"{path.name}: {leftovers.told(plan.leftovers)}")
     size = path.stat().st_size
     with progress(total=size, desc=f"loading {path.name}", unit="B", disable=size < 1 << 30) as bar:
         states, digest = _read(plan, device, dtype, bar.update)
@@ -250,13 +263,34 @@ def read_vae(
         key: destination_of(part, key) for key in header.tensors if key.startswith(prefix) and not _group(key, part)
     }
     if unknown := [key for key, destination in inside.items() if destination is None]:
-        raise ModelError(f"has {len(unknown)} keys that no autoencoder has ({', '.join(unknown[:SHOWN])})", where=path)
+        _check_vae_keys(unknown, prefix, path)
+        inside = {key: destination for key, destination in inside.items() if destination is not None}
     tensors, digest = read_tensors(path, dtype, device, names=inside)
     state = {destination.names[0]: pieces(tensors.pop(key), destination)[0] for key, destination in inside.items()}
     with named(path):
         vae = Autoencoder.from_state(config, state, "the VAE")
     vae.module.requires_grad_(False)
     return vae, digest
+
+
+def _check_vae_keys(unknown: Sequence[str], prefix: str, path: Path) -> None:
+    """Tell of an autoencoder's tensors that nothing uses. Raises ModelError for those inside the network."""
+    leftovers.check_quantised(unknown, path)
+    if inside := leftovers.refused([VAE + key.removeprefix(prefix) for key in unknown]):
+        raise ModelError(f"has {len(inside)} keys that no autoencoder has ({', '.join(unknown[:SHOWN])})", where=path)
+    say(f"{path.name}: {leftovers.told(unknown)}")
+
+
+def vae_facts(path: Path) -> dict[str, Any]:
+    """What the tensors of an autoencoder's file say of its settings: latent channels, and how many levels it has."""
+    header = read_header(path)
+    prefix = vae_prefix(header, path)
+    level = re.compile(rf"{re.escape(prefix)}decoder\.up(?:_blocks)?\.(\d+)\.")
+    levels = {match[1] for key in header.tensors if (match := level.match(key))}
+    first = header.tensors.get(f"{prefix}decoder.conv_in.weight")
+    if first is None or len(first.shape) != 4 or not levels:
+        raise ModelError("holds no whole autoencoder", where=path)
+    return {"latent_channels": first.shape[1], "block_out_channels": (0,) * len(levels)}
 
 
 def vae_prefix(header: Header, path: Path) -> str:

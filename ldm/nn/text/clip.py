@@ -110,6 +110,7 @@ class ClipText(OneNetwork):
         """Words, each once, that the encoder was never trained on; without a list of its words what is no token."""
         found = spelt(text)
         if self.words is not None:
-            return [word for word in found if word not in self.words]
+            counted = any(word.isdigit() for word in self.words)  # older lists leave numbers out
+            return [word for word in found if word not in self.words and (counted or not word.isdigit())]
         ends = {self.tokenizer.unk_token, self.tokenizer.eos_token}
         return [word for word in found if any(piece in ends for piece in self.tokenizer.tokenize(word))]

@@ -6,6 +6,7 @@ Shapes:  B texts   S tokens   D width of the states   P width of the pooled text
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -122,8 +123,19 @@ def one_by_one(texts: Sequence[MaybeText], encode: Callable[[MaybeText], Conditi
 
 
 def spelt(text: str) -> list[str]:
-    """The words of a text, lower case, each once, in order; numbers and punctuation are none."""
-    return list(dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())))
+    """The words and numbers of a text, lower case, each once, in order; behind them its symbols, as emoji and ★ are.
+
+    Punctuation is none of these.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)  # é of one character or of two is one letter
+    words = re.findall(r"[^\W\d_]+|\d+", text.lower())
+    return list(dict.fromkeys(words if text.isascii() else [*words, *_symbols(text)]))
+
+
+def _symbols(text: str) -> list[str]:
+    """Every character beyond ASCII that is neither letter, number, mark, space nor punctuation."""
+    return [c for c in text if not c.isascii() and unicodedata.category(c) in ("So", "Sm", "Sc", "Co", "Cn")]
 
 
 def known_words(captions: Iterable[str]) -> frozenset[str]:

@@ -32,7 +32,8 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, prediction_type, allow_unapplied
+    engine    Engine's other keywords: device, offload, attention, prediction_type, allow_unapplied,
+              dora_scaling
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
     machine. Raises LdmError for what cannot be drawn.
@@ -77,6 +78,8 @@ class Resolver:
             self._check_fit(engine, adapters)
             settings["lora"] = [[str(adapter.path), adapter.weight] for adapter in adapters]
             hashes["lora"] = [[self._hash(str(adapter.path)), adapter.weight] for adapter in adapters]
+            if (dora := self._options.get("dora_scaling", "linear")) != "linear":
+                hashes["dora_scaling"] = dora
         return settings, hashes
 
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:

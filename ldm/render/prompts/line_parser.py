@@ -66,6 +66,13 @@ def _refuse_almost_flags(line: str) -> None:
             )
 
 
+def flags_in(text: str) -> list[str]:
+    """What in a text looks like a flag that prompt lines know, with two dashes or a long one."""
+    almost = [(match[1] or match[3], match[2] or match[4]) for match in ALMOST.finditer(text)]
+    found = [("--", match[1].partition("=")[0]) for match in FLAG.finditer(text)] + almost
+    return [f"{dash}{word}" for dash, word in found if find_word(word) is not None]
+
+
 def _flag_value(word: str, value: str, quoted: bool) -> str:
     """The value of a flag; only texts and switches may be empty."""
     name = find_word(word)

@@ -67,6 +67,7 @@ SETTINGS: dict[str, Setting] = {
     "attention": Setting(RUN),
     "prediction_type": Setting(RUN),
     "allow_unapplied": Setting(RUN),
+    "dora_scaling": Setting(RUN),
     "lora_dir": Setting(RUN),
 }
 TEXTS = tuple(name for name, setting in SETTINGS.items() if setting.parser is values.prompt)  # may hold templates

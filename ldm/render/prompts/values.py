@@ -16,6 +16,7 @@ from ldm.config import require
 from ldm.device import check_dtype
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError
+from ldm.files import spelt_alike
 from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
 from ldm.pipeline.keywords import MAX_IMAGES
 
@@ -105,7 +106,7 @@ def path(value: Any, word: str, folder: Path) -> str:
     require(good, f"expected a file, got {value!r:.80}", word)
     given = Path(os.fspath(value)).expanduser()
     try:
-        for candidate in (folder / given, given):
+        for candidate in map(spelt_alike, (folder / given, given)):
             if candidate.exists():
                 return str(candidate)
     except (OSError, ValueError) as error:  # a name too long, a NUL character

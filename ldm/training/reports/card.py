@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ def unet_card(
         title="A latent text-to-image model trained by `ldm train`",
         prompt="a cat",
         origin=_origin(model),
-        data=FOLDER.format(s.data.folder) if s.data.folder else EMOJI,
+        data=FOLDER.format(name_of(str(s.data.folder))) if s.data.folder else EMOJI,
         parts=_parts(modules),
         dtype="bfloat16",
         recipe=RUNS + _recipe(s),
@@ -83,13 +84,13 @@ def finetune_card(
     """README.md of a model that was fine-tuned as a whole, with its base's defaults of Pipeline."""
     s = settings
     base_hash = f" (sha256 {base.hash[:12]})" if base.hash else ""
-    defaults = base.info.get("ldm")
+    defaults, source = base.info.get("ldm"), name_of(str(s.model))
     return CARD.format(
         head=_head(device, **(defaults if isinstance(defaults, dict) else {})),
         title=f"{base.name or 'A model'}, fine-tuned",
         prompt="…",
-        origin=f". It was fine-tuned by `ldm finetune` from `{s.model}`{base_hash}, whose licence still applies.",
-        data=FOLDER.format(s.data.folder),
+        origin=f". It was fine-tuned by `ldm finetune` from `{source}`{base_hash}, whose licence still applies.",
+        data=FOLDER.format(name_of(str(s.data.folder))),
         parts=_parts(modules),
         dtype=s.save_dtype or "bf16",
         recipe=_recipe(s),
@@ -111,7 +112,23 @@ def _parts(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _recipe(settings: UNetSettings | FinetuneSettings) -> str:
-    return f"```json\n{json.dumps(as_dict(settings), indent=1)}\n```"
+    return f"```json\n{json.dumps(_without_paths(as_dict(settings)), indent=1)}\n```"
+
+
+def _without_paths(value: Any) -> Any:
+    """Settings with the last name in the place of every path: a card is shared, and home folders are not."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    return name_of(value) if isinstance(value, str) else value
+
+
+def name_of(path: str) -> str:
+    """The last name of a path; a hub id, a text and a plain name stay."""
+    if path.startswith(("/", "~", "./", "../")) or (path and os.path.exists(path)):
+        return os.path.basename(path.rstrip("/")) or path
+    return path
 
 
 def _scores(scores: Mapping[str, float]) -> str:

@@ -1,0 +1,25 @@
+"""Write the hashes of the golden set for this machine into ldm/render/replay/golden.json; other kinds stay.
+
+    python tests/make_golden.py
+
+Run it where a release means to change images, and say in CHANGELOG.md what changes.
+"""
+
+import json
+from pathlib import Path
+
+import ldm
+from ldm.render.replay import golden
+
+
+def main() -> None:
+    path = Path(golden.__file__).with_name(golden.FILE)
+    kept = json.loads(path.read_text(encoding="utf-8"))["hashes"] if path.is_file() else {}
+    drawn = {golden.kind(): dict(golden.draw())}
+    data = {"format": 1, "ldm": ldm.__version__, "hashes": dict(sorted((kept | drawn).items()))}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"{path}: {golden.kind()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Images drawn again from their metadata: what is the same, what differs and why."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm
+from ldm.cli import main
+from ldm.errors import ConfigError
+from ldm.images import Metadata, encode, read_metadata
+from ldm.pipeline import Pipeline
+from ldm.render.replay import golden, verify
+from ldm.render.replay.replay import OF_THE_MACHINE
+
+FAST = {"num_inference_steps": 2, "sampler": "euler", "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_folder, tmp_path_factory):
+    """A folder with a.png, a.jpg and a.webp of one image."""
+    folder = tmp_path_factory.mktemp("drawn")
+    images = Pipeline("a red cat", tiny_folder).generate(seed=3, **FAST)
+    images.metadata[0]["model"] = str(tiny_folder)  # metadata has its name, and it is not beside the image
+    for suffix in ("png", "jpg", "webp"):
+        images.save(folder / f"a.{suffix}")
+    return folder
+
+
+def changed(path, out, pixels=0, **more):
+    """A copy with other metadata and, at one pixel, another value."""
+    metadata = read_metadata(path)
+    with Image.open(path) as image:
+        array = np.asarray(image.convert("RGB")).copy()
+    if pixels:
+        value = int(array[0, 0, 0])
+        array[0, 0, 0] = value + pixels if value < 128 else value - pixels
+    own = {**metadata.ldm, **more}
+    out.write_bytes(encode(Image.fromarray(array), "png", Metadata(metadata.parameters, own)))
+    return out
+
+
+def verdict_of(path, tolerance=0, **options):
+    (verdict,) = ldm.verify(path, tolerance, **options).verdicts
+    return verdict
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_of_now_has_the_same_bytes(drawn, suffix):
+    verdict = verdict_of(drawn / f"a.{suffix}")
+    assert (verdict.result, verdict.largest, verdict.causes) == ("same bytes", 0, ())
+
+
+def test_pixels_that_differ_are_near_within_the_tolerance_and_different_beyond(drawn, tmp_path):
+    path = changed(drawn / "a.png", tmp_path / "b.png", pixels=5)
+    verdict = verdict_of(path)
+    assert (verdict.result, verdict.largest) == ("different", 5) and "the file was changed" in verdict.causes[0]
+    assert "different, by up to 5 of 255" in verdict.as_text()
+    near = verdict_of(path, tolerance=5)
+    assert near.good and "within 5 of 255" in near.as_text()
+    with pytest.raises(ConfigError, match="tolerance: expected a whole number from 0 to 255"):
+        ldm.verify(path, tolerance=256)
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        ({"model_hash": "0" * 64}, "was drawn by .* (hash 0000000000), this model is"),
+        ({"versions": {"torch": "2.9.0", "ldm": "0.0.9"}}, "torch was 2.9.0"),
+        ({"versions": {"ldm": "0.0.9"}}, "drawn by ldm 0.0.9, this is"),
+        ({"cpu_capability": "AVX9"}, "cpu_capability was AVX9"),
+        ({"device": "cuda:0 H200"}, "device was cuda:0 H200, is cpu"),
+    ],
+)
+def test_causes_that_can_be_found_are_named(drawn, tmp_path, more, cause):
+    import re
+
+    path = changed(drawn / "a.png", tmp_path / "b.png", pixels=1, **more)
+    assert any(re.search(cause.replace("(", r"\(").replace(")", r"\)"), one) for one in verdict_of(path).causes)
+
+
+def test_it_is_drawn_on_as_many_threads_and_in_the_dtype_of_the_image(drawn, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(verify.torch, "set_num_threads", lambda n: seen.setdefault("threads", n))
+    verdict = verdict_of(changed(drawn / "a.png", tmp_path / "b.png", threads=7, dtype="bf16"))
+    assert seen["threads"] == 7 and verdict.result == "different" and "threads was 7, is" in " ".join(verdict.causes)
+    assert not any("dtype was" in cause for cause in verdict.causes)
+    assert set(OF_THE_MACHINE) >= {"threads", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        ({"model": "somebodys"}, "the model 'somebodys', hash "),
+        ({"lora": [{"path": "/no/such.safetensors", "weight": 1.0}]}, "does not exist"),
+        ({"image": "/no/such.png", "image_sha256": "ab" * 32, "strength": 0.5}, "image of pixels abababababab"),
+        ({"seed": None}, "holds no seed"),
+        ({"latents": "given"}, "given latents"),
+    ],
+)
+def test_what_cannot_be_drawn_again_says_why(drawn, tmp_path, more, cause):
+    verdict = verdict_of(changed(drawn / "a.png", tmp_path / "b.png", **more))
+    assert verdict.result == "not drawn" and cause in verdict.causes[0]
+
+
+def test_a_model_of_another_place_can_be_named(drawn, tiny_folder, tmp_path):
+    path = changed(drawn / "a.png", tmp_path / "b.png", model="somebodys")
+    assert verdict_of(path, model=tiny_folder).result == "same bytes"
+
+
+def test_the_input_of_image_to_image_is_found_by_its_pixels(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(tmp_path / "there" / "in.png")
+    mask = Image.new("RGBA", (32, 32))
+    mask.paste("red", (8, 8, 24, 24))
+    mask.save(tmp_path / "there" / "mask.png")
+    files = {"image": tmp_path / "there" / "in.png", "mask_image": tmp_path / "there" / "mask.png"}
+    images = Pipeline("a red cat", tiny_folder).generate(seed=3, **files, **FAST)
+    images.metadata[0]["model"] = str(tiny_folder)
+    images.save(tmp_path / "a.png")
+    assert verdict_of(tmp_path / "a.png").result == "same bytes"
+    os.rename(tmp_path / "there", tmp_path / "gone")
+    assert verdict_of(tmp_path / "a.png").result == "not drawn"
+    os.rename(tmp_path / "gone" / "in.png", tmp_path / "other-name.png")
+    os.rename(tmp_path / "gone" / "mask.png", tmp_path / "other-mask.png")
+    assert verdict_of(tmp_path / "a.png").result == "same bytes"
+
+
+def test_folders_manifests_and_exit_codes(tiny_folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    ldm.render(tmp_path / "p.txt", tmp_path / "out", model=str(tiny_folder), **FAST)
+    for source in (tmp_path / "out", tmp_path / "out" / "manifest.jsonl"):
+        assert main(["verify", str(source), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["counts"] == {"same bytes": 2} and len(found["images"]) == 2
+    first, second = sorted((tmp_path / "out").glob("*.png"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    assert main(["verify", str(tmp_path / "plain.png")]) == 2 and "no metadata" in capsys.readouterr().out
+    changed(first, first, pixels=9)
+    second.unlink()
+    assert main(["verify", str(tmp_path / "out"), str(tmp_path / "plain.png")]) == 3
+    out = capsys.readouterr().out
+    assert "its sha256 is not the manifest's" in out and "the file that the manifest names is not there" in out
+    assert out.splitlines()[-1] == "1 different, 1 not drawn, 1 no metadata"
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2 and main(["verify"]) == 2
+
+
+def test_the_golden_set_is_drawn_as_the_release_was():
+    """A part of it; `ldm verify --golden` draws all 24."""
+    assert len(golden.SET) == 24 and all(kept.keys() == golden.SET.keys() for kept in golden.hashes().values())
+    if golden.kind() not in golden.hashes():
+        pytest.skip(f"no hashes are kept for {golden.kind()}")
+    assert golden.compare(["small", "one step"]) == (["small", "one step"], [])
+
+
+def test_a_kind_of_machine_without_hashes_is_told_and_no_failure(monkeypatch, capsys):
+    monkeypatch.setattr(golden, "kind", lambda: "another CPU")
+    assert main(["verify", "--golden"]) == 0 and "no hashes are kept for another CPU" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no hashes are kept for another CPU"):
+        golden.compare()
