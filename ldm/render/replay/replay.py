@@ -83,6 +83,8 @@ def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str]) -> P
         console.warn(note)
     if len(notes) > SHOWN:
         console.warn(f"{len(notes) - SHOWN} more things are not repeated")
+    if any(_scaled_as_peft(replay.source) for replay in replays):
+        console.warn("drawn with --dora-scaling peft: give it to this command too")
     dtypes = {replay.source.get("dtype") for replay in replays}
     dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "auto"
     entries = [replace(replay.entry, source=_comparable(replay.source)) for replay in replays]
@@ -287,6 +289,12 @@ def _other_loras(source: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _scaled_as_peft(source: Mapping[str, Any]) -> bool:
+    loras = source.get("lora")
+    listed = loras if isinstance(loras, (list, tuple)) else ()
+    return any(isinstance(one, Mapping) and one.get("dora_scaling") == "peft" for one in listed)
+
+
 def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keywords of Pipeline(...) and those of generate(...) that draw a replay; its name is left out.
 
@@ -298,6 +306,8 @@ def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
     pipeline = {name: call.pop(name) for name in inspect.signature(Pipeline).parameters if name in call}
     if "dtype" not in pipeline and isinstance(replay.source.get("dtype"), str):
         pipeline["dtype"] = replay.source["dtype"]
+    if _scaled_as_peft(replay.source):
+        pipeline["dora_scaling"] = "peft"
     if isinstance(call.get("seed"), tuple):
         call["num_images"] = len(call["seed"])
     if "lora" in pipeline:

@@ -196,9 +196,6 @@ def _drawn(replay: Replay, options: Mapping[str, Any]) -> tuple[Image.Image, Map
 
     own, call = keywords(replay)
     own |= {"device": "cpu"} if str(replay.source.get("device", "")).startswith("cpu") else {}
-    loras = replay.source.get("lora")
-    if isinstance(loras, (list, tuple)) and any(one.get("dora_scaling") for one in loras if isinstance(one, Mapping)):
-        own["dora_scaling"] = "peft"
     threads = replay.source.get("threads")
     with _threads(threads if isinstance(threads, int) else 0), console.hushed():
         images = Pipeline(**{**own, **options}).generate(**call)
