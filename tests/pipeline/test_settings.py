@@ -123,7 +123,9 @@ BAD_PIPELINES = {
     "lora name": ({"lora": [("", 1.0)]}, "expected a path, or"),
     "lora folder": ({"prompt": "a <lora:x:1> cat"}, "no folder to look in; give lora_dir"),
     "lora tag": ({"prompt": "a <lora:x:1 cat"}, "tag is not closed"),
-    "lora tag's weight": ({"prompt": "<lora:x:1:2>", "lora_dir": "."}, "no name or no number"),
+    "lora tag's weight": ({"prompt": "<lora:x:1:2>", "lora_dir": "."}, "different weights for the text"),
+    "other networks' tag": ({"prompt": "a cat <hypernet:x:1>"}, "hypernetworks are not supported"),
+    "dora scaling": ({"dora_scaling": "kohya"}, "dora_scaling: expected linear or peft, got 'kohya'"),
     "lora tag in the wrong place": ({"negative_prompt": "<lora:x>"}, "negative_prompt: a <lora:…> tag belongs"),
     "lora dir": ({"prompt": "<lora:x>", "lora_dir": "/nowhere"}, "lora_dir /nowhere: no such folder"),
     "allow": ({"allow_unapplied": "no"}, "allow_unapplied: expected True or False"),
@@ -153,6 +155,21 @@ def test_missing_and_foreign_models_are_refused(tmp_path, tiny_folder, no_weight
 @pytest.mark.parametrize("prompt", ["", "🐱 猫 кошка", "two\nlines\tand a tab", "x" * 100_000, "a cat's <eye>, --n 3"])
 def test_valid_prompts_are_taken(prompt, tiny_folder):
     assert Pipeline(prompt, model=tiny_folder).prompts == (prompt,)
+
+
+def test_windows_line_ends_are_line_ends(tiny_folder):
+    assert Pipeline(["a\r\nb", "c"], model=tiny_folder).prompts == ("a\nb", "c")
+
+
+def test_emoji_are_read_by_their_names_where_the_model_knows_words_alone(tiny_folder, capsys):
+    """The tiny model knows neither emoji nor "face"; the metadata keeps the prompt as it was typed."""
+    fast = {"num_inference_steps": 1, "sampler": "ddim", "seed": 1}
+    named, spelt = (Pipeline(p, model=tiny_folder).generate(**fast) for p in ("a 🐱 on red", "a cat face on red"))
+    assert named[0].tobytes() == spelt[0].tobytes() and named.metadata[0]["prompt"] == "a 🐱 on red"
+    assert named.metadata[0]["named"] == {"🐱": "cat face"} and named.metadata[0]["unknown_words"] == ["face"]
+    assert "🐱 is read as 'cat face'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="words that the model was never shown: ★"):
+        Pipeline("★ cat", model=tiny_folder).generate(strict=True)
 
 
 def test_the_factor_comes_from_the_model(changed_folder, no_weights):
