@@ -49,11 +49,12 @@ def with_named_emoji(encoder: TextEncoder, text: Text) -> Text:
     return named_emoji(encoder, text)[0]
 
 
-def named_emoji(encoder: TextEncoder, text: Text) -> tuple[Text, dict[str, str]]:
-    """(the text as `with_named_emoji`, emoji -> the name that stands for it)."""
+def named_emoji(encoder: TextEncoder, text: Text, trained: Iterable[str] = ()) -> tuple[Text, dict[str, str]]:
+    """(the text as `with_named_emoji`, emoji -> the name that stands for it); LoRAs were trained on words too."""
     known = getattr(encoder, "words", None)
     if known is None:  # CLIP's own vocabulary has tokens for emoji
         return text, {}
+    known = known.union(trained)
     written, named = with_names(text.written, known)
     if not named:
         return text, {}

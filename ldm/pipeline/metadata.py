@@ -105,7 +105,7 @@ def _text_report(
     read = list(dict.fromkeys(text for prompt in texts for _, text in prompt.at_steps(steps)))
     named: dict[str, str] = {}
     if not all(text.written.isascii() for text in read):
-        pairs = [named_emoji(encoder, text) for text in read]
+        pairs = [named_emoji(encoder, text, trained) for text in read]
         read, named = [text for text, _ in pairs], {emoji: name for _, names in pairs for emoji, name in names.items()}
     plain = [text.plain for text in read]
     cut = [cut_off(encoder, text) for text in plain]
