@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.device import fast_bf16
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.unet import UNet, UNetConfig, load_unet
 
@@ -148,8 +149,18 @@ def test_checkpointing_gives_equal_gradients_and_those_of_diffusers():
         assert torch.allclose(plain[name], gradient, atol=1e-5, rtol=1e-4), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(16, 16), (5, 7)])
+EMULATED = () if fast_bf16(torch.device("cpu")) else pytest.mark.slow  # where the CPU has no bfloat16 of its own
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, (16, 16)),
+        (torch.float32, (5, 7)),
+        pytest.param(torch.bfloat16, (16, 16), marks=EMULATED),
+        (torch.bfloat16, (5, 7)),
+    ],
+)
 def test_bits_do_not_depend_on_the_batch(dtype, size):
     config = CONFIGS["default"]
     unet = randomised(UNet(config)).eval().to(dtype)
