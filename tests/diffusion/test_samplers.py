@@ -30,7 +30,7 @@ from sampler_cases import (
     theirs,
 )
 
-from ldm.diffusion.denoiser import consistency, denoiser
+from ldm.diffusion.denoiser import consistency, denoiser, sample
 from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
@@ -299,13 +299,9 @@ def test_callback_sees_every_step_and_no_gradient_is_kept(name):
     sigmas = schedule.sigmas(5, name)
     weight = torch.tensor(1.0, requires_grad=True)
     seen = []
-    result = SAMPLERS[name](
-        denoiser(lambda x, t: network(x, t) * weight, schedule),
-        schedule.initial(NOISE, sigmas, name),
-        sigmas,
-        draws(),
-        callback=lambda i, x, x0: seen.append((i, x, x0)),
-    )
+    denoise = denoiser(lambda x, t: network(x, t) * weight, schedule)
+    options = {"noise": draws(), "callback": lambda *step: seen.append(step)}
+    result = sample(denoise, schedule, sigmas, NOISE, name, **options)
     assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4]
     assert torch.equal(seen[-1][1], result)
     if name != "lms":  # whose last step looks back as all others do
