@@ -9,6 +9,7 @@ _LAZY["convert"] = "ldm.checkpoint.convert"
 _LAZY["check_data"] = "ldm.data.doctor"
 _LAZY["verify"] = "ldm.render.replay.verify"
 _LAZY["doctor"] = "ldm.bench.machine"
+_LAZY["web"] = "ldm.web"
 _LAZY["render"] = (
     "ldm.render.drawing.runner"  # the package ldm.render, which takes the name once imported, calls the same
 )

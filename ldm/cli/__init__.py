@@ -21,8 +21,7 @@ from ldm.errors import ConfigError, LdmError, nearest, one_line
 
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
-COMMANDS += ("doctor",)
-PLANNED = ("web",)  # of the contract, and not there yet
+COMMANDS += ("doctor", "web")
 EVERYWHERE = (
     (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
     (("-v", "--verbose"), "count", "say more, every connection to other machines included"),
@@ -123,8 +122,6 @@ def _no_command(word: str | None, parser: Parser) -> NoReturn:
     if word is None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    if word in PLANNED:
-        raise ConfigError(f"`ldm {word}` is not built yet", hint=f"there are {', '.join(COMMANDS)}")
     raise ConfigError(f"unknown command {word!r}", hint=f'{nearest(word, COMMANDS)} (ldm generate "a cat" draws)')
 
 
