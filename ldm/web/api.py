@@ -18,6 +18,7 @@ from ldm.images import Metadata, read_metadata
 from ldm.pipeline.keywords import GUIDANCE_WORDS
 from ldm.render.replay.a1111_settings import a1111_settings
 from ldm.render.replay.a1111_text import read_infotext
+from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
 from ldm.web import limits
 from ldm.web.http import Context, answering, client_of, read_json
@@ -210,9 +211,12 @@ def restored(found: Metadata, context: Context) -> tuple[dict[str, Any], list[st
     """(fields of a request, notes) from an image's metadata. No file that the metadata names is looked for."""
     if found.ldm:
         return _of_ours(found.ldm, context)
-    if not found.parameters.strip():
+    if is_json(found.parameters) or not found.parameters.strip():
+        text = read_foreign({"parameters": found.parameters, **found.others})
+    else:
+        text = read_infotext(found.parameters)
+    if text is None:
         raise ConfigError("the image says nothing of how it was made", where="image")
-    text = read_infotext(found.parameters)
     settings, notes, source = a1111_settings(text, Path(), Changes({}, frozenset()))
     fields = {name: _listed(value) for name, value in settings.items() if name in RESTORED}
     model = source.get("model")

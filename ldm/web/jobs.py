@@ -7,6 +7,7 @@ its answer is in memory alone, and ends with its client.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
@@ -159,6 +160,8 @@ class Queue:
     # in the drawing thread
 
     def _run(self) -> None:
+        with contextlib.suppress(LdmError):  # which the first job will say
+            self._reader.warm()
         while (job := self._take()) is not None:
             try:
                 for _ in self._draw(job):

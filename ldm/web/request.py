@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.checkpoint import load_model
 from ldm.data.images import read_image
 from ldm.errors import ConfigError, DataError, LdmError, require
 from ldm.images import encode
@@ -156,6 +157,12 @@ class Reader:
     def pipeline(self, cell: Mapping[str, Any]) -> Pipeline:
         """The pipeline of a cell. Reads no weights; raises LdmError as Pipeline does."""
         return Pipeline(cell["prompt"], **self.pipeline_words(cell))
+
+    def warm(self) -> None:
+        """Load the default model, so that the first image waits for nothing but itself. Raises LdmError."""
+        if not self._common.get("offload"):
+            where = {name: self._common.get(name, "auto") for name in ("device", "dtype")}
+            load_model(self.catalog.pick("model", self.catalog.default), **where)
 
     def pipeline_words(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Pipeline's keywords of a request, beside its prompt."""

@@ -5,15 +5,13 @@ import shutil
 
 import pytest
 
-pytest.importorskip("starlette")
-pytest.importorskip("uvicorn")
-requests = pytest.importorskip("requests")
-
 
 class Client:
     """requests with the server's address in front, and a time limit."""
 
     def __init__(self, server):
+        import requests
+
         self.server, self.url = server, server.url
         self.session = requests.Session()
 

@@ -10,6 +10,8 @@ from PIL import Image
 from ldm import Pipeline
 from ldm.images import encode, read_metadata
 
+pytest.importorskip("uvicorn")
+pytest.importorskip("requests")
 TINY = "tiny"
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import requests
 
-from ldm.web import jobs, limits
+from ldm.web import limits
+
+pytest.importorskip("uvicorn")
+requests = pytest.importorskip("requests")
+jobs = pytest.importorskip("ldm.web.jobs")
 
 PROGRAM = "import sys; from ldm.cli import main; sys.exit(main())"
 

@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+pytest.importorskip("uvicorn")
+pytest.importorskip("requests")
 pytestmark = pytest.mark.browser
 SIZE = {"width": 1360, "height": 860}
 

@@ -5,10 +5,12 @@ import os
 import socket
 
 import pytest
-import requests
 
 import ldm
 from ldm.errors import ConfigError, ResourceError
+
+pytest.importorskip("uvicorn")
+requests = pytest.importorskip("requests")
 
 PATHS = ("/", "/api/info", "/api/jobs", "/api/images", "/sdapi/v1/options", "/v1/models", "/docs", "/openapi.json")
 POSTS = ("/api/jobs", "/api/prompt", "/api/read", "/sdapi/v1/txt2img", "/v1/images/generations", "/sdapi/v1/interrupt")

@@ -40,6 +40,10 @@ export function setUp(onEditor) {
   window.addEventListener("resize", () => { if (!$("editor").hidden) draw(); });
   paintBy($("mask"));
   for (const handle of document.querySelectorAll(".handle")) pullBy(handle);
+  window.addEventListener("paste", (event) => {
+    const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
+    if (file) take(file);
+  });
   let depth = 0;
   const files = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   window.addEventListener("dragenter", (event) => { if (files(event)) { depth++; $("veil").hidden = false; } });
