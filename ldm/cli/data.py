@@ -19,7 +19,7 @@ code is 3 when something should be mended.
 from __future__ import annotations
 
 import argparse
-import functools
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.add_argument("--font", metavar="FILE", help="NotoColorEmoji.ttf, if it is not installed")
     check = kinds.add_parser("check", help="describe a set and find its faults", parents=[common_options()])
     check.add_argument("data", metavar="DATA", help="a folder, a .tar, a .parquet, or owner/name on the hub")
-    check.add_argument("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files) (auto)")
-    check.add_argument(
-        "--split", metavar="NAME", default="train", help="train, validation or test, if the set has splits (train)"
-    )
-    check.add_argument("--resolution", metavar="N", type=int, help="resolution of the intended training (512)")
-    check.add_argument("--model", metavar="MODEL", default="default", help="model of the estimated training (default)")
+    _add_reading(check)
+    check.add_argument("--resolution", metavar="N", type=int, help="of the intended training (the model's)")
+    check.add_argument("--model", metavar="MODEL", default="default", help="model of the intended training (default)")
     check.add_argument("--no-estimate", action="store_true", help="run no training step")
     check.add_argument(
         "--first", metavar="N", type=int, help="for a set on the hub: check the first N images (1000); 0 downloads all"
@@ -65,10 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--shard", metavar="I/N", default="1/1", help="make the i-th of n parts (1/1)")
     cache.add_argument("--batch-size", metavar="N", type=int, default=8, help="images that are encoded together (8)")
     cache.add_argument("--workers", metavar="N", type=int, default=1, help="threads that read images (1)")
-    cache.add_argument("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files) (auto)")
-    cache.add_argument("--split", metavar="NAME", default="train", help="of a set that has splits (train)")
+    _add_reading(cache)
     cache.add_argument("--allow-empty-captions", action="store_true", help="take images without a caption too")
     cache.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps (auto)")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a set is read."""
+    add = parser.add_argument
+    add("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files), whole (auto)")
+    add("--split", metavar="NAME", help="train, validation, test or all, if the set has splits (train)")
+    add("--layout", metavar="NAME", default="auto", help="auto, files, kohya, metadata, tars, parquet (auto)")
+    add("--exclude", metavar="PATTERN", action="append", default=[], help="leave these out: 'sample/*', '*.gif'")
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    exclude = [part for text in args.exclude for part in text.split(",") if part]
+    return {"captions": args.captions, "split": args.split, "layout": args.layout, "exclude": exclude}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,8 +89,9 @@ def _cache(args: argparse.Namespace) -> int:
     from ldm.training import cache
 
     names = ("vae", "text", "text_2", "vae_subfolder", "text_subfolder", "text_2_subfolder", "resolution", "square")
-    names += ("embeddings", "dtype", "shard", "batch_size", "workers", "captions", "split", "allow_empty_captions")
-    folder = cache(args.data, args.output, **{name: getattr(args, name) for name in (*names, "device")})
+    names += ("embeddings", "dtype", "shard", "batch_size", "workers", "allow_empty_captions")
+    options = {name: getattr(args, name) for name in (*names, "device")}
+    folder = cache(args.data, args.output, **options, **_reading(args))
     if not args.quiet:
         print(folder)
     return 0
@@ -98,39 +109,9 @@ def _emoji(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     import json
 
-    from ldm.data.doctor import check_data
+    from ldm.training.finetuning.data_check import check_data
 
-    options = (args.data, args.captions, args.split, 512 if args.resolution is None else args.resolution)
-    estimate = None if args.no_estimate else functools.partial(_estimate, args.model, args.resolution)
-    diagnosis = check_data(*options, _beyond_clip, args.page, args.first, estimate)
+    options = {name: getattr(args, name) for name in ("resolution", "model", "page", "first")}
+    diagnosis = check_data(args.data, **options, **_reading(args), estimate=not args.no_estimate)
     print(json.dumps(diagnosis.as_json(), indent=1, ensure_ascii=False) if args.json else diagnosis.as_text())
     return 0 if diagnosis.sound else 3
-
-
-def _estimate(model: str, resolution: int | None, samples: int) -> tuple[str, ...]:
-    """What a training would take on this machine, or why that is unknown; the check itself goes on."""
-    from ldm.errors import LdmError
-    from ldm.training.finetuning.forecast import forecast
-
-    try:
-        return forecast(samples, model, resolution)
-    except LdmError as error:
-        return (f"no estimate ({error})",)
-
-
-def _beyond_clip(text: str) -> str:
-    """The end of a caption that CLIP, the text encoder of Stable Diffusion 1.x to XL, does not see; "" if none."""
-    from ldm.checkpoint.vocabulary import LENGTH
-
-    room = LENGTH - 2  # less start and end
-    if len(text.encode("utf-8")) <= room:  # a token has at least one byte
-        return ""
-    tokenizer = _tokenizer()
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[room:]).strip()
-
-
-@functools.cache
-def _tokenizer():
-    from ldm.checkpoint.vocabulary import clip_tokenizer
-
-    return clip_tokenizer()

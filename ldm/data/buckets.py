@@ -101,6 +101,12 @@ def _rounded(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
+def cropped(size: Size, config: BucketConfig) -> float:
+    """The share of an image's pixels that its bucket loses, 0 to 1."""
+    bucket = bucket_of(size, config)
+    return 1 - bucket.area / resized(size, bucket).area
+
+
 @dataclass(frozen=True)
 class Share:
     """One line of the histogram: a bucket and the images in it."""

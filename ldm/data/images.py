@@ -1,7 +1,7 @@
 """Reading image files of any origin: the header without decoding, or the pixels, upright and in RGB.
 
-`file` is always a binary file that can seek. Only pixels and the EXIF orientation are read: texts, colour profiles and
-thumbnails are ignored, whatever their size or state.
+`file` is always a binary file that can seek. Only pixels, the EXIF orientation and the colour profile are read: texts
+and thumbnails are ignored, whatever their size or state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ldm.data.to_rgb import to_rgb
 from ldm.errors import DataError, one_line
-from ldm.images import READABLE
+from ldm.images import READABLE, colour_profile
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,6 +66,7 @@ class Header:
     orientation: int = 1  # EXIF's 1 to 8
     animated: bool = False  # the first frame is read
     transparent: bool = False  # has an alpha channel, or a transparent colour or palette entry
+    profile: str = ""  # name of the ICC profile from which its colours are converted to sRGB
 
 
 def read_header(file: BinaryIO, where: object = None) -> Header:
@@ -78,7 +79,7 @@ def read_header(file: BinaryIO, where: object = None) -> Header:
 def read_image(
     file: BinaryIO, where: object = None, at_least: int | None = None, background: tuple[int, int, int] = WHITE
 ) -> Image.Image:
-    """The first frame in RGB, upright, composited on `background`, 16 bits scaled to 8.
+    """The first frame in RGB (sRGB), upright, composited on `background`, 16 bits scaled to 8.
 
     With `at_least` a large image may be reduced by a whole factor, its shorter side never below twice `at_least`
     pixels. Raises ImageError, and nothing else, for files that cannot be read or would take too much memory.
@@ -87,7 +88,7 @@ def read_image(
 
     with _opened(file, where) as (image, header):
         factor = _scale(image, header, at_least)
-        if image.mode == "RGB" and factor == 1 and "transparency" not in image.info:
+        if image.mode == "RGB" and factor == 1 and "transparency" not in image.info and not header.profile:
             image.load()
             result = image
         else:
@@ -141,7 +142,10 @@ def _header(image: Image.Image, animated: bool) -> Header:
         with contextlib.suppress(Exception):
             animated = image.format != "TIFF" and bool(getattr(image, "is_animated", False))
     transparent = ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info
-    return Header(image.format, image.mode, width, height, orientation, animated, transparent)
+    profile = ""
+    with contextlib.suppress(Exception):  # a broken profile: the numbers are taken as they are
+        profile = colour_profile(image)
+    return Header(image.format, image.mode, width, height, orientation, animated, transparent, profile)
 
 
 def _kind_of(start: bytes) -> tuple[str, str]:
@@ -172,7 +176,7 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
     factor = max(1, min(image.size) // (2 * at_least)) if at_least else 1
     upright = 0 if header.orientation == 1 else 4
     each += upright if header.format == "TIFF" else 0  # turned before it is made smaller
-    copied = 0 if image.mode == "RGB" and factor == 1 else 4
+    copied = 0 if image.mode == "RGB" and factor == 1 and not header.profile else 4
     decoded = each - 4 if header.format in DECODING else each  # bytes a pixel that stay beside the copies
     needed = kept + image.width * image.height * max(each, decoded + (copied + upright) / factor**2)
     if width * height > MAX_PIXELS or needed > MAX_MEMORY:
@@ -186,12 +190,16 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
 # PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the image.
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-MAX_EXIF = 1 << 16  # bytes
+LIMITS = {b"eXIf": 1 << 16, b"iCCP": 1 << 20}  # bytes, of the profile also unpacked
 
 
 def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """The PNG with only the chunks of its pixels and a sound EXIF, and whether it is animated. Nothing is copied."""
-    pieces, exif, position, animated, size = [(0, 8)], [], 8, False, file.seek(0, io.SEEK_END)
+    """The PNG with only the chunks of its pixels, a sound EXIF and a sound profile, and whether it is animated.
+
+    Nothing is copied.
+    """
+    pieces, position, animated, size = [(0, 8)], 8, False, file.seek(0, io.SEEK_END)
+    other: dict[bytes, tuple[int, int]] = {}
     while position + 8 <= size:
         file.seek(position)
         head = file.read(8)
@@ -199,19 +207,29 @@ def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
         end = min(size, position + 12 + length)
         if kind in NEEDED:
             pieces.append((position, end))
-        elif kind == b"eXIf" and length <= MAX_EXIF and _crc_is_right(file.read(length + 4), kind):
-            exif = [(position, end)]
+        elif kind in LIMITS and length <= LIMITS[kind] and _is_sound(file.read(length + 4), kind):
+            other[kind] = (position, end)
         animated = animated or kind == b"acTL"
         position = end
         if kind == b"IEND":
             break
-    return io.BufferedReader(_Pieces(file, [*pieces[:2], *exif, *pieces[2:]])), animated
+    return io.BufferedReader(_Pieces(file, [*pieces[:2], *other.values(), *pieces[2:]])), animated
 
 
-def _crc_is_right(body: bytes, kind: bytes) -> bool:
+def _is_sound(body: bytes, kind: bytes) -> bool:
+    """Whether EXIF or a profile is whole, and no larger than its limit where it is packed."""
     import zlib
 
-    return len(body) >= 4 and zlib.crc32(kind + body[:-4]) == int.from_bytes(body[-4:], "big")
+    if len(body) < 4 or zlib.crc32(kind + body[:-4]) != int.from_bytes(body[-4:], "big"):
+        return False
+    if kind != b"iCCP":
+        return True
+    packed = zlib.decompressobj()
+    try:
+        packed.decompress(body[:-4].partition(b"\0")[2][1:], LIMITS[kind])
+    except zlib.error:
+        return False
+    return packed.eof
 
 
 class _Pieces(io.RawIOBase):

@@ -4,8 +4,8 @@
 one weight, at each step.
 """
 
-from ldm.prompts.emphasis import BREAK, EMPHASIS, Piece, parse
+from ldm.prompts.emphasis import BREAK, EMPHASIS, Piece, parse, plain_text
 from ldm.prompts.lora_tags import LoraTag, has_tags, take_loras
 from ldm.prompts.schedule import Prompt, Text
 
-__all__ = ["BREAK", "EMPHASIS", "LoraTag", "Piece", "Prompt", "Text", "has_tags", "parse", "take_loras"]
+__all__ = ["BREAK", "EMPHASIS", "LoraTag", "Piece", "Prompt", "Text", "has_tags", "parse", "plain_text", "take_loras"]

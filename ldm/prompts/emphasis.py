@@ -7,6 +7,7 @@ the end. BREAK, in capitals, starts a new chunk of tokens.
 from __future__ import annotations
 
 import re
+import unicodedata
 from itertools import groupby
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ MAX_WEIGHT = 100.0  # of either sign; beyond it is a slip of the hand, and the s
 MAX_DEPTH = 100  # brackets inside each other
 
 TOKEN = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
+ESCAPED = re.compile(r"\\([()\[\]\\]?)")
+LINE_ENDS = re.compile(r"\r\n|\r|\n")
 BREAKS = re.compile(r"\bBREAK\b")
 AND = re.compile(r"\bAND\b")
 
@@ -30,6 +33,15 @@ class Piece(NamedTuple):
 
 
 BREAK = Piece("BREAK", -1.0)  # known by identity
+
+
+def plain_text(text: str) -> str:
+    """The words that a text means, as a prompt has them: composed (NFC), on one line, without escaping backslashes.
+
+    For captions: brackets in them carry no weight, so they are kept, escaped or not.
+    """
+    lines = filter(None, map(str.strip, LINE_ENDS.split(text)))
+    return ESCAPED.sub(r"\1", unicodedata.normalize("NFC", " ".join(lines)))
 
 
 def parse(prompt: str, where: str = "prompt") -> list[Piece]:
@@ -46,6 +58,7 @@ def read(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
     if AND.search(prompt):
         hint = "write 'and', or draw the parts as images of their own"
         raise ConfigError("AND (several prompts composed into one image) is not supported", where=where, hint=hint)
+    prompt = unicodedata.normalize("NFC", prompt)
     parts: list[list] = []  # [text, weight]
     opened: dict[str, list[tuple[int, int]]] = {"(": [], "[": []}  # (index of the first piece inside, position)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
+from ldm.console import say
 from ldm.data.cache.prepared import is_prepared, list_shards, read_info
 from ldm.errors import ConfigError, DataError, nearest
 from ldm.training.parts import text_parts, unet_config, vae_part
@@ -41,7 +42,9 @@ def check_stage(settings: Settings) -> None:
         return _check_prepared(settings)
     if not settings.data.folder:
         find_font(settings.data.font)
-    open_samples(settings.data, settings.seed)
+    samples = open_samples(settings.data, settings.seed)
+    if settings.data.folder:
+        say("\n".join([*samples.folder.source.lines(), samples.line]))
 
 
 def _check_prepared(settings: Settings) -> None:

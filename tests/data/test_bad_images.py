@@ -203,7 +203,7 @@ def refusal(folder, **options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("suffix", [".text", ".TXT", ".caption.txt", ".png.txt", ".cap", ".yaml"])
+@pytest.mark.parametrize("suffix", [".text", ".TAGS", ".caption.txt", ".png.txt", ".cap", ".yaml"])
 def test_captions_with_another_suffix_are_named(tmp_path, suffix):  # fault D 38
     for i in range(3):
         good(tmp_path / f"{i}.png")

@@ -34,7 +34,7 @@ def caption(folder):
 
 
 def metadata_parquet(folder):
-    return folder / "metadata.parquet", table({"file_name": ["0.png", "1.png"], "text": ["a", "b"]})
+    return folder / "metadata.parquet", table({"file_name": ["0.png", "1.png", "2.png"], "text": ["a", "b", "c"]})
 
 
 def parquet(folder):

@@ -41,8 +41,13 @@ def test_reads_jsonl_upright_cropped_and_on_white(folder):
 
 
 def test_reads_csv_with_commas_and_bom(folder):
-    (folder / "metadata.csv").write_text('file_name,caption\r\nwide.png,"red, blue"\r\n', encoding="utf-8-sig")
-    assert CaptionedFolder(folder)[0][1] == "red, blue"
+    rows = ["file_name,caption", 'wide.png,"red, blue"', "clear.png,b", "sub/turned.jpg,c", ""]
+    (folder / "metadata.csv").write_text("\r\n".join(rows), encoding="utf-8-sig", newline="")
+    assert sorted(caption for _, caption in map(CaptionedFolder(folder).__getitem__, range(3))) == [
+        "b",
+        "c",
+        "red, blue",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +67,9 @@ def test_reads_csv_with_commas_and_bom(folder):
     ],
 )
 def test_names_file_and_line_of_a_bad_row(folder, line, said):
-    (folder / "link.png").symlink_to("/etc/passwd")
+    (folder / "sub" / "turned.jpg").unlink()
+    if "link" in str(line):
+        (folder / "link.png").symlink_to("/etc/passwd")
     write(folder, {"file_name": "wide.png", "text": "a"}, line)
     with pytest.raises(DataError) as error:
         CaptionedFolder(folder)
@@ -94,10 +101,12 @@ def test_names_text_that_is_not_utf8_and_images_that_are_none(folder):
     (folder / "metadata.jsonl").write_bytes(b'\n{"file_name": "wide.png", "text": "caf\xe9"}')
     with pytest.raises(DataError, match=r"metadata.jsonl:2: is not UTF-8"):
         CaptionedFolder(folder)
+    for path in (folder / "clear.png", folder / "sub" / "turned.jpg"):
+        path.unlink()
     (folder / "fake.png").write_text("<html>")
     whole = (folder / "wide.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    write(folder, *({"file_name": f, "text": "a"} for f in ("fake.png", "cut.png")))
+    write(folder, *({"file_name": f, "text": "a"} for f in ("fake.png", "cut.png", "wide.png")))
     for index, (name, said) in enumerate({"fake.png": "no image", "cut.png": "damaged or cut short"}.items()):
         with pytest.raises(DataError, match=rf"{name}: is {said}"):
             CaptionedFolder(folder)[index]

@@ -111,7 +111,7 @@ def test_what_was_not_said_again_is_as_it_was(case, tmp_path, one_thread):
         go(out, resume="latest", lora_rank=4)
     with pytest.raises(CheckpointError, match=r"settings changed \(data: \{'flip': 0.5\} → \{'flip': 0.0\}\)"):
         go(out, resume="latest", flip=0.0)
-    go(out, resume="latest", steps=4, flip=0.0, allow_changed="flip")
+    go(out, resume="latest", steps=4, flip=0.0, allow_changed=["flip", "steps"])
     assert state.checkpoints(out)[-1].name == "step-00000004"
 
 

@@ -233,7 +233,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_rest(tmp_path, capfd):
     assert status_of(in_child(child)) == 4
     said = capfd.readouterr().err.splitlines()[-1]
     assert "step-00000006: cannot be written (File too large)" in said and "bytes are needed" in said
-    assert "are free" in said and said.endswith("the last checkpoint is good (step-00000003)")
+    assert "are free" in said and said.endswith("the last checkpoint is good (step-00000003), go on with --resume")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert reading.newest(tmp_path / "run").name == "step-00000003"
 

@@ -15,6 +15,7 @@ from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
 from ldm.checkpoint.lora.target import networks
 from ldm.checkpoint.tensors import Source, write_tensors
 from ldm.checkpoint.types import Model
+from ldm.console import say
 from ldm.errors import ModelError
 from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Layers = Mapping[str, Mapping[str, "LowRank"]]  # part (unet, text_encoder, text_encoder_2) -> layer -> update
 CARD = "README.md"
+UNREAD = "add_embedding."  # layers that diffusers does not find in kohya's files
 UNET_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 TEXT_NAMES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight", "lora_magnitude_vector.weight")
 
@@ -214,6 +216,11 @@ def _card(name: str, files: Mapping[str, str], model: Model, layers: Layers, not
     settings = {"kind": kind.lower(), "layout": "both" if len(files) > 1 else next(iter(files))}
     head = {"tags": ["lora", "text-to-image", "stable-diffusion"], "ldm": settings}
     first = next(iter(files.values()))
+    unread = sum(name.startswith(UNREAD) for name in layers.get("unet", {}))
+    if "kohya" in files and unread:
+        lost = f"diffusers leaves out {unread} layers of `{files['kohya']}` ({UNREAD}…)"
+        note = f"{note}{chr(10) * 2 if note else ''}{lost}; A1111 and ComfyUI read them."
+        say(f"{lost.replace('`', '')}: use {FILE} there" if "peft" in files else lost.replace("`", ""))
     kohya = f", or put `{files['kohya']}` into the LoRA folder of A1111 or ComfyUI" if "kohya" in files else ""
     return f"""---
 {json.dumps(head)}

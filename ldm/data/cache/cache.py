@@ -27,7 +27,7 @@ from ldm.data.cache.shards import SHARD_BYTES, Shards
 from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, Interrupted, LdmError, NumericsError
 
-FORMAT = 1  # of the entries; raised when pixels or latents are computed in another way
+FORMAT = 2  # of the entries; raised when pixels or latents are computed in another way (2: colours are in sRGB)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # (1, 3, H, W) in [-1, 1] -> mean, std

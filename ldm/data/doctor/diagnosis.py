@@ -56,7 +56,7 @@ class Diagnosis:
         more = f", and {len(self.buckets) - 6} more" if len(self.buckets) > 6 else ""
         cropped_share = f"{100 * cropped:.1f} % of the pixels are cropped away"
         lines.append(f"buckets at {self.resolution}: {listed}{more}; {cropped_share}")
-        lines.append(f"an epoch has {self.epoch} samples")
+        lines += [] if self.estimate else [f"an epoch has {self.epoch} samples"]
         lines += [f"{'  ' if i else 'a training here: '}{line}" for i, line in enumerate(self.estimate)]
         for finding in sorted(self.findings, key=lambda f: f.hint is None):
             lines.append(f"{'mend' if finding.hint else 'note'}: {finding.what}")

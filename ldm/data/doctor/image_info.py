@@ -31,6 +31,7 @@ class ImageInfo:
     animated: bool
     transparent: bool
     blank: bool
+    profile: str = ""  # name of the ICC profile from which its colours are converted
 
 
 def read_image_info(sample: Sample) -> tuple[ImageInfo, bytes]:
@@ -53,6 +54,7 @@ def read_image_info(sample: Sample) -> tuple[ImageInfo, bytes]:
         header.animated,
         header.transparent,
         max(high - low for low, high in image.getextrema()) < BLANK,
+        header.profile,
     )
     return info, thumbnail.tobytes()
 

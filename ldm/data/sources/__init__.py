@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.config import require
 from ldm.data.sources.folder import open_folder
 from ldm.data.sources.library import is_hub_id, open_hub, open_saved
+from ldm.data.sources.mixed import SHARDS, choose_shards, images_in
+from ldm.data.sources.refusals import PACKED
 from ldm.data.sources.sampled import SampledSource
 from ldm.data.sources.source import Counts, Sample, Skip, Source, over_long
+from ldm.data.sources.splits import choose_split, split_of
 from ldm.data.sources.tables import open_parquet
 from ldm.data.sources.tars import open_tars
-from ldm.data.sources.walk import is_saved, split_of, walk
-from ldm.errors import DataError
+from ldm.data.sources.walk import Listing, is_saved, walk
+from ldm.errors import DataError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,49 +34,97 @@ __all__ = [
     "open_source",
     "over_long",
 ]
+CAPTIONS = ("auto", "names", "whole")
+LAYOUTS = ("auto", "files", "kohya", "metadata", "tars", "parquet", "datasets")
+Layout = Literal["auto", "files", "kohya", "metadata", "tars", "parquet", "datasets"]
 
 
 def open_source(
-    data: str | Path, captions: Literal["auto", "names"] = "auto", split: str = "train", stream: bool = False
+    data: str | Path,
+    captions: Literal["auto", "names", "whole"] = "auto",
+    split: str | None = None,
+    stream: bool = False,
+    layout: Layout = "auto",
+    exclude: Sequence[str] = (),
 ) -> Source:
     """The captioned images of a folder, a tar, a parquet file or a set on the hub (`owner/name[@revision]`).
 
-    Folders: metadata.csv, .jsonl or .parquet; .txt or .caption files beside the images (several lines: alternatives);
-    kohya's `10_name` (repeats); tars (webdataset); parquet files with images; folders saved by `datasets`. With
-    `captions="names"` the captions are made from the names of folders and files. Where the data has splits (folders or
-    shards called train, test, …) one of them is read. `stream` reads a hub set without downloading it. No image is
-    decoded here, and nothing is ever written; `source.require()` checks whether the set is good enough for training.
+    Folders: metadata.csv, .jsonl or .parquet; .txt, .caption or .json files beside the images (several lines of text
+    are alternatives); kohya's `10_name` (repeats); tars (webdataset); parquet files with images; folders saved by
+    `datasets`. `layout` chooses one where several are possible. With `captions="names"` the captions are made from the
+    names of folders and files, with "whole" each caption file is one caption. Where the data has splits (folders or
+    shards called train, test, …) one of them is read, "train" by default, or "all". Files that a pattern of `exclude`
+    matches are left out. `stream` reads a hub set without downloading it. No image is decoded here, and nothing is ever
+    written; `source.require()` checks whether the set is good enough for training.
 
     Raises DataError for missing files, damaged metadata, and paths that lead out of the folder; ConfigError.
     """
-    require(captions in ("auto", "names"), f"must be auto or names, got {captions!r}", "captions")
+    require(captions in CAPTIONS, f"must be auto, names or whole, got {captions!r}", "captions")
+    require(layout in LAYOUTS, f"unknown layout {layout!r}; {nearest(str(layout), LAYOUTS)}", "layout")
+    require(not isinstance(exclude, str), f"expected a list of patterns, got {exclude!r}", "exclude")
     path = Path(data)
     if not path.exists():
         if isinstance(data, str) and is_hub_id(data):
+            _check_layout(data, layout, ("datasets",), exclude)
             return open_hub(data, split, stream)
         raise DataError("no such folder or file", where=data)
     if path.is_file():
-        reader = {".tar": open_tars, ".parquet": open_parquet}.get(path.suffix.lower())
-        if reader is None:
-            raise DataError("is a file", where=data, hint="give a folder of images, a .tar or a .parquet")
-        return reader(path, path.parent.resolve(), [path.name])
-    if is_saved(path):
+        kind = {".tar": "tars", ".parquet": "parquet"}.get(path.suffix.lower())
+        if kind is None:
+            packed = path.suffix.lower() in PACKED
+            hint = "unpack it, and give the folder" if packed else "give a folder of images, a .tar or a .parquet"
+            raise DataError("is a file", where=data, hint=hint)
+        return _open_shards(path, path.parent.resolve(), [path.name], kind, layout, captions, exclude)
+    if is_saved(path) and layout in ("auto", "datasets"):
+        _check_layout(data, layout, ("datasets",), exclude)
         return open_saved(path, split)
-    listing = walk(path)
-    for suffix, reader in ((".tar", open_tars), (".parquet", open_parquet)):
-        if listing.shards[suffix] and not listing.images and not listing.metadata:
-            return reader(path, listing.root, _shards_of(path, listing.shards[suffix], split))
-    return open_folder(path, listing, captions, split)
+    listing = walk(path, exclude)
+    kind, note, doubt = choose_shards(path, listing, layout)
+    if kind == "images":
+        source: Source = open_folder(path, listing, captions, split, layout)
+    else:
+        names, choice_note, choice_doubt = _of_split(path, listing, kind, split)
+        source = _open_shards(path, listing.root, names, kind, layout, captions, ())
+        source.counts.notes += [choice_note] if choice_note else []
+        source.doubt = choice_doubt or source.doubt
+    source.counts.notes += [note] if note else []
+    source.doubt = doubt or source.doubt
+    return source
 
 
-def _shards_of(path: Path, names: list[str], split: str) -> list[str]:
-    splits = {name: split_of(name) for name in names}
-    known = sorted(set(filter(None, splits.values())))
-    if split in known:
-        return [name for name in names if splits[name] == split]
-    if known or split != "train":
-        raise DataError(f"has no split {split!r}", where=path, hint=f"there is {', '.join(known) or 'none'}")
-    return names
+def _check_layout(data: object, layout: str, possible: Sequence[str], exclude: Sequence[str] = ()) -> None:
+    """Raise DataError for a layout that this data does not have, and for patterns where nothing has a name."""
+    if layout not in ("auto", *possible):
+        raise DataError(f"has no layout {layout!r}", where=data, hint=f"leave it out: it is {possible[0]}")
+    if exclude:
+        raise DataError("has rows, no files to leave out", where=data, hint="use --exclude for folders and tars")
+
+
+def _open_shards(
+    path: Path, root: Path, names: list[str], kind: str, layout: str, captions: str, exclude: Sequence[str]
+) -> Source:
+    if kind == "tars":
+        _check_layout(path, layout, ("tars",))
+        source = open_tars(path, root, names, captions == "whole", exclude)
+        source.doubt = None if layout == "tars" else source.doubt
+        return source
+    _check_layout(path, layout, ("parquet",), exclude)
+    return open_parquet(path, root, names)
+
+
+def _of_split(path: Path, listing: Listing, kind: str, split: str | None) -> tuple[list[str], str, DataError | None]:
+    """The shards of the split that is read, a note and a doubt about that."""
+    names = listing.shards[SHARDS[kind]]
+    sizes: Counter[str | None] = Counter()
+    if any(map(split_of, names)):
+        for name, count in images_in(listing, kind).items():
+            sizes[split_of(name)] += count
+    choice = choose_split(sizes, split, path)
+    kept = [name for name in names if choice.split in (None, split_of(name))]
+    note = choice.note
+    if len(kept) < len(names):
+        note = f"{len(names) - len(kept)} of {len(names)} files belong to other splits"
+    return kept, note, choice.doubt
 
 
 class CaptionedFolder:
@@ -81,8 +134,9 @@ class CaptionedFolder:
     row or caption that cannot be used; images are read only when they are indexed.
     """
 
-    def __init__(self, path: str | Path, resolution: int = 128):
-        self.source, self.resolution = open_source(path), resolution
+    def __init__(self, path: str | Path, resolution: int = 128, **options: Any):
+        """`options` are those of `open_source`."""
+        self.source, self.resolution = open_source(path, **options), resolution
         self.source.require(max_bad=0)
         self.captions = [sample.captions[0] for sample in self.source]
 

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
-import stat
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import ImageError
+from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, Captions, parse_captions
+from ldm.data.sources.kohya import Kohya, choose_kohya, read_kohya
 from ldm.data.sources.metadata import by_metadata
 from ldm.data.sources.names import captions_from_names
-from ldm.data.sources.rows import HINT, METADATA, near_miss
-from ldm.data.sources.source import Counts, Sample, Source, captions_of
-from ldm.data.sources.walk import CAPTION_SUFFIXES, Listing, split_of, wrong_suffixes
+from ldm.data.sources.refusals import disguised, few, no_captions, unread_beside
+from ldm.data.sources.source import NO_ROW, OUTSIDE, Counts, Sample, Source
+from ldm.data.sources.splits import LEAST, choose_split, split_of
+from ldm.data.sources.walk import Listing, open_file
 from ldm.errors import DataError
-from ldm.images import SUFFIXES
+from ldm.prompts import plain_text
 
-MAX_CAPTIONS = 1 << 20  # bytes of a caption file
-REPEATS = re.compile(r"([1-9]\d{0,5})_(.*\S)")  # kohya: 10_name
+Rows = list[tuple[str, tuple[str, ...], int]]  # path below the root, captions, repeats
 
 
 class FolderSource(Source):
     """Files in a folder; `rows` are (path below the root, captions, repeats)."""
 
-    def __init__(self, path: Path, root: Path, layout: str, counts: Counts, rows: list[tuple[str, tuple, int]]):
+    def __init__(self, path: Path, root: Path, layout: str, counts: Counts, rows: Rows):
         super().__init__(path, layout, counts, len(rows))
         self.root, self.rows = root, rows
 
@@ -37,51 +36,86 @@ class FolderSource(Source):
         return Sample(name, captions, repeats, str(path), partial(open_file, path))
 
 
-def open_file(path: Path) -> BinaryIO:
-    """A regular file for reading; a pipe in its place does not block. Raises OSError, ImageError."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ImageError("is no file", where=path)
-    return os.fdopen(handle, "rb")
-
-
-def open_folder(path: Path, listing: Listing, captions: str, split: str) -> FolderSource:
+def open_folder(path: Path, listing: Listing, captions: str, split: str | None, layout: str) -> FolderSource:
     """The source of a folder of image files. Raises DataError for metadata that is damaged or leads out of it."""
+    listing.skipped += disguised(listing)
     counts = Counts(found=len(listing.images) + len(listing.skipped))
-    names = _of_split(listing, split, counts)
-    _add_notes(listing, counts)
+    names, doubt = _of_split(listing, split, counts)
+    if layout == "metadata" and not listing.metadata:
+        raise DataError("has no metadata.jsonl, .csv or .parquet", where=path, hint="use --layout files")
     if captions == "names":
         counts.skipped += listing.skipped
-        layout, rows = "captions from folder and file names", _by_name(names, listing, counts)
-    elif listing.metadata:
-        layout, rows = by_metadata(names, listing, counts)
+        named, rows = "captions from folder and file names", _by_name(names, listing, counts)
+    elif listing.metadata and layout in ("auto", "metadata"):
+        named, rows = by_metadata(names, listing, counts)
+        listing.others |= {name: ".json" for name in sorted(listing.captions) if name.lower().endswith(".json")}
+        doubt = doubt or _doubt_rows(path, names, listing, counts, layout)
     else:
         counts.skipped += listing.skipped
-        layout, rows = _by_files(names, listing, counts)
-    source = FolderSource(path, listing.root, layout, counts, rows)
+        found = read_kohya(names)
+        is_kohya, note, its_doubt = choose_kohya(found, layout, path)
+        counts.notes += [f"{few(listing.metadata)} is not read, as asked"] if listing.metadata else []
+        counts.notes += [note] if note else []
+        doubt = doubt or its_doubt
+        if is_kohya:
+            names = _of_kohya(names, found, counts, layout)
+        named, rows = _by_files(names, listing, counts, found.classes if is_kohya else {}, captions == "whole")
+    _add_notes(listing, counts)
+    source = FolderSource(path, listing.root, named, counts, rows)
+    source.doubt = doubt
+    if counts.missing and not listing.metadata and captions != "names":
+        counts.beside = unread_beside(listing, list(counts.uncaptioned))
     if not counts.captions:
-        source.no_captions = _no_captions(path, listing, captions, counts)
+        source.no_captions = no_captions(path, listing, captions, counts)
     return source
 
 
-def _of_split(listing: Listing, split: str, counts: Counts) -> list[str]:
-    """The images of one split; all images where the folder has no splits."""
-    splits = [split_of(name) for name in listing.images]
-    known = sorted(set(filter(None, splits)))
-    if split not in known:
-        if known or split != "train":
-            raise DataError(
-                f"has no split {split!r}", where=listing.root, hint=f"there is {', '.join(known) or 'none'}"
-            )
-        return listing.images
+def _of_split(listing: Listing, split: str | None, counts: Counts) -> tuple[list[str], DataError | None]:
+    """The images of one split, or all, and a doubt about that."""
+    sizes = Counter(split_of(name) for name in listing.images)
+    choice = choose_split(sizes, split, listing.root)
+    counts.notes += [choice.note] if choice.note else []
+    if choice.split is None:
+        return listing.images, choice.doubt
     names = []
-    for name, its_split in zip(listing.images, splits, strict=True):
-        if its_split == split:
+    for name in listing.images:
+        its_split = split_of(name)
+        if its_split == choice.split:
             names.append(name)
+        elif its_split:
+            counts.leave(name, f"in the split {its_split}", chosen=True)
         else:
-            counts.leave(name, f"in the split {its_split}" if its_split else "in no split")
-    return names
+            counts.leave(name, "in no split", chosen=split is not None)
+    return names, choice.doubt
+
+
+def _doubt_rows(path: Path, names: list[str], listing: Listing, counts: Counts, layout: str) -> DataError | None:
+    """The doubt about metadata that names few of the images."""
+    without = counts.aside[NO_ROW]
+    if layout == "metadata":
+        counts.chosen.add(NO_ROW)
+    if layout == "metadata" or not counts.used or without <= (1 - LEAST) * (len(names) + len(listing.skipped)):
+        return None
+    beside = _Beside(listing)
+    captioned = sum(bool(beside.of(name)) for name in names)
+    used = len(names) - without
+    what = f"{listing.metadata[0]} has rows for {used} of {len(names)} images"
+    if counts.skipped:
+        what += f", and {len(counts.skipped)} rows cannot be used: {counts.skipped[0]}"
+    ways = (
+        f"--layout metadata uses these {used}, --layout files all {len(names)}, {captioned} of them with a caption file"
+    )
+    return DataError(what, where=path, hint=ways)
+
+
+def _of_kohya(names: list[str], found: Kohya, counts: Counts, layout: str) -> list[str]:
+    """The images in kohya's folders that are not switched off."""
+    for name, (repeats, title) in found.classes.items():
+        if not repeats:
+            counts.leave(name, f"switched off by the name of its folder, 0_{title}", chosen=True)
+    for name in [*found.outside, *found.regularization]:
+        counts.leave(name, OUTSIDE, chosen=layout == "kohya")
+    return [name for name in names if found.classes.get(name, (0, ""))[0]]
 
 
 def _add_notes(listing: Listing, counts: Counts) -> None:
@@ -89,9 +123,11 @@ def _add_notes(listing: Listing, counts: Counts) -> None:
         counts.notes.append(f"{listing.links} images are links to others in the folder")
     if listing.unfollowed:
         what = f"{len(listing.unfollowed)} links to folders or out of the folder are not followed"
-        counts.notes.append(f"{what}: {_few(listing.unfollowed)}")
+        counts.notes.append(f"{what}: {few(listing.unfollowed)}")
     if listing.hidden:
         counts.notes.append(f"{listing.hidden} hidden files and folders are ignored")
+    if patterns := [f"{pattern!r} {count}" for pattern, count in listing.excluded.items()]:
+        counts.notes.append(f"files and folders that are left out as asked, by pattern: {', '.join(patterns)}")
     kinds = Counter(suffix or "no suffix" for suffix in listing.others.values())
     kinds.update({suffix: len(names) for suffix, names in listing.shards.items() if names})
     if kinds:
@@ -101,12 +137,7 @@ def _add_notes(listing: Listing, counts: Counts) -> None:
         counts.notes.append(f"{kinds.total()} other files are ignored: {listed}")
 
 
-def _few(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _by_name(names: list[str], listing: Listing, counts: Counts) -> list[tuple[str, tuple, int]]:
+def _by_name(names: list[str], listing: Listing, counts: Counts) -> Rows:
     if listing.metadata or listing.captions:
         files = len(listing.metadata) + len(listing.captions)
         counts.notes.append(f"{files} files with captions are ignored: captions come from names, as requested")
@@ -119,100 +150,113 @@ def _by_name(names: list[str], listing: Listing, counts: Counts) -> list[tuple[s
 # Captions in files beside the images.
 
 
-def _by_files(names: list[str], listing: Listing, counts: Counts) -> tuple[str, list[tuple[str, tuple, int]]]:
-    classes = _kohya_classes(names)
-    rows, used, both, kinds, from_classes = [], set(), [], Counter(), 0
+class _Beside:
+    """Caption files by the names of their images, in any Unicode form, and in any case where one alone is meant."""
+
+    def __init__(self, listing: Listing):
+        self.files: dict[str, dict[str, str]] = {}  # stem in NFC -> suffix -> file
+        for name in sorted(listing.captions, key=lambda name: (not name.endswith(CAPTION_SUFFIXES), name)):
+            path = PurePosixPath(name)
+            self.files.setdefault(_stem(name), {}).setdefault(path.suffix.lower(), name)
+        self.stems = set(map(_stem, listing.images))
+        folded = Counter(stem.casefold() for stem in self.files)
+        self.folded = {stem.casefold(): stem for stem in self.files if folded[stem.casefold()] == 1}
+
+    def of(self, image: str) -> dict[str, str]:
+        """suffix -> caption file of an image."""
+        stem = _stem(image)
+        if stem not in self.files:
+            other = self.folded.get(stem.casefold(), "")
+            return self.files[other] if other and other not in self.stems else {}
+        return self.files[stem]
+
+
+def _stem(name: str) -> str:
+    return unicodedata.normalize("NFC", name.removesuffix(PurePosixPath(name).suffix))
+
+
+def _by_files(
+    names: list[str], listing: Listing, counts: Counts, classes: dict[str, tuple[int, str]], whole: bool
+) -> tuple[str, Rows]:
+    beside, rows, used, kinds, notes = _Beside(listing), [], set(), Counter(), _Notes()
     for name in progress(names, desc="captions", unit="file"):
-        stem = name.removesuffix(PurePosixPath(name).suffix)
-        beside = [stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in listing.captions]
-        used.update(beside)
+        files = beside.of(name)
+        used.update(files.values())
         repeats, title = classes.get(name, (1, ""))
-        texts: tuple[str, ...] = ()
-        if beside:
-            texts, fault, detail = _read_captions(listing.root / beside[0])
-            if fault:
-                counts.skip(listing.root / beside[0], fault, detail)
-                continue
-            kinds[PurePosixPath(beside[0]).suffix] += 1
-            both += [name] if len(beside) > 1 else []
+        file = next((files[suffix] for suffix in CAPTION_SUFFIXES if suffix in files), "")
+        read = _read_captions(listing.root / file, whole) if file else Captions(found=False)
+        if read.fault:
+            counts.skip(listing.root / file, read.fault, read.detail)
+            continue
+        texts = read.texts
+        if read.found:
+            kinds[PurePosixPath(file).suffix.lower()] += 1
+            notes.add(name, file, files, read)
         elif title:
-            texts, from_classes = (title,), from_classes + 1
-        counts.use(name, texts, has_caption=bool(beside))
+            texts = (plain_text(title),)
+            notes.from_classes += 1
+        else:
+            notes.silent += [f"{file}: {read.detail}"] if file else []
+        counts.use(name, texts, has_caption=read.found)
         rows.append((name, texts, repeats))
-    if both:
-        counts.notes.append(f"{len(both)} images have a .txt and a .caption: the .txt is read ({_few(both)})")
-    if orphans := listing.captions - used:
-        counts.notes.append(f"{len(orphans)} caption files belong to no image: {_few(orphans)}")
-    if from_classes:
-        counts.notes.append(f"{from_classes} captions are the names of kohya's folders")
+    counts.notes += notes.lines()
+    for name in listing.images:  # those that are set aside have captions too
+        used.update(beside.of(name).values())
+    unused = listing.captions - used
+    if orphans := {name for name in unused if not name.lower().endswith(".json")}:
+        counts.notes.append(f"{len(orphans)} caption files belong to no image: {few(orphans)}")
+    listing.others |= dict.fromkeys(sorted(unused - orphans), ".json")
     read = " and ".join(f"{kind} files" for kind, _ in kinds.most_common())
     layout = f"images with captions in {read}" if read else "images without captions"
     if classes:
-        repeats = ", ".join(map(str, sorted({times for times, _ in classes.values()})))
+        repeats = ", ".join(map(str, sorted({times for times, _ in classes.values() if times})))
         layout = f"kohya's folders, repeats {repeats}, captions in {read or 'their names'}"
     return layout, rows
 
 
-def _kohya_classes(names: list[str]) -> dict[str, tuple[int, str]]:
-    """Image -> (repeats, name) where every image lies in a folder `10_name`; otherwise {}.
+class _Notes:
+    """What is worth a line about the caption files of a folder."""
 
-    The folders stand at the top, or in the folder of a split.
-    """
-    classes = {}
-    for name in names:
-        parts = PurePosixPath(name).parts[:-1]
-        parts = parts[1:] if parts and split_of(name) else parts
-        match = REPEATS.fullmatch(parts[0]) if parts else None
-        if match is None:
-            return {}
-        classes[name] = int(match[1]), match[2].strip()
-    return classes
+    def __init__(self):
+        self.both: list[str] = []
+        self.several: list[str] = []
+        self.paragraphs, self.alternatives, self.from_classes = 0, 0, 0
+        self.other_case: list[str] = []
+        self.silent: list[str] = []
+
+    def add(self, image: str, file: str, files: dict[str, str], read: Captions) -> None:
+        self.both += [image] if {".txt", ".caption"} <= files.keys() else []
+        self.other_case += [file] if _stem(file) != _stem(image) else []
+        if len(read.texts) > 1:
+            self.several.append(file)
+            self.alternatives += len(read.texts)
+            self.paragraphs += read.paragraphs
+
+    def lines(self) -> list[str]:
+        found = []
+        if self.both:
+            found.append(f"{len(self.both)} images have a .txt and a .caption: the .txt is read ({few(self.both)})")
+        if self.several:
+            what = (
+                f"{len(self.several)} caption files have several lines: each of their {self.alternatives} lines is an"
+            )
+            parted = f"; in {self.paragraphs} files they are paragraphs" if self.paragraphs else ""
+            found.append(f"{what} alternative caption{parted} (--captions whole joins them): {few(self.several)}")
+        if self.other_case:
+            what = "caption files are found although capital letters differ"
+            found.append(f"{len(self.other_case)} {what}: {few(self.other_case)}")
+        if self.silent:
+            found.append(f"{len(self.silent)} .json files have no caption: {self.silent[0]}")
+        if self.from_classes:
+            found.append(f"{self.from_classes} captions are the names of kohya's folders")
+        return found
 
 
-def _read_captions(path: Path) -> tuple[tuple[str, ...], str, str]:
-    """(captions, fault, detail) of a caption file: one on each line that is not blank."""
+def _read_captions(path: Path, whole: bool) -> Captions:
     try:
         with open_file(path) as file:
             data = file.read(MAX_CAPTIONS + 1)
     except (OSError, ImageError) as error:
-        return (), "caption cannot be read", getattr(error, "strerror", None) or str(error)
-    if len(data) > MAX_CAPTIONS:
-        return (), "caption is longer than a megabyte", ""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return (), "caption is not UTF-8", "UTF-16"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return (), "caption is not UTF-8", f"byte {error.start}"
-    texts, fault = captions_of(re.split(r"\r\n|\r|\n", text))
-    return texts, fault, f"byte {data.index(0)}" if b"\0" in data else ""
-
-
-# Captions in metadata.
-
-
-def _no_captions(path: Path, listing: Listing, captions: str, counts: Counts) -> DataError | None:
-    """The error for a folder without any caption: it names what was found instead."""
-    if captions == "names":
-        return DataError(
-            "no name of a file or folder holds words", where=path, hint="write captions in cat.txt beside cat.png"
-        )
-    if listing.metadata:
-        if counts.skipped:  # their reasons say more
-            return None
-        return DataError("holds no captions", where=listing.root / listing.metadata[0], hint=HINT)
-    if not listing.images:
-        suffixes = ", ".join(sorted({suffix or "no suffix" for suffix in listing.others.values()})[:8]) or "nothing"
-        return DataError(f"holds no images ({suffixes})", where=path, hint=f"they end in {' '.join(SUFFIXES)}")
-    hint = near_miss([PurePosixPath(name).name for name in listing.others])
-    if hint:
-        return DataError(f"has no captions{hint}", where=path, hint=f"captions are read from {', '.join(METADATA)}")
-    if wrong := wrong_suffixes(listing):
-        suffix, count = wrong.most_common(1)[0]
-        what = f"has no captions: {count} images have a file *{suffix} beside them, which is not read"
-        return DataError(what, where=path, hint="rename these files to *.txt")
-    if listing.captions:
-        what = f"has no captions: none of {len(listing.captions)} caption files ({_few(listing.captions)}) has the name"
-        return DataError(f"{what} of an image", where=path, hint="name the caption of cat.png cat.txt")
-    what = f"has no captions: {len(listing.images)} images, no metadata and no .txt or .caption beside them"
-    return DataError(what, where=path, hint="write cat.txt beside cat.png, or take the names with --captions names")
+        detail = getattr(error, "strerror", None) or str(error)
+        return Captions(fault="caption cannot be read", detail=detail)
+    return parse_captions(data, path.suffix.lower(), whole)

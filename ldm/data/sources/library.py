@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
-from ldm.data.sources.folder import open_file
-from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of, rivals
 from ldm.data.sources.tables import HINT, IMAGE_COLUMNS, image_bytes
+from ldm.data.sources.walk import open_file
 from ldm.errors import DataError, one_line
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -131,7 +131,7 @@ def _bytes(value: Any, where: str) -> tuple[bytes, str]:
     return image_bytes(value)
 
 
-def open_saved(path: Path, split: str) -> LibrarySource:
+def open_saved(path: Path, split: str | None) -> LibrarySource:
     """The source of a folder that save_to_disk wrote. Raises DataError where the library cannot read it."""
     import datasets
 
@@ -143,7 +143,7 @@ def open_saved(path: Path, split: str) -> LibrarySource:
     return _of(path, "datasets folder", dataset, split)
 
 
-def open_hub(name: str, split: str, stream: bool) -> Source:
+def open_hub(name: str, split: str | None, stream: bool) -> Source:
     """The source of a repository: downloaded into the library's cache, or read as a stream.
 
     Only data is read: no code of a repository is ever run. Raises DataError where it cannot be read.
@@ -199,14 +199,16 @@ class _no_bars:
             datasets.enable_progress_bars()
 
 
-def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> Source:
+def _of(path: object, kind: str, dataset, split: str | None, stream: bool = False) -> Source:
     import datasets
 
     if isinstance(dataset, dict):
-        if split not in dataset and not (split == "train" and len(dataset) == 1):
-            raise DataError(f"has no split {split!r}", where=path, hint=f"there is {', '.join(dataset)}")
-        split = split if split in dataset else next(iter(dataset))
-        dataset, kind = dataset[split], f"{kind}, split {split}"
+        wanted = split or "train"
+        if wanted not in dataset and not (wanted == "train" and len(dataset) == 1):
+            raise DataError(f"has no split {wanted!r}", where=path, hint=f"there is {', '.join(dataset)}")
+        wanted = wanted if wanted in dataset else next(iter(dataset))
+        others = f" of {', '.join(dataset)}" if len(dataset) > 1 else ""
+        dataset, kind = dataset[wanted], f"{kind}, split {wanted}{others}"
     features = dataset.features or {}
     images = _image_column(features)
     listed = ", ".join(map(repr, features)) or "not known"
@@ -224,6 +226,7 @@ def _of(path: object, kind: str, dataset, split: str, stream: bool = False) -> S
         source = StreamSource(path, f"{layout}, read as a stream", dataset, columns)
     else:
         source = LibrarySource(path, layout, *_counted(path, dataset, caption, columns))
+        source.counts.notes += rivals(list(features))
     source.no_captions = nothing
     if stream and not any(sample.captions for sample in islice(source, FIRST)):
         raise nothing

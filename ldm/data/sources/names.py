@@ -13,7 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from ldm.data.sources.walk import SPLITS
+from ldm.data.sources.splits import SPLITS
+from ldm.prompts import plain_text
 
 FOLDERS = 2  # folders above an image that are used: the nearest with meaningful names
 # Names that say nothing about the image.
@@ -27,6 +28,7 @@ SINGLE = 9  # the same, for an author whose name is one word
 
 def captions_from_names(names: Sequence[str]) -> list[tuple[str, ...]]:
     """One caption for each path with "/" between its parts; `()` where the path holds no meaningful words."""
+    names = [plain_text(name) for name in names]
     words = [_words(PurePosixPath(name).stem) for name in names]
     folders = [str(PurePosixPath(name).parent) for name in names]
     authors = _authors(words, folders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from ldm.errors import DataError, first_line, nearest
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 HINT = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
 MAX_LINE = 1 << 20  # bytes
+MAX_LIST = 1 << 28  # bytes of a JSON list
+SEPARATORS = (",", ";", "\t")  # of a .csv, by its first line
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -49,6 +52,9 @@ def decoded_lines(path: Path) -> Iterator[str]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if (rows := _listed_rows(path)) is not None:
+        yield from ((f"{path}, object {number}", row) for number, row in enumerate(rows, 1))
+        return
     for number, line in enumerate(decoded_lines(path), 1):
         where = f"{path}:{number}"
         if not line.strip():
@@ -62,14 +68,32 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
+def _listed_rows(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON list of objects, as some tools write it; None for any other."""
+    with path.open("rb") as file:
+        if not file.read(100).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") or path.stat().st_size > MAX_LIST:
+            return None
+        file.seek(0)
+        try:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return None
+    return rows if rows and all(isinstance(row, dict) for row in rows) else None
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(decoded_lines(path), strict=True)
+    lines = decoded_lines(path)
+    header = next(lines, "")
+    separator = max(SEPARATORS, key=header.count)  # "," where there is none
+    if header.lower().startswith("sep="):  # Excel's own line
+        separator, header = header[4:5], next(lines, "")
+    reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=separator)
     try:
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
                 columns = f"expected {len(reader.fieldnames)} columns"
-                raise DataError(columns, where=where, hint="quote texts with commas")
+                raise DataError(columns, where=where, hint=f"quote texts with {separator!r} in them")
             yield where, row
     except csv.Error as error:
         raise DataError(f"is not CSV ({error})", where=f"{path}:{reader.line_num}") from None

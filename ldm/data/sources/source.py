@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from ldm.console import progress
 from ldm.data.images import WHITE, Header, ImageError, read_header, read_image
 from ldm.errors import DataError
+from ldm.prompts import plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,23 @@ CAPTION_COLUMNS = (
 MAX_BAD = 0.05  # share of the images that may be unusable
 SHOWN = 3  # images whose captions are printed
 LISTED = 10  # places named in one line
+ELSEWHERE = "is a link out of the folder"
+NO_ROW = "without a row in the metadata"
+NO_NAME, NO_IMAGE = "has no file_name", "no such image"
+OUTSIDE = "outside of kohya's folders"
+BESIDE = "beside another image of its key"
+DISGUISED = "is an image with a suffix of something else"
+EXCLUDE = "leave them out by --exclude PATTERN"
+HINTS = {  # what mends each kind of loss
+    NO_NAME: "name the column of files file_name, or take other captions by --layout files",
+    ELSEWHERE: "copy the folder with what its links lead to (cp -rL FOLDER COPY), and give the copy",
+    NO_ROW: f"write their rows, {EXCLUDE}, or take other captions by --layout files",
+    OUTSIDE: f"{EXCLUDE}, or read all images once by --layout files",
+    BESIDE: f"give each image a key of its own, or {EXCLUDE}",
+    "is of a kind that is not read": f"convert or fetch them, or {EXCLUDE}",
+    "caption is not UTF-8": "save them as UTF-8, as iconv -f LATIN1 -t UTF-8 does",
+    DISGUISED: f"rename them, such as cat.png, or {EXCLUDE}",
+}
 
 
 @dataclass(frozen=True)
@@ -79,18 +97,22 @@ class Counts:
     used: int = 0
     skipped: list[Skip] = field(default_factory=list)  # faults of the data, which count against max_bad
     aside: Counter[str] = field(default_factory=Counter)  # reason -> images that are left out but have no fault
+    chosen: set[str] = field(default_factory=set)  # reasons of `aside` that were asked for: these alone are harmless
     aside_places: dict[str, list[str]] = field(default_factory=dict)  # the first ten of each reason
     captions: int = 0  # each alternative counts
     missing: int = 0  # used images with no caption
     empty: int = 0  # used images whose caption exists and is empty
     uncaptioned: dict[str, bool] = field(default_factory=dict)  # id -> whether its caption exists and is empty
+    beside: str = ""  # what lies beside images without a caption, and is not read
     notes: list[str] = field(default_factory=list)  # one-line remarks on what was ignored or read differently
 
     def skip(self, where: object, reason: str, detail: str = "") -> None:
         self.skipped.append(Skip(str(where), reason, detail))
 
-    def leave(self, where: object, reason: str) -> None:
+    def leave(self, where: object, reason: str, chosen: bool = False) -> None:
         self.aside[reason] += 1
+        if chosen:
+            self.chosen.add(reason)
         places = self.aside_places.setdefault(reason, [])
         if len(places) < LISTED:
             places.append(str(where))
@@ -107,6 +129,16 @@ class Counts:
     def reasons(self) -> Counter[str]:
         return Counter(skip.reason for skip in self.skipped) + self.aside
 
+    def lost(self) -> Counter[str]:
+        """reason -> images that count against `max_bad`: whatever is not used, unless that was asked for."""
+        unasked = Counter({reason: n for reason, n in self.aside.items() if reason not in self.chosen})
+        return Counter(skip.reason for skip in self.skipped) + unasked
+
+    def first_of(self, reason: str) -> str:
+        """The first place with this reason, and its detail."""
+        places = (str(skip) for skip in self.skipped if skip.reason == reason)
+        return next(places, "") or f"{self.aside_places[reason][0]}: {reason}"
+
 
 class Source(Sequence[Sample]):
     """The samples of one dataset, always in the same order: `source[i]`, `len(source)`, or by iteration.
@@ -120,6 +152,7 @@ class Source(Sequence[Sample]):
     def __init__(self, path: object, layout: str, counts: Counts, total: int):
         self.path, self.layout, self.counts = str(path), layout, counts
         self.no_captions: DataError | None = None  # raised where there is no caption at all
+        self.doubt: DataError | None = None  # raised where the data can be read in ways that use other images
         self._positions: Sequence[int] = range(total)
 
     def _sample(self, position: int) -> Sample:
@@ -171,14 +204,19 @@ class Source(Sequence[Sample]):
         `max_bad`: the share of the images that may be unusable if it is below 1, else their number. Images without a
         caption are refused unless `allow_empty_captions`; a set without any caption is always refused.
         """
-        counts, bad = self.counts, len(self.counts.skipped)
+        counts, lost = self.counts, self.counts.lost()
         if not counts.captions and self.no_captions:
             raise self.no_captions
-        if bad > (max_bad * counts.found if max_bad < 1 else max_bad):
-            kinds = "; ".join(f"{reason} {n}" for reason, n in Counter(s.reason for s in counts.skipped).most_common())
+        if self.doubt:
+            raise self.doubt
+        if lost.total() > (max_bad * counts.found if max_bad < 1 else max_bad):
+            kinds = "; ".join(f"{reason} {n}" for reason, n in lost.most_common())
             allowed = f"{max_bad:.3g}" if max_bad >= 1 or max_bad == 0 else f"{100 * max_bad:.3g} %"
-            what = f"{bad} of {counts.found} cannot be used, {allowed} are allowed: {kinds}; the first: "
-            raise DataError(what + str(counts.skipped[0]), where=self.path, hint="mend them or raise max_bad")
+            most = lost.most_common(1)[0][0]
+            what = f"{lost.total()} of {counts.found} cannot be used, {allowed} are allowed: {kinds}; the first: "
+            raise DataError(
+                what + counts.first_of(most), where=self.path, hint=HINTS.get(most, "mend them or raise max_bad")
+            )
         if not counts.used:
             raise DataError("holds no images that can be used", where=self.path)
         lacking = counts.missing + counts.empty
@@ -186,7 +224,7 @@ class Source(Sequence[Sample]):
             listed = ", ".join(islice(counts.uncaptioned, LISTED)) + (", …" if lacking > LISTED else "")
             raise DataError(
                 f"{lacking} of {counts.used} images have no caption ({counts.missing} missing, {counts.empty} empty):"
-                f" {listed}",
+                f" {listed}{counts.beside}",
                 where=self.path,
                 hint="write them, or allow empty captions",
             )
@@ -235,13 +273,24 @@ def fault_of(text: str) -> str:
 
 
 def captions_of(value: object) -> tuple[tuple[str, ...], str]:
-    """(captions, fault) of one field: a text, or several of them; `()` for None, empty and blank."""
+    """(captions, fault) of one field: a text, or several of them; `()` for None, empty and blank.
+
+    They are plain texts: see `ldm.prompts.plain_text`.
+    """
     texts = [value] if isinstance(value, str) or value is None else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) or text is None for text in texts):
         return (), "caption is not text"
-    kept = tuple(stripped for text in texts if (stripped := (text or "").strip("\ufeff \t\r\n")))
+    kept = tuple(stripped for text in texts if (stripped := plain_text((text or "").strip("\ufeff \t\r\n"))))
     fault = next(filter(None, map(fault_of, kept)), "")
     return (() if fault else kept), fault
+
+
+def rivals(columns: Sequence[str]) -> list[str]:
+    """A line about the other columns that could be the captions; [] where there is none."""
+    found = [name for name in columns if name and name.lower() in CAPTION_COLUMNS]
+    read = caption_column(found)
+    others = ", ".join(repr(name) for name in found if name != read)
+    return [f"captions are read from {read!r}, not from {others}"] if others else []
 
 
 def caption_column(columns: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
-from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of
+from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of, rivals
 from ldm.errors import DataError, first_line
 
 BATCH = 16_000_000  # bytes of images that are read at once
@@ -138,6 +138,15 @@ def _image_column(schema) -> str | None:
     return next((name for usual in IMAGE_COLUMNS for name in plain if name.lower() == usual), None)
 
 
+def count_images(path: Path) -> int:
+    """The rows of a parquet file with a column of images; 0 for any other file."""
+    try:
+        file = _File(path, path.name, 0)
+    except DataError:
+        return 0
+    return file.rows if file.image_column else 0
+
+
 def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
     """The source of these files below `root`. Raises DataError for damaged files and files without images."""
     files, counts, rows, start = [], Counts(), array("q"), 0
@@ -162,6 +171,7 @@ def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
     caption_columns = " and ".join(map(repr, columns)) or "no column"
     number = "one file" if len(files) == 1 else f"{len(files)} files"
     layout = f"parquet: {number}, images in {files[0].image_column!r}, captions in {caption_columns}"
+    counts.notes += rivals(files[0].columns)
     source = ParquetSource(path, root, layout, counts, files, rows)
     listed = ", ".join(map(repr, files[0].columns))
     what = f"holds no captions: the columns are {listed}"

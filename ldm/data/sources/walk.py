@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ldm.console import progress
+from ldm.data.images import ImageError
+from ldm.data.sources.captions import CAPTION_SUFFIXES
 from ldm.data.sources.rows import METADATA
-from ldm.data.sources.source import Skip
+from ldm.data.sources.source import ELSEWHERE, Skip
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image; the first that exists is read
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".ppm", ".exr", ".cr2", ".nef", ".dng")
-SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test"}
-SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SYSTEM = ("lost+found",)  # folders of the file system, which may be unreadable
+MOST = 100_000  # files that are looked at behind a link to a folder
 
 
 @dataclass
@@ -36,19 +40,52 @@ class Listing:
     links: int = 0  # images that are links to other images in the folder
     hidden: int = 0
     unfollowed: list[str] = field(default_factory=list)  # links to folders, and links that lead out of the folder
+    excluded: Counter[str] = field(default_factory=Counter)  # pattern -> files and folders that it leaves out
+    homes: tuple[str, ...] = ()  # where links may lead
 
 
-def walk(folder: Path) -> Listing:
-    """All files below a folder. Only links to files inside it are followed.
+def walk(folder: Path, exclude: Sequence[str] = ()) -> Listing:
+    """All files below a folder, without those that a pattern of `exclude` matches, or a folder above them.
 
-    Raises DataError where it is no folder or cannot be listed.
+    Only links to files inside the folder are followed, and those of a hub's snapshot into its own blobs. Raises
+    DataError where it is no folder or cannot be listed, and for a pattern that matches nothing.
     """
     if not folder.is_dir():
         raise DataError("is not a folder" if folder.exists() else "no such folder or file", where=folder)
-    listing = Listing(Path(os.path.realpath(folder)))
+    root = Path(os.path.realpath(folder))
+    listing = Listing(root, excluded=Counter(dict.fromkeys(exclude, 0)), homes=(f"{root}{os.sep}", *_blobs(root)))
     for entry, name in progress(_entries(listing), desc="files", unit="file"):
         _sort(listing, entry, name)
+    check_excluded(listing.excluded, folder)
     return listing
+
+
+def check_excluded(excluded: Counter[str], where: object) -> None:
+    """Raise DataError for a pattern that matched nothing: it may be mistyped."""
+    for pattern, count in excluded.items():
+        if not count:
+            hint = "give paths below the folder, such as 'sample/*' or '*.gif'"
+            raise DataError(f"--exclude {pattern!r} matches no file", where=where, hint=hint)
+
+
+def is_excluded(name: str, excluded: Counter[str]) -> bool:
+    """Whether a pattern matches a path (a folder's with "/" at its end); counts what each pattern leaves out."""
+    plain = unicodedata.normalize("NFC", name)
+    for pattern in excluded:
+        wanted = unicodedata.normalize("NFC", pattern).removeprefix("./")
+        if fnmatchcase(plain, wanted) or fnmatchcase(plain.rstrip("/"), wanted.rstrip("/")):
+            excluded[pattern] += 1
+            return True
+    return False
+
+
+def _blobs(root: Path) -> tuple[str, ...]:
+    """The folder of contents that the links of a hub's snapshot lead into, if `root` is one or lies in one."""
+    for folder in (root, *root.parents):
+        repository = folder.parents[1] if len(folder.parents) > 1 else folder
+        if folder.parent.name == "snapshots" and "--" in repository.name and (repository / "blobs").is_dir():
+            return (f"{os.path.realpath(repository / 'blobs')}{os.sep}",)
+    return ()
 
 
 def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
@@ -60,13 +97,21 @@ def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
             with os.scandir(listing.root / below) as entries:
                 listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            raise DataError(f"cannot be listed ({error.strerror})", where=listing.root / below) from None
+            if PurePosixPath(below).name in SYSTEM:
+                listing.hidden += 1
+                continue
+            hint = f"make it readable, or leave it out by --exclude '{below}'" if below else None
+            what = f"cannot be listed ({error.strerror})"
+            raise DataError(what, where=listing.root / below, hint=hint) from None
         folders = []
         for entry in listed:
             name = f"{below}/{entry.name}" if below else entry.name
+            is_folder = entry.is_dir(follow_symlinks=False)
             if entry.name.startswith((".", "__MACOSX")):
                 listing.hidden += 1
-            elif entry.is_dir(follow_symlinks=False):
+            elif listing.excluded and is_excluded(f"{name}/" if is_folder else name, listing.excluded):
+                continue
+            elif is_folder:
                 folders.append(name)
                 if _suffix(name) in SUFFIXES:
                     yield entry, name
@@ -83,16 +128,17 @@ def _sort(listing: Listing, entry: os.DirEntry, name: str) -> None:
             listing.skipped.append(Skip(where.encode("utf-8", "replace").decode(), *fault))
         elif entry.is_symlink():
             listing.unfollowed.append(name)
+            listing.skipped += _behind(listing, entry, name)
         else:
             listing.others[name] = suffix
     elif image:
         listing.images.append(name)
-        listing.links += entry.is_symlink()
+        listing.links += entry.is_symlink() and os.path.realpath(entry.path).startswith(listing.homes[0])
     elif suffix in FOREIGN:
         listing.skipped.append(Skip(where, "is of a kind that is not read", suffix))
     elif entry.name in METADATA:
         listing.metadata.append(name)
-    elif PurePosixPath(name).suffix in CAPTION_SUFFIXES:
+    elif suffix in CAPTION_SUFFIXES:
         listing.captions.add(name)
     elif suffix in listing.shards:
         listing.shards[suffix].append(name)
@@ -114,8 +160,8 @@ def _fault(listing: Listing, entry: os.DirEntry, name: str) -> tuple[str, str] |
             return "is a link that leads nowhere", ""
         if stat.S_ISDIR(mode):
             return "is a link to a folder", ""
-        if not target.startswith(str(listing.root) + os.sep):
-            return "is a link out of the folder", ""
+        if not target.startswith(listing.homes):
+            return ELSEWHERE, f"into {os.path.dirname(target)}"
     else:
         mode = entry.stat(follow_symlinks=False).st_mode
     if stat.S_ISREG(mode):
@@ -123,35 +169,27 @@ def _fault(listing: Listing, entry: os.DirEntry, name: str) -> tuple[str, str] |
     return "is no file", "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
 
 
+def _behind(listing: Listing, entry: os.DirEntry, name: str) -> list[Skip]:
+    """One for each image in a folder outside, to which a link leads: they are not followed."""
+    target = os.path.realpath(entry.path)
+    if not os.path.isdir(target) or f"{target}{os.sep}".startswith(listing.homes):
+        return []
+    files = (os.path.join(below, file) for below, _, names in os.walk(target) for file in names)
+    found = (os.path.relpath(file, target) for file in islice(files, MOST) if _suffix(file) in SUFFIXES)
+    return [Skip(f"{listing.root / name}/{file}", ELSEWHERE, f"into {target}") for file in found]
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file for reading; a pipe in its place does not block. Raises OSError, ImageError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ImageError("is no file", where=path)
+    return os.fdopen(handle, "rb")
+
+
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
-
-
-def split_of(name: str) -> str | None:
-    """train, validation or test, by the first folder of a path or the beginning of a shard's name; None for neither."""
-    parts = PurePosixPath(name).parts
-    if len(parts) > 1 and parts[0].lower() in SPLITS:
-        return SPLITS[parts[0].lower()]
-    if _suffix(name) in (".tar", ".parquet"):
-        return SPLITS.get(re.split(r"[-_.]", parts[-1].lower())[0])
-    return None
-
-
-def wrong_suffixes(listing: Listing) -> Counter[str]:
-    """suffix -> number of images with a file beside them that was probably meant as their caption."""
-    beside: dict[tuple[str, str], list[str]] = {}
-    for name in [*listing.others, *listing.captions]:
-        path = PurePosixPath(name)
-        stem = path.name.split(".")[0]
-        beside.setdefault((str(path.parent), stem), []).append(path.name)
-    counted: Counter[str] = Counter()
-    for name in listing.images:
-        path = PurePosixPath(name)
-        for name_beside in beside.get((str(path.parent), path.name.split(".")[0]), ()):
-            end = name_beside.removeprefix(path.stem) if name_beside.startswith(path.stem) else ""
-            if end.startswith(".") and end not in CAPTION_SUFFIXES:
-                counted[end] += 1
-    return counted
 
 
 def is_saved(folder: Path) -> bool:

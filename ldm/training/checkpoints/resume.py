@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from ldm.training.checkpoints.reading import (
     verify,
 )
 from ldm.training.checkpoints.state import TrainState, checkpoints, corrupt, environment
-from ldm.training.settings import Settings, changed
+from ldm.training.loop.schedules import learning_rate
+from ldm.training.settings import Settings, changed, with_new_names
+
+RATE = ("steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr")
+LEAP = 0.02  # of the learning rate, by which it may change without being asked for
 
 
 def find(settings: Settings, out: Path, resume: str, allow_changed: Sequence[str], look: bool) -> Path | None:
@@ -41,12 +46,32 @@ def find(settings: Settings, out: Path, resume: str, allow_changed: Sequence[str
     if differing:
         told = "; ".join(f"{k}: {old} → {new}" for k, (old, new) in differing.items())
         raise CheckpointError(f"settings changed ({told})", where=folder, hint="allow each by --allow-changed NAME")
+    _check_rate(about, settings, folder, allow_changed)
     return folder
 
 
 def is_foreign(folder: Path, out: Path) -> bool:
     """Whether `folder` is no checkpoint of the run in `out`."""
     return folder.parent.resolve() != (out / "checkpoints").resolve()
+
+
+def _check_rate(about: Mapping[str, Any], settings: Settings, folder: Path, allow_changed: Sequence[str]) -> None:
+    """Raise CheckpointError where other settings would make the learning rate leap, and were not allowed to."""
+    before = {name: value for name, value in with_new_names(about["settings"]).items() if name in RATE}
+    new = {name: getattr(settings, name) for name in before}
+    names = [name for name, value in before.items() if value != new[name]]
+    if not names:
+        return
+    old, step = dataclasses.replace(settings, **before), about["step"]
+    was, becomes = learning_rate(old, min(step, old.steps)), learning_rate(settings, step)
+    told = ", ".join(f"{name} {before[name]} → {new[name]}" for name in names)
+    unasked = [name for name in names if name not in allow_changed]
+    if unasked and step < settings.steps and abs(becomes - was) > LEAP * was:
+        what = f"with {told} the learning rate would go from {was:.3g} to {becomes:.3g} at step {step}"
+        allow = " ".join(f"--allow-changed {name}" for name in unasked)
+        hint = f"{allow}, or keep the rate: lr_schedule=constant warmup=0 learning_rate={was:.6g}"
+        raise CheckpointError(what, where=folder, hint=hint)
+    say(f"changed: {told}; the learning rate goes from {was:.3g} to {becomes:.3g}")
 
 
 def restore(

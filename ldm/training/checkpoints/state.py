@@ -137,14 +137,13 @@ def _write(
 
 @contextmanager
 def _room_told(folder: Path, size: int) -> Iterator[None]:
-    """Add to a disk error how much space is needed and free, and which checkpoint is good."""
+    """Add to a disk error how much space is needed and free."""
     try:
         yield
     except ResourceError as error:
         free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else folder.parents[1]).free
         what = f"{error.what}: {size} bytes are needed, {free} are free on the disk"
-        hint = "; ".join(filter(None, (error.hint, last_good(folder.parents[1]))))
-        raise ResourceError(what, where=folder, hint=hint) from None
+        raise ResourceError(what, where=folder, hint=error.hint) from None
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -165,6 +164,11 @@ def last_good(run: Path) -> str:
     """A phrase about the last good checkpoint."""
     found = checkpoints(run)
     return f"the last checkpoint is good ({found[-1].name})" if found else "there is no checkpoint yet"
+
+
+def way_back(run: Path) -> str:
+    """What to do after a disk error, beside freeing some space."""
+    return f"{last_good(run)}, {'go on with --resume' if checkpoints(run) else 'so begin again'}"
 
 
 def saving_seconds(run: Path, size: int) -> float:

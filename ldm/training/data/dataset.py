@@ -41,6 +41,7 @@ class Batch:
     ids: list[str]  # of the samples, for messages
     part: RowShard  # which rows of the whole batch these are, where several processes share it
     prior: Batch | None = None  # of images of what the model is to keep, trained in the same step
+    weight: float = 1.0  # of its mean loss in that of the step's batches, where these differ in size
 
 
 class LatentDataset:

@@ -7,13 +7,14 @@ import io
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.config import require
 from ldm.console import warn
-from ldm.data.buckets import Size, bucket_of, histogram
+from ldm.data.buckets import Size, bucket_of, cropped, histogram
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.sources import Sample, Source, open_source
 from ldm.data.transforms import draw
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FEWEST, MOST = 8, 64  # of so many different images at least one is held out; and at most so many are held out
 LISTED = 6  # buckets in a line
+MUCH = 0.3  # share of an image's pixels; whoever loses more is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,12 @@ class Item:
     bucket: Size
     captions: tuple[str, ...]
     repeats: int  # times an epoch
+    profile: str = ""  # name of the ICC profile from which its colours are converted to sRGB
+
+    @property
+    def pixels(self) -> str:
+        """What its pixels are made from."""
+        return f"{self.digest} in sRGB" if self.profile else self.digest
 
 
 class ImageSet:
@@ -58,7 +66,7 @@ class ImageSet:
     @property
     def hash(self) -> str:
         """sha256 of everything that training sees of them: bytes, captions, repeats, and which are held out."""
-        rows = [(i.digest, i.captions, i.repeats, i.digest in self.held_out) for i in self.items]
+        rows = [(i.pixels, i.captions, i.repeats, i.digest in self.held_out) for i in self.items]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
@@ -70,11 +78,21 @@ class ImageSet:
         listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.images}" for s in shares[:LISTED])
         more = f", and {len(shares) - LISTED} more" if len(shares) > LISTED else ""
         lost = sum(share.lost * share.images for share in shares) / len(self.items)
+        profiles = Counter(item.profile for item in self.items if item.profile)
+        names = ", ".join(f"{name} {count}" for name, count in profiles.most_common(3))
+        converted = [f"{profiles.total()} images are converted to sRGB from {names}"] if profiles else []
         return [
             *self.source.lines(self.cut),
-            f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away",
+            *converted,
+            f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away{self._most_cropped()}",
             f"{len(self.items) - held} images to train on, {held} held out; an epoch has {len(trained)} samples",
         ]
+
+    def _most_cropped(self) -> str:
+        """Words about the images that lose much of themselves, "" where none does."""
+        shares = sorted(((cropped(item.size, self.data.buckets), item.id) for item in self.items), reverse=True)
+        much = [f"{id} {100 * share:.0f} %" for share, id in shares if share > MUCH]
+        return f"; of {len(much)} images more than {100 * MUCH:.0f} %: {', '.join(much[:3])}" if much else ""
 
     def read(self, place: int) -> tuple[Image.Image, str]:
         """The image at a place, large enough for its bucket, and the sha256 of its file. Raises ImageError.
@@ -94,7 +112,7 @@ class ImageSet:
         if id not in self.lost:
             warn(f"{error}; left out")
         self.lost[id] = error
-        if len(counts.skipped) + len(self.lost) > (allowed * counts.found if allowed < 1 else allowed):
+        if counts.lost().total() + len(self.lost) > (allowed * counts.found if allowed < 1 else allowed):
             self.leave_out(self.lost)  # raises, and names them
 
     def leave_out(self, bad: Mapping[str, LdmError]) -> None:
@@ -121,11 +139,11 @@ def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> 
     `cut` gives the end of a caption that the text encoder does not see. Raises DataError, ConfigError.
     """
     require(bool(data.folder), "is needed: a folder of captioned images", "data.folder")
-    source = open_source(data.folder, data.captions, data.split)
+    source = open_source(data.folder, **data.reading)
     source.require(data.max_bad, data.allow_empty_captions)  # as far as it can be checked without opening an image
     config = data.buckets
 
-    def look(sample: Sample) -> tuple[Size, str]:
+    def look(sample: Sample) -> tuple[Size, str, str]:
         with sample.open() as file:
             header = read_header(file, sample.where)
             file.seek(0)
@@ -133,11 +151,11 @@ def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> 
             if data.cache == OFF:
                 file.seek(0)
                 _decoded(file.read(MAX_FILE + 1), sample, size, bucket_of(size, config))
-        return size, digest
+        return size, digest, header.profile
 
     items = [
-        Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats)
-        for sample, (size, digest) in source.validate(look, desc="images" if data.cache == OFF else "headers")
+        Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats, profile)
+        for sample, (size, digest, profile) in source.validate(look, desc="images" if data.cache == OFF else "headers")
     ]
     images = ImageSet(source, items, data, cut)
     images.require()
@@ -148,7 +166,13 @@ def read_training_images(data: FinetuneData, prior: FinetuneData | None) -> Imag
     """The images to train on, with those of a prior as their `prior`. Raises DataError, ConfigError."""
     images = read_images(data)
     if prior is not None:
-        images.prior = read_images(prior)
+        try:
+            images.prior = read_images(prior)
+        except DataError as error:
+            if error.hint is None or "--" not in error.hint:
+                raise
+            hint = "these options are for the data alone: give the images of the prior in a folder of their own"
+            raise DataError(f"the prior: {error.what}", where=error.where, hint=hint) from None
     if not images.trained:
         raise DataError("no image is left to train on", where=data.folder)
     return images

@@ -101,7 +101,7 @@ def cache(
     )
     part, place = Shard.read(shard), Path(out)
     files.require_place(place)
-    source = open_source(settings.folder, settings.captions, settings.split)
+    source = open_source(settings.folder, **settings.reading)
     source.require(settings.max_bad, settings.allow_empty_captions)
     vae_part = find_vae(vae, vae_subfolder)
     texts = None if text is None else find_text(text, text_subfolder, text_2, text_2_subfolder)

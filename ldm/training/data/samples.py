@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import re
 import signal
 import time
 import weakref
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ldm.config import build, require
+from ldm.data.sources import CaptionedFolder
 from ldm.device import is_out_of_memory
 from ldm.errors import DataError, first_line
 from ldm.training.checkpoints.state import last_good
 from ldm.training.loop.seeded import generator
 from ldm.training.settings import DataSettings
+
+OPTION = re.compile(r"--(layout|split|exclude) ")
 
 
 class Samples(Protocol):
@@ -53,13 +57,19 @@ class FolderSamples:
     """The user's captioned imagefolder, shuffled anew each epoch by (seed, epoch); its last images are held out."""
 
     def __init__(self, data: DataSettings, seed: int, held_out: bool = False):
-        from ldm.data.sources import CaptionedFolder
-
-        self.folder, self.seed = CaptionedFolder(data.folder, resolution=data.resolution), seed
+        self.folder, self.seed = _opened(data), seed
         count = len(self.folder)
         test = max(1, count // 10) if count > 1 else 0
         self.indices = range(count - test, count) if held_out and test else range(count - test if test else count)
         self.held_out, self._order = held_out, (-1, None)
+        self.kept = test
+
+    @property
+    def line(self) -> str:
+        """How many images are trained on, and which are not."""
+        source, count = self.folder.source, len(self.folder)
+        ids = f": the last in order, from {source[count - self.kept].id} on" if self.kept else ""
+        return f"{count - self.kept} images to train on, {self.kept} held out{ids}"
 
     def _position(self, index: int) -> int:
         epoch, place = divmod(index, len(self.indices))
@@ -75,6 +85,16 @@ class FolderSamples:
 
     def captions(self, start: int, count: int) -> list[str]:
         return [self.folder.captions[self._position(i)] for i in range(start, start + count)]
+
+
+def _opened(data: DataSettings) -> CaptionedFolder:
+    reading = {"split": data.split, "layout": data.layout, "exclude": data.exclude}
+    try:
+        return CaptionedFolder(data.folder, data.resolution, **reading)
+    except DataError as error:
+        if error.hint:  # an option of the other commands is a setting here
+            error = DataError(error.what, where=error.where, hint=OPTION.sub(r"data.\1=", error.hint))
+        raise error from None
 
 
 def open_samples(data: DataSettings, seed: int, held_out: bool = False) -> Samples:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ldm.config import build
 from ldm.console import say
 from ldm.errors import CheckpointError, ConfigError
 from ldm.settings_files import load
-from ldm.training.finetuning.options import flatten, nest, parse_overrides, resolve_aliases, setting_name
-from ldm.training.settings import FinetuneData, FinetuneSettings
+from ldm.training.finetuning.options import flatten, parse_overrides, resolve_aliases, setting_name
+from ldm.training.settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from ldm.training.data import ImageSet
@@ -143,29 +141,15 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     from ldm.training.data import read_training_images
     from ldm.training.finetuning import presets
     from ldm.training.finetuning.checks import check_export, check_run_folder
+    from ldm.training.finetuning.plan import make_plan
 
-    before = {} if asked.resume is None else _settings_before(asked.out, asked.resume)
-    given, facts = asked.settings, None
-    settings = {**before, **given}
-    if not settings.get("data.folder"):
-        raise ConfigError("is needed: a folder of captioned images", where="data")
-    if not before:
-        facts = presets.read_facts(given)
-        if facts.init is not None:
-            from ldm.training.finetuning.continued import check_given
-
-            check_given(given, facts.init)
-        settings = presets.for_model(given, facts)
-    data = build(FinetuneData, nest(settings)["data"], "data")
+    plan = make_plan(asked.settings, {} if asked.resume is None else _settings_before(asked.out, asked.resume))
+    data, settings = plan.data, plan.settings
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
     prior = presets.text_of(settings, "prior")
     images = read_training_images(data, data.for_prior(prior) if prior else None)
-    buckets = list(Counter(images.items[place].bucket for place in images.trained).values())
-    if facts is None:
-        settings = presets.in_steps(settings, given, buckets)
-    else:
-        settings = presets.for_images(settings, given, facts, buckets)
-    built = build(FinetuneSettings, {**nest(settings), "data": data})
+    settings = plan.complete(images)
+    built = plan.build(settings)
     check_export(built, images)
     say(f"the command with all settings:\n  {presets.command(settings, asked.out)}")
     return built, images

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ldm import config
+from ldm.config import require
 from ldm.console import say
 from ldm.device import is_out_of_memory
 from ldm.errors import ResourceError
 from ldm.training.checkpoints.reading import read_about
 from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
-from ldm.training.finetuning.options import flatten, nest
-from ldm.training.finetuning.presets import apply_presets, read_facts
+from ldm.training.finetuning.options import flatten
 from ldm.training.forecast import forecast_lines
 from ldm.training.loop.estimate import Estimate, estimate
 from ldm.training.settings import FinetuneSettings, Settings, UNetSettings, as_dict
@@ -71,21 +70,20 @@ def print_dry_run(settings: Settings, out: Path, images: ImageSet | None, checkp
     say("\n".join(lines))
 
 
-def forecast(samples: int, model: str = "default", resolution: int | None = None) -> tuple[str, ...]:
-    """What `ldm finetune` does with `samples` images and its presets, and the time, memory and disk of that.
-
-    `resolution` is in pixels, None is the model's. Raises ConfigError, ModelError, ResourceError.
-    """
-    given = {"model": model, "data.folder": "."}
-    facts = read_facts(given)
-    if resolution is not None:
-        fits = resolution <= MAX_SCALE * facts.side
-        config.require(fits, f"a step at {resolution} px is not tried: {model} draws at {facts.side}", "resolution")
-        given["data.resolution"] = resolution
-    settings = config.build(FinetuneSettings, nest(apply_presets(given, facts, [samples])))
-    with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
-        measured = measure(settings, Path(out))
+def outlook(settings: FinetuneSettings) -> str:
+    """What `ldm finetune` does with these settings."""
     s = settings
     each = f"{s.batch_size} images" if s.accumulation == 1 else f"{s.accumulation} times {s.batch_size} images"
     steps = f"{s.steps} steps of {each} at {s.data.resolution} px, as `ldm finetune` chooses them"
-    return (f"a LoRA of rank {s.lora_rank} on the model {model}: {steps}", *measured.lines)
+    return f"a LoRA of rank {s.lora_rank} on the model {s.model}: {steps}"
+
+
+def forecast(settings: FinetuneSettings, side: int) -> tuple[str, ...]:
+    """The time, memory and disk that it takes, by two steps that are tried; `side` are the model's pixels.
+
+    Raises ConfigError, ModelError, ResourceError.
+    """
+    size, model = settings.data.resolution, settings.model
+    require(size <= MAX_SCALE * side, f"a step at {size} px is not tried: {model} draws at {side}", "resolution")
+    with tempfile.TemporaryDirectory(prefix="ldm-forecast-") as out:
+        return measure(settings, Path(out)).lines

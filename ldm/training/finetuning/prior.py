@@ -17,6 +17,7 @@ from ldm.data.emoji import SceneConfig, Scenes
 from ldm.device import pick_dtype
 from ldm.nn.lora import clone_shared_weights
 from ldm.pipeline import Pipeline
+from ldm.prompts import parse
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
@@ -45,10 +46,15 @@ def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
                 images = Pipeline(batch, model=model).generate(seed=seeds, height=size, width=size)
             for i, (prompt, image) in enumerate(zip(batch, images), start):
                 image.save(tmp / f"{i:05d}.png")
-                (tmp / f"{i:05d}.txt").write_text(prompt + "\n", encoding="utf-8")
+                (tmp / f"{i:05d}.txt").write_text(_words(prompt) + "\n", encoding="utf-8")
             bar.update(len(batch))
     files.atomic_write(path, json.dumps(origin, indent=1) + "\n")
     return folder
+
+
+def _words(prompt: str) -> str:
+    """The caption of what a prompt draws: without its weights."""
+    return " ".join("".join(piece.text for piece in parse(prompt)).split())
 
 
 def _origin(settings: FinetuneSettings, model: Model, prompts: list[str]) -> dict[str, Any]:

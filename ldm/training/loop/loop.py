@@ -68,6 +68,9 @@ def fit(
             with run.stop:
                 run.train()
             return run.export()
+        except ResourceError as error:
+            hint = "; ".join(filter(None, (error.hint, states.way_back(out))))
+            raise ResourceError(error.what, where=error.where, hint=hint) from None
         except BaseException as error:
             with suppress(LdmError):
                 run.tell(f"stopped: {str(error) or type(error).__name__}")

@@ -1,7 +1,7 @@
 """The settings of training runs: frozen dataclasses, one for each stage, read from YAML and KEY=VALUE."""
 
 from ldm.training.settings.base import DataSettings, Settings, as_dict, flat
-from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name
+from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name, lora_name
 from ldm.training.settings.finetune_data import OFF, FinetuneData
 from ldm.training.settings.read import (
     FREE,
@@ -31,6 +31,7 @@ __all__ = [
     "changed",
     "check_file_name",
     "flat",
+    "lora_name",
     "packaged_configs",
     "read_settings",
     "with_new_names",

@@ -20,6 +20,9 @@ class DataSettings:
 
     folder: str | None = None  # captioned imagefolder; None: emoji scenes
     resolution: int = 128  # pixels, square
+    split: str | None = None  # of the folder; None: train, where nearly all is in splits; all: everything
+    layout: Literal["auto", "files", "kohya", "metadata", "tars", "parquet", "datasets"] = "auto"
+    exclude: tuple[str, ...] = ()  # patterns of the folder's files that are left out
     font: str | None = None  # NotoColorEmoji.ttf; None: where the package fonts-noto-color-emoji puts it
     scenes: dict[str, Any] = field(default_factory=dict)  # fields of ldm.data.emoji.SceneConfig
 

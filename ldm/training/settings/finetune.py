@@ -13,13 +13,20 @@ from ldm.training.settings.finetune_data import FinetuneData
 KINDS = ("lora", "dora", "full")
 MAX_SAMPLES = 64
 DIFFUSERS_NAME = "pytorch_lora_weights"  # of the LoRA's file for diffusers
-MAX_NAME = 255 - len(".safetensors")  # bytes
+SUFFIX = ".safetensors"
+MAX_NAME = 255 - len(SUFFIX)  # bytes
 FULL_ONLY = "a LoRA cannot change what the model was trained for: use train=full"
 TEACHER_ONLY = "model is for LoRA and DoRA, beside which the original weights are still there: use images"
 
 
+def lora_name(name: str) -> str:
+    """The name of kohya's file without its suffix, which some give with it."""
+    return name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) and len(name) > len(SUFFIX) else name
+
+
 def check_file_name(name: str, where: str) -> None:
     """Raise ConfigError where `name` cannot be that of kohya's file, which lies beside diffusers'."""
+    name = lora_name(name)
     require(name.lower() != DIFFUSERS_NAME, f"{name} is the name of diffusers' file: choose another", where)
     short = len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME
     require(short, f"{name[:40]}… is too long for the name of a file: take at most {MAX_NAME} bytes", where)
@@ -103,5 +110,5 @@ class FinetuneSettings(Settings):
         if self.prior:
             return self.data.for_prior(self.prior)
         if self.prior_images:
-            return replace(self.data.for_prior(str(out / "prior")), captions="auto", split="train")
+            return replace(self.data.for_prior(str(out / "prior")), captions="auto")
         return None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ldm.config import require
 from ldm.data.buckets import BucketConfig
+from ldm.data.sources import Layout
 from ldm.data.transforms import TransformConfig
 
 OFF = "off"  # as the cache's folder: nothing is cached
@@ -18,8 +19,12 @@ class FinetuneData:
     """Which images are trained on, and how each image and caption is used. Raises ConfigError."""
 
     folder: str = ""  # a folder of any layout, a .tar, a .parquet, a set on the hub
-    captions: Literal["auto", "names"] = "auto"  # names: made from the names of folders and files
-    split: str = "train"
+    captions: Literal["auto", "names", "whole"] = (
+        "auto"  # names: made from the names of folders and files; whole: files
+    )
+    split: str | None = None  # None: train, where nearly all is in splits; all: everything
+    layout: Layout = "auto"  # of a folder that can be read in several ways
+    exclude: tuple[str, ...] = ()  # patterns of files that are left out
     resolution: int = 128  # pixels; an image is resized to a bucket of at most resolution² of them
     bucket_step: int | None = None  # pixels; None: 8 up to a resolution of 256, else 64
     min_side: int | None = None  # pixels of a bucket; None: half the resolution
@@ -57,7 +62,13 @@ class FinetuneData:
 
     def for_prior(self, folder: str) -> FinetuneData:
         """The settings for the prior's images in `folder`: all are trained on, at least a tenth without captions."""
-        return replace(self, folder=folder, held_out=0.0, caption_dropout=max(self.caption_dropout, 0.1))
+        own = {"folder": folder, "layout": "auto", "exclude": (), "split": None}
+        return replace(self, **own, held_out=0.0, caption_dropout=max(self.caption_dropout, 0.1))
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `ldm.data.sources.open_source`."""
+        return {name: getattr(self, name) for name in ("captions", "split", "layout", "exclude")}
 
     @property
     def buckets(self) -> BucketConfig:

@@ -62,7 +62,7 @@ def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
     after, before = as_dict(new), {**_defaults(type(new)), **with_new_names(old)}
     found = {k: (before.get(k), v) for k, v in after.items() if k not in FREE and before.get(k) != v}
     found = {k: pair for k, pair in found.items() if k not in PATHS or not _same_place(*pair)}
-    if isinstance(new, FinetuneSettings) and "data" in found:
+    if "data" in found and all(isinstance(data, dict) for data in found["data"]):
         one, other = ({k: v for k, v in data.items() if k not in FREE_DATA} for data in found.pop("data"))
         differing = [k for k, v in other.items() if one.get(k, v) != v]
         differing = [k for k in differing if k != "folder" or not _same_place(one[k], other[k])]

@@ -27,4 +27,6 @@ def with_new_value(name: str, value: Any) -> Any:
         return with_new_names(value)
     if name == "scenes" and isinstance(value, Mapping):
         return {scenes.RENAMED.get(option, option): setting for option, setting in value.items()}
+    if name == "exclude" and isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
     return RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value

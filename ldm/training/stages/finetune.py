@@ -23,6 +23,7 @@ from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.request import card_scale, resolve
+from ldm.prompts import plain_text
 from ldm.training.data import Batch, ImageSet, LatentDataset, read_images
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
@@ -32,8 +33,8 @@ from ldm.training.finetuning.prior import draw_prior
 from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop import seeded
 from ldm.training.loop.loop import ask_for_space
-from ldm.training.reports.card import finetune_card
-from ldm.training.settings import FinetuneSettings
+from ldm.training.reports.card import finetune_card, name_of
+from ldm.training.settings import FinetuneSettings, lora_name
 from ldm.training.stages.common import (
     SMALL,
     conditioned,
@@ -120,13 +121,21 @@ class Finetune:
             self.validation.append((batch, noise, u))
         captions = [caption for batch in batches for caption in batch.captions]
         captions += [(*item.captions, "")[0] for item in self.data.images.items[: 4 * s.samples]]
-        self.prompts = list(s.validation_prompts) or list(dict.fromkeys(filter(None, captions)))[: s.samples]
+        self.prompts = (
+            list(map(plain_text, s.validation_prompts)) or list(dict.fromkeys(filter(None, captions)))[: s.samples]
+        )
 
     def batches(self, first_step: int) -> Iterator[Batch]:
+        """Those of a step are made together, for each image has the same weight in it, whatever batch it is in."""
         accumulation = self.settings.accumulation
-        for number in range(first_step * accumulation, self.settings.steps * accumulation):
-            batch = self.data.batch(number)
-            yield batch if self.prior is None else dataclasses.replace(batch, prior=self.prior.batch(number))
+        for first in range(first_step * accumulation, self.settings.steps * accumulation, accumulation):
+            numbers = range(first, first + accumulation)
+            batches = weighed([self.data.batch(number) for number in numbers])
+            if self.prior is None:
+                yield from batches
+            else:
+                priors = weighed([self.prior.batch(number) for number in numbers])
+                yield from (dataclasses.replace(batch, prior=prior) for batch, prior in zip(batches, priors))
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         loss = self._loss(batch, "", step, micro)
@@ -147,7 +156,8 @@ class Finetune:
         timesteps = timesteps_at(self.model.schedule, u).to(self.device)
         predict = self._predict(self.module, batch)
         teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
-        return part.mean(training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma, teacher))
+        losses = training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma, teacher)
+        return batch.weight * part.mean(losses)
 
     def _teacher(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction of the model without its updates."""
@@ -218,7 +228,7 @@ class Finetune:
     @property
     def _name(self) -> str:
         """The name of the file for A1111 and ComfyUI."""
-        return self.settings.name or self.out.resolve().name
+        return lora_name(self.settings.name or self.out.resolve().name)
 
     def _words(self) -> frozenset[str]:
         """The words of the captions, where the text encoder knows which words it was trained on."""
@@ -237,10 +247,18 @@ class Finetune:
         return save_model(model, folder, dtype=dtype, max_shard_mb=15 if small else 5000, readme=card)
 
 
+def weighed(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches of a step with their weights: their mean is the mean of all samples, not of the batches."""
+    sizes = [batch.part.size for batch in batches]
+    if len(set(sizes)) == 1:
+        return list(batches)
+    return [dataclasses.replace(b, weight=size * len(sizes) / sum(sizes)) for b, size in zip(batches, sizes)]
+
+
 def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:
     """A paragraph for a LoRA's card: what it was trained on, how long, and its scores."""
     s = settings
     last = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     counts = lines[1] if len(lines) > 1 else ""  # the first line names the layout
     steps = f"{s.steps} steps of {s.batch_size * s.accumulation} images, learning rate {s.learning_rate:g}"
-    return f"Trained on `{s.data.folder}` ({counts}): {steps}.{f' Scores: {last}.' if last else ''}"
+    return f"Trained on `{name_of(s.data.folder)}` ({counts}): {steps}.{f' Scores: {last}.' if last else ''}"

@@ -54,8 +54,10 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
     },
     "the images": {
         "resolution": ("PIXELS", "(the model's)"),
-        "captions": ("HOW", "auto, or names: of folders and files (auto)"),
-        "split": ("NAME", "(train)"),
+        "captions": ("HOW", "auto, names: of folders and files, or whole: a file is one caption (auto)"),
+        "split": ("NAME", "of data that has splits, or all (train)"),
+        "layout": ("NAME", "of a folder that can be read in several ways: files, kohya, metadata, tars, parquet"),
+        "exclude": ("PATTERN,…", "files and folders that are left out: 'sample/*', '*.gif'"),
         "square": (None, "no buckets: every image is cropped to a square"),
         "min_side": ("PIXELS", "of a bucket"),
         "max_side": ("PIXELS", "of a bucket"),
@@ -98,5 +100,5 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
 }
 SWITCHES = frozenset(name for group in OPTIONS.values() for name, (value, _) in group.items() if value is None)
 TEXTS = ("model", "vae", "init", "prior", "captions", "split", "cache", "validation_prompts", "prompts_file", "name")
-TEXTS += ("data", "prior_prompt")  # values that are never read as numbers
+TEXTS += ("data", "prior_prompt", "layout", "exclude")  # values that are never read as numbers
 PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder")

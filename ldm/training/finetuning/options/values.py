@@ -53,6 +53,12 @@ def _parts(value: Any, name: str) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _patterns(value: Any, name: str) -> Any:
+    """ "a/*,b" is ["a/*", "b"], and so is what is given several times."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []
+    return [part.strip() for text in texts for part in str(text).split(",") if part.strip()]
+
+
 def _trackers(value: Any, name: str) -> Any:
     return [] if value in ("none", "") else _parts(value, name)
 
@@ -67,6 +73,7 @@ READERS: dict[str, Callable[[Any, str], Any]] = {
     "validation_prompts": _prompts,
     "report_to": _trackers,
     "targets": _parts,
+    "exclude": _patterns,
     "resolution": _resolution,
     "betas": _betas,
 }
