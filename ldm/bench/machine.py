@@ -14,7 +14,7 @@ import torch
 
 import ldm
 from ldm import device as devices
-from ldm.checkpoint.default import default_folder
+from ldm.checkpoint.folder import default_folder
 from ldm.data.emoji.sprites import find_font
 from ldm.errors import LdmError, first_line
 from ldm.nn.attention import BACKENDS, attention, check_backend
