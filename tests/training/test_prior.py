@@ -14,7 +14,8 @@ from ldm.training import finetune
 from ldm.training.finetuning import prior
 from ldm.training.finetuning.base_model import load_base
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.finetune import Finetune, _parts
+from ldm.training.stages.common import networks_of
+from ldm.training.stages.finetune import Finetune
 from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run, settings_of, stage_of
 
 
@@ -63,7 +64,7 @@ def test_what_the_model_answered_is_right_until_it_is_changed(text_encoder, data
     loss = stage._loss(batch.prior, "prior ", 0, 0)
     assert loss > 0
     loss.backward()
-    for part in _parts(stage.module).values():
+    for part in networks_of(stage.module).values():
         assert any(p.grad.norm() > 0 for p in part.parameters() if p.requires_grad)
 
 
