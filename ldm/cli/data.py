@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="keep embeddings; auto: unless they are larger than the images (auto)",
     )
+    cache.add_argument("--masks", action="store_true", help="learn what an alpha channel or NAME-mask.png shows")
     cache.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is stored (bf16)")
     cache.add_argument("--shard", metavar="I/N", default="1/1", help="make the i-th of n parts (1/1)")
     cache.add_argument("--batch-size", metavar="N", type=int, default=8, help="images that are encoded together (8)")
@@ -89,7 +90,7 @@ def _cache(args: argparse.Namespace) -> int:
     from ldm.training import cache
 
     names = ("vae", "text", "text_2", "vae_subfolder", "text_subfolder", "text_2_subfolder", "resolution", "square")
-    names += ("embeddings", "dtype", "shard", "batch_size", "workers", "allow_empty_captions")
+    names += ("embeddings", "dtype", "shard", "batch_size", "workers", "allow_empty_captions", "masks")
     options = {name: getattr(args, name) for name in (*names, "device")}
     folder = cache(args.data, args.output, **options, **_reading(args))
     if not args.quiet:

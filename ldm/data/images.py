@@ -97,6 +97,22 @@ def read_image(
         return result if turn is None else result.transpose(Image.Transpose(turn))
 
 
+def read_alpha(file: BinaryIO, where: object = None) -> Image.Image | None:
+    """The alpha channel of the first frame, upright, as an image of mode L; None where nothing is transparent.
+
+    Raises ImageError as `read_image` does.
+    """
+    from PIL import Image
+
+    with _opened(file, where) as (image, header):
+        if not header.transparent:
+            return None
+        _scale(image, header, None)
+        alpha = image.convert("RGBA").getchannel("A")
+        turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
+        return alpha if turn is None else alpha.transpose(Image.Transpose(turn))
+
+
 @contextlib.contextmanager
 def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
     """The image, not decoded yet, and its header; every exception inside the block becomes ImageError."""

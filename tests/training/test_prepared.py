@@ -159,6 +159,32 @@ def test_a_full_disk_keeps_what_is_done(images, parts, encoders, tmp_path, monke
     assert names == [f"{i:02}.png" for i in range(12)]
 
 
+def test_masks_are_files_beside_images_or_alpha_channels(images, parts, encoders, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    upper = Image.new("L", (32, 32))
+    upper.paste(255, (0, 0, 32, 16))
+    picture = Image.open(images / "01.png").convert("RGB").resize((32, 32))
+    picture.save(folder / "file.png")
+    upper.save(folder / "file-mask.png")
+    picture.save(folder / "none.png")
+    picture.putalpha(upper)
+    picture.save(folder / "alpha.png")
+    for name in ("file", "none", "alpha"):
+        (folder / f"{name}.txt").write_text("a cat")
+    settings = {"resolution": 32, "embeddings": "no", "held_out": 0.0}
+    out = cache(folder, tmp_path / "cache", str(parts), masks=True, **settings)
+    batch = dataset(out, encoders).batch(0)
+    half = torch.tensor([[1.0] * 4] * 2 + [[0.0] * 4] * 2)
+    masks = dict(zip(batch.ids, batch.mask[:, 0]))
+    assert torch.equal(masks["file.png"], half) and torch.equal(masks["alpha.png"], half)
+    assert torch.equal(masks["none.png"], torch.ones(4, 4))
+    assert dataset(cache(folder, tmp_path / "plain", str(parts), **settings), encoders).batch(0).mask is None
+    Image.new("L", (16, 32)).save(folder / "none-mask.png")
+    with pytest.raises(DataError, match="its mask is of another size"):
+        cache(folder, tmp_path / "other", str(parts), masks=True, max_bad=0, **settings)
+
+
 def test_what_does_not_fit_is_one_line(images, parts, made, encoders, tmp_path, capsys):
     words = ["data", "cache", str(images), "-o", str(tmp_path / "c"), "--vae", str(parts), "--resolution", "32"]
     assert main(words) == 2 and "1 of 13 images cannot be used" in capsys.readouterr().err

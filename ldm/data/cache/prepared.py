@@ -6,6 +6,7 @@ CACHE/part-1-of-2/held-000005-64x96-3.safetensors      images that are held out 
 
 A shard is an ordinary safetensors file, written as a whole and never changed. All its rows have one size: `mean` and
 `std` (n, C, h, w), `sizes` (n, 6), `positions` (n,) in the source, `captions` (JSON bytes: [[id, [captions]], …]), and
+where some have masks `mask` (n, 1, h, w), and
 where embeddings are kept `text.states` (m, S, D), … of all captions, one after the other (the first row: ""). Its
 metadata has a digest of all that. One process writes a part; several machines write several parts.
 """
@@ -55,6 +56,7 @@ class Row:
     std: torch.Tensor
     texts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name -> (captions, …)
     held: bool = False
+    mask: torch.Tensor | None = None  # uint8 (1, h, w): how much each latent is learned, 255 wholly
 
 
 def is_prepared(folder: str | Path | None) -> bool:
@@ -203,5 +205,8 @@ def _stacked(rows: list[Row]) -> dict[str, torch.Tensor]:
         "positions": torch.tensor([row.position for row in rows]),
         "captions": torch.frombuffer(bytearray(table), dtype=torch.uint8),
     }
+    if any(row.mask is not None for row in rows):
+        whole = torch.full((1, *rows[0].mean.shape[-2:]), 255, dtype=torch.uint8)
+        found["mask"] = torch.stack([whole if row.mask is None else row.mask for row in rows])
     names = rows[0].texts.keys()
     return found | {f"{TEXT}{name}": torch.cat([row.texts[name] for row in rows]) for name in names}

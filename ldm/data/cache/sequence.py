@@ -37,6 +37,7 @@ class Rows:
     captions: list[list[str]]
     texts: list[dict[str, torch.Tensor]]  # of each row: name -> (captions, …); empty without embeddings
     epoch: int
+    mask: torch.Tensor | None = None  # (B, 1, h, w) in [0, 1]; None where no image of the window has one
 
 
 class _Window:
@@ -63,7 +64,17 @@ class _Window:
             torch.stack([self.tensors[shard][name][row] for shard, row in found]) for name in ("mean", "std", "sizes")
         )
         texts = [self._texts(shard, row) for shard, row in found]
-        return Rows(mean, std, sizes, [id for id, _ in table], [c for _, c in table], texts, epoch)
+        ids, captions = [id for id, _ in table], [several for _, several in table]
+        return Rows(mean, std, sizes, ids, captions, texts, epoch, self._masks(found))
+
+    def _masks(self, found: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+        import torch
+
+        if not any("mask" in tensors for tensors in self.tensors):
+            return None
+        whole = torch.ones(1, *self.tensors[0]["mean"].shape[-2:])
+        masks = [(self.tensors[shard].get("mask"), row) for shard, row in found]
+        return torch.stack([whole if mask is None else mask[row].float() / 255 for mask, row in masks])
 
     def _texts(self, shard: int, row: int) -> dict[str, torch.Tensor]:
         begin, end = self.texts[shard][row : row + 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -26,14 +27,15 @@ Rows = list[tuple[str, tuple[str, ...], int]]  # path below the root, captions, 
 class FolderSource(Source):
     """Files in a folder; `rows` are (path below the root, captions, repeats)."""
 
-    def __init__(self, path: Path, root: Path, layout: str, counts: Counts, rows: Rows):
+    def __init__(self, path: Path, root: Path, layout: str, counts: Counts, rows: Rows, masks: Mapping[str, str]):
         super().__init__(path, layout, counts, len(rows))
-        self.root, self.rows = root, rows
+        self.root, self.rows, self.masks = root, rows, masks
 
     def _sample(self, position: int) -> Sample:
         name, captions, repeats = self.rows[position]
         path = self.root / name
-        return Sample(name, captions, repeats, str(path), partial(open_file, path))
+        mask = partial(open_file, self.root / self.masks[name]) if name in self.masks else None
+        return Sample(name, captions, repeats, str(path), partial(open_file, path), mask)
 
 
 def open_folder(path: Path, listing: Listing, captions: str, split: str | None, layout: str) -> FolderSource:
@@ -61,7 +63,7 @@ def open_folder(path: Path, listing: Listing, captions: str, split: str | None, 
             names = _of_kohya(names, found, counts, layout)
         named, rows = _by_files(names, listing, counts, found.classes if is_kohya else {}, captions == "whole")
     _add_notes(listing, counts)
-    source = FolderSource(path, listing.root, named, counts, rows)
+    source = FolderSource(path, listing.root, named, counts, rows, listing.masks)
     source.doubt = doubt
     if counts.missing and not listing.metadata and captions != "names":
         counts.beside = unread_beside(listing, list(counts.uncaptioned))
@@ -119,6 +121,8 @@ def _of_kohya(names: list[str], found: Kohya, counts: Counts, layout: str) -> li
 
 
 def _add_notes(listing: Listing, counts: Counts) -> None:
+    if listing.masks:
+        counts.notes.append(f"{len(listing.masks)} masks (NAME-mask.png beside an image) are not counted as images")
     if listing.links:
         counts.notes.append(f"{listing.links} images are links to others in the folder")
     if listing.unfollowed:

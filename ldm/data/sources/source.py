@@ -58,6 +58,7 @@ class Sample:
     repeats: int  # how often an epoch has it
     where: str  # the place that messages name
     opener: Callable[[], BinaryIO] = field(repr=False, compare=False)
+    mask: Callable[[], BinaryIO] | None = field(default=None, repr=False, compare=False)  # opens the mask beside it
 
     def open(self) -> BinaryIO:
         """The image's file, for reading and seeking. Raises ImageError where it is gone."""

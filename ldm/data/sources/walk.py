@@ -23,6 +23,7 @@ from ldm.images import SUFFIXES
 
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".ppm", ".exr", ".cr2", ".nef", ".dng")
 SYSTEM = ("lost+found",)  # folders of the file system, which may be unreadable
+MASK = "-mask.png"  # ends the name of the mask beside an image
 MOST = 100_000  # files that are looked at behind a link to a folder
 
 
@@ -32,6 +33,7 @@ class Listing:
 
     root: Path  # resolved
     images: list[str] = field(default_factory=list)
+    masks: dict[str, str] = field(default_factory=dict)  # image -> its mask, NAME-mask.png beside it
     captions: set[str] = field(default_factory=set)  # files with the suffix of a caption
     metadata: list[str] = field(default_factory=list)
     shards: dict[str, list[str]] = field(default_factory=lambda: {".tar": [], ".parquet": []})
@@ -57,7 +59,17 @@ def walk(folder: Path, exclude: Sequence[str] = ()) -> Listing:
     for entry, name in progress(_entries(listing), desc="files", unit="file"):
         _sort(listing, entry, name)
     check_excluded(listing.excluded, folder)
+    listing.masks = _masks_of(listing.images)
+    aside = set(listing.masks.values())
+    listing.images = [name for name in listing.images if name not in aside]
     return listing
+
+
+def _masks_of(names: list[str]) -> dict[str, str]:
+    """Image -> the file NAME-mask.png beside it, which is no image of its own."""
+    found = [name for name in names if name.endswith(MASK)]
+    by_stem = {name.rpartition(".")[0]: name for name in names if not name.endswith(MASK)} if found else {}
+    return {by_stem[stem]: name for name in found if (stem := name.removesuffix(MASK)) in by_stem}
 
 
 def check_excluded(excluded: Counter[str], where: object) -> None:

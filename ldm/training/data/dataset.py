@@ -40,6 +40,7 @@ class Batch:
     time_ids: Tensor | None  # (B, 6) fp32, XL's original size, crop and target size; None without xl
     ids: list[str]  # of the samples, for messages
     part: RowShard  # which rows of the whole batch these are, where several processes share it
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], of what is learned; None: all of it
     prior: Batch | None = None  # of images of what the model is to keep, trained in the same step
     weight: float = 1.0  # of its mean loss in that of the step's batches, where these differ in size
 

@@ -24,6 +24,7 @@ from ldm.console import StopRequest, progress, say, warn
 from ldm.data.buckets import Size, bucket_of, resized
 from ldm.data.cache.prepared import FORMAT, INFO, PartWriter, Row, read_info
 from ldm.data.images import MAX_FILE, read_header, read_image
+from ldm.data.masks import read_mask
 from ldm.data.sources import Sample, Source, open_source
 from ldm.data.transforms import TransformConfig, View, draw, fixed_views, pixels, to_float
 from ldm.device import DTYPES, fast_bf16, pick_device
@@ -49,6 +50,7 @@ class CacheSettings:
     shard: Shard
     batch_size: int
     device: torch.device
+    masks: bool
 
 
 class Loaded(NamedTuple):
@@ -59,6 +61,7 @@ class Loaded(NamedTuple):
     digest: str
     view: View
     pixels: Tensor  # uint8 (3, H, W)
+    mask: Tensor | None  # uint8 (1, h, w)
 
 
 def cache(
@@ -76,6 +79,7 @@ def cache(
     dtype: Literal["bf16", "fp32"] = "bf16",
     shard: str = "1/1",
     batch_size: int = 8,
+    masks: bool = False,
     device: str = "auto",
     **options: Any,
 ) -> Path:
@@ -83,7 +87,8 @@ def cache(
 
     Latents are stored as mean and standard deviation, in `dtype`. With `text` the captions' embeddings are stored too,
     unless they would be larger than the images (`embeddings="yes"` stores them anyway); the captions are always there,
-    and training encodes them where no embeddings are. `shard` "i/n" makes the i-th of n parts, on one of n machines.
+    and training encodes them where no embeddings are. `masks` keeps what is learned of each image: an alpha channel or
+    a file NAME-mask.png beside it. `shard` "i/n" makes the i-th of n parts, on one of n machines.
     `options` are settings of the data (captions, split, square, bucket_step, held_out, max_bad, …). The same call goes
     on where it was stopped. Raises LdmError: bad settings before any work, ResourceError where the disk is full (what
     is done is kept), Interrupted, DataError where too many images are unusable.
@@ -107,7 +112,7 @@ def cache(
     texts = None if text is None else find_text(text, text_subfolder, text_2, text_2_subfolder)
     fits = settings.buckets.step % vae_part.factor == 0
     require(fits, f"{settings.buckets.step} is not a multiple of the autoencoder's {vae_part.factor}", "bucket_step")
-    asked = CacheSettings(settings, vae_part, texts, embeddings, dtype, part, batch_size, pick_device(device))
+    asked = CacheSettings(settings, vae_part, texts, embeddings, dtype, part, batch_size, pick_device(device), masks)
     return _Preparing(asked, source, place).run()
 
 
@@ -175,6 +180,7 @@ class _Preparing:
         info |= {"resolution": s.data.resolution, "step": s.data.buckets.step, "square": s.data.square}
         info |= {"vae": s.vae.place.name, "vae_hash": s.vae.fingerprint, "factor": s.vae.factor, "dtype": s.dtype}
         info |= {"channels": s.vae.latent_channels, "parts": s.shard.of, "embeddings": embedded}
+        info["masks"] = s.masks
         info["text_hash"] = s.text.fingerprints if s.text is not None and embedded else None
         if (self.out / INFO).is_file():
             before = read_info(self.out)
@@ -223,7 +229,9 @@ class _Preparing:
             bucket = bucket_of(size, data.buckets)
             image = read_image(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
             (view,) = fixed_views(size, bucket, data.transform)
-            return Loaded(position, sample, hashlib.sha256(content).hexdigest(), view, pixels(image, view))
+            mask = read_mask(content, sample, view, self.settings.vae.factor) if self.settings.masks else None
+            digest = hashlib.sha256(content).hexdigest()
+            return Loaded(position, sample, digest, view, pixels(image, view), mask)
         except DataError as error:
             return error
 
@@ -258,6 +266,7 @@ class _Preparing:
                     std[row].to(self.kind),
                     self._embed(one.sample.captions or [""]) if embedded else {},
                     draw("held out", one.digest) < share,
+                    one.mask,
                 )
             )
 

@@ -111,6 +111,7 @@ class PreparedDataset:
             rows.sizes[list(index)].to(self.device) if self.xl else None,
             [rows.ids[i] for i in index if part.weight],
             part,
+            mask=None if rows.mask is None else rows.mask[list(index)].to(self.device),
         )
 
     def _embedded(self, rows: Rows, index: Sequence[int], captions: Sequence[str]) -> Conditioning:

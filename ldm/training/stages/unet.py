@@ -60,6 +60,7 @@ class PoolBatch(NamedTuple):
     part: RowShard
     samples: Sequence[str]  # captions or ids of the rows, which tell samples apart
     time_ids: Tensor | None = None  # (B, 6), XL's sizes and crops where they differ
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], of what is learned
 
 
 def open_stage(settings: UNetSettings, out: Path, images: object) -> UNetStage:
@@ -201,10 +202,10 @@ class UNetStage:
         with closing(data):
             for number in range(first_step * s.accumulation, s.steps * s.accumulation):
                 batch = data.batch(number)
-                yield PoolBatch(batch.latents, self._packed(batch), batch.part, batch.ids, batch.time_ids)
+                yield PoolBatch(batch.latents, self._packed(batch), batch.part, batch.ids, batch.time_ids, batch.mask)
 
     def loss(self, batch: PoolBatch, step: int, micro: int) -> Tensor:
-        s, (x0, texts, part, samples, time_ids) = self.settings, batch
+        s, (x0, texts, part, samples, time_ids, mask) = self.settings, batch
         size = part.size
         noise = seeded.normal((size, *x0.shape[1:]), s.seed, "noise", step, micro)
         u = seeded.uniform((2, size), s.seed, "timesteps", step, micro)
@@ -215,7 +216,8 @@ class UNetStage:
         dropped = part.of(u[1] < s.caption_dropout).to(self.device).view(-1, *[1] * (texts.ndim - 1))
         predict = self._predict(self.module, torch.where(dropped, self.empty, texts), time_ids)
         noise = part.of(noise).to(self.device)
-        losses = training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma, contrast=s.flow_contrast)
+        options = {"contrast": s.flow_contrast, "mask": mask}
+        losses = training_loss(predict, self.schedule, x0, noise, timesteps, s.snr_gamma, **options)
         if self.weights is not None:
             plain, losses = losses, losses * self.weights.of(samples).to(losses.device)
             self.weights.seen(samples, plain, even)
