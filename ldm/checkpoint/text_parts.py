@@ -220,12 +220,13 @@ def _of_transformers(config: Mapping[str, Any], where: Path, second: bool) -> tu
         inside = {**(config.get("text_config") or {}), "projection_dim": config.get("projection_dim", 512)}
         return {**inside, "model_type": "clip_text_model", "architectures": [_class(second)]}, "clip"
     if kind in (None, "clip_text_model") and named in ("CLIPTextModel", PROJECTED):
-        return {**config, "architectures": [named]}, "clip"
+        return {**config, "architectures": [named if second else _class(second)]}, "clip"
     what = f"is of class {named}, which is no text encoder that is supported"
     raise ModelError(what, where=where, hint="CLIP's, T5's and open_clip's are")
 
 
 def _class(second: bool) -> str:
+    """Only a second encoder's projection is read; diffusers would take the first one's for the states."""
     return PROJECTED if second else "CLIPTextModel"
 
 

@@ -93,6 +93,15 @@ def test_a_bare_clip_gives_a_model_that_diffusers_draws_from(models):
     assert same_image(models["clip"], StableDiffusionPipeline.from_pretrained(models["clip"]))
 
 
+def test_a_projection_is_left_out_where_diffusers_would_take_it_for_the_states(made):
+    part, whole = find_text(str(made / "second")), clip("CLIPTextModelWithProjection", 24, seed=1)
+    ids = torch.tensor([[1, 2, tiny_tokenizer().eos_token_id]])
+    with torch.no_grad():
+        expected = whole(input_ids=ids).last_hidden_state
+    text = part.load()
+    assert type(text.model).__name__ == "CLIPTextModel" and torch.allclose(text.states(ids).states, expected, atol=1e-6)
+
+
 def test_two_encoders_give_a_model_of_xl_that_diffusers_draws_from(models):
     from diffusers import StableDiffusionXLPipeline
 
