@@ -157,7 +157,7 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
         " autoencoder and the text encoder",
         f"speed: {count / each:.3g} images/s with cached latents and texts ({how})",
         f"time: about {timedelta(seconds=round(each * steps))}; scores, sample grids, checkpoints and encoding on top",
-        f"disk: {disk / 1e6:.3g} MB a checkpoint, up to {settings.keep + 2} at a time",
+        f"disk: {_short(disk)}B a checkpoint, up to {settings.keep + 2} at a time",
     ]
     return lines
 
