@@ -34,6 +34,7 @@ from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import timesteps_at
 
 SECONDS = 60.0  # that two tried steps may take
+SHARE = 0.6  # of the free memory that a tried step may take: others use the machine too
 TOKENS = 77  # of a caption
 
 
@@ -146,9 +147,14 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     ]
     room, peak = _room(device), state + activations
     rate = _speed(settings, device)
-    measured = _measured(settings, config, device, flops / rate) if state + kept < room else None
+    fits = state + kept < SHARE * room
+    measured = _measured(settings, config, device, flops / rate, int((SHARE * room - state) // kept)) if fits else None
     if measured is None:
-        why = "too large for this machine" if state + kept >= room else f"two steps would take over {SECONDS:.0f} s"
+        why = (
+            "a step does not fit into the free memory with room to spare"
+            if not fits
+            else f"two steps would take over {SECONDS:.0f} s"
+        )
         each, how = count * flops / rate, f"estimated from {rate / 1e12:.2g} TFLOP/s of a matrix product, {why}"
     else:
         each, how = measured
@@ -163,13 +169,13 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
 
 
 def _measured(
-    settings: UNetSettings, config: UNetConfig, device: torch.device, seconds: float
+    settings: UNetSettings, config: UNetConfig, device: torch.device, seconds: float, most: int
 ) -> tuple[float, str] | None:
     """(seconds of a step, how they were found) from two tried steps; None where they take too long, or do not fit.
 
-    `seconds` is what one image may take. Fewer images than those of a step are tried where that is needed.
+    `seconds` is what one image may take, `most` how many fit. Fewer than those of a step are tried where needed.
     """
-    count = min(settings.batch_size, math.floor(SECONDS / 2 / seconds))
+    count = min(settings.batch_size, math.floor(SECONDS / 2 / seconds), most)
     if count < 1:
         return None
     try:

@@ -68,4 +68,4 @@ def test_what_would_take_too_long_is_estimated_and_said_so(parts, monkeypatch, u
     flops = costs(unet_config(settings, vae_part(settings), text_parts(settings)), False)[1]
     assert f"speed: {1e5 / flops:.3g} images/s" in lines
     monkeypatch.setattr("ldm.training.forecast._room", lambda *_: 10)
-    assert "too large for this machine" in "\n".join(forecast_lines(settings, 10))
+    assert "does not fit into the free memory" in "\n".join(forecast_lines(settings, 10))
