@@ -150,11 +150,7 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     fits = state + kept < SHARE * room
     measured = _measured(settings, config, device, flops / rate, int((SHARE * room - state) // kept)) if fits else None
     if measured is None:
-        why = (
-            "a step does not fit into the free memory with room to spare"
-            if not fits
-            else f"two steps would take over {SECONDS:.0f} s"
-        )
+        why = f"two steps would take over {SECONDS:.0f} s" if fits else "a step does not fit into the free memory"
         each, how = count * flops / rate, f"estimated from {rate / 1e12:.2g} TFLOP/s of a matrix product, {why}"
     else:
         each, how = measured
