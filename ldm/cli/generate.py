@@ -90,20 +90,21 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
 
 def _replayed(args: argparse.Namespace, own: dict, call: dict) -> tuple[dict, dict, Mapping]:
     """What the image of --from says, with the options that are given in its place."""
-    from ldm.render.replay.replay import keywords, read_replays
+    from ldm.render.replay.replay import fitted_to, keywords, read_replays
 
     replays = list(itertools.islice(read_replays([args.source], args.changes), 2))
     if len(replays) > 1:
         raise ConfigError("holds several images", where=args.source, hint="draw them with ldm render --from")
-    said = keywords(replays[0])
-    for note in replays[0].notes:
+    replay = fitted_to(replays[0], args.model, args.changes)
+    said = keywords(replay)
+    for note in replay.notes:
         console.warn(note)
     plain = argparse.ArgumentParser()
     add_arguments(plain)
     defaults = vars(plain.parse_args([]))  # an option that is not at its default was given
     given = ({name: value for name, value in part.items() if value != defaults[name]} for part in (own, call))
     (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
-    return own, call, replays[0].source
+    return own, call, replay.source
 
 
 def _warn_of_flags(prompt: str) -> None:

@@ -197,3 +197,17 @@ def test_names_typed_by_people_find_files_of_another_unicode_form(tmp_path):
     assert spelt_alike(tmp_path / "Möbel.png").name == f"{decomposed}.png"
     assert settings_of(tmp_path, "a cat --image Möbel.png")[0]["image"].endswith(f"{decomposed}.png")
     assert spelt_alike(tmp_path / "nö.png") == tmp_path / "nö.png"
+
+
+def test_a_flow_model_has_its_own_spacing_whatever_the_text_says(tmp_path):
+    """The shipped model is one: A1111's texts always mean a spacing, which no image of it could have."""
+    from ldm.render.replay.replay import fitted_to
+
+    (tmp_path / "a.txt").write_text(A1111.replace("Sampler: Euler", "Sampler: Euler, Schedule type: Karras"))
+    (replay,) = read_replays([tmp_path / "a.txt"])
+    fitted = fitted_to(replay, "default")
+    assert replay.entry.settings["spacing"] == "karras" and "spacing" not in fitted.entry.settings
+    assert fitted.notes[-1] == "not repeated: spacing: karras (a flow model has its own)"
+    (asked,) = read_replays([tmp_path / "a.txt"], ["spacing=beta"])
+    assert fitted_to(asked, "default", ["spacing=beta"]).entry.settings["spacing"] == "beta"
+    assert fitted_to(replay, tmp_path / "no model") is replay

@@ -128,7 +128,7 @@ def render(
         "metadata": metadata,
         "ray": ray,
     }
-    entries = _prompts(prompts, sources, changes)
+    entries = _prompts(prompts, sources, changes, settings.get("model"))
     resolver, defaults = _resolver(settings, entries.dtype)
     entries = gridded(entries, axes, checked["seed"]) if axes else entries
     run = Run(prompts=entries, defaults=defaults, resolver=resolver, **checked)
@@ -144,7 +144,7 @@ def render(
     return rendered
 
 
-def _prompts(prompts: Any, sources: Any, changes: Sequence[str]) -> Prompts:
+def _prompts(prompts: Any, sources: Any, changes: Sequence[str], model: Any = None) -> Prompts:
     """Where the entries come from. Raises ConfigError unless it is one of prompts and sources."""
     if bool(sources) == (prompts is not None):
         what = "there are prompts and images to be drawn again" if sources else "there are no prompts"
@@ -154,7 +154,7 @@ def _prompts(prompts: Any, sources: Any, changes: Sequence[str]) -> Prompts:
     if not sources and is_infotext_file(prompts):
         console.say(f"{prompts}: A1111's settings of an image, drawn again as --from does")
         sources = prompts
-    return replayed(sources, changes) if sources else open_prompts(prompts)
+    return replayed(sources, changes, model or "default") if sources else open_prompts(prompts)
 
 
 def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, dict[str, Any]]:

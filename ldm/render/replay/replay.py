@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import console
+from ldm.checkpoint.describe import describe
 from ldm.device import DTYPES
 from ldm.diffusion.guidance import Guidance
 from ldm.errors import ConfigError, DataError, LdmError
@@ -67,6 +68,26 @@ def read_replays(sources: Sequence[str | os.PathLike], changes: Sequence[str] = 
     return (replay for path in paths for replay in _of_path(path, parsed))
 
 
+def fitted_to(replay: Replay, model: Any, changes: Sequence[str] = ()) -> Replay:
+    """The replay less the spacing of another program's text where the model is a flow model, which has its own.
+
+    A1111's texts mean a spacing even where they name none. One that `changes` ask for stays.
+    """
+    entry = replay.entry
+    spacing = (entry.settings or {}).get("spacing")
+    if spacing is None or "program" not in replay.source or "spacing" in Changes.read(changes).names:
+        return replay
+    try:
+        flow = describe(entry.settings.get("model", model)).schedule.is_flow
+    except LdmError:  # told where the model is loaded
+        return replay
+    if not flow:
+        return replay
+    settings = {name: value for name, value in entry.settings.items() if name != "spacing"}
+    note = not_repeated("spacing", spacing, "a flow model has its own")
+    return Replay(replace(entry, settings=settings), (*replay.notes, note))
+
+
 def is_infotext_file(path: Any) -> bool:
     """Whether this is a text with an image's settings, which A1111 writes beside it, and no list of prompts."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).lower().endswith(".txt"):
@@ -74,10 +95,15 @@ def is_infotext_file(path: Any) -> bool:
     return os.path.isfile(path) and bool(read_infotexts(Path(path)))
 
 
-def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str]) -> Prompts:
-    """The entries of images, manifests and folders to be drawn again. Raises ConfigError as `read_replays` does."""
+def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str], model: Any = "default") -> Prompts:
+    """The entries of images, manifests and folders to be drawn again, by `model` where they do not name one at hand.
+
+    Raises ConfigError as `read_replays` does.
+    """
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    replays = list(read_replays(sources, changes))  # now: the manifest may be that of the folder that is written to
+    replays = [
+        fitted_to(replay, model, changes) for replay in read_replays(sources, changes)
+    ]  # now: the manifest may be that of the folder that is written to
     notes = [f"{replay.entry.where}: {note}" for replay in replays for note in replay.notes]
     for note in notes[:SHOWN]:
         console.warn(note)

@@ -24,7 +24,7 @@ from ldm.files import sha256
 from ldm.images import SUFFIXES, Metadata, encode, read_metadata
 from ldm.pipeline.sources import DIGESTS, digests_of
 from ldm.render.output.lines import DONE, is_inside, last_lines
-from ldm.render.replay.replay import Replay, differences, keywords, read_replays
+from ldm.render.replay.replay import Replay, differences, fitted_to, keywords, read_replays
 
 BYTES, PIXELS, NEAR, DIFFERENT = "same bytes", "same pixels", "near", "different"
 NOT_DRAWN, NO_METADATA = "not drawn", "no metadata"
@@ -143,6 +143,7 @@ def _verdict(path: Path, line: Mapping[str, Any] | None, tolerance: int, options
             options = {**{name: settings[name] for name in ("model", "vae") if name in settings}, **options}
         if missing := _missing_model(replay, options):
             return Verdict(str(path), NOT_DRAWN, causes=(missing,))
+        replay = fitted_to(replay, options.get("model", "default"))
         image, now = _drawn(replay, options)
     except LdmError as error:
         return Verdict(str(path), NOT_DRAWN, causes=(str(error),))
