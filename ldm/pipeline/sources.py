@@ -174,13 +174,15 @@ def _mask(value: Any, init: Image.Image) -> tuple[Image.Image, str]:
 
 def _alpha(value: Any) -> Image.Image | None:
     """The transparency of an image or its file, upright; None for one without any, or that cannot be opened."""
-    try:
-        image = value if isinstance(value, Image.Image) else Image.open(Path(value).expanduser(), formats=READABLE)
-        if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+    if not isinstance(value, Image.Image):
+        try:
+            with Image.open(spelt_alike(Path(value).expanduser()), formats=READABLE) as opened:
+                return _alpha(opened)
+        except (OSError, ValueError, SyntaxError):
             return None
-        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    except (OSError, ValueError, SyntaxError):
+    if value.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in value.info:
         return None
+    return ImageOps.exif_transpose(value).convert("RGBA").getchannel("A")
 
 
 def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[Image.Image, str]:

@@ -10,11 +10,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from ldm.errors import ConfigError, NumericsError
+from ldm.images import to_srgb
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline import Pipeline
 from ldm.pipeline.metadata import parameters
 from tests.conftest import build_tiny_model
+from tests.data.colour_profiles import icc
 
 GOLDEN = Path(__file__).parent / "golden"  # drawn by build_tiny_model in fp32; see test_golden_pictures
 FAST = {"num_inference_steps": 4, "sampler": "euler", "guidance_scale": 3.0}
@@ -134,6 +136,20 @@ def test_white_and_black_beside_transparency_stay_what_they_are(pipe, capsys):
     (drawn,) = pipe.generate(seed=3, image=picture(), mask_image=mask, **FAST)
     assert np.array_equal(outside(drawn, disc()), outside(picture(), disc()))
     assert "what is transparent counts as black" in capsys.readouterr().err
+
+
+def test_colours_of_an_initial_image_are_what_its_profile_says(pipe, tmp_path):
+    """From a file and from memory, for the image and for its mask; the digest is that of the pixels in sRGB."""
+    wide = picture()
+    wide.info["icc_profile"] = icc("Display P3")
+    wide.save(tmp_path / "p3.png", icc_profile=wide.info["icc_profile"])
+    plain = to_srgb(wide)
+    assert np.abs(np.asarray(plain, int) - np.asarray(wide, int)).max() > 8
+    drawn = [pipe.generate(seed=3, image=image, **FAST) for image in (plain, wide, tmp_path / "p3.png")]
+    assert len({images[0].tobytes() for images in drawn}) == 1
+    assert len({images.metadata[0]["image_sha256"] for images in drawn}) == 1
+    other = pipe.generate(seed=3, image=picture(), **FAST)
+    assert other[0].tobytes() != drawn[0][0].tobytes()
 
 
 def test_the_less_strength_the_more_of_the_picture_stays(pipe):
