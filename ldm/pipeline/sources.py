@@ -154,7 +154,7 @@ def _mask(value: Any, init: Image.Image) -> tuple[Image.Image, str]:
     """(the mask as an image, its absolute path or "given"): by its transparency where that carries the shape."""
     mask, name = _opened(value, "mask_image", BLACK)
     alpha = _alpha(value)
-    if alpha is None or alpha.size != init.size or alpha.getextrema()[0] >= HALF:
+    if alpha is None or alpha.size != init.size or numpy.asarray(alpha).min() >= HALF:
         return mask, name
     shape = alpha.point(lambda level: 255 if level >= HALF else 0)
     require(shape.getbbox() is not None, "the mask is transparent everywhere: nothing would be painted", "mask_image")
