@@ -19,6 +19,9 @@ WEIGHTS = {"object": 1.0, "colour": 0.3, "first": 0.7, "last": 0.7, "axis": 0.3,
 class Readers(nn.Module):
     """One linear layer for each label, on mean states that are standardised by `mean` and `std`, (D,) each."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, sizes: Mapping[str, int], mean: Tensor, std: Tensor):
         super().__init__()
         self.register_buffer("mean", mean)

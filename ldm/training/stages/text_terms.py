@@ -54,14 +54,18 @@ class ReadingTerms:
         """The captions of micro-batch `number`, a function of it and the settings alone."""
         s = self.settings
         specs = [self.scenes.spec(number * s.named + i) for i in range(s.named)]
+        rows = [row for row, spec in enumerate(specs) if spec.kind == "single"]
+        captions, plain = [spec.caption for spec in specs], [plain_words(specs[row]) for row in rows]
+        if s.anchor:
+            for row, words in list(zip(rows, plain))[::2]:  # whose states are held as a whole
+                captions[row] = words
         everyday = number < s.everyday_until * s.steps * s.accumulation
         seed, first = seeded.key(s.seed, "pairs"), number * s.mirrored
         pairs = [said for i in range(first, first + s.mirrored) for said in mirrored(seed, i, everyday_only=everyday)]
         labels: list[Labels] = [*map(labels_of, specs), *(labels for _, labels in pairs)]
-        ids = self.text.tokenize([*(spec.caption for spec in specs), *(text for text, _ in pairs)])
-        rows = [row for row, spec in enumerate(specs) if spec.kind == "single"]
-        plain = self.text.tokenize([plain_words(specs[row]) for row in rows]) if rows else ids[:0]
-        return Told(ids, torch.tensor(labels), torch.tensor(rows, dtype=torch.long), plain)
+        ids = self.text.tokenize(captions + [text for text, _ in pairs])
+        held = self.text.tokenize(plain) if plain else ids[:0]
+        return Told(ids, torch.tensor(labels), torch.tensor(rows, dtype=torch.long), held)
 
     def loss(self, tower: nn.Module, readers: Readers, told: Told, device: torch.device) -> Tensor:
         """The terms of these captions, weighed."""
