@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from ldm.data.image_kinds import kind_of
 from ldm.data.to_rgb import to_rgb
 from ldm.errors import DataError, one_line
 from ldm.images import READABLE, colour_profile
@@ -30,21 +31,6 @@ PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixe
 MAX_FILE = 200_000_000  # bytes
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
-UNREAD = (  # (offset, first bytes, name) of formats that are common in folders of images but not read
-    (0, b"%PDF", "PDF"),
-    (0, b"8BPS", "PSD"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (4, b"ftyphei", "HEIC"),
-    (4, b"ftyphev", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftyp", "video"),
-    (0, b"PK\3\4", "zip"),
-    (0, b"\x1f\x8b", "gzip"),
-    (0, b"version https://git-lfs", "git-lfs pointer"),
-)
 
 
 class ImageError(DataError):
@@ -136,7 +122,7 @@ def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header
     except ImageError as error:
         raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
     except UnidentifiedImageError:
-        raise ImageError(*_kind_of(start), where=where) from None
+        raise ImageError(*kind_of(start), where=where) from None
     except Image.DecompressionBombError:
         raise ImageError("is too large an image", "its header declares a bomb", where=where) from None
     except MemoryError:
@@ -162,19 +148,6 @@ def _header(image: Image.Image, animated: bool) -> Header:
     with contextlib.suppress(Exception):  # a broken profile: the numbers are taken as they are
         profile = colour_profile(image)
     return Header(image.format, image.mode, width, height, orientation, animated, transparent, profile)
-
-
-def _kind_of(start: bytes) -> tuple[str, str]:
-    """(reason, detail) for a file that no decoder knows, by its first bytes."""
-    for offset, magic, name in UNREAD:
-        if start.startswith(magic, offset):
-            return "is of a kind that is not read", name
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
-        return "is no image", "SVG" if b"<svg" in text else "a page of HTML or XML"
-    if start.isascii() and not any(byte < 9 for byte in start):
-        return "is no image", "text"
-    return "is no image", "the first bytes are of no known format, or damaged"
 
 
 def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:

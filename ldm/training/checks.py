@@ -9,8 +9,7 @@ from typing import Any
 
 from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
-from ldm.console import say
-from ldm.data.cache.prepared import is_prepared, list_shards, read_info
+from ldm.data.cache.prepared import is_prepared, read_info
 from ldm.errors import ConfigError, DataError, nearest
 from ldm.training.parts import text_parts, unet_config, vae_part
 from ldm.training.settings import (
@@ -24,7 +23,6 @@ from ldm.training.settings import (
 def check_stage(settings: Settings) -> None:
     """Raise ConfigError, DataError or ModelError for what would stop a stage later. Reads no weight and no image."""
     from ldm.data.emoji import find_font
-    from ldm.training.data.samples import open_samples
 
     if init := getattr(settings, "init", None):
         model_folder(init)
@@ -42,9 +40,6 @@ def check_stage(settings: Settings) -> None:
         return _check_prepared(settings)
     if not settings.data.folder:
         find_font(settings.data.font)
-    samples = open_samples(settings.data, settings.seed)
-    if settings.data.folder:
-        say("\n".join([*samples.folder.source.lines(), samples.line]))
 
 
 def _check_prepared(settings: Settings) -> None:
@@ -56,8 +51,6 @@ def _check_prepared(settings: Settings) -> None:
     hint = f"set data.resolution={made}, or make another cache"
     if made != asked:
         raise ConfigError(f"is {asked}, and {where} was made at {made} px", where="data.resolution", hint=hint)
-    if not any(not shard.held for shard in list_shards(where)):
-        raise DataError("holds no image to train on yet", where=where, hint="go on with ldm data cache")
 
 
 def _check_unet(settings: UNetSettings) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ldm.errors import DataError
 from ldm.training.distributed import processes
 from ldm.training.run import run
-from ldm.training.settings import FinetuneSettings, TextSettings, UNetSettings, read_settings
+from ldm.training.settings import OFF, FinetuneSettings, Settings, TextSettings, UNetSettings, read_settings
 
 if TYPE_CHECKING:
-    from ldm.training.data import ImageSet
+    from ldm.training.data import ImageSet, PreparedSet, SceneSet
+
+OPTION = re.compile(r"--(layout|split|exclude) ")
+# What a stage decides of its images: some compare images of one size, and captions, of which none may be dropped.
+NEEDED: dict[str, dict[str, Any]] = {
+    "autoencoder": {"square": True, "cache": OFF},
+    "text": {"square": True, "caption_dropout": 0.0},
+}
 
 
 def train(
@@ -35,21 +44,35 @@ def train(
     """
     with processes() as group:
         settings = group.on_all(lambda: read_settings(config, overrides))
-        images = None
         if isinstance(settings, (TextSettings, UNetSettings)):
             from ldm.training.parts import pinned_names
 
             settings = replace(settings, **group.on_first(partial(pinned_names, settings)))
-        if isinstance(settings, FinetuneSettings):
-            images = group.on_all(lambda: _read_images(settings, Path(out)))
+        images = group.on_all(lambda: _open_images(settings, Path(out)))
         return run(settings, Path(out), resume, allow_changed, dry_run, images)
 
 
-def _read_images(settings: FinetuneSettings, out: Path) -> ImageSet:
-    from ldm.training.data import read_training_images
+def _open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | SceneSet:
+    """What the stage is trained on, counted and checked. Raises DataError, ConfigError."""
+    from ldm.data.cache.prepared import is_prepared
+    from ldm.training.data import PreparedSet, SceneSet, read_images, read_training_images
     from ldm.training.finetuning.checks import check_export, check_run_folder
 
-    check_run_folder(settings.data, out, settings.train != "full" and not settings.name)
-    images = read_training_images(settings.data, settings.data.for_prior(settings.prior) if settings.prior else None)
-    check_export(settings, images)
-    return images
+    if isinstance(settings, FinetuneSettings):
+        check_run_folder(settings.data, out, settings.train != "full" and not settings.name)
+        prior = settings.data.for_prior(settings.prior) if settings.prior else None
+        images = read_training_images(settings.data, prior)
+        check_export(settings, images)
+        return images
+    data = replace(settings.data, **NEEDED.get(settings.stage, {}))
+    if not data.folder:
+        return SceneSet.of(settings, data)
+    check_run_folder(data, out, names_file=False)
+    if is_prepared(data.folder):
+        return PreparedSet(data)
+    try:
+        return read_images(data)
+    except DataError as error:
+        if error.hint:  # an option of the other commands is a setting here
+            error = DataError(error.what, where=error.where, hint=OPTION.sub(r"data.\1=", error.hint))
+        raise error from None

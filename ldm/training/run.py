@@ -15,7 +15,7 @@ from ldm.training.distributed import current
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
 
 if TYPE_CHECKING:
-    from ldm.training.data import ImageSet
+    from ldm.training.data import ImageSet, PreparedSet, SceneSet
 
 
 def run(
@@ -24,9 +24,9 @@ def run(
     resume: str | None,
     allow_changed: Sequence[str],
     dry_run: bool,
-    images: ImageSet | None = None,
+    images: ImageSet | PreparedSet | SceneSet,
 ) -> Path:
-    """Train one stage, as `train` and `finetune` do; `images` are those of a fine-tuning. Returns what they return."""
+    """Train one stage, as `train` and `finetune` do; `images` are what it is trained on. Returns what they return."""
     group = current()
     if group.world > 1:
         from ldm.training.distributed.checks import check_lock, check_processes, check_same_settings
@@ -37,7 +37,7 @@ def run(
         folder = group.on_first(partial(_begin, stack, settings, out, resume, allow_changed, dry_run))
         checkpoint = Path(folder) if folder else None
         if dry_run:
-            from ldm.training.finetuning.forecast import print_dry_run
+            from ldm.training.dry_run import print_dry_run
 
             group.on_first(partial(print_dry_run, settings, out, images, checkpoint))
             return out / "model"

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from ldm.cli import main
-from ldm.data.sources import CaptionedFolder, open_source
+from ldm.data.sources import open_source
 from ldm.errors import DataError
+from tests.data.captioned import CaptionedFolder
 
 
 def picture(path, number=0, caption=None):

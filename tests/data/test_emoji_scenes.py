@@ -200,7 +200,7 @@ def test_every_object_has_a_image():
 
 
 def test_export_writes_an_imagefolder(tmp_path):
-    from ldm.data.sources import CaptionedFolder
+    from tests.data.captioned import CaptionedFolder
 
     target = emoji.export(tmp_path / "scenes", n=12, seed=9)
     rows = [json.loads(line) for line in (target / "metadata.jsonl").read_text().splitlines()]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.sources import CaptionedFolder, open_source
+from ldm.data.sources import open_source
 from ldm.errors import DataError
+from tests.data.captioned import CaptionedFolder
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm.data.transforms import TransformConfig, fixed_views, pixels, to_float
 from ldm.errors import ConfigError, DataError, NumericsError
 from ldm.nn.text import ClipText, XLText
-from ldm.training.data import LatentDataset, read_images
+from ldm.training.data import ImageDataset, read_images
 from ldm.training.data.encoded import Encoders, Memory
 from ldm.training.data.images import held_out
 from ldm.training.settings import OFF, FinetuneData
@@ -55,14 +55,14 @@ def folder(tmp_path):
 
 @pytest.fixture
 def opened(folder, tmp_path, networks):
-    """A function (settings…) -> LatentDataset of the folder, at 32 px in batches of 3."""
+    """A function (settings…) -> ImageDataset of the folder, at 32 px in batches of 3."""
 
     def open_it(vae=None, text=None, seed=0, batch_size=3, run="run", device=CPU, texts=True, xl=False, **settings):
         data = FinetuneData(**{"folder": str(folder), "resolution": 32, **settings})
         vae, text = vae or networks[0], text or networks[1]
         images = read_images(data, text.truncated)
         encoders = Encoders(vae, text, IDS, device)
-        return LatentDataset(images, encoders, seed, batch_size, tmp_path / run, texts, xl)
+        return ImageDataset(images, encoders, seed, batch_size, tmp_path / run, texts, xl)
 
     return open_it
 
@@ -302,15 +302,15 @@ def test_an_edited_picture_or_caption_renews_its_own_entries_alone(opened, folde
     dataset, encoded, embedded = calls()
     assert (encoded, embedded) == (0, 0)
     before = {n: bits(dataset.batch(n)) for n in range(2 * len(dataset))}
-    hashes = [dataset.hash]
+    hashes = [dataset.images.hash]
     drawing(99, SIZES[0]).save(folder / "03.png")
     dataset, encoded, embedded = calls()
     assert (encoded, embedded) == (2, 0)
-    hashes.append(dataset.hash)
+    hashes.append(dataset.images.hash)
     (folder / "06.txt").write_text("a cat and 6\na dog")
     dataset, encoded, embedded = calls()
     assert (encoded, embedded) == (0, 1)
-    hashes.append(dataset.hash)
+    hashes.append(dataset.images.hash)
     for number, told in before.items():
         now, ids = bits(dataset.batch(number)), told[2]
         assert now[2] == ids and (now == told or {"03.png", "06.png"} & set(ids))
@@ -510,8 +510,8 @@ def test_what_is_read_often_stays_in_memory_within_its_limit(opened, monkeypatch
     dataset = opened()
     for number in range(2 * len(dataset)):
         dataset.batch(number)
-    monkeypatch.setattr(dataset._latents.cache, "latents", None)
-    monkeypatch.setattr(dataset._latents.cache, "text", None)
+    monkeypatch.setattr(dataset._reader._latents.cache, "latents", None)
+    monkeypatch.setattr(dataset._reader._latents.cache, "text", None)
     bits(dataset.batch(5))
 
     memory, made = Memory(1000), []
@@ -529,8 +529,8 @@ def test_what_is_read_often_stays_in_memory_within_its_limit(opened, monkeypatch
 def test_a_dataset_has_all_images_that_were_counted(folder, tmp_path, networks):
     images = read_images(FinetuneData(str(folder), resolution=32), networks[1].truncated)
     assert len(images.items) == 20 and len(images.trained) + len(images.held_out) == 20
-    dataset = LatentDataset(images, Encoders(*networks, IDS, CPU), 0, 3, tmp_path / "run")
-    assert dataset.hash == images.hash and dataset.samples == len(images.trained)
+    dataset = ImageDataset(images, Encoders(*networks, IDS, CPU), 0, 3, tmp_path / "run")
+    assert dataset.images.hash == images.hash and dataset.samples == len(images.trained)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_weights_by_error_resume_to_the_bit(unet_settings, tmp_path, one_thread)
 def test_what_the_aids_do_not_go_with_is_refused():
     base = ["vae=default", "text=default"]
     for words, said in (
-        (["flow_contrast=0.05"], "flow_contrast: is for flow"),
+        (["flow_contrast=0.05", "schedule={prediction_type: epsilon}"], "flow_contrast: is for flow"),
         (["flow_contrast=2", "schedule={prediction_type: flow}"], "flow_contrast: must be in"),
         (["weight_floor=0"], "weight_floor: must be above 0"),
         (["ema_lengths=[1.5]"], "ema_lengths: must be in"),

@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,12 +14,12 @@ from ldm.data.buckets import histogram
 from ldm.errors import CheckpointError, DataError
 from ldm.nn.lora import LowRank
 from ldm.training import finetune
+from ldm.training.data.dataset import weighed
 from ldm.training.finetuning.command import read_arguments
 from ldm.training.finetuning.presets import command
 from ldm.training.loop.schedules import learning_rate
 from ldm.training.reports.card import _recipe, name_of
 from ldm.training.settings import DataSettings, UNetSettings, lora_name
-from ldm.training.stages.finetune import weighed
 from tests.training.finetune_cases import SIZE, pictures, resolved, run, settings_of, stage_of
 
 SHAPES = ((40, 30), (30, 40), (48, 27), (36, 24), (32, 32))
@@ -155,7 +154,7 @@ def test_the_card_says_which_layers_diffusers_does_not_find_in_kohya_s_file(caps
 
 
 def test_training_from_nothing_takes_the_advice_of_a_refusal(tmp_path):
-    from ldm.training.data.samples import FolderSamples
+    from ldm.training.command import _open_images
     from ldm.training.settings import read_settings
 
     data = pictures(tmp_path / "data" / "10_a", 8).parent
@@ -163,18 +162,9 @@ def test_training_from_nothing_takes_the_advice_of_a_refusal(tmp_path):
 
     def opened(*given):
         base = ["vae=a", "text=b", f"data.folder={data}", "data.resolution=32"]
-        return FolderSamples(read_settings("emoji/unet", [*base, *given]).data, 0)
+        return _open_images(read_settings("emoji/unet", [*base, *given]), tmp_path / "run")
 
     with pytest.raises(DataError, match=r"1 of 9 cannot be used") as error:
         opened()
     assert "data.exclude=PATTERN" in error.value.hint and "data.layout=files" in error.value.hint
-    assert len(opened("data.exclude=sample/*").folder) == 8 and len(opened("data.layout=files").folder) == 9
-
-
-def test_training_from_nothing_says_what_is_held_out(tmp_path, capsys):
-    from ldm.training.data.samples import FolderSamples
-
-    data = pictures(tmp_path / "data", 20)
-    line = FolderSamples(DataSettings(folder=str(data), resolution=SIZE), 0).line
-    assert line == "18 images to train on, 2 held out: the last in order, from 8.png on"
-    assert np.array_equal(FolderSamples(DataSettings(folder=str(data), exclude=("1?.png",)), 0).indices, range(9))
+    assert len(opened("data.exclude=sample/*").items) == 8 and len(opened("data.layout=files").items) == 9

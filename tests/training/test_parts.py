@@ -6,47 +6,61 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.training.data.latent_pool import LatentPool
+from ldm.training.data.encoded import Encoders
+from ldm.training.data.scenes import Scenes, SceneSet
+from ldm.training.distributed import RowShard
 from ldm.training.loop import seeded
-from ldm.training.settings import PIECE, read_settings
+from ldm.training.settings import PIECE, DataSettings, read_settings
 
 
 class Numbered:
-    """Sample i is a 2×2 picture of the colour i, called "i"."""
+    """Sample i is an 8×8 image of the colour i, called "i"."""
 
     def __getitem__(self, index):
-        return np.full((2, 2, 3), index % 251, np.uint8), str(index)
+        return np.full((8, 8, 3), index % 251, np.uint8), str(index)
 
 
-def numbered_pool(step, renew=3, workers=0):
-    def latents(images):
-        return images.float().mean(dim=(1, 2, 3))[:, None]
+class NumberedSet(SceneSet):
+    def samples(self, held_out=False):
+        return Numbered()
 
-    def texts(captions):
-        return torch.tensor([[float(c)] for c in captions])
 
-    return LatentPool(Numbered(), latents, texts, 3 * PIECE, renew, workers, first_step=step)
+class Mean:
+    """An autoencoder that knows colours alone."""
+
+    def encode(self, x):
+        return x.mean((1, 2, 3), keepdim=True)
+
+
+def numbered_scenes(renew=3, workers=0, dropout=0.0):
+    data = DataSettings(resolution=16, caption_dropout=dropout)
+    encoders = Encoders.__new__(Encoders)
+    encoders.vae, encoders.text, encoders.device = Mean(), None, torch.device("cpu")
+    return Scenes(NumberedSet(data, 0, 3 * PIECE, renew, workers, 2, 1), encoders, 16, texts=False)
+
+
+def rows_at(scenes, step):
+    return [(row.id, row.caption, row.latents.item()) for micro in (0, 1) for row in scenes.rows(2 * step + micro)[0]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_pool_holds_the_same_at_a_step_however_it_came_there(workers):
-    walked = numbered_pool(0, workers=workers)
-    for step in range(20):
-        walked.at(step)
-        if step in (0, 7, 8, 9, 19):
-            jumped = numbered_pool(step).at(step)
-            assert torch.equal(walked.latents, jumped.latents)
-            assert torch.equal(walked.texts, jumped.texts)
-            assert walked.captions == jumped.captions
-    oldest = min(int(c) for c in walked.captions)
-    assert oldest == 19 // 3 * PIECE
-    assert len(set(walked.captions)) == 3 * PIECE
+def test_the_scenes_in_use_at_a_step_are_the_same_however_it_came_there(workers):
+    walked, back = numbered_scenes(workers=workers), numbered_scenes(dropout=0.5)
+    found = {step: rows_at(walked, step) for step in range(20)}
+    walked.close()
+    for step in (0, 8, 19, 7):
+        assert rows_at(numbered_scenes(), step) == found[step]
+        assert [row[::2] for row in rows_at(back, step)] == [row[::2] for row in found[step]]
+    numbers = [int(row[0]) for step in range(18, 20) for row in found[step]]
+    assert min(numbers) >= 6 * PIECE and max(numbers) < 9 * PIECE
+    assert all(abs(value - ((int(name) % 251) / 127.5 - 1)) < 1e-5 for name, _, value in found[19])
+    dropped = [caption == "" for step in range(7, 20) for _, caption, _ in rows_at(back, step)]
+    assert 0.4 < sum(dropped) / len(dropped) < 0.6
 
 
-def test_the_pool_that_is_never_renewed_stays():
-    pool = numbered_pool(0, renew=0)
-    before = pool.captions.copy()
-    assert pool.at(1000).captions == before
+def test_scenes_that_are_never_renewed_stay():
+    scenes = numbered_scenes(renew=0)
+    assert {int(row[0]) for step in range(0, 1000, 7) for row in rows_at(scenes, step)} <= set(range(3 * PIECE))
 
 
 def test_keyed_draws_depend_on_every_part_and_on_nothing_else():
@@ -124,14 +138,16 @@ def test_standardized_autoencoder_has_unit_latents_and_the_same_pictures():
 def test_crops_are_parts_of_their_pictures():
     from ldm.training.stages.autoencoder import random_crops
 
-    batch = torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3)
-    crops = random_crops(batch, 4, 3, seed=0, step=1, micro=0)
-    assert crops.shape == (6, 4, 4, 3)
-    windows = [w for p in batch for w in p.unfold(0, 4, 1).unfold(1, 4, 1).permute(0, 1, 3, 4, 2).reshape(-1, 4, 4, 3)]
+    batch = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    crops, part = random_crops(batch, RowShard(2), 4, 3, seed=0, step=1, micro=0)
+    assert crops.shape == (6, 3, 4, 4) and part == RowShard(6)
+    windows = [w for p in batch for w in p.unfold(1, 4, 1).unfold(2, 4, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 4, 4)]
     half = len(windows) // 2
     for i, crop in enumerate(crops):
         own = windows[:half] if i < 3 else windows[half:]
         assert any(torch.equal(crop, w) for w in own)
+    second, part = random_crops(batch[1:], RowShard(2, (1,), 1.0), 4, 3, seed=0, step=1, micro=0)
+    assert torch.equal(second, crops[3:]) and part == RowShard(6, (3, 4, 5), 1.0)
 
 
 def test_timesteps_are_stratified():

@@ -18,8 +18,9 @@ from ldm.device import pick_device
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, ResourceError
 from ldm.training import cache, train
 from ldm.training.checkpoints import state
+from ldm.training.data import ImageDataset, PreparedSet
 from ldm.training.data.encoded import Encoders
-from ldm.training.data.prepared import PreparedDataset
+from ldm.training.settings import DataSettings
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 
 
@@ -50,11 +51,12 @@ def encoders(parts):
     from ldm.checkpoint.parts import find_text, find_vae
 
     vae, text = find_vae(str(parts)), find_text(str(parts))
-    return Encoders(vae.load(), text.load(), ("", ""), pick_device("cpu")), (vae.fingerprint, text.fingerprints)
+    return Encoders(vae.load(), text.load(), (vae.fingerprint, " ".join(text.fingerprints)), pick_device("cpu"))
 
 
-def dataset(folder, encoders, seed=0, batch_size=4, dropout=0.0, **options):
-    return PreparedDataset(folder, encoders[0], encoders[1], seed, batch_size, dropout, **options)
+def dataset(folder, encoders, batch_size=4, dropout=0.0):
+    images = PreparedSet(DataSettings(folder=str(folder), resolution=32, caption_dropout=dropout))
+    return ImageDataset(images, encoders, 0, batch_size, folder)
 
 
 def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made, images, encoders):
@@ -62,7 +64,7 @@ def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made
 
     data = dataset(made, encoders)
     epochs, number = {}, 0
-    while (rows := data._sequence.at(number)).epoch < 2:
+    while (rows := data._reader.sequence.at(number)).epoch < 2:
         epochs.setdefault(rows.epoch, []).append((number, rows.ids))
         number += 1
     ids = [sorted(id for _, some in epoch for id in some) for epoch in epochs.values()]
@@ -73,7 +75,7 @@ def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made
     batch = data.batch(0)
     again = dataset(made, encoders).batch(0)
     assert torch.equal(batch.latents, again.latents) and batch.captions == again.captions
-    rows = data._sequence.at(0)
+    rows = data._reader.sequence.at(0)
     with Image.open(images / rows.ids[0]) as image:
         from ldm.data.buckets import Size, bucket_of
         from ldm.training.settings import FinetuneData
@@ -81,21 +83,21 @@ def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made
         size = Size(image.height, image.width)
         bucket = bucket_of(size, FinetuneData(folder="x", resolution=32).buckets)
         (view,) = fixed_views(size, bucket, FinetuneData(folder="x").transform)
-        mean, std = encoders[0].encode(to_float(pixels(image.convert("RGB"), view))[None])
+        mean, std = encoders.encode(to_float(pixels(image.convert("RGB"), view))[None])
     assert torch.allclose(rows.mean[0], mean[0], atol=1e-4) and torch.allclose(rows.std[0], std[0], atol=1e-4)
-    expected = encoders[0].text.encode(batch.captions).states
+    expected = encoders.text.encode(batch.captions).states
     assert torch.allclose(batch.cond.states, expected, atol=1e-5)
 
 
 def test_a_caption_is_chosen_or_dropped_in_each_epoch(made, encoders):
     data, seen = dataset(made, encoders, batch_size=1), set()
     for number in range(200):
-        if data._sequence.at(number).ids == ["05.png"]:
+        if data._reader.sequence.at(number).ids == ["05.png"]:
             seen |= set(data.batch(number).captions)
     assert seen == {"a cat", "a red cat"} or "05.png" in [i for b in data.held_out() for i in b.ids]
     dropped = dataset(made, encoders, dropout=1.0).batch(0)
     assert set(dropped.captions) == {""}
-    assert torch.allclose(dropped.cond.states[0], encoders[0].text.encode([""]).states[0], atol=1e-5)
+    assert torch.allclose(dropped.cond.states[0], encoders.text.encode([""]).states[0], atol=1e-5)
 
 
 def test_captions_are_encoded_in_training_where_embeddings_would_be_larger_than_the_images(
@@ -205,9 +207,15 @@ def test_what_does_not_fit_is_one_line(images, parts, made, encoders, tmp_path, 
         with pytest.raises(LdmError, match=said):
             cache(images, out, str(parts), resolution=32, **{"max_bad": 1, **options})
     with pytest.raises(DataError, match="was made with another autoencoder"):
-        PreparedDataset(made, encoders[0], ("x", encoders[1][1]), 0, 4, 0.0)
+        dataset(made, other(encoders, 0))
     with pytest.raises(DataError, match="was made with another text encoder"):
-        PreparedDataset(made, encoders[0], (encoders[1][0], ["x"]), 0, 4, 0.0)
+        dataset(made, other(encoders, 1))
+
+
+def other(encoders, part):
+    """The same encoders with another fingerprint of one of them."""
+    ids = tuple("x" if i == part else id for i, id in enumerate(encoders.ids))
+    return Encoders(encoders.vae, encoders.text, ids, encoders.device)
 
 
 def unet(made, parts, out, *words, **options):

@@ -16,6 +16,7 @@ from ldm.errors import CheckpointError, ConfigError, DataError, LdmError
 from ldm.training import train
 from ldm.training.checkpoints import reading
 from ldm.training.checkpoints import state as states
+from ldm.training.data import read_images
 from ldm.training.loop import loop
 from ldm.training.settings import read_settings
 from ldm.training.stages.unet import UNetStage
@@ -210,7 +211,7 @@ def test_what_is_missing_is_told_in_one_line(tmp_path, capsys):
         (["emoji/autoencoder", "data.scenes.objcts=all"], "did you mean 'objects'"),
         (["emoji/autoencoder", "data.scenes.held_out=true"], "data.scenes.held_out: is set by the stages"),
         (["emoji/autoencoder", "model.latent_chanels=4"], "did you mean 'latent_channels'"),
-        (["emoji/autoencoder", "data.resolution=100"], "100 is not a multiple of the autoencoder's 8"),
+        (["emoji/autoencoder", "data.resolution=100"], "100 is not a multiple of the step 8; use 96"),
         (["emoji/autoencoder", "crops=3"], "crops: must divide batch_size 16"),
         (["emoji/autoencoder", "crop=200"], "crop: must be 0 to 128"),
         (["emoji/autoencoder", "compile=true"], "compile"),
@@ -274,7 +275,7 @@ def test_a_text_encoder_is_trained_along_and_resumed_to_the_bit(on_pictures, tmp
     images = ldm.Pipeline("a red picture", model=tmp_path / "whole" / "model").generate(seed=1)
     assert images[0].size == (32, 32)
     settings = read_settings(on_pictures / "unet.json", [*given, f"init={tmp_path / 'whole'}", "model={}"])
-    again = UNetStage(settings).module["unet"].state_dict()
+    again = UNetStage(settings, tmp_path / "again", read_images(settings.data)).module["unet"].state_dict()
     assert all(torch.equal(value, state[f"ema.unet.{name}"]) for name, value in again.items())
 
 

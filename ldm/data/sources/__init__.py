@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from ldm.config import require
 from ldm.data.sources.folder import open_folder
@@ -20,11 +20,7 @@ from ldm.data.sources.tars import open_tars
 from ldm.data.sources.walk import Listing, is_saved, walk
 from ldm.errors import DataError, nearest
 
-if TYPE_CHECKING:
-    import numpy as np
-
 __all__ = [
-    "CaptionedFolder",
     "Counts",
     "Sample",
     "SampledSource",
@@ -125,28 +121,3 @@ def _of_split(path: Path, listing: Listing, kind: str, split: str | None) -> tup
     if len(kept) < len(names):
         note = f"{len(names) - len(kept)} of {len(names)} files belong to other splits"
     return kept, note, choice.doubt
-
-
-class CaptionedFolder:
-    """Square images with their first captions: `folder[i] -> (uint8 (resolution, resolution, 3), caption)`.
-
-    Images are scaled until the shorter side is `resolution` and cropped in the middle. Raises DataError with the first
-    row or caption that cannot be used; images are read only when they are indexed.
-    """
-
-    def __init__(self, path: str | Path, resolution: int = 128, **options: Any):
-        """`options` are those of `open_source`."""
-        self.source, self.resolution = open_source(path, **options), resolution
-        self.source.require(max_bad=0)
-        self.captions = [sample.captions[0] for sample in self.source]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
-        import numpy as np
-        from PIL import Image, ImageOps
-
-        image = self.source[index].image(at_least=self.resolution)
-        square = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.LANCZOS)
-        return np.array(square), self.captions[index]

@@ -89,6 +89,18 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def settings_of(run: Path, resume: str) -> dict[str, Any]:
+    """The settings of a run that is resumed, {} where there is none yet. Raises CheckpointError."""
+    if resume in ("latest", "best"):
+        try:
+            return dict(json.loads((run / "settings.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+    if not Path(resume).is_dir():
+        raise CheckpointError("no such checkpoint", where=resume, hint="give a folder checkpoints/step-… or 'latest'")
+    return read_about(Path(resume))["settings"]
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint. Raises CheckpointError or ModelError if it does not match its manifest."""
     from safetensors import SafetensorError

@@ -64,19 +64,6 @@ class TrainState:
                 kept[name] = value.to("cpu").contiguous()
         return _unshared(kept)
 
-    @contextmanager
-    def averaged(self, decay: float) -> Iterator[nn.Module]:
-        """`ema` with the weights of another average, inside of the block."""
-        own = dict(self.ema.named_parameters())
-        before = {name: own[name].data for name in self.averages[decay]}
-        try:
-            for name, value in self.averages[decay].items():
-                own[name].data = value
-            yield self.ema
-        finally:
-            for name, data in before.items():
-                own[name].data = data
-
 
 def trained_names(module: nn.Module) -> list[str]:
     """The names in the state_dict of trained parameters and buffers."""

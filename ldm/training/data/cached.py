@@ -28,7 +28,7 @@ class Cached:
     """
 
     def __init__(self, images: ImageSet, encoders: Encoders, memory: Memory, folder: Path, texts: bool):
-        self.images, self.memory = images, memory
+        self.images, self.memory, self.texts = images, memory, texts
         wanted = []
         for item in images.items:
             held = item.digest in images.held_out

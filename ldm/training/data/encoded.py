@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,33 @@ from ldm.errors import NumericsError
 from ldm.nn.text import TextEncoder
 from ldm.nn.vae import VAE
 
+Embedding = tuple[Tensor | None, ...]  # a caption's states (1, S, D), pooled (1, P) and mask (1, S)
 EMBEDDED = ("states", "pooled", "mask")
 MEMORY = 2 << 30  # bytes of entries that are kept in memory at most, and at most a quarter of the free memory
+
+
+class Row(NamedTuple):
+    """A sample of a batch."""
+
+    id: str  # for messages
+    latents: Tensor  # (C, h, w) fp32, drawn from their distribution; or pixels, uint8 (3, H, W)
+    caption: str
+    time_ids: tuple[int, ...]  # original size, crop, target size
+    mask: Tensor | None = None  # (1, h, w) in [0, 1], of what is learned
 
 
 class Encoders:
     """The autoencoder and the text encoder in their own precision, also inside of autocast.
 
-    `ids` are the sha256 of their weights, which name the entries of a cache.
+    `text` is None where captions are not embedded. `ids` are digests of their weights, which name the entries of a
+    cache.
     """
 
-    def __init__(self, vae: VAE, text: TextEncoder, ids: tuple[str, str], device: torch.device):
-        self.vae, self.text, self.device = vae.to(device), text.to(device), device
+    def __init__(self, vae: VAE, text: TextEncoder | None, ids: tuple[str, str], device: torch.device):
+        self.vae, self.text, self.device = vae.to(device), text.to(device) if text is not None else None, device
+        self.ids = ids
         self.vae_id = f"{ids[0]} {vae.dtype} {vae.scaling_factor} {vae.shift_factor}"
-        self.text_id = f"{ids[1]} {text.dtype} {getattr(text, 'zero_empty', '')}"
+        self.text_id = f"{ids[1]} {text.dtype} {getattr(text, 'zero_empty', '')}" if text is not None else "none"
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and std of the scaled latents, fp32 (B, C, h, w) on the CPU.
@@ -53,6 +67,7 @@ class Encoders:
 
         One by one, so that the bits of each are always the same; or `together`, which is faster, and takes no "".
         """
+        assert self.text is not None
         together = together and hasattr(self.text, "encode_together")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             encode = self.text.encode_together if together else self.text.encode
@@ -60,7 +75,7 @@ class Encoders:
         named = {"states": cond.states, "pooled": cond.pooled, "mask": cond.mask}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
-    def embed_rows(self, texts: Sequence[str]) -> dict[str, tuple[Tensor | None, ...]]:
+    def embed_rows(self, texts: Sequence[str]) -> dict[str, Embedding]:
         """Text -> its states (1, S, D), pooled (1, P) and mask (1, S), all embedded together; of "" none."""
         texts = list(dict.fromkeys(filter(None, texts)))
         if not texts:

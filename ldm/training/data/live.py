@@ -6,7 +6,7 @@ Shapes:  C, h, w latent channels, height, width
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -24,7 +24,7 @@ ENCODED_AT_ONCE = 8 * 3 * 256 * 256  # numbers of the images that the autoencode
 class Live:
     """Latents of images that are read and encoded when they are needed; threads read the next ones ahead."""
 
-    def __init__(self, images: ImageSet, encoders: Encoders, memory: Memory | None, workers: int):
+    def __init__(self, images: ImageSet, encoders: Encoders | None, memory: Memory | None, workers: int):
         self.images, self.encoders, self.memory = images, encoders, memory  # no memory where no view comes again
         self.threads = ThreadPoolExecutor(workers, "images") if workers else None
         self._coming: dict[tuple[int, View], Future[Tensor]] = {}
@@ -48,18 +48,30 @@ class Live:
         row without an image. Raises DataError where more images are lost than `max_bad` allows.
         """
         self._encode_together([views[row] for row in part.own])
-        found, lost = [], {}
-        for row in part.own:
-            try:
-                found.append((row, *self.latents(*views[row])))
-            except (DataError, NumericsError) as error:
-                lost[row] = error
-        part = self._remaining(part, [place for place, _ in views], lost)
+        found, part = self._read_rows(views, part, self.latents)
         if part.size and not found:
             vae, size = self.encoders.vae, views[0][1].size
             nothing = torch.zeros(vae.latent_channels, size.height // vae.factor, size.width // vae.factor)
             found = [(0, nothing, nothing)]
         return found, part
+
+    def pixel_rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
+        """As `rows`, with (row, uint8 (3, H, W))."""
+        found, part = self._read_rows(views, part, lambda place, view: (self._read(place, view),))
+        if part.size and not found:
+            found = [(0, torch.zeros(3, *views[0][1].size, dtype=torch.uint8))]
+        return found, part
+
+    def _read_rows(
+        self, views: Sequence[tuple[int, View]], part: RowShard, read: Callable[[int, View], tuple[Tensor, ...]]
+    ) -> tuple[list[tuple], RowShard]:
+        found, lost = [], {}
+        for row in part.own:
+            try:
+                found.append((row, *read(*views[row])))
+            except (DataError, NumericsError) as error:
+                lost[row] = error
+        return found, self._remaining(part, [place for place, _ in views], lost)
 
     def _remaining(self, part: RowShard, places: Sequence[int], lost: Mapping[int, LdmError]) -> RowShard:
         """What is left of a part without the images (row -> error) that any process could not read."""

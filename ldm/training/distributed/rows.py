@@ -24,6 +24,11 @@ class RowShard(NamedTuple):
         """The rows that count."""
         return tuple(range(self.size)) if self.rows is None else self.rows if self.weight else ()
 
+    def repeated(self, count: int) -> RowShard:
+        """The shard of a batch that has each row `count` times, one after the other."""
+        rows = None if self.rows is None else tuple(row * count + i for row in self.rows for i in range(count))
+        return RowShard(self.size * count, rows, self.weight)
+
     def of(self, values: Tensor) -> Tensor:
         """These rows (len(rows), …) of what was made for the whole batch (size, …)."""
         return values if self.rows is None else values[list(self.rows)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.console import say
-from ldm.errors import CheckpointError, ConfigError
+from ldm.errors import ConfigError
 from ldm.settings_files import load
 from ldm.training.finetuning.options import flatten, parse_overrides, resolve_aliases, setting_name
 from ldm.training.settings import FinetuneSettings
@@ -132,6 +131,15 @@ def _check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any]) -> 
             raise ConfigError(what, hint="leave one of them out")
 
 
+def _settings_before(asked: Arguments) -> dict[str, Any]:
+    """The settings of the run that is resumed, by their keys; {} where there is none. Raises CheckpointError."""
+    if asked.resume is None:
+        return {}
+    from ldm.training.checkpoints.reading import settings_of
+
+    return flatten(settings_of(asked.out, asked.resume))
+
+
 def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     """The settings of the run, and its images, checked and counted; the prior's too.
 
@@ -143,7 +151,7 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     from ldm.training.finetuning.checks import check_export, check_run_folder
     from ldm.training.finetuning.plan import make_plan
 
-    plan = make_plan(asked.settings, {} if asked.resume is None else _settings_before(asked.out, asked.resume))
+    plan = make_plan(asked.settings, _settings_before(asked))
     data, settings = plan.data, plan.settings
     check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
     prior = presets.text_of(settings, "prior")
@@ -153,17 +161,3 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     check_export(built, images)
     say(f"the command with all settings:\n  {presets.command(settings, asked.out)}")
     return built, images
-
-
-def _settings_before(out: Path, resume: str) -> dict[str, Any]:
-    """The settings of the run that is resumed, by their keys; {} where there is none yet. Raises CheckpointError."""
-    if resume in ("latest", "best"):
-        try:
-            return flatten(json.loads((out / "settings.json").read_text()))
-        except (OSError, ValueError, AttributeError):
-            return {}
-    from ldm.training.checkpoints.reading import read_about
-
-    if not Path(resume).is_dir():
-        raise CheckpointError("no such checkpoint", where=resume, hint="give a folder checkpoints/step-… or 'latest'")
-    return flatten(read_about(Path(resume)).get("settings", {}))

@@ -12,13 +12,10 @@ from ldm.config import require
 from ldm.console import say
 from ldm.device import is_out_of_memory
 from ldm.errors import ResourceError
-from ldm.training.checkpoints.reading import read_about
 from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
-from ldm.training.finetuning.options import flatten
-from ldm.training.forecast import forecast_lines
 from ldm.training.loop.estimate import Estimate, estimate
-from ldm.training.settings import FinetuneSettings, Settings, UNetSettings, as_dict
+from ldm.training.settings import FinetuneSettings
 from ldm.training.stages.finetune import Finetune
 
 CAPTION = "an image of a thing"
@@ -55,19 +52,6 @@ def trial_batch(stage: Finetune) -> Batch:
     ids = sizes.to(stage.device) if stage.xl else None
     made = Batch(latents.to(stage.device), captions, cond, ids, captions, RowShard(count))
     return dataclasses.replace(made, prior=made) if s.prior or s.prior_images else made
-
-
-def print_dry_run(settings: Settings, out: Path, images: ImageSet | None, checkpoint: Path | None) -> None:
-    """Print the settings and, of a U-Net, what its remaining steps would take."""
-    done = read_about(checkpoint)["step"] if checkpoint else 0
-    if checkpoint:
-        say(f"would resume {checkpoint.name}: {max(0, settings.steps - done)} of {settings.steps} steps are left")
-    lines = [f"{name}: {value}" for name, value in flatten(as_dict(settings)).items()]
-    if isinstance(settings, FinetuneSettings) and done < settings.steps:
-        lines += measure(dataclasses.replace(settings, steps=settings.steps - done), out, images).lines
-    if isinstance(settings, UNetSettings) and done < settings.steps:
-        lines += forecast_lines(settings, settings.steps - done)
-    say("\n".join(lines))
 
 
 def outlook(settings: FinetuneSettings) -> str:

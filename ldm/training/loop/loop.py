@@ -27,6 +27,7 @@ from ldm.training.checkpoints.resume import restore, set_later_aside
 from ldm.training.checkpoints.state import TrainState
 from ldm.training.distributed import current
 from ldm.training.distributed.checks import check_same_inputs
+from ldm.training.loop.averages import averaged
 from ldm.training.loop.logs import BEST, Best, RunLogs
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.schedules import learning_rate
@@ -276,7 +277,7 @@ class _Run:
         step = self.state.step
         scores, image = self.stage.validate(self.state.ema, step), self.stage.sample_grid(self.state.ema)
         for decay in self.settings.ema_lengths:
-            with self.state.averaged(decay) as ema:
+            with averaged(self.state.ema, self.state.averages[decay]) as ema:
                 scores |= {f"{name} ema {decay:g}": v for name, v in self.stage.validate(ema, step).items()}
         if not self.group.first:
             return
@@ -342,7 +343,7 @@ class _Run:
         if step is not None:
             load_ema(self.state, read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
         for decay in self.settings.ema_lengths:
-            with self.state.averaged(decay) as other:
+            with averaged(self.state.ema, self.state.averages[decay]) as other:
                 found = self.state.parallel.gathered(other)
                 folder = self.out / f"model-ema-{decay:g}"
                 self.group.on_first(partial(self._exported_average, found, folder))

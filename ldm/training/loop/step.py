@@ -23,6 +23,7 @@ from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
 from ldm.training.distributed.single import Single, local, whole
 from ldm.training.distributed.wrap import wrap_module
+from ldm.training.loop.averages import averages_of, update_average
 from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
 from ldm.training.loop.optimizers import make_optimizer
 from ldm.training.loop.schedules import learning_rate
@@ -64,15 +65,9 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
     ema = ema_copy(module)
     parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)
     optimizer = make_optimizer(settings, module, device)
-    averages = {decay: _copies(ema, module) for decay in settings.ema_lengths}
+    averages = {decay: averages_of(ema, module) for decay in settings.ema_lengths}
     kept = getattr(stage, "tensors", {})
     return TrainState(module, ema, optimizer, scaler=scaler, parallel=parallel, averages=averages, stage=kept)
-
-
-def _copies(ema: nn.Module, module: nn.Module) -> dict[str, Tensor]:
-    """What is averaged, by name: copies in the layout of `ema`."""
-    own = dict(ema.named_parameters())
-    return {name: own[name].detach().clone() for name in trainable(module)}
 
 
 def ema_copy(module: nn.Module) -> nn.Module:
@@ -149,10 +144,3 @@ def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
         torch._foreach_lerp_(local(old for old, _ in pairs), local(new for _, new in pairs), 1 - decay)
     for old, new in zip(ema.buffers(), module.buffers()):
         old.copy_(new)
-
-
-@torch.no_grad()
-def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · module of what is trained, in place."""
-    new = trainable(module)
-    torch._foreach_lerp_(local(average.values()), local(new[name] for name in average), 1 - decay)

@@ -1,8 +1,8 @@
 """The settings of training runs: frozen dataclasses, one for each stage, read from YAML and KEY=VALUE."""
 
-from ldm.training.settings.base import DataSettings, Settings, as_dict, flat
+from ldm.training.settings.base import Settings, as_dict, flat
 from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name, lora_name
-from ldm.training.settings.finetune_data import OFF, FinetuneData
+from ldm.training.settings.finetune_data import OFF, DataSettings, FinetuneData
 from ldm.training.settings.read import (
     FREE,
     SETTINGS,

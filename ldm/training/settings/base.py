@@ -1,4 +1,4 @@
-"""The settings that all stages share, and those of the data of `ldm train`."""
+"""The settings that all stages share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,9 @@ from typing import Any, Literal
 
 from ldm.config import require
 from ldm.errors import nearest
+from ldm.training.settings.finetune_data import DataSettings
 
 TRACKERS = ("tensorboard", "wandb")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Where images and captions come from: emoji scenes drawn on the fly, or the user's own imagefolder."""
-
-    folder: str | None = None  # captioned imagefolder; None: emoji scenes
-    resolution: int = 128  # pixels, square
-    split: str | None = None  # of the folder; None: train, where nearly all is in splits; all: everything
-    layout: Literal["auto", "files", "kohya", "metadata", "tars", "parquet", "datasets"] = "auto"
-    exclude: tuple[str, ...] = ()  # patterns of the folder's files that are left out
-    font: str | None = None  # NotoColorEmoji.ttf; None: where the package fonts-noto-color-emoji puts it
-    scenes: dict[str, Any] = field(default_factory=dict)  # fields of ldm.data.emoji.SceneConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +23,7 @@ class Settings:
     steps: int
     batch_size: int
     learning_rate: float
-    data: DataSettings = DataSettings()
+    data: DataSettings = field(default_factory=DataSettings)
     model: dict[str, Any] = field(default_factory=dict)  # the network's config
     accumulation: int = 1  # micro-batches of batch_size a step
     optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"  # adamw8bit: by bitsandbytes; sgd: no momentum
@@ -49,7 +37,7 @@ class Settings:
     ema: float = 0.9995
     ema_lengths: tuple[float, ...] = ()  # decays of more averages, scored beside it and exported as RUN/model-ema-DECAY
     seed: int = 0
-    workers: int = 1  # processes that draw or read images
+    workers: int = 1  # processes that draw scenes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster; fp16: CUDA alone
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them

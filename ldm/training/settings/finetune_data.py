@@ -1,8 +1,8 @@
-"""The settings of a fine-tuning's data."""
+"""The settings of the data of every stage: which images, and how each image and caption is used."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ldm.config import require
@@ -79,3 +79,12 @@ class FinetuneData:
     @property
     def transform(self) -> TransformConfig:
         return TransformConfig(self.crop, self.flip)
+
+
+@dataclass(frozen=True)
+class DataSettings(FinetuneData):
+    """The data of a stage that trains from nothing: images as a fine-tuning has them, or drawn scenes."""
+
+    folder: str | None = None  # type: ignore[assignment]  # None: emoji scenes, drawn as needed
+    font: str | None = None  # NotoColorEmoji.ttf; None: where the package fonts-noto-color-emoji puts it
+    scenes: dict[str, Any] = field(default_factory=dict)  # fields of ldm.data.emoji.SceneConfig

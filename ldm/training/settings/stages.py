@@ -54,7 +54,7 @@ class TextSettings(Settings):
     max_length: int = 40  # tokens, start and end included
     tokenizer_captions: int = 20000  # captions that the BPE is trained on
     image_tower: dict[str, Any] = field(default_factory=dict)  # fields of CLIPVisionConfig
-    latent_pool: int = 8192  # latents kept in memory, a multiple of 256
+    latent_pool: int = 8192  # drawn scenes in use, a multiple of 256
     renew: int = 0  # steps after which 256 of them are replaced; 0: never
     validation: int = 200
 
@@ -73,7 +73,7 @@ class TextSettings(Settings):
 
 @dataclass(frozen=True)
 class UNetSettings(Settings):
-    """The denoiser, trained on a pool of cached latents and text embeddings."""
+    """The denoiser, trained on latents and text embeddings."""
 
     vae: str = ""  # the autoencoder: "default", a run, a folder, a file or a hub id (owner/name@revision)
     text: str = ""  # the text encoder with its tokenizer, in the same way; a folder of XL has two
@@ -90,9 +90,9 @@ class UNetSettings(Settings):
     snr_gamma: float | None = None
     flow_contrast: float = 0.0  # flow: weight of the error against another image's target (0.05 is usual); 0: none
     weight_floor: float | None = None  # weigh samples by their measured error, but no less than this; None: all alike
-    caption_dropout: float = 0.1
-    latent_pool: int = 4096
-    renew: int = 64  # steps after which 256 latents of the pool are replaced
+    noise_offset: float = 0.0  # of a number that each channel's noise is shifted by; 0.05 is usual
+    latent_pool: int = 4096  # drawn scenes in use, a multiple of 256
+    renew: int = 64  # steps after which 256 of them are replaced; 0: never
     sampler: str = "ddim"  # of the sample grid and of the exported model
     sample_steps: int = 25
     guidance_scale: float = 4.0
@@ -103,7 +103,7 @@ class UNetSettings(Settings):
         super().__post_init__()
         require(self.text_rate >= 0, f"must not be negative, got {self.text_rate}", "text_rate")
         require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
-        require(0 <= self.caption_dropout < 1, "must be in [0, 1)", "caption_dropout")
+        require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")
         floor = self.weight_floor
         require(floor is None or 0 < floor <= 1, f"must be above 0, at most 1, got {floor}", "weight_floor")
         require(0 <= self.flow_contrast < 1, f"must be in [0, 1), got {self.flow_contrast}", "flow_contrast")

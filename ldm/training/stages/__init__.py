@@ -1,5 +1,4 @@
 """The stages of training: each module turns its settings into a network, batches, a loss and a model folder.
 
-`open_stage(settings, out, images)` of a stage's module makes it, ready to train; `out` is the run's folder, `images`
-are those of a fine-tuning.
+`open_stage(settings, out, images)` of a stage's module makes it, ready to train, in the run's folder `out` on `images`.
 """

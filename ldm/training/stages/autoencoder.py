@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ldm import images
+from ldm.data.transforms import to_float
 from ldm.device import pick_device
 from ldm.training.checks import check_same
-from ldm.training.data.samples import open_samples, stream, to_float
-from ldm.training.distributed import RowShard, current
+from ldm.training.data import ImageDataset, ImageSet, PreparedSet, SceneSet
+from ldm.training.distributed import RowShard
 from ldm.training.loop import seeded
 from ldm.training.settings import AutoencoderSettings
-from ldm.training.stages.start import SEED_OFFSET, start_from
+from ldm.training.stages.start import start_from
+
+GRID = 8  # held-out images in the sample grid
+STANDARD = 256  # images that the latents are given unit variance over
 
 
 class Crops(NamedTuple):
@@ -28,17 +33,18 @@ class Crops(NamedTuple):
     part: RowShard
 
 
-def open_stage(settings: AutoencoderSettings, out: Path, images: object) -> Autoencoder:
-    return Autoencoder(settings)
+def open_stage(settings: AutoencoderSettings, out: Path, images: ImageSet | PreparedSet | SceneSet) -> Autoencoder:
+    return Autoencoder(settings, out, images)
 
 
 class Autoencoder:
     """diffusers' AutoencoderKL on crops of the images: L1 + MSE + gradient difference + small KL."""
 
-    def __init__(self, settings: AutoencoderSettings):
+    def __init__(self, settings: AutoencoderSettings, out: Path, images: ImageSet | PreparedSet | SceneSet):
         self.settings = settings
-        self.samples = open_samples(settings.data, settings.seed)
-        self.held_out = open_samples(settings.data, settings.seed + SEED_OFFSET, held_out=True)
+        self.data = ImageDataset(images, None, settings.seed, settings.batch_size // settings.crops, out)
+        self.lines, self.inputs = self.data.lines, self.data.inputs
+        self.held_out = self.data.held_out_pixels(max(settings.validation, GRID))
         torch.manual_seed(seeded.key(settings.seed, "autoencoder"))
         size = {"sample_size": settings.data.resolution}
         self.module = start_from(settings.init, "vae") or AutoencoderKL.from_config({**size, **settings.model})
@@ -53,14 +59,14 @@ class Autoencoder:
 
     def batches(self, first_step: int) -> Iterator[Crops]:
         s = self.settings
-        count = s.batch_size // s.crops
-        start = first_step * s.accumulation * count
-        for number, (batch, _) in enumerate(stream(self.samples, start, count, s.workers)):
-            step, micro = divmod(number + first_step * s.accumulation, s.accumulation)
-            whole = not s.crop or step >= s.crop_until * s.steps
-            batch = batch if whole else random_crops(batch, s.crop, s.crops, s.seed, step, micro)
-            part = current().part(len(batch))
-            yield Crops(to_float(part.of(batch), self.device), part)
+        with closing(self.data):
+            for number in range(first_step * s.accumulation, s.steps * s.accumulation):
+                step, micro = divmod(number, s.accumulation)
+                batch = self.data.pixels(number)
+                pixels, part = batch.pixels, batch.part
+                if s.crop and step < s.crop_until * s.steps:
+                    pixels, part = random_crops(pixels, part, s.crop, s.crops, s.seed, step, micro)
+                yield Crops(to_float(pixels.to(self.device)), part)
 
     def loss(self, batch: Crops, step: int, micro: int) -> Tensor:
         s, (x, part) = self.settings, batch
@@ -76,22 +82,24 @@ class Autoencoder:
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
         """PSNR in dB on held-out images, the mean of the values of single images."""
-        values = []
-        for start in range(0, self.settings.validation, 10):
-            x = self._images(range(start, min(start + 10, self.settings.validation)))
+        values, count = [], min(len(self.held_out), self.settings.validation)
+        for start in range(0, count, 10):
+            x = self._images(range(start, min(start + 10, count)))
             mse = ((_reconstruct(ema, x) - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
             values += (-10 * mse.clamp_min(1e-10).log10()).tolist()
-        return {"psnr": sum(values) / len(values)}
+        return {"psnr": sum(values) / len(values)} if values else {}
 
     @torch.no_grad()
     def sample_grid(self, ema: nn.Module):
-        """Eight held-out images above their reconstructions."""
-        x = self._images(range(8))
-        return images.grid(images.to_pil(torch.cat([x, _reconstruct(ema, x)]).cpu()), columns=8)
+        """Eight held-out images above their reconstructions; None where no image is held out."""
+        if not self.held_out:
+            return None
+        x = self._images(range(min(GRID, len(self.held_out))))
+        return images.grid(images.to_pil(torch.cat([x, _reconstruct(ema, x)]).cpu()), columns=len(x))
 
     def _images(self, indices: range) -> Tensor:
-        batch = torch.stack([torch.from_numpy(self.held_out[i][0]) for i in indices])
-        return to_float(batch, self.device).contiguous(memory_format=torch.channels_last)
+        batch = torch.stack([self.held_out[i] for i in indices])
+        return to_float(batch.to(self.device)).contiguous(memory_format=torch.channels_last)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         from ldm.checkpoint.parts import save_parts
@@ -100,13 +108,14 @@ class Autoencoder:
         module = AutoencoderKL.from_config(dict(ema.config))
         module.load_state_dict(ema.state_dict())
         if not self.settings.freeze_encoder:  # else the latents stay what they were
-            x = torch.cat([to_float(b, torch.device("cpu")) for b in self._train_images(256)])
-            standardize(module, x)
+            with closing(self.data):
+                standardize(module, torch.cat([to_float(pixels) for pixels in self._train_images(STANDARD)]))
         return save_parts(folder, torch.bfloat16, vae=VAE(module))
 
     def _train_images(self, count: int) -> Iterator[Tensor]:
-        batches = stream(self.samples, 0, 32, 0)
-        return (next(batches)[0] for _ in range(count // 32))
+        """uint8 (B, 3, H, W), at least `count` images together."""
+        each = self.settings.batch_size // self.settings.crops
+        return (self.data.pixels(number).pixels for number in range(-(-count // each)))
 
 
 def _reconstruct(module: nn.Module, x: Tensor) -> Tensor:
@@ -139,13 +148,19 @@ def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
     return d.diff(dim=2).abs().mean() + d.diff(dim=3).abs().mean()
 
 
-def random_crops(batch: Tensor, size: int, count: int, seed: int, step: int, micro: int) -> Tensor:
-    """`count` crops (B·count, size, size, 3) from each image (B, H, W, 3), places keyed by (seed, step)."""
-    b, h, w, _ = batch.shape
-    u = seeded.uniform((b * count, 2), seed, "crop", step, micro)
-    tops, lefts = (u[:, 0] * (h - size + 1)).long().tolist(), (u[:, 1] * (w - size + 1)).long().tolist()
-    crops = [batch[i // count, t : t + size, l : l + size] for i, (t, l) in enumerate(zip(tops, lefts))]
-    return torch.stack(crops)
+def random_crops(
+    batch: Tensor, part: RowShard, size: int, count: int, seed: int, step: int, micro: int
+) -> tuple[Tensor, RowShard]:
+    """`count` crops (B·count, 3, size, size) of each of these rows (B, 3, H, W) of a batch, and which rows they are.
+
+    Their places are keyed by (seed, step, micro) and the row.
+    """
+    height, width = batch.shape[2:]
+    crops = part.repeated(count)
+    u = crops.of(seeded.uniform((crops.size, 2), seed, "crop", step, micro))
+    tops, lefts = ((u[:, i] * (side - size + 1)).long().tolist() for i, side in enumerate((height, width)))
+    found = [batch[i // count, :, t : t + size, l : l + size] for i, (t, l) in enumerate(zip(tops, lefts))]
+    return torch.stack(found), crops
 
 
 class _NormInNCHW(nn.GroupNorm):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ldm.console import say
 from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
+from ldm.training.data import Batch, ImageDataset
 from ldm.training.loop import seeded
+from ldm.training.loop.error_weights import ErrorWeights
+from ldm.training.settings import FinetuneSettings, UNetSettings
 
-SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
+FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
 
 
@@ -50,6 +54,58 @@ def fixed_levels(count: int, seed: int) -> Tensor:
     """(count,) in (0, 1), one from each of `count` equal parts, in an order that is always the same."""
     order = torch.randperm(count, generator=seeded.generator(seed, "validation order"))
     return ((torch.arange(count) + 0.5) / count)[order]
+
+
+def diffusion_loss(
+    predict: Predict,
+    schedule: Schedule,
+    settings: UNetSettings | FinetuneSettings,
+    batch: Batch,
+    step: int,
+    micro: int,
+    kind: str = "",  # "prior " for its batches, whose draws are others
+    teacher: Predict | None = None,
+    contrast: float = 0.0,
+    weights: ErrorWeights | None = None,
+) -> Tensor:
+    """The mean loss of a batch, a scalar; noise and noise levels are keyed by (seed, step, micro)."""
+    s, x0, part = settings, batch.latents, batch.part
+    size = part.size
+    noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
+    if s.noise_offset:
+        shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
+        noise = noise + s.noise_offset * shift
+    noise = part.of(noise).to(x0.device)
+    # one level from each of B equal parts
+    u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
+    u = part.of(shape_timesteps(u, s.timesteps, s.timestep_shift))
+    timesteps = timesteps_at(schedule, u).to(x0.device)
+    losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, contrast, batch.mask)
+    if weights is not None:
+        plain, losses = losses, losses * weights.of(batch.ids).to(losses.device)
+        weights.seen(batch.ids, plain, u)
+    return batch.weight * part.mean(losses)
+
+
+def fixed_samples(dataset: ImageDataset, seed: int, device: torch.device) -> list[tuple[Batch, Tensor, Tensor]]:
+    """Held-out batches with noise and levels that are always the same, each several times where they are few."""
+    batches = dataset.held_out()
+    count = sum(len(batch.latents) for batch in batches)
+    rounds = -(-FEWEST // count) if count else 0
+    if not count:
+        say("no image is held out, so there is no validation loss")
+    levels, found = fixed_levels(rounds * count, seed), []
+    for number, batch in enumerate(batches * rounds):
+        u, levels = levels[: len(batch.latents)], levels[len(batch.latents) :]
+        noise = seeded.normal(tuple(batch.latents.shape), seed, "validation", number).to(device)
+        found.append((batch, noise, u))
+    return found
+
+
+def grid_captions(dataset: ImageDataset, samples: Sequence[tuple[Batch, Tensor, Tensor]], count: int) -> list[str]:
+    """Different captions for the sample grid: those of held-out images first."""
+    captions = [caption for batch, _, _ in samples for caption in batch.captions]
+    return list(dict.fromkeys(filter(None, [*captions, *dataset.captions(4 * count)])))[:count]
 
 
 def validation_scores(

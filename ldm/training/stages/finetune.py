@@ -12,41 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from ldm import images
-from ldm.checkpoint import Model, save_model
+from ldm.checkpoint import Model
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.lora import networks, with_networks, write_lora_into
 from ldm.console import say
 from ldm.device import DTYPES, pick_device
-from ldm.diffusion.denoiser import Predict, training_loss
+from ldm.diffusion.denoiser import Predict
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
-from ldm.training.data import Batch, ImageSet, LatentDataset, read_images
+from ldm.training.data import Batch, ImageDataset, ImageSet, read_images
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
 from ldm.training.distributed.single import is_sharded
 from ldm.training.finetuning.base_model import for_training, load_base, make_module
 from ldm.training.finetuning.prior import draw_prior
 from ldm.training.finetuning.text_encoder import encode
-from ldm.training.loop import seeded
 from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import finetune_card, name_of
 from ldm.training.settings import FinetuneSettings, lora_name
 from ldm.training.stages.common import (
-    SMALL,
     conditioned,
+    diffusion_loss,
     draw_grid,
-    fixed_levels,
+    fixed_samples,
+    grid_captions,
     networks_of,
-    shape_timesteps,
-    timesteps_at,
     validation_scores,
 )
-
-FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
+from ldm.training.stages.export import save_whole
 
 
 def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:
@@ -82,7 +79,7 @@ class Finetune:
         info = describe(self.model)
         self.drawing = resolve(asked, info)
         self.guidance_scale = card_scale(info) if s.guidance_scale is None else s.guidance_scale
-        self.prior: LatentDataset | None = None
+        self.prior: ImageDataset | None = None
 
     def open(self, images: ImageSet) -> Finetune:
         """Encode the images, and those of their prior. Raises DataError."""
@@ -92,50 +89,30 @@ class Finetune:
                 say(f"validation prompt {prompt[:40]!r}…: its end is not seen by the text encoder: {lost!r}")
         encoders = Encoders(model.vae, model.text, (model.hash, model.hash), self.device)
         self.data = self._dataset(images, encoders)
-        self.lines, self.inputs["data"] = self.data.lines, self.data.hash
+        self.lines, self.inputs = self.data.lines, {**self.inputs, **self.data.inputs}
         if images.prior is not None:
             say(f"of the prior {images.prior.data.folder}:")
             self.prior = self._dataset(images.prior, encoders)
             self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
-            self.inputs["prior"] = self.prior.hash
-        self._hold_out()
+            self.inputs["prior"] = images.prior.hash
+        self.validation = fixed_samples(self.data, s.seed, self.device)
+        self.prompts = list(map(plain_text, s.validation_prompts)) or grid_captions(
+            self.data, self.validation, s.samples
+        )
         return self
 
-    def _dataset(self, images: ImageSet, encoders: Encoders) -> LatentDataset:
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        s = self.settings
+        batches = self.data.batches(first_step, s.steps, s.accumulation)
+        if self.prior is None:
+            return batches
+        priors = self.prior.batches(first_step, s.steps, s.accumulation)
+        return (dataclasses.replace(batch, prior=prior) for batch, prior in zip(batches, priors))
+
+    def _dataset(self, images: ImageSet, encoders: Encoders) -> ImageDataset:
         s = self.settings
         images.cut = self.model.text.truncated
-        return LatentDataset(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
-
-    def _hold_out(self) -> None:
-        """Fixed noise and noise levels for the held-out images, each several times where they are few."""
-        s, batches = self.settings, self.data.held_out()
-        count = sum(len(batch.latents) for batch in batches)
-        rounds = -(-FEWEST // count) if count else 0
-        if not count:
-            say("no image is held out, so there is no validation loss")
-        levels = fixed_levels(rounds * count, s.seed)
-        self.validation: list[tuple[Batch, Tensor, Tensor]] = []
-        for number, batch in enumerate(batches * rounds):
-            u, levels = levels[: len(batch.latents)], levels[len(batch.latents) :]
-            noise = seeded.normal(tuple(batch.latents.shape), s.seed, "validation", number).to(self.device)
-            self.validation.append((batch, noise, u))
-        captions = [caption for batch in batches for caption in batch.captions]
-        captions += [(*item.captions, "")[0] for item in self.data.images.items[: 4 * s.samples]]
-        self.prompts = (
-            list(map(plain_text, s.validation_prompts)) or list(dict.fromkeys(filter(None, captions)))[: s.samples]
-        )
-
-    def batches(self, first_step: int) -> Iterator[Batch]:
-        """Those of a step are made together, for each image has the same weight in it, whatever batch it is in."""
-        accumulation = self.settings.accumulation
-        for first in range(first_step * accumulation, self.settings.steps * accumulation, accumulation):
-            numbers = range(first, first + accumulation)
-            batches = weighed([self.data.batch(number) for number in numbers])
-            if self.prior is None:
-                yield from batches
-            else:
-                priors = weighed([self.prior.batch(number) for number in numbers])
-                yield from (dataclasses.replace(batch, prior=prior) for batch, prior in zip(batches, priors))
+        return ImageDataset(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         loss = self._loss(batch, "", step, micro)
@@ -144,20 +121,9 @@ class Finetune:
         return loss + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
 
     def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
-        s, x0, part = self.settings, batch.latents, batch.part
-        size = part.size
-        noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
-        if s.noise_offset:
-            shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
-            noise = noise + s.noise_offset * shift
-        noise = part.of(noise).to(self.device)
-        u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
-        u = part.of(shape_timesteps(u, s.timesteps, s.timestep_shift))
-        timesteps = timesteps_at(self.model.schedule, u).to(self.device)
-        predict = self._predict(self.module, batch)
+        s, predict = self.settings, self._predict(self.module, batch)
         teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
-        losses = training_loss(predict, self.model.schedule, x0, noise, timesteps, s.snr_gamma, teacher)
-        return batch.weight * part.mean(losses)
+        return diffusion_loss(predict, self.model.schedule, s, batch, step, micro, kind, teacher)
 
     def _teacher(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction of the model without its updates."""
@@ -234,25 +200,14 @@ class Finetune:
         """The words of the captions, where the text encoder knows which words it was trained on."""
         if getattr(self.model.text, "words", None) is None:
             return frozenset()
-        return known_words(caption for item in self.data.images.items for caption in item.captions)
+        return known_words(self.data.captions(None))
 
     def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
         if words := self._words():
             model.text = copy.copy(model.text)
             model.text.words |= words
-        modules = {"unet": model.unet, "vae": model.vae.module, "text encoder": nn.ModuleList(model.text.modules)}
-        small = sum(p.numel() for module in modules.values() for p in module.parameters()) < SMALL
-        card = finetune_card(self.settings, model, self.device.type, modules, scores)
-        dtype = self.settings.save_dtype or "bf16"
-        return save_model(model, folder, dtype=dtype, max_shard_mb=15 if small else 5000, readme=card)
-
-
-def weighed(batches: Sequence[Batch]) -> list[Batch]:
-    """The batches of a step with their weights: their mean is the mean of all samples, not of the batches."""
-    sizes = [batch.part.size for batch in batches]
-    if len(set(sizes)) == 1:
-        return list(batches)
-    return [dataclasses.replace(b, weight=size * len(sizes) / sum(sizes)) for b, size in zip(batches, sizes)]
+        card = partial(finetune_card, self.settings, model, self.device.type, scores=scores)
+        return save_whole(model, folder, self.settings.save_dtype or "bf16", card)
 
 
 def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:

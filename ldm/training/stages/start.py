@@ -1,4 +1,4 @@
-"""What a stage that makes a network from nothing begins with: another run's weights, held-out samples."""
+"""The weights that a stage begins with: those of another run or of a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from torch import nn
 from ldm.checkpoint.parts import load_unet_from, load_vae_from, model_folder
 from ldm.training.checkpoints.reading import read_tensors
 from ldm.training.checkpoints.state import checkpoints
-from ldm.training.data.samples import Samples
-
-SEED_OFFSET = 1_000_003  # from the seed of training samples to that of held-out ones
 
 
 def start_from(init: str | None, part: str) -> nn.Module | None:
@@ -30,13 +27,3 @@ def start_from(init: str | None, part: str) -> nn.Module | None:
         average = {k.removeprefix("unet."): v for k, v in average.items() if not k.startswith("text.")}
         module.load_state_dict(average)
     return module.float().requires_grad_(True)
-
-
-def distinct(samples: Samples, count: int) -> dict[str, int]:
-    """caption → index of the first `count` samples whose captions differ (fewer where 50 × count hold no more)."""
-    found: dict[str, int] = {}
-    for index in range(50 * count):
-        found.setdefault(samples.captions(index, 1)[0], index)
-        if len(found) == count:
-            break
-    return found

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +16,30 @@ from ldm.device import pick_device
 from ldm.nn.clip import SmallClip, recall_at_1, train_tokenizer
 from ldm.nn.text import ClipText, known_words
 from ldm.training.checks import check_same
-from ldm.training.data.latent_pool import LatentPool, encode_images
-from ldm.training.data.samples import open_samples
+from ldm.training.data import Batch, ImageDataset, ImageSet, PreparedSet, SceneSet
+from ldm.training.data.encoded import Encoders
 from ldm.training.loop import seeded
 from ldm.training.parts import vae_part
 from ldm.training.settings import TextSettings
-from ldm.training.stages.start import SEED_OFFSET, distinct
-from ldm.training.stages.text_terms import ReadingTerms, Told
+from ldm.training.stages.text_terms import ReadingTerms
 
 
-class TextBatch(NamedTuple):
-    """Rows of the pool, and captions with what they say."""
-
-    tokens: Tensor  # (B, S)
-    latents: Tensor  # (B, C, h, w)
-    told: Told | None
-
-
-def open_stage(settings: TextSettings, out: Path, images: object) -> Text:
-    return Text(settings)
+def open_stage(settings: TextSettings, out: Path, images: ImageSet | PreparedSet | SceneSet) -> Text:
+    return Text(settings, out, images)
 
 
 class Text:
     """Captions against latents, and what they say; the tokenizer is trained first, on captions alone."""
 
-    def __init__(self, settings: TextSettings):
+    def __init__(self, settings: TextSettings, out: Path, images: ImageSet | PreparedSet | SceneSet):
         s = self.settings = settings
         self.device = pick_device(s.device)
-        self.samples = open_samples(s.data, s.seed)
-        self.vae = vae_part(s).load()
-        self.vae.module.to(self.device)
-        captions = self.samples.captions(0, s.tokenizer_captions)
+        vae = vae_part(s)
+        self.vae = vae.load().to(self.device)
+        encoders = Encoders(self.vae, None, (vae.fingerprint, ""), self.device)
+        self.data = ImageDataset(images, encoders, s.seed, s.batch_size, out, texts=False)
+        self.lines = self.data.lines
+        captions = list(self.data.captions(s.tokenizer_captions))
         self.text = self._started() if s.init else None
         self.tokenizer = self.text.tokenizer if self.text else train_tokenizer(captions, s.vocabulary, s.max_length)
         self.max_length = self.text.max_length if self.text else s.max_length
@@ -55,16 +47,15 @@ class Text:
         if self.text and self.text.words is not None:
             self.words |= self.text.words
         entries = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        self.inputs = {"tokenizer": hashlib.sha256(entries.encode()).hexdigest()}  # trained anew where a run resumes
+        # the tokenizer is trained anew where a run resumes
+        self.inputs = {**self.data.inputs, "tokenizer": hashlib.sha256(entries.encode()).hexdigest()}
         torch.manual_seed(seeded.key(s.seed, "text"))
         self.module = SmallClip(self._text_config(), self._image_config())
         if self.text:
             self._load(self.text)
-        self.terms = self._terms() if s.naming and not s.data.folder else None
-        held_out = open_samples(s.data, s.seed + SEED_OFFSET, held_out=True)
-        found = distinct(held_out, s.validation)
-        images = torch.stack([torch.from_numpy(held_out[i][0]) for i in found.values()])
-        self.validation = (self._tokens(list(found)), self._latents(images))
+        self.terms = self._terms(images) if s.naming and isinstance(images, SceneSet) else None
+        found = {text: z for batch in self.data.held_out() for text, z in zip(batch.captions, batch.latents) if text}
+        self.validation = (self._tokens(list(found)), torch.stack(list(found.values()))) if found else None
 
     def _started(self) -> ClipText:
         """The text encoder of `init`. Raises ConfigError or ModelError where it is not what the settings ask for."""
@@ -82,11 +73,11 @@ class Text:
         }
         self.module.text.load_state_dict(found, strict=False)
 
-    def _terms(self) -> ReadingTerms:
+    def _terms(self, scenes: SceneSet) -> ReadingTerms:
         """The terms beside the contrast; their readers become a part of the module."""
         before = self.text.model.to(self.device).requires_grad_(False) if self.text else None
         text = ClipText(self.module.text, self.tokenizer, self.words)
-        terms = ReadingTerms(self.settings, self.samples, text, before)
+        terms = ReadingTerms(self.settings, scenes.samples(), text, before)
         self.module.readers = terms.new_readers(self.module.text)
         return terms
 
@@ -106,34 +97,29 @@ class Text:
         rows = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length)
         return torch.tensor(rows["input_ids"]).to(self.device)
 
-    def _latents(self, images: Tensor) -> Tensor:
-        return encode_images(self.vae, images, self.device)
-
-    def batches(self, first_step: int) -> Iterator[TextBatch]:
+    def batches(self, first_step: int) -> Iterator[Batch]:
         s = self.settings
-        pool = LatentPool(self.samples, self._latents, self._tokens, s.latent_pool, s.renew, s.workers, first_step)
-        for number in range(first_step * s.accumulation, s.steps * s.accumulation):
-            step, micro = divmod(number, s.accumulation)
-            rows = seeded.integers(s.latent_pool, (s.batch_size,), s.seed, "rows", step, micro)
-            pool.at(step)
-            told = self.terms.batch(number) if self.terms else None
-            yield TextBatch(self._trimmed(pool.texts[rows]), pool.latents[rows], told)
+        return self.data.batches(first_step, s.steps, s.accumulation)
 
     def _trimmed(self, tokens: Tensor) -> Tensor:
         """Without the columns in which every row is past its end: attention is causal, so no state changes."""
         ends = (tokens == self.tokenizer.eos_token_id).int().argmax(1)
         return tokens[:, : int(ends.max()) + 1]
 
-    def loss(self, batch: TextBatch, step: int, micro: int) -> Tensor:
-        contrast = self.settings.contrast
-        loss = contrast * self.module(batch.tokens, batch.latents) if contrast else batch.latents.new_zeros(())
+    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        s, loss = self.settings, batch.latents.new_zeros(())
+        if s.contrast:
+            loss = s.contrast * self.module(self._trimmed(self._tokens(batch.captions)), batch.latents)
         if self.terms:
-            loss = loss + self.terms.loss(self.module.text, self.module.readers, batch.told, self.device)
+            told = self.terms.batch(step * s.accumulation + micro)
+            loss = loss + self.terms.loss(self.module.text, self.module.readers, told, self.device)
         return loss
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:
         """R@1 among held-out samples with distinct captions, and how often a synonym is nearest to its own object."""
+        if self.validation is None:
+            return {}
         tokens, latents = self.validation
         forward, backward = recall_at_1(ema.embed_text(tokens), ema.embed_image(latents))
         scores = {"text_to_image": forward, "image_to_text": backward}

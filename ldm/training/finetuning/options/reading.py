@@ -78,8 +78,6 @@ def _checked(value: Any, name: str, plain: str, key: str) -> Any:
     for text in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str):
             _check_text(text, name, is_path)
-    if key == "data.cache" and value is False:  # as YAML reads off
-        return "off"
     reader = None if isinstance(value, (int, float)) else READERS.get(plain.removeprefix("data."))
     return reader(value, name) if reader else with_new_value(key, value)
 
@@ -119,7 +117,7 @@ def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
         return with_new_names(mapping)
     flat = with_new_names({key: value for key, value in mapping.items() if key != "data"})
     flat |= {f"data.{name}": value for name, value in data.items()}
-    if "stage" in flat and "data.workers" in flat:
+    if flat.get("stage") == "finetune" and "data.workers" in flat:
         flat.pop("workers", None)
     return flat
 

@@ -1,0 +1,95 @@
+"""Every stage reads through one dataset class, and training from nothing has what fine-tuning has.
+
+Counts come first; then buckets, several captions, the cache or live encoding, images held out by their content."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm.training import read_settings, train
+from ldm.training.data import ImageDataset
+from ldm.training.settings import SETTINGS, UNetSettings, as_dict, changed
+from tests.training.conftest import SCHEDULE, TINY_UNET, threads
+
+QUICK = {"stage": "unet", "steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu"}
+QUICK |= {"sample_steps": 1, "schedule": SCHEDULE, "model": TINY_UNET, "validate_every": 3, "warmup": 0}
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_all_stages_import_one_dataset_class(stage):
+    module = importlib.import_module(f"ldm.training.stages.{stage}")
+    assert module.ImageDataset is ImageDataset
+    source = Path(module.__file__).read_text()
+    readers = re.findall(r"from ldm\.(?:training\.data\.|data\.(?!transforms))(\w+)", source)
+    assert set(readers) <= {"encoded", "emoji"}  # of which the text stage takes synonyms to judge by
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Sixty images in four class folders, wide and tall, some with two captions."""
+    root = tmp_path_factory.mktemp("classes") / "images"
+    for c, name in enumerate(("ant", "bee", "cow", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(15):
+            size = (48, 32) if i % 2 else (32, 40)
+            Image.new("RGB", size, (60 * c, 15 * i, 99)).save(root / name / f"{i}.png")
+            (root / name / f"{i}.txt").write_text(f"a {name}\n" + (f"number {i}\n" if i % 3 else ""))
+    return root
+
+
+def trained(out, classes, parts, *words):
+    config = out.parent / "unet.json"
+    config.write_text(json.dumps({**QUICK, "vae": str(parts), "text": str(parts), "data": {"resolution": 32}}))
+    with threads(1):
+        return train(config, out, [f"data={classes}", *words])
+
+
+def test_images_are_counted_and_held_out_by_their_content(classes, parts, tmp_path, capsys):
+    trained(tmp_path / "run", classes, parts, "data.held_out=0.2")
+    said = capsys.readouterr().err
+    assert "60 found: 60 used, 0 skipped" in said and "100 captions; 0 missing, 0 empty" in said
+    train_on, held = map(int, re.search(r"(\d+) images to train on, (\d+) held out", said).groups())
+    assert train_on + held == 60 and 4 <= held <= 24
+    assert said.index("60 found") < said.index("cache: ")
+    assert (tmp_path / "run" / "cache" / "index.json").is_file()
+    inputs = json.loads((tmp_path / "run" / "versions.json").read_text())["inputs"]
+    assert set(inputs) >= {"vae", "text", "data"}
+
+
+def test_no_class_is_left_out_of_the_training(classes):
+    from ldm.training.data import read_images
+    from ldm.training.settings import DataSettings
+
+    images = read_images(DataSettings(folder=str(classes), resolution=32, held_out=0.2))
+    held = {item.id for item in images.items if item.digest in images.held_out}
+    assert {id.split("/")[0] for id in held} != {"dog"} and len(held) > 3
+    kept = {images.items[place].id.split("/")[0] for place in images.trained}
+    assert kept == {"ant", "bee", "cow", "dog"}
+
+
+def test_cached_and_live_runs_are_one_and_the_same(classes, parts, tmp_path):
+    runs = {"cached": [], "live": ["data.cache=off", "data.workers=2"]}
+    for name, words in runs.items():
+        trained(tmp_path / name, classes, parts, *words)
+    one, two = ((tmp_path / name / "checkpoints/step-00000003/state.safetensors").read_bytes() for name in runs)
+    assert one == two
+
+
+def test_random_crops_need_no_cache(classes, parts, tmp_path):
+    model = trained(tmp_path / "run", classes, parts, "data.cache=off", "data.crop=random", "data.flip=0.5", "steps=1")
+    assert (model / "model_index.json").is_file() and not (tmp_path / "run" / "cache").exists()
+
+
+def test_a_run_from_before_goes_on_with_its_settings():
+    words = ["vae=x", "text=x", "caption_dropout=0.3"]
+    settings = read_settings("emoji/unet", words)
+    assert isinstance(settings, UNetSettings) and settings.data.caption_dropout == 0.3
+    before = as_dict(settings)
+    scenes = {name: before["data"][name] for name in ("folder", "resolution", "font", "scenes")}
+    old = {**before, "data": scenes, "caption_dropout": 0.3}
+    assert changed(old, settings) == {}
+    assert list(changed({**old, "caption_dropout": 0.2}, settings)) == ["data"]
