@@ -6,6 +6,7 @@ import json
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm import Pipeline
 from ldm.images import encode, read_metadata
@@ -164,14 +165,22 @@ def test_a_png_brings_its_settings_back_and_they_draw_it_again(client):
     again = client.wait(client.post("/api/jobs", found["fields"]).json()["id"])
     assert client.get(f"/images/{again['images'][0]}.png").content == data
     foreign = io.BytesIO()
-    from PIL.PngImagePlugin import PngInfo
-
     text = PngInfo()
     text.add_text("parameters", "a dog\nSteps: 3, Sampler: Euler a, CFG scale: 5, Seed: 9, Size: 32x32, Model: other")
     square().save(foreign, "PNG", pnginfo=text)
     found = client.post("/api/read", {"image": base64.b64encode(foreign.getvalue()).decode()}).json()
     assert found["fields"]["sampler"] == "euler_ancestral" and found["fields"]["seed"] == 9
     assert any("other, which is not here" in note for note in found["notes"])
+    text = PngInfo()
+    text.add_text("parameters", json.dumps({"sui_image_params": {"prompt": "a dog", "seed": 4, "steps": 3}}))
+    swarm = io.BytesIO()
+    square().save(swarm, "PNG", pnginfo=text)
+    found = client.post("/api/read", {"image": base64.b64encode(swarm.getvalue()).decode()}).json()
+    assert (found["fields"]["prompt"], found["fields"]["seed"], found["fields"]["num_inference_steps"]) == (
+        "a dog",
+        4,
+        3,
+    )
     assert client.post("/api/read", {"image": as_text(square())}).status_code == 422
 
 

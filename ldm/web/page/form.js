@@ -9,6 +9,7 @@ let extra = {}; // settings of a restored image that have no field here
 let source = () => ({});
 
 export const model = () => info.models.find((one) => one.name === $("model").value) ?? info.models[0];
+export const labelOf = (sampler) => model().samplers.find((one) => one.name === sampler)?.label ?? sampler;
 export const limits = () => info.limits;
 
 export function setUp(found, fromSource) {

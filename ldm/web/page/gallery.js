@@ -2,7 +2,7 @@
 
 import { $, make, toast } from "./dom.js";
 import { call, download, show } from "./api.js";
-import { write } from "./form.js";
+import { labelOf, write } from "./form.js";
 import { takeFromGallery } from "./source.js";
 
 let images = []; // newest first
@@ -90,7 +90,7 @@ export function stage(one, scroll = false) {
   ratio(one.width, one.height);
   const data = one.metadata;
   const facts = one.kind === "grid" ? `grid · ${(data.request?.grid ?? []).join(" · ")}`
-    : [`seed ${data.seed}`, `${data.num_inference_steps} steps`, data.sampler, `${one.width} × ${one.height}`].join(" · ");
+    : [`seed ${data.seed}`, `${data.num_inference_steps} steps`, labelOf(data.sampler), `${one.width} × ${one.height}`].join(" · ");
   const words = data.unknown_words?.length ? ` · never shown to the model: ${data.unknown_words.join(", ")}` : "";
   $("caption").replaceChildren(make("strong", { textContent: data.prompt || "without a prompt" }), facts + words);
   actions(one);
