@@ -1,5 +1,6 @@
 """The page in a real browser: what a person does, from the first screen to a restored PNG."""
 
+import base64
 import re
 import time
 
@@ -135,17 +136,34 @@ def form(page):
     return page.evaluate("import('/static/form.js').then((form) => form.read())")
 
 
+def drop(page, selector, path):
+    """Drop a file on an element, as a file manager does."""
+    script = """([text, name]) => {
+        const bytes = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+        const moved = new DataTransfer();
+        moved.items.add(new File([bytes], name, {type: 'image/png'}));
+        return moved;
+    }"""
+    moved = page.evaluate_handle(script, [base64.b64encode(path.read_bytes()).decode(), path.name])
+    for kind in ("dragenter", "dragover", "drop"):
+        page.dispatch_event(selector, kind, {"dataTransfer": moved, "bubbles": True})
+
+
 def test_a_dropped_png_restores_its_settings(open_page, client, tmp_path):
     job = client.draw(prompt="a red dog", seed=41, guidance_scale=2.5, sampler="euler", num_inference_steps=3)
     (tmp_path / "old.png").write_bytes(client.get(f"/images/{job['images'][0]}.png").content)
     page = open_page()
-    page.set_input_files("#file", tmp_path / "old.png")
+    drop(page, "#gallery-title", tmp_path / "old.png")
     until(page, "document.getElementById('prompt').value === 'a red dog'")
-    page.click("#source-clear")
     restored = form(page)
+    assert "image" not in restored
     assert (restored["seed"], restored["guidance_scale"], restored["sampler"]) == (41, 2.5, "euler")
     id = generate(page, "a red dog", steps=3)
     assert client.get(f"/images/{id}.png").content == (tmp_path / "old.png").read_bytes()
+    page.fill("#prompt", "")
+    drop(page, "#drop", tmp_path / "old.png")
+    page.click("#restore")
+    assert form(page)["image"].startswith("data:image/png;base64,") and form(page)["prompt"] == "a red dog"
     (tmp_path / "no.png").write_text("<svg onload=alert(1)>")
     page.set_input_files("#file", tmp_path / "no.png")
     page.wait_for_selector("#toast:not([hidden]) >> text=no image")

@@ -28,7 +28,8 @@ const painted = () => mask && past.length > 0 &&
   mask.getContext("2d", OFTEN_READ).getImageData(0, 0, mask.width, mask.height).data.some((value, i) => i % 4 === 0 && value > 127);
 
 export function setUp(onEditor) {
-  $("file").addEventListener("change", () => { if ($("file").files[0]) take($("file").files[0]); $("file").value = ""; });
+  $("file").addEventListener("change", () => { if ($("file").files[0]) take($("file").files[0]); });
+  $("file").addEventListener("click", () => { $("file").value = ""; });
   $("source-clear").addEventListener("click", clear);
   $("restore").addEventListener("click", () => { write(found); toast("The settings of the image are back."); });
   $("edit-open").addEventListener("click", () => { onEditor(true); draw(); $("mask").focus(); });
@@ -54,32 +55,46 @@ export function setUp(onEditor) {
     $("veil").hidden = true;
     if (!files(event)) return;
     event.preventDefault();
-    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0], event.target.closest?.(".panel, .stage") ?? true);
+    const file = event.dataTransfer.files[0];
+    if (file) event.target.closest?.(".source, .editor") ? take(file) : drop(file);
   });
 }
 
-// A file of this computer. A PNG that was made here also offers its settings, and restores them into an empty form.
+// A file of this computer to start from; where it says how it was made, its settings are offered.
 export async function take(file) {
-  if (file.size > limits().upload * 0.7) { toast("The image is larger than 14 MB."); return; }
-  const data = await new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = reject;
-    reader.readAsDataURL(file);
-  });
+  const data = await dataOf(file);
+  if (!data) return;
   try {
     await begin(await createImageBitmap(file), data);
   } catch {
     toast("That file is no image that can be read (PNG, JPEG, WebP).");
     return;
   }
-  try {
-    const answer = await call("POST", "/api/read", { image: data });
-    found = answer.fields;
-    $("restore").hidden = false;
-    write(found);
-    toast(["The settings of the image are restored.", ...answer.notes.slice(0, 2)].join(" "));
-  } catch { /* an image without settings */ }
+  found = (await settingsOf(data))?.fields ?? null;
+  $("restore").hidden = !found;
+}
+
+// A file that is dropped anywhere else: its settings where it has some, else an image to start from.
+async function drop(file) {
+  const data = await dataOf(file);
+  const answer = data && await settingsOf(data);
+  if (!answer) { if (data) await take(file); return; }
+  write(answer.fields);
+  toast(["The settings of the image are restored.", ...answer.notes.slice(0, 2)].join(" "));
+}
+
+async function dataOf(file) {
+  if (file.size > limits().upload * 0.7) { toast("The image is larger than 14 MB."); return null; }
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = reject;
+    reader.readAsDataURL(file);
+  });
+}
+
+async function settingsOf(data) {
+  try { return await call("POST", "/api/read", { image: data }); } catch { return null; }
 }
 
 // An image of the gallery.
