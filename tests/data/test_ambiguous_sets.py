@@ -155,6 +155,21 @@ def test_splits_of_which_none_is_nearly_all_are_a_question(tmp_path):
     assert len(sound(tmp_path, split="all")) == 20
 
 
+def test_splits_of_a_saved_set_too(tmp_path):
+    import datasets
+
+    def part(count, start=0):
+        rows = {"image": [picture(tmp_path / "i.png", start + i).read_bytes() for i in range(count)]}
+        return datasets.Dataset.from_dict({**rows, "text": [f"thing {start + i}" for i in range(count)]})
+
+    datasets.DatasetDict({"train": part(6), "test": part(6, 10)}).save_to_disk(str(tmp_path / "half"))
+    said = refused(tmp_path / "half")
+    assert "train 6, test 6 of 12 images" in said
+    follow(said, tmp_path / "half", 12)
+    datasets.DatasetDict({"train": part(9), "test": part(2, 10)}).save_to_disk(str(tmp_path / "most"))
+    assert len(sound(tmp_path / "most")) == 9 and "split train of train, test" in sound(tmp_path / "most").layout
+
+
 # metadata, tars and parquet files beside images
 
 

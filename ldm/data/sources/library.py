@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of, rivals
+from ldm.data.sources.splits import ALL, choose_split
 from ldm.data.sources.tables import HINT, IMAGE_COLUMNS, image_bytes
 from ldm.data.sources.walk import open_file
 from ldm.errors import DataError, one_line
@@ -202,13 +204,10 @@ class _no_bars:
 def _of(path: object, kind: str, dataset, split: str | None, stream: bool = False) -> Source:
     import datasets
 
+    doubt = None
     if isinstance(dataset, dict):
-        wanted = split or "train"
-        if wanted not in dataset and not (wanted == "train" and len(dataset) == 1):
-            raise DataError(f"has no split {wanted!r}", where=path, hint=f"there is {', '.join(dataset)}")
-        wanted = wanted if wanted in dataset else next(iter(dataset))
-        others = f" of {', '.join(dataset)}" if len(dataset) > 1 else ""
-        dataset, kind = dataset[wanted], f"{kind}, split {wanted}{others}"
+        name, dataset, doubt = _split_of(path, dataset, split, stream)
+        kind = f"{kind}, split {name}"
     features = dataset.features or {}
     images = _image_column(features)
     listed = ", ".join(map(repr, features)) or "not known"
@@ -227,10 +226,24 @@ def _of(path: object, kind: str, dataset, split: str | None, stream: bool = Fals
     else:
         source = LibrarySource(path, layout, *_counted(path, dataset, caption, columns))
         source.counts.notes += rivals(list(features))
-    source.no_captions = nothing
+    source.no_captions, source.doubt = nothing, doubt
     if stream and not any(sample.captions for sample in islice(source, FIRST)):
         raise nothing
     return source
+
+
+def _split_of(path: object, parts: dict, split: str | None, stream: bool) -> tuple[str, Any, DataError | None]:
+    """(name, dataset, doubt) of the split that is read; a stream does not know how large its splits are."""
+    import datasets
+
+    if len(parts) == 1 and split in (None, "train"):
+        return (*next(iter(parts.items())), None)
+    sizes: Counter[str | None] = Counter({name: 1 if stream else len(part) for name, part in parts.items()})
+    choice = choose_split(sizes, (split or "train") if stream else split, path)
+    named = f"{choice.split or ALL} of {', '.join(parts)}"
+    if choice.split is not None:
+        return named, parts[choice.split], choice.doubt
+    return named, datasets.concatenate_datasets(list(parts.values())), choice.doubt
 
 
 def _image_column(features) -> str | None:

@@ -102,7 +102,8 @@ def _beside(listing: Listing, images: Iterable[str]) -> tuple[Counter[str], dict
         if read.texts:
             beside[end] = len(names)
         else:
-            silent[end] = len(names), read.detail or read.fault or "empty"
+            why = "no text" if read.fault.startswith("caption is not UTF-8") else read.fault or read.detail or "empty"
+            silent[end] = len(names), why
     return beside, silent
 
 
