@@ -79,8 +79,11 @@ def test_more_than_a_few_images_outside_are_refused_by_name_and_excluding_them_h
     captioned(tmp_path / "10_cat", 8)
     picture(tmp_path / "sample" / "lora_000100.png", 50)
     said = refused(tmp_path)
-    assert "1 of 9 cannot be used" in said and "sample/lora_000100.png" in said and "--exclude" in said
-    assert sum(s.repeats for s in sound(tmp_path, exclude=["sample/*"])) == 80
+    assert "1 of 9 cannot be used" in said and "sample/lora_000100.png" in said
+    assert sum(s.repeats for s in sound(tmp_path, exclude=[re.search(r"--exclude '(.*?)'", said)[1]])) == 80
+    picture(tmp_path / "sample" / "lora_000200.png", 51)
+    assert (pattern := re.search(r"--exclude '(.*?)'", refused(tmp_path))[1]) == "sample/*"
+    assert sum(s.repeats for s in sound(tmp_path, exclude=[pattern])) == 80
     assert {s.repeats for s in sound(tmp_path, layout="files", exclude=["sample"])} == {1}
 
 
@@ -243,6 +246,7 @@ def test_names_with_several_dots_are_samples_of_their_own(tmp_path):
     said = refused(tar(tmp_path / "b.tar", ["1.png", "1.mask.png", "1.txt"]))
     assert "beside another image of its key 1; the first: " in said and "1.mask.png" in said
     assert len(sound(tmp_path / "b.tar", exclude=["*.mask.png"])) == 1
+    assert len(sound(tmp_path / "b.tar", exclude=[re.search(r"--exclude '(.*?)'", said)[1]])) == 1
 
 
 def test_a_tar_says_what_is_in_the_place_of_captions(tmp_path):

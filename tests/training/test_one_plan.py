@@ -166,5 +166,5 @@ def test_training_from_nothing_takes_the_advice_of_a_refusal(tmp_path):
 
     with pytest.raises(DataError, match=r"1 of 9 cannot be used") as error:
         opened()
-    assert "data.exclude=PATTERN" in error.value.hint and "data.layout=files" in error.value.hint
+    assert "data.exclude='sample/0.png'" in error.value.hint and "data.layout=files" in error.value.hint
     assert len(opened("data.exclude=sample/*").items) == 8 and len(opened("data.layout=files").items) == 9

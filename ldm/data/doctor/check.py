@@ -15,7 +15,7 @@ from ldm.data.doctor.image_info import ImageInfo, read_image_info, same_files
 from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, near_duplicates
 from ldm.data.doctor.page import write_page
 from ldm.data.sources import Layout, SampledSource, Source, is_hub_id, open_source
-from ldm.data.sources.source import EXCLUDE, HINTS
+from ldm.data.sources.source import HINTS
 from ldm.errors import DataError
 
 NARROW = 3.0  # longer side by shorter side, above which an image is called narrow
@@ -129,7 +129,7 @@ def _skips(source: Source) -> list[Finding]:
         for reason, places in kinds.items()
     ]
     for reason, count in counts.aside.items():
-        hint = None if reason in counts.chosen else HINTS.get(reason, EXCLUDE)
+        hint = None if reason in counts.chosen else counts.hint_for(reason)
         findings.append(_left_out(reason, count, counts.aside_places[reason], hint))
     return findings
 

@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -135,6 +136,16 @@ class Counts:
         unasked = Counter({reason: n for reason, n in self.aside.items() if reason not in self.chosen})
         return Counter(skip.reason for skip in self.skipped) + unasked
 
+    def hint_for(self, reason: str) -> str:
+        """What mends a loss, with the pattern that leaves it out where one is enough."""
+        hint, places = HINTS.get(reason, "mend them or raise max_bad"), self.aside_places.get(reason, [])
+        tops = {place.partition("/")[0] for place in places}
+        if self.aside[reason] == len(places) == 1:
+            return hint.replace("PATTERN", f"'{escape(places[0])}'")
+        if self.aside[reason] == len(places) and len(tops) == 1 and all("/" in place for place in places):
+            return hint.replace("PATTERN", f"'{escape(tops.pop())}/*'")
+        return hint
+
     def first_of(self, reason: str) -> str:
         """The first place with this reason, and its detail."""
         places = (str(skip) for skip in self.skipped if skip.reason == reason)
@@ -215,9 +226,7 @@ class Source(Sequence[Sample]):
             allowed = f"{max_bad:.3g}" if max_bad >= 1 or max_bad == 0 else f"{100 * max_bad:.3g} %"
             most = lost.most_common(1)[0][0]
             what = f"{lost.total()} of {counts.found} cannot be used, {allowed} are allowed: {kinds}; the first: "
-            raise DataError(
-                what + counts.first_of(most), where=self.path, hint=HINTS.get(most, "mend them or raise max_bad")
-            )
+            raise DataError(what + counts.first_of(most), where=self.path, hint=counts.hint_for(most))
         if not counts.used:
             raise DataError("holds no images that can be used", where=self.path)
         lacking = counts.missing + counts.empty

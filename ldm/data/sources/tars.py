@@ -140,7 +140,9 @@ def _by_key(path: Path, excluded: Counter[str]) -> Iterator[list[_Member]]:
         while (member := tar.next()) is not None:
             tar.members = []  # which would grow with each member
             folder, _, name = member.name.rpartition("/")
-            if not member.isreg() or name.startswith(".") or is_excluded(member.name.removeprefix("./"), excluded):
+            plain = member.name.removeprefix("./")
+            left_out = excluded and (is_excluded(plain, excluded) or is_excluded(f"{path.name}/{plain}", excluded))
+            if not member.isreg() or name.startswith(".") or left_out:
                 continue
             key = unicodedata.normalize("NFC", folder), unicodedata.normalize("NFC", name.partition(".")[0])
             found = _Member(member.name, member.offset, member.offset_data, member.size)
@@ -173,7 +175,7 @@ def _take(
     images = [member for member in members if member.suffix in SUFFIXES]
     counts.found += len(images)
     for extra in images[1:]:
-        counts.leave(f"{path}/{extra.name}", BESIDE)
+        counts.leave(f"{shard}/{extra.name}", BESIDE)
     if not images:
         return [member.name for member in members if member.suffix in CAPTION_SUFFIXES[:2]]
     image, read, chosen = images[0], Captions(found=False), (0, 0, 0)
