@@ -194,6 +194,15 @@ def test_metadata_of_few_images_is_a_question(tmp_path):
     open_source(tmp_path).require(max_bad=2)
 
 
+def test_rows_of_images_that_are_left_out_are_passed_over(tmp_path):
+    captioned(tmp_path / "good", 8)
+    captioned(tmp_path / "bad", 4, 10)
+    rows(tmp_path, [*(f"good/{i:02d}.png" for i in range(8)), *(f"bad/{i}.png" for i in range(10, 14))])
+    for pattern in ("bad/*", "bad", "bad/1?.png"):
+        source = sound(tmp_path, exclude=[pattern])
+        assert len(source) == source.counts.found == 8
+
+
 def tar(path, names):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as file:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.data.sources.rows import read_rows
 from ldm.data.sources.source import NO_IMAGE, NO_NAME, NO_ROW, Counts, caption_column, captions_of, rivals
-from ldm.data.sources.walk import Listing
+from ldm.data.sources.walk import Listing, is_excluded
 from ldm.errors import DataError
 
 
@@ -22,10 +22,13 @@ def by_metadata(names: list[str], listing: Listing, counts: Counts) -> tuple[str
     bad = {os.path.relpath(skip.where, listing.root): skip for skip in listing.skipped}
     of: dict[str, list] = {}  # image -> [captions, whether a row has a caption field, fault or None]
     columns, seen, repeated = Counter(), {}, 0
+    left_out = Counter(listing.excluded)  # a copy: rows are no files
     for where, below, row in _rows(listing):
         seen |= dict.fromkeys(row)
         name, fault = _image_of(row, below, listing.root, listing.homes, where)
         name = known.find(name)
+        if fault is None and is_excluded(name, left_out):
+            continue
         if fault is None and name not in wanted and name not in elsewhere and name not in bad:
             counts.found += 1
             if name in listing.others:

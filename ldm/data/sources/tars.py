@@ -141,7 +141,7 @@ def _by_key(path: Path, excluded: Counter[str]) -> Iterator[list[_Member]]:
             tar.members = []  # which would grow with each member
             folder, _, name = member.name.rpartition("/")
             plain = member.name.removeprefix("./")
-            left_out = excluded and (is_excluded(plain, excluded) or is_excluded(f"{path.name}/{plain}", excluded))
+            left_out = is_excluded(plain, excluded) or is_excluded(f"{path.name}/{plain}", excluded)
             if not member.isreg() or name.startswith(".") or left_out:
                 continue
             key = unicodedata.normalize("NFC", folder), unicodedata.normalize("NFC", name.partition(".")[0])

@@ -81,11 +81,17 @@ def check_excluded(excluded: Counter[str], where: object) -> None:
 
 
 def is_excluded(name: str, excluded: Counter[str]) -> bool:
-    """Whether a pattern matches a path (a folder's with "/" at its end); counts what each pattern leaves out."""
+    """Whether a pattern matches a path or a folder above it; counts what each pattern leaves out.
+
+    A folder's path has "/" at its end.
+    """
+    if not excluded:
+        return False
     plain = unicodedata.normalize("NFC", name)
+    above = [f"{parent}/" for parent in PurePosixPath(plain).parents][:-1]
     for pattern in excluded:
         wanted = unicodedata.normalize("NFC", pattern).removeprefix("./")
-        if fnmatchcase(plain, wanted) or fnmatchcase(plain.rstrip("/"), wanted.rstrip("/")):
+        if any(fnmatchcase(p, wanted) or fnmatchcase(p.rstrip("/"), wanted.rstrip("/")) for p in (plain, *above)):
             excluded[pattern] += 1
             return True
     return False
@@ -121,7 +127,7 @@ def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
             is_folder = entry.is_dir(follow_symlinks=False)
             if entry.name.startswith((".", "__MACOSX")):
                 listing.hidden += 1
-            elif listing.excluded and is_excluded(f"{name}/" if is_folder else name, listing.excluded):
+            elif is_excluded(f"{name}/" if is_folder else name, listing.excluded):
                 continue
             elif is_folder:
                 folders.append(name)
