@@ -97,7 +97,8 @@ class ShardSequence:
         for number, shard in enumerate(self.shards):
             self._groups.setdefault(shard.size, []).append(number)
         self._begins = [0]  # of each epoch, in batches
-        self._plan: tuple[int, list[list[int]], list[int]] | None = None
+        self._plans: dict[int, tuple[list[list[int]], list[int]]] = {}  # of this epoch and the next
+        self._ordered: tuple[tuple[int, ...], np.ndarray] | None = None  # of this window
         self._loaded: dict[tuple[int, ...], Future[_Window]] = {}
         self._threads = ThreadPoolExecutor(1, "shards")
 
@@ -108,10 +109,10 @@ class ShardSequence:
     def at(self, number: int) -> Rows:
         """The number-th batch since the beginning, always the same; the next window is read meanwhile."""
         epoch, number = self._epoch_of(number)
-        _, windows, ends = self._planned(epoch)
+        windows, ends = self._planned(epoch)
         place = bisect.bisect_right(ends, number)
         window, begin = windows[place], ends[place - 1] if place else 0
-        upcoming = windows[place + 1] if place + 1 < len(windows) else self._planned_first(epoch + 1)
+        upcoming = windows[place + 1] if place + 1 < len(windows) else self._planned(epoch + 1)[0][0]
         loaded = self._load(window, upcoming)
         order = self._order(window, epoch)
         start = (number - begin) * self.batch_size
@@ -129,8 +130,12 @@ class ShardSequence:
     def _order(self, window: list[int], epoch: int) -> np.ndarray:
         import numpy as np
 
-        rows = sum(self.shards[i].rows for i in window)
-        return np.argsort(shuffle_keys(rows, self.seed, "rows", epoch, window[0]), kind="stable")
+        key = (epoch, *window)
+        if self._ordered is None or self._ordered[0] != key:
+            rows = sum(self.shards[i].rows for i in window)
+            keys = shuffle_keys(rows, self.seed, "rows", epoch, window[0])
+            self._ordered = (key, np.argsort(keys, kind="stable"))
+        return self._ordered[1]
 
     def _epoch_of(self, number: int) -> tuple[int, int]:
         """(epoch, number of the batch in it). Epochs differ by a few batches: windows have smaller last ones."""
@@ -139,13 +144,11 @@ class ShardSequence:
         epoch = bisect.bisect_right(self._begins, number) - 1
         return epoch, number - self._begins[epoch]
 
-    def _planned(self, epoch: int) -> tuple[int, list[list[int]], list[int]]:
-        if self._plan is None or self._plan[0] != epoch:
-            self._plan = (epoch, *self._windows(epoch))
-        return self._plan
-
-    def _planned_first(self, epoch: int) -> list[int]:
-        return self._windows(epoch)[0][0]
+    def _planned(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        if epoch not in self._plans:
+            self._plans = {known: plan for known, plan in self._plans.items() if abs(known - epoch) == 1}
+            self._plans[epoch] = self._windows(epoch)
+        return self._plans[epoch]
 
     def _windows(self, epoch: int) -> tuple[list[list[int]], list[int]]:
         """The windows of an epoch in their order, and where the batches of each end."""
