@@ -35,8 +35,7 @@ def checkout(tmp_path_factory, saved):
     root = tmp_path_factory.mktemp("checkout")
     hidden = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "ldm", root / "ldm", ignore=hidden)
-    for name in ("pyproject.toml", "wheel_data.py"):
-        shutil.copy(ROOT / name, root)
+    shutil.copy(ROOT / "pyproject.toml", root)
     shutil.copytree(saved, root / "weights/default")
     (root / "weights/.cache").mkdir()
     (root / "weights/.cache/partial").write_text("not for others")

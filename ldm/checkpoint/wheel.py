@@ -1,6 +1,6 @@
 """The build step that puts `weights/`, `configs/` and `docs/prompts/` into the wheel; see pyproject.toml.
 
-setuptools loads this file while it builds; it is no part of the package.
+setuptools loads this file by its path while it builds; the package itself never imports it.
 """
 
 from __future__ import annotations
@@ -46,4 +46,4 @@ class BuildWithData(build_py):
 
     def get_source_files(self) -> list[str]:
         """What a source distribution takes."""
-        return [*super().get_source_files(), Path(__file__).name, *self._shipped()]
+        return [*super().get_source_files(), *self._shipped()]
