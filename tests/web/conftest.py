@@ -16,7 +16,7 @@ class Client:
         self.session = requests.Session()
 
     def __call__(self, method, path, **options):
-        return self.session.request(method, self.url + path, timeout=60, **options)
+        return self.session.request(method, self.url + path, timeout=120, **options)
 
     def get(self, path, **options):
         return self("GET", path, **options)
@@ -36,7 +36,7 @@ class Client:
     def wait(self, id):
         job = self.server.context.queue.find(id)
         if job is not None:
-            assert job.finished.wait(60)
+            assert job.finished.wait(240)
         return self.get(f"/api/jobs/{id}").json()
 
 

@@ -21,7 +21,7 @@ def open_page(chromium, client):
         context = chromium.new_context(**{"viewport": SIZE, **options})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
         page.goto(client.url)
@@ -34,7 +34,7 @@ def open_page(chromium, client):
     assert not [fault for fault in faults if "422" not in fault]  # an answer that the page shows
 
 
-def until(page, condition, seconds=15):
+def until(page, condition, seconds=60):
     """Wait for an expression to be true. (wait_for_function needs eval, which the page's policy forbids.)"""
     end = time.time() + seconds
     while not page.evaluate(condition):
