@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from ldm.web.limits import BODY_SECONDS, MAX_BODY, MAX_HELD, MAX_UPLOAD
+from ldm.web.limits import BODY_SECONDS, DRAIN_SECONDS, MAX_BODY, MAX_DRAINED, MAX_HELD, MAX_UPLOAD
 
 UPLOADS = ("/api/jobs", "/api/read", "/sdapi/v1/img2img", "/sdapi/v1/png-info", "/v1/images/edits")
 MULTIPART = ("/v1/images/edits",)
@@ -50,14 +51,14 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
+        length, limit = _content_length(scope), MAX_UPLOAD if scope["path"] in UPLOADS else MAX_BODY
         refusal = self._refusal(scope)
+        if refusal is None and length is not None and length > limit:
+            refusal = 413, f"the body is larger than {limit >> 20} MB"
         if refusal is not None:
+            if (length or 0) <= MAX_DRAINED:
+                await _drain(receive)
             await _answer(send, *refusal)
-            return
-        length = _content_length(scope)
-        limit = MAX_UPLOAD if scope["path"] in UPLOADS else MAX_BODY
-        if length is not None and length > limit:
-            await _answer(send, 413, f"the body is larger than {limit >> 20} MB")
             return
         reserved = limit if length is None and scope["method"] == "POST" else length or 0
         if self._held + reserved > MAX_HELD:
@@ -69,6 +70,7 @@ class Guard:
         finally:
             self._held -= reserved
         if isinstance(body, int):
+            await _drain(receive)
             await _answer(send, body, "the body is too large or came too slowly")
             return
         await self._app(scope, _replay(body, receive), _with_headers(send, scope["path"]))
@@ -164,6 +166,18 @@ async def _body(receive: Any, limit: int) -> bytes | int:
                     return b"".join(chunks)
     except TimeoutError:
         return 408
+
+
+async def _drain(receive: Any) -> None:
+    """Read on and forget, for a while: a client that is answered while it sends may see a reset and no answer."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while size < MAX_DRAINED:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):  # the end of the body, or of the connection
+                    return
 
 
 def _replay(body: bytes, receive: Any) -> Any:
