@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 import ldm
@@ -73,17 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(words)
         console.level = -1 if args.quiet else args.verbose
-        if args.offline:
-            os.environ.update(dict.fromkeys(OFFLINE, "1"))
         if args.offline or args.verbose:
             connections.watch(args.offline)
-        with terminate_politely():
+        with _offline() if args.offline else nullcontext(), terminate_politely():
             return args.run(args) or 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _exit_code(error, debug)
     finally:
         console.level = before
         connections.rest()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The libraries that ask hubs are told not to, until the command ends."""
+    before = {name: os.environ.get(name) for name in OFFLINE}
+    os.environ.update(dict.fromkeys(OFFLINE, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:

@@ -395,7 +395,7 @@ def breaks(name):
         "channels": (lambda f: edit(f / "vae/config.json", latent_channels=8), "the VAE 8 latent channels"),
         "shape": (lambda f: edit(f / "unet/config.json", layers_per_block=2), "missing"),
         "eos": (lambda f: edit(f / "text_encoder/config.json", eos_token_id=3), "pools at token 3"),
-        "schedule": (lambda f: edit(f / "scheduler/scheduler_config.json", thresholding=True), "thresholding"),
+        "schedule": (lambda f: edit(f / "scheduler/scheduler_config.json", beta_schedule="odd"), "beta_schedule"),
         "stranger": (stranger, "not listed in the manifest"),
         "config sha": (
             lambda f: (f / "vae/config.json").write_text((f / "vae/config.json").read_text().replace("0.7", "0.8")),

@@ -119,7 +119,7 @@ def test_a_weight_is_diffusers_adapter_weight(trained, kind, tmp_path):
     file = case.written(tmp_path / "mine", "peft")  # of its own file, diffusers drops half without a word
     pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="one")
     pipe.set_adapters(["one"], [0.5])
-    drawn, _ = ours(case.folder, lora=(case.file, 0.5))
+    drawn, _ = ours(case.folder, lora=(case.file, 0.5), dora_scaling="peft")
     assert apart(drawn, theirs(pipe)) <= 1 and apart(drawn, case.images) > 5
 
 
@@ -187,8 +187,9 @@ def test_names_are_looked_up_and_never_guessed(lora_dir):
     assert find_lora("other", lora_dir).parent.name == "other"
     with pytest.raises(ConfigError, match="no LoRA is named 'rad'; did you mean 'red'"):
         find_lora("rad", lora_dir)
+    assert find_lora("deeper/red", lora_dir) == lora_dir / "deeper/red.safetensors"
     with pytest.raises(ConfigError, match="no LoRA is named"):
-        find_lora("deeper/red", lora_dir)
+        find_lora("shallower/red", lora_dir)
     shutil.copy(lora_dir / "deeper/red.safetensors", lora_dir / "red.safetensors")
     with pytest.raises(ConfigError, match="2 LoRAs are named 'red'"):
         find_lora("red", lora_dir)

@@ -263,7 +263,16 @@ def test_a_run_is_used_at_once_and_goes_on(data, tiny_folder, tmp_path, capsys):
         assert (tmp_path / "x.png").is_file()
         assert main(["finetune", str(data), "-o", str(out), *model, *QUICK]) == 2
         assert "already holds a run" in capsys.readouterr().err
-        words = ["--output_dir", str(out), "--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
+        words = [
+            "--output_dir",
+            str(out),
+            "--resume_from_checkpoint",
+            "latest",
+            "--max_train_steps",
+            "2",
+            "--allow-changed",
+            "steps",
+        ]
         assert main(["finetune", *words]) == 0
     assert settings_of(out).steps == 2 and settings_of(out).lora_rank == 2 and settings_of(out).batch_size == 2
 

@@ -125,3 +125,4 @@ def test_offline_reaches_every_library(monkeypatch):
     monkeypatch.setattr(generate, "run", lambda args: seen.extend(os.environ[name] for name in OFFLINE))
     main(["generate", "a cat", "--offline"])
     assert seen == ["1"] * len(OFFLINE)
+    assert [os.environ[name] for name in OFFLINE] == ["0"] * len(OFFLINE)  # the next command may ask again

@@ -134,7 +134,9 @@ def test_a_full_run_leaves_a_model_for_both(runs):
     one, other = (load_model(f, "cpu", "fp32").text.model.state_dict() for f in (base, model))
     assert any(not torch.equal(value, other[name]) for name, value in one.items())
     recipe = (model / "README.md").read_text().split("```json\n")[1].split("```")[0]
-    assert json.loads(recipe) == as_dict(settings_of(out))
+    named = as_dict(settings_of(out))  # names, no paths
+    named |= {"model": base.name, "data": named["data"] | {"folder": "pictures"}}
+    assert json.loads(recipe) == named
 
 
 def test_scores_are_of_held_out_pictures_with_fixed_noise(runs, models, data, tmp_path):

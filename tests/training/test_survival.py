@@ -215,7 +215,7 @@ def test_a_checkpoint_of_before_that_holds_frozen_tensors_too_goes_on(tmp_path):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     train_toy(tmp_path / "run", steps=3)
     with pytest.raises(CheckpointError, match=r"tensors are not those of this network \(0.down, …\)"):
-        train_toy(tmp_path / "run", "latest", lora=True, steps=4)
+        train_toy(tmp_path / "run", "latest", ("steps",), lora=True, steps=4)
 
 
 def test_a_full_disk_in_a_save_is_one_line_and_leaves_the_rest(tmp_path, capfd):
