@@ -16,6 +16,7 @@ from ldm.checkpoint.part_places import Place, find_place, model_folder, weights_
 from ldm.checkpoint.safety import Header, read_header, read_json
 from ldm.checkpoint.save import write_text, write_vae
 from ldm.checkpoint.single.names import UNET
+from ldm.checkpoint.single.read import vae_prefix
 from ldm.checkpoint.text_parts import TextParts, find_text
 from ldm.console import say
 from ldm.errors import ModelError
@@ -93,7 +94,7 @@ def find_vae(name: str, subfolder: str | None = None, weights: bool = True) -> V
             raise ModelError(f"is of class {named}, and an autoencoder is AutoencoderKL", where=where)
         return VaePart(place, config)
     header = read_header(place.root)
-    single.vae_prefix(header, place.root)
+    vae_prefix(header, place.root)
     if settings := single.stored_settings(header, place.root):
         return VaePart(place, settings["configs"]["vae"])
     if any(key.startswith(UNET) for key in header.tensors):

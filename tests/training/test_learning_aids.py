@@ -68,7 +68,7 @@ class Watched(Toy):
 
 
 def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
-    lengths = {"ema_lengths": (0.05, 0.2)}
+    lengths = {"ema_lengths": (0.05, 0.2), "lr_schedule": "constant", "warmup": 0}
     Watched.seen = []
     train_toy(tmp_path / "whole", steps=6, kind=Watched, **lengths)
     tensors = read_tensors(state.checkpoints(tmp_path / "whole")[-1])
