@@ -1,4 +1,4 @@
-"""Writes fixtures/unet_*.txt: name and shape of every tensor of diffusers' U-Nets at full width.
+"""Writes fixtures/*.txt: name and shape of every tensor of diffusers' U-Nets and flow transformers at full width.
 
 Run once by hand: python tests/nn/make_fixtures.py
 A line is "shape: names"; names that differ in nothing but one number are written once, with {0,1,2}.
@@ -28,6 +28,22 @@ CONFIGS = {
         "upcast_attention": None,
     },
 }
+SD3 = {"_class_name": "SD3Transformer2DModel", "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}
+SD3 |= {"caption_projection_dim": 1536}
+FLUX = {"_class_name": "FluxTransformer2DModel"}
+TRANSFORMERS = {  # the settings of the published config.json that are not diffusers' defaults
+    "sd3_medium": SD3,
+    "sd35_medium": {**SD3, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))},
+    "sd35_large": {
+        **SD3,
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "qk_norm": "rms_norm",
+    },
+    "flux_dev": {**FLUX, "guidance_embeds": True},
+    "flux_schnell": FLUX,
+}
 
 
 def fold(names: list[str]) -> list[str]:
@@ -55,10 +71,14 @@ def unfold(name: str) -> list[str]:
     return [n for i in braces[1].split(",") for n in unfold(name[: braces.start()] + i + name[braces.end() :])]
 
 
+def file_of(kind: str) -> Path:
+    return FOLDER / f"{'unet' if kind in CONFIGS else 'mmdit'}_{kind}.txt"
+
+
 def read(kind: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one fixture."""
     shapes = {}
-    for line in (FOLDER / f"unet_{kind}.txt").read_text().splitlines():
+    for line in file_of(kind).read_text().splitlines():
         shape, names = line.split(": ")
         for name in names.split():
             shapes.update(dict.fromkeys(unfold(name), tuple(int(n) for n in shape.split("x"))))
@@ -66,17 +86,18 @@ def read(kind: str) -> dict[str, tuple[int, ...]]:
 
 
 def main() -> None:
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     FOLDER.mkdir(exist_ok=True)
-    for kind, config in CONFIGS.items():
+    for kind, config in {**CONFIGS, **TRANSFORMERS}.items():
         with torch.device("meta"):
-            state = UNet2DConditionModel.from_config(config).state_dict()
+            model = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
+            state = model.from_config(config).state_dict()
         by_shape: dict[str, list[str]] = {}
         for name, tensor in state.items():
             by_shape.setdefault("x".join(map(str, tensor.shape)), []).append(name)
         lines = [f"{shape}: {' '.join(fold(names))}" for shape, names in by_shape.items()]
-        (FOLDER / f"unet_{kind}.txt").write_text("\n".join(lines) + "\n")
+        file_of(kind).write_text("\n".join(lines) + "\n")
         assert read(kind) == {name: tuple(t.shape) for name, t in state.items()}, kind
         print(kind, len(state))
 
