@@ -120,7 +120,8 @@ class Attention(nn.Module):
         text_k = self.norm_added_k(self._heads(self.add_k_proj(text)))
         q, k = torch.cat([text_q, q], dim=1), torch.cat([text_k, k], dim=1)
         v = torch.cat([self.add_v_proj(text), self.to_v(x)], dim=1)
-        text, x = self._attend(q, k, v, rope, mask).split([text.shape[1], x.shape[1]], dim=1)
+        parts = self._attend(q, k, v, rope, mask).split([text.shape[1], x.shape[1]], dim=1)
+        text, x = (part.contiguous() for part in parts)  # else products in bf16 may sum in another order
         return self.to_out[0](x), self.to_add_out(text)
 
 
