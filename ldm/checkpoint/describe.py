@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import build, single
+from ldm.checkpoint import build, few_steps, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.folder import is_hub_id
 from ldm.checkpoint.model import is_single, resolve, vae_settings
@@ -43,7 +43,9 @@ class ModelInfo:
     clip_layers: tuple[int, ...]  # of each of CLIP's text encoders; () for T5
     card: Mapping[str, Any]  # its defaults: sampler, num_inference_steps, guidance_scale, spacing
     hash: str = ""  # of the loaded model; "" unless it was asked for
-    notes: tuple[str, ...] = ()  # what of its settings ours replace
+    notes: tuple[str, ...] = ()  # what of its settings ours replace, and whether it was made for few steps
+    doubts: tuple[str, ...] = ()  # what its name says and nothing inside
+    few: few_steps.Sampling | None = None  # how it, or a LoRA, wants to be drawn with where it was made for few steps
 
 
 def describe(
@@ -63,17 +65,23 @@ def describe(
     skip = ("vae",) if vae is not None else ()
     path = resolve(model, weights=hashed)
     if is_single(path):
-        name, configs, card, unet, schedule = _of_single(path, override, skip)
+        name, configs, card, unet, schedule, header = _of_single(path, override, skip)
     else:
         hub = str(model) != "default" and is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
-        configs, card = layout.configs, layouts.read_card(path)
+        configs, card, header = layout.configs, layouts.read_card(path), {}
         unet, schedule = build.unet_config(layout), read_scheduler(dict(configs["scheduler"]))
     if override is not None:
         schedule = dataclasses.replace(schedule, prediction_type=override)
     vae_config = configs.get("vae", {}) if vae is None else vae_settings(resolve(vae, weights=hashed))
     stepping, note = read_stepping(configs["scheduler"])
+    drawing = _drawing_settings(layouts.card_settings(card or ""))
+    found = None
+    if not drawing and name != "default":
+        found = few_steps.of_model(name, configs["scheduler"], configs["unet"], header)
+    few = found.sampling if found else None
+    notes = [line for line in (note, found and not found.doubtful and found.line) if line]
     t5 = configs["text_encoder"].get("model_type") == "t5"
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
     return ModelInfo(
@@ -84,18 +92,21 @@ def describe(
         latent_channels=vae_config.get("latent_channels", 4),
         factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
         clip_layers=() if t5 else tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in texts),
-        card={**stepping, **_drawing_settings(layouts.card_settings(card or ""))},
+        card={**stepping, **(few.defaults if few else {}), **drawing},
         hash=_hash(path, skip) if hashed else "",
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
+        doubts=(found.line,) if found and found.doubtful else (),
+        few=few,
     )
 
 
 def _of_single(path: Path, override: str | None, skip: tuple[str, ...]) -> tuple[Any, ...]:
-    """Name, configs, card, U-Net's settings and schedule of a single file."""
+    """Name, configs, card, U-Net's settings, schedule and the header's metadata of a single file."""
     plan = single.plan_of(path, override, skip)
     with named(path):
         unet = UNetConfig.from_diffusers(plan.configs["unet"], path)
-        return path.stem, plan.configs, plan.card, unet, read_scheduler(dict(plan.configs["scheduler"]))
+        schedule = read_scheduler(dict(plan.configs["scheduler"]))
+        return path.stem, plan.configs, plan.card, unet, schedule, plan.header.metadata
 
 
 def text_without_weights(model: str | os.PathLike | Model, prediction_type: str | None = None) -> TextEncoder:

@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint import few_steps, lora, single
 from ldm.checkpoint import folder as layouts
-from ldm.checkpoint import lora, single
 from ldm.checkpoint.families import FAMILIES, Family, family_of
 from ldm.checkpoint.folder import default_folder, weight_files
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
@@ -100,6 +100,7 @@ def _model(layout: layouts.Layout) -> dict[str, Any]:
         **_sizes(unet, layout.configs["vae"]),
         **_total(parts),
         "manifest": bool(layout.manifest),
+        **({} if "ldm" in card else _few_steps(few_steps.of_model(layout.folder.resolve().name, scheduler, unet, {}))),
         "metadata": {key: value for key, value in card.items() if isinstance(value, str | int | float | dict)},
         "unapplied": [],
     }
@@ -166,6 +167,7 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
         keys = [key for key, destination in plan.destinations.items() if destination.part == part]
         parts[part] = _part((header.tensors[key] for key in keys), None)
     scheduler = plan.configs["scheduler"]
+    found = None if plan.card else few_steps.of_model(path.stem, scheduler, plan.configs["unet"], header.metadata)
     missing = [part for part, entry in parts.items() if not entry["tensors"]]
     notes += [f"holds no {part}" for part in missing]
     return {
@@ -178,8 +180,15 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
         "ignored": dict(plan.ignored),
         "metadata": {key: value for key, value in header.metadata.items() if key != KEY},
         "unapplied": _unapplied(dict.fromkeys(plan.unknown, "belongs to no part of the model")),
-        "notes": notes,
+        **_few_steps(found, notes),
     }
+
+
+def _few_steps(found: few_steps.Found | None, notes: Iterable[str] = ()) -> dict[str, Any]:
+    """`few_steps`: the kind and settings that a file was made for; what is in doubt is a note."""
+    if found is None or found.sampling is None:
+        return {"notes": [*notes, *([found.line] if found else [])]}
+    return {"few_steps": {"kind": found.sampling.kind, **found.sampling.defaults}, "notes": list(notes)}
 
 
 def _lora(path: Path, header: Header) -> dict[str, Any]:
@@ -211,6 +220,7 @@ def _lora(path: Path, header: Header) -> dict[str, Any]:
         "parts": {part: {"parameters": count} for part, count in parts.items()},
         "metadata": dict(adapter.metadata),
         "unapplied": _unapplied(_unapplied_of(adapter, family)),
+        **_few_steps(few_steps.of_lora(adapter)),
     }
 
 
@@ -323,6 +333,8 @@ def as_text(info: Mapping[str, Any]) -> str:
             lines.append((key.replace("_", " ").replace("title", "family"), info[key]))
     for key, value in info.get("lora", {}).items():
         lines.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
+    if few := info.get("few_steps"):
+        lines.append(("few steps", ", ".join(f"{name} {value}" for name, value in few.items())))
     lines.append(("parameters", f"{info['parameters']:,} ({_list(info['dtypes'])})"))
     for part, entry in info.get("parts", {}).items():
         lines.append(

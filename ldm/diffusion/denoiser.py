@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ldm.diffusion.inpaint import Original, add_noise, mask_known_region
-from ldm.diffusion.names import options
+from ldm.diffusion.names import ETA, options
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.samplers.base import Callback, Noise, absent
 from ldm.diffusion.schedule import PREDICTION_TYPES, Schedule
@@ -92,7 +92,7 @@ def sample(
     `noise` is needed by samplers that add some. `original`: the images to begin at (with the sigmas that
     `img2img_sigmas` leaves), or to keep where their mask says so. Raises ConfigError for an eta that cannot be.
     """
-    if sampler == "lcm":
+    if sampler == "lcm" and not schedule.is_flow:
         denoise = consistency(denoise, schedule)
     if original is None or original.from_noise:
         x = schedule.initial(start, sigmas, sampler, spacing)
@@ -100,8 +100,11 @@ def sample(
         x = add_noise(original.latents, sigmas, start)
     if original is not None and original.mask is not None:
         denoise = mask_known_region(denoise, original, start, sigmas)
-    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **({} if eta is None else options(sampler, eta)))
-    return x if original is None else original.keep(x, original.latents)  # ddim may end at a sigma above 0
+    more: dict = {} if eta is None else options(sampler, eta)
+    if sampler == "tcd":
+        more["down_to"] = schedule.earlier(sigmas[1:], more.get("eta", ETA["tcd"]))
+    x = SAMPLERS[sampler](denoise, x, sigmas, noise, callback, **more)
+    return x if original is None else original.keep(x, original.latents)  # ddim and tcd may end at a sigma above 0
 
 
 def target(schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor):

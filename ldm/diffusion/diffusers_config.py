@@ -56,6 +56,7 @@ SAMPLERS = {  # classes whose stepping is one of our samplers; of all others our
     "KDPM2DiscreteScheduler": "dpm2",
     "LCMScheduler": "lcm",
     "LMSDiscreteScheduler": "lms",
+    "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
 # Settings of one stepping method, or of a method that is refused above: without effect on the schedule.

@@ -30,7 +30,8 @@ SAMPLER_NAMES: dict[str, tuple[str, ...]] = {
     "lms": ("LMS", "LMSDiscreteScheduler"),
     "ddpm": ("DDPM", "DDPMScheduler"),
     "ddim": ("DDIM", "DDIMScheduler"),
-    "lcm": ("LCM", "LCMScheduler"),
+    "lcm": ("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
+    "tcd": ("TCD", "TCDScheduler"),
 }
 # A1111's schedule type first (where it has one), then what ComfyUI and diffusers say.
 SPACING_NAMES: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,7 @@ SPACING_NAMES: dict[str, tuple[str, ...]] = {
 }
 ETA = {  # what samplers with an `eta` take where none is given
     "ddim": 0.0,
+    "tcd": 0.3,  # its gamma
     "euler_ancestral": 1.0,
     "dpmpp_2s_ancestral": 1.0,
     "dpmpp_sde": 1.0,
@@ -56,10 +58,10 @@ ETA = {  # what samplers with an `eta` take where none is given
 # Which sampler goes with which prediction type: all but heun_flow with epsilon, v_prediction and sample, these with
 # flow. heun, dpm2 and lms multiply by sigma / sigma_next, which has no bound where flow begins; for the others that add
 # noise, programs differ in how they do it with flow, and there is no peer to compare with.
-FLOW_SAMPLERS = ("euler", "heun_flow", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim")
-# Which spacing goes with which: every one with all samplers of a schedule of betas (lcm has its own where none is
-# chosen), none with flow, and the ays only with a schedule that begins where Stable Diffusion's does (`Schedule`
-# refuses the others).
+FLOW_SAMPLERS = ("euler", "heun_flow", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "lcm")
+# Which spacing goes with which: every one with all samplers of a schedule of betas (lcm and tcd have their own where
+# none is chosen), none with flow, and the ays only with a schedule that begins where Stable Diffusion's does
+# (`Schedule` refuses the others).
 
 
 def _key(name: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ldm.diffusion.spacings import (
+    DISTILLED,
     LCM_STEPS,
     MULTISTEP,
     SCHEDULE_SPACINGS,
@@ -172,9 +173,15 @@ class Schedule:
         table = self.sigmas_all.double().numpy()
         return torch.as_tensor(np.interp(timestep.numpy(), np.arange(len(table)), table)).float()
 
+    def earlier(self, sigmas: torch.Tensor, gamma: float) -> torch.Tensor:
+        """The sigmas of timesteps (1 - gamma) t rounded down, for those of timesteps t; none is above its own."""
+        timesteps = ((1 - gamma) * self.timestep(sigmas).double().round()).floor()
+        return torch.minimum(self.sigma(timesteps), sigmas)
+
     def sigmas(self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None) -> torch.Tensor:
-        """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them; the last one is 0, for DDIM
-        without set_alpha_to_one the sigma of timestep 0. spacing None is the schedule's own, for lcm its table.
+        """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them; the last one is 0, for
+        TCD and for DDIM without set_alpha_to_one the sigma of timestep 0. spacing None is the schedule's own, for lcm
+        and tcd their table.
 
         Raises ConfigError for a step count that is not possible, and a spacing that is unknown or does not fit.
         """
@@ -234,7 +241,7 @@ class Schedule:
         last = 0.0
         if sampler in WHOLE and self.rescale_betas_zero_snr and self.prediction_type != "epsilon":
             sigmas[timesteps == self.num_train_timesteps - 1] = DDIM_INFINITY
-        if sampler == "ddim" and not self.set_alpha_to_one:
+        if sampler == "tcd" or (sampler == "ddim" and not self.set_alpha_to_one):
             last = float(self.sigmas_all[0])
         return torch.cat([sigmas, sigmas.new_tensor([last])])
 
@@ -245,9 +252,10 @@ class Schedule:
 
     def _spaced(self, n: int, sampler: str, spacing: str | None) -> torch.Tensor:
         total = self.num_train_timesteps
-        if spacing is None and sampler == "lcm":
+        if spacing is None and sampler in DISTILLED:
             if n > LCM_STEPS or total < LCM_STEPS:
-                raise ConfigError(f"lcm has {LCM_STEPS} steps of its own, not {n}", hint="choose fewer, or a spacing")
+                what = f"{sampler} has {LCM_STEPS} steps of its own, not {n}"
+                raise ConfigError(what, hint="choose fewer, or a spacing")
             return torch.from_numpy(lcm_timesteps(total, n))
         name = self.spacing if spacing is None else spacing
         if name not in SPACINGS:

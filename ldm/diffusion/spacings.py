@@ -2,7 +2,7 @@
 
 Some choose among the training timesteps: (total, n, offset, sampler) -> n descending timesteps in [0, total - 1],
 float64. The families of samplers divide differently (as their namesakes in diffusers do): the multistep solvers of
-DPM-Solver++ and UniPC cut n + 1 parts, DDPM, DDIM and LCM round to whole timesteps, Euler and all others do neither.
+DPM-Solver++ and UniPC cut n + 1 parts, DDPM, DDIM, LCM and TCD round to whole timesteps, Euler and all others neither.
 The others place sigmas in the model's whole range: (lowest, highest, n) -> n descending sigmas, float64.
 """
 
@@ -21,7 +21,8 @@ SPACINGS: dict[str, Spacing] = {}
 SIGMA_SPACINGS: list[str] = []  # those of SPACINGS that give sigmas
 SCHEDULE_SPACINGS = ("leading", "linspace", "trailing")  # those that a model's own schedule may name (diffusers')
 MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc")
-WHOLE = ("ddpm", "ddim", "lcm")
+WHOLE = ("ddpm", "ddim", "lcm", "tcd")
+DISTILLED = ("lcm", "tcd")  # have timesteps of their own where no spacing is chosen
 LCM_STEPS = 50  # timesteps that a consistency model is distilled on, by default (Luo et al. 2023)
 SD_HIGHEST = 14.615  # sigma of Stable Diffusion's last timestep, which the tables of `ays` begin with
 
@@ -135,6 +136,6 @@ def ays_xl(low: float, high: float, n: int) -> np.ndarray:
 
 
 def lcm_timesteps(total: int, n: int) -> np.ndarray:
-    """n of the 50 timesteps that a consistency model was distilled on; lcm's own where no spacing is chosen."""
+    """n of the 50 timesteps that a consistency model was distilled on; for lcm and tcd where no spacing is chosen."""
     table = np.arange(LCM_STEPS, 0, -1.0) * (total // LCM_STEPS) - 1
     return table[np.floor(np.linspace(0, LCM_STEPS, n, endpoint=False)).astype(int)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,8 @@ from ldm.prompts import has_tags, take_loras
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
+    from ldm.checkpoint.describe import ModelInfo
+    from ldm.checkpoint.few_steps import Sampling
 
 
 DORA_SCALINGS = ("linear", "peft")
@@ -38,8 +42,10 @@ class Adapters:
     def check(self, adapters: Iterable[Adapter], model: Any, prediction_type: str | None = None) -> None:
         """Read the header of each file and fit it to `model`, where that is at hand. Raises ModelError in one line.
 
-        Says, once a file, where alpha is taken to be the rank, and which keys are left out.
+        Says, once a file, where alpha is taken to be the rank, which keys are left out, and what it wants to be drawn
+        with where it was made for few steps.
         """
+        from ldm.checkpoint.few_steps import of_lora
         from ldm.checkpoint.lora import match_layers, read_lora_header, target_at, unapplied_line
 
         headers = [read_lora_header(path) for path in dict.fromkeys(adapter.path for adapter in adapters)]
@@ -53,6 +59,11 @@ class Adapters:
                 console.say(f"{header.path}: {header.assumed} layers tell no alpha; it is taken to be the rank")
             if found and found.unapplied:
                 console.warn(unapplied_line(header, found))
+            few = of_lora(header)
+            if few and few.doubtful:
+                console.warn(few.line)
+            elif few:
+                console.say(few.line)
 
     def model(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
         """`base` with these merged into a copy. Raises ModelError."""
@@ -73,6 +84,53 @@ class Adapters:
             if found.unapplied:
                 console.warn(unapplied_line(lora.header, found))
         return with_loras(base, loras, self._allow, self._dora)
+
+
+def few_steps_of(adapters: Iterable[Adapter]) -> Sampling | None:
+    """The settings that the first few-step LoRA among these was made for. Raises ModelError as reading does."""
+    found = (_few_steps_at(adapter.path, _stamp(adapter.path)) for adapter in adapters if adapter.weight)
+    return next(filter(None, found), None)
+
+
+@functools.lru_cache(maxsize=64)
+def _few_steps_at(path: Path, stamp: tuple[int, ...]) -> Sampling | None:
+    """`stamp` changes with the file."""
+    from ldm.checkpoint.few_steps import of_lora
+    from ldm.checkpoint.lora import read_lora_header
+
+    found = of_lora(read_lora_header(path))
+    return None if found is None else found.sampling
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Time and size of a LoRA's file; () where there is none, which reading it tells."""
+    from ldm.checkpoint.lora.read import lora_path
+
+    try:
+        stat = lora_path(path).stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def with_few_steps(info: ModelInfo, sets: Sequence[tuple[Adapter, ...]]) -> ModelInfo:
+    """`info` with the settings of a few-step LoRA as the model's own, where each image of a call has one of the kind.
+
+    Warns where only some have: a call's settings are shared.
+    """
+    found = [few_steps_of(adapters) for adapters in sets]
+    few = found[0]
+    if any(other != few for other in found):
+        console.warn("not all prompts have the same few-step LoRA: the model's own settings are used; draw them apart")
+        return info
+    return info if few is None else dataclasses.replace(info, few=few, card=_card_with(info, few))
+
+
+def _card_with(info: ModelInfo, few: Sampling) -> dict[str, Any]:
+    defaults = few.defaults
+    if info.schedule.is_flow:
+        defaults.pop("spacing", None)  # flow has its own
+    return {**info.card, **defaults}
 
 
 def take_adapters(

@@ -58,6 +58,8 @@ class Engine:
         self.info = describe(model, vae, prediction_type)
         for line in self.info.notes:
             console.say(line)
+        for line in self.info.doubts:
+            console.warn(line)
         if dora_scaling not in DORA_SCALINGS:
             raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)

@@ -30,6 +30,7 @@ ALIASES: dict[str, str] = {
     "init_image": "image",
     "mask": "mask_image",
     "denoising_strength": "strength",
+    "gamma": "eta",
     "subseed": "variation_seed",
     "subseed_strength": "variation_strength",
     "hr_scale": "hires_scale",

@@ -17,6 +17,7 @@ from ldm.checkpoint.lora import read_lora_header
 from ldm.device import dtype_name
 from ldm.diffusion.diffusers_config import write_scheduler
 from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+from ldm.diffusion.spacings import DISTILLED
 from ldm.nn.text import cut_off
 from ldm.pipeline.encode import named_emoji
 from ldm.prompts import Prompt
@@ -58,7 +59,7 @@ def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str,
     """What is equal for all images of a call."""
     device = placement.device
     explicit = settings.timesteps or settings.sigmas
-    own_table = settings.sampler == "lcm" or model.schedule.is_flow or explicit  # no spacing that has a name
+    own_table = settings.sampler in DISTILLED or model.schedule.is_flow or explicit  # no spacing that has a name
     return {
         **settings.keywords(),
         "spacing": settings.spacing or (None if own_table else model.schedule.spacing),

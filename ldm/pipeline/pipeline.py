@@ -15,7 +15,7 @@ from ldm.checkpoint import Model, card_of, save_model
 from ldm.checkpoint.describe import text_without_weights
 from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.adapters import Adapter, take_adapters
+from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_negative, check_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
@@ -181,7 +181,8 @@ class Pipeline:
         """
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
         engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
-        call = check_request(given, len(self._prompts), engine.info)
+        info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
+        call = check_request(given, len(self._prompts), info)
         requests = self._requests(call)
         with self._lock:
             if call.strict:
@@ -189,6 +190,10 @@ class Pipeline:
                 for line in warnings_of(text_reports(encoder, call.settings, requests)):
                     raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
             metadata = make_metadata(engine.load(), engine.placement, call.settings, requests)
+            if info.few is not None:
+                metadata = [{**one, "few_steps": info.few.kind} for one in metadata]
+                for line in info.few.remarks(given):
+                    self._warn_once(line)
             self._warn(call, metadata)
             images: dict[int, Any] = {}
             steps = sum(run.steps for run in call.settings.runs)  # of a batch

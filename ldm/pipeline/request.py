@@ -16,6 +16,7 @@ from ldm.diffusion import names
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import zero_init
 from ldm.diffusion.inpaint import img2img_sigmas
+from ldm.diffusion.spacings import DISTILLED
 from ldm.errors import ConfigError
 from ldm.nn.text import check_plain
 from ldm.nn.tiling import AUTO, TILE
@@ -107,13 +108,15 @@ def resolve(
     found = checks.check_settings(given)
     sampler, joined = names.resolve(sampler or info.card.get("sampler", SAMPLER))
     if not found.get("timesteps") and not found.get("sigmas"):
-        spacing = spacing or joined or (None if sampler == "lcm" else info.card.get("spacing"))  # lcm has its own
+        spacing = spacing or joined or (None if sampler in DISTILLED else info.card.get("spacing"))  # they have theirs
         spacing = "ays_xl" if spacing == "ays" and info.unet.addition_embed_type == "text_time" else spacing
     height, width = _size(given, info, sources, latents)
     if found.get("num_inference_steps") is None:
         found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
     if given.get("eta") is not None:
         found["eta"] = checks.check_eta(given["eta"], sampler)
+    elif "eta" in info.card and sampler == info.card.get("sampler"):
+        found["eta"] = checks.check_eta(info.card["eta"], sampler)
     guidance = checks.make_guidance(given)
     settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
     _check_fit(settings, info)

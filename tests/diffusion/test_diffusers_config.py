@@ -111,6 +111,7 @@ STEPPINGS = {  # class, settings -> (what ours takes, what it says to replace)
     ("UniPCMultistepScheduler", ("use_beta_sigmas", True)): ({"sampler": "unipc", "spacing": "beta"}, None),
     ("DPMSolverMultistepScheduler", ("algorithm_type", "sde-dpmsolver++")): ({"sampler": "dpmpp_2m_sde"}, None),
     ("LCMScheduler", ("original_inference_steps", 50)): ({"sampler": "lcm"}, None),
+    ("TCDScheduler", ("original_inference_steps", 50)): ({"sampler": "tcd"}, None),
     ("DEISMultistepScheduler", ("algorithm_type", "deis")): (
         {},
         "DEISMultistep, algorithm_type 'deis' replaced by our",

@@ -9,6 +9,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from sampler_cases import (
@@ -42,6 +44,7 @@ from ldm.pipeline.encode import Noise
 
 # A new sampler states its order here; those with an eta are solved without noise. dpmpp_3m_sde: see its docstring.
 ORDER = {"euler": 1, "ddim": 1, "heun": 2, "heun_flow": 2, "dpm2": 2, "dpmpp_2m": 2, "unipc": 3, "lms": 4}
+ORDER |= {"tcd": 1}
 ORDER |= {"euler_ancestral": 1, "dpmpp_2s_ancestral": 2, "dpmpp_sde": 2, "dpmpp_2m_sde": 2, "dpmpp_3m_sde": 2}
 NO_ORDER = {"ddpm", "lcm"}  # always stochastic
 # (first sigma, step counts) of the order test. lms begins as Euler, so that its own order is seen on a path that
@@ -67,7 +70,7 @@ def end_of_path(name, steps, last=0.05, first=20.0):
     sigmas = torch.linspace(math.log(first), math.log(last), steps + 1, dtype=torch.float64).exp()
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64) * first
     exact = x * math.sqrt((S**2 + last**2) / (S**2 + first**2))
-    if name == "ddim":  # which ends in the network's scale
+    if name in ("ddim", "tcd"):  # which end in the network's scale
         exact = exact / math.sqrt(1 + last**2)
     return SAMPLERS[name](gaussian, x, sigmas, None, **({"eta": 0.0} if name in ETA else {})), exact
 
@@ -106,14 +109,15 @@ def test_gaussian_data_comes_out_with_its_spread_from_every_schedule(name):
     def consistent(x, sigma):  # lcm's denoiser leads to the end of the path at once
         return x * S / (S**2 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
 
+    more = {"eta": 0.0} if name == "tcd" else {}  # whose gamma wants a denoiser that knows where the step goes
     for schedule in schedules_of(name):
-        sigmas = schedule.sigmas(8 if name == "lcm" else 100, name)
+        sigmas = schedule.sigmas({"lcm": 8, "tcd": 50}.get(name, 100), name)
         x = schedule.initial(start, sigmas, name)
-        x = SAMPLERS[name](consistent if name == "lcm" else gaussian, x, sigmas, draws(x.shape))
+        x = SAMPLERS[name](consistent if name == "lcm" else gaussian, x, sigmas, draws(x.shape), **more)
         assert x.std().item() == pytest.approx(S, rel=0.06)
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if name != "heun_flow"])
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("heun_flow", "tcd")])
 def test_few_steps_from_zero_snr_stay_sound(name):
     """Sigma 4096 stands for infinity: Heun's mean of two slopes there would give 3.8 for 0.6.
 
@@ -186,6 +190,39 @@ def test_lcm_equals_diffusers(prediction_type, steps):
     peer = build_peer("lcm", prediction_type=prediction_type, **SD)
     assert distance(ours(schedule, "lcm", steps), theirs(peer, steps, **seeded("lcm"))) < 5e-6
     assert torch.equal(schedule.timestep(schedule.sigmas(steps, "lcm")[:-1]).long(), peer.timesteps)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prediction_type, steps", [("epsilon", 4), ("v_prediction", 8), ("sample", 4), ("epsilon", 1)])
+def test_tcd_equals_diffusers(prediction_type, steps, gamma):
+    schedule = Schedule(prediction_type, **SD)
+    peer, sigmas = TCDScheduler(prediction_type=prediction_type, **SD), schedule.sigmas(steps, "tcd")
+    result = sample(denoiser(network, schedule), schedule, sigmas, NOISE, "tcd", noise=draws(), eta=gamma)
+    assert distance(result, theirs(peer, steps, eta=gamma, generator=torch.Generator().manual_seed(7))) < 5e-6
+    assert torch.equal(schedule.timestep(sigmas[:-1]).round().long(), peer.timesteps)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lcm_on_a_flow_model_equals_diffusers(steps):
+    """On the peer's own times; the denoiser of a flow model is used as it is, without LCM's boundary."""
+    schedule, peer, generator = Schedule("flow"), FlowMatchLCMScheduler(shift=3.0), torch.Generator().manual_seed(7)
+    peer.set_timesteps(steps)
+    sigmas, x = schedule.given("lcm", sigmas=peer.sigmas), NOISE
+    for t in peer.timesteps:
+        told = schedule.network_timesteps(t.double() / 1000).clamp(max=999).expand(len(x))
+        x = peer.step(network(x, told), t, x, generator=generator).prev_sample
+    result = sample(denoiser(network, schedule), schedule, sigmas, NOISE, "lcm", noise=draws())
+    assert distance(result, x) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_euler_with_trailing_spacing_is_what_lightning_was_made_for(steps):
+    """The peer as its authors set it up: leading in the file, trailing at run time; any schedule takes the spacing."""
+    schedule = Schedule(**SD)
+    peer = build_peer("euler", **SD, timestep_spacing="trailing", steps_offset=1)
+    result = ours(schedule, "euler", steps, spacing="trailing")
+    assert distance(result, theirs(peer, steps)) < 5e-6
+    assert schedule.timestep(schedule.sigmas(steps, "euler", "trailing")[0]).item() == 999
 
 
 def test_a_consistency_model_keeps_the_picture_where_there_is_no_noise():
@@ -303,7 +340,11 @@ def test_callback_sees_every_step_and_no_gradient_is_kept(name):
     options = {"noise": draws(), "callback": lambda *step: seen.append(step)}
     result = sample(denoise, schedule, sigmas, NOISE, name, **options)
     assert [i for i, _, _ in seen] == [0, 1, 2, 3, 4]
-    assert torch.equal(seen[-1][1], result)
+    last = seen[-1][1]
+    if name == "tcd":  # which ends at timestep 0, in the network's scale
+        assert torch.allclose(last / (1 + schedule.sigmas_all[0] ** 2).sqrt(), result, rtol=1e-6)
+    else:
+        assert torch.equal(last, result)
     if name != "lms":  # whose last step looks back as all others do
         assert torch.allclose(seen[-1][2], result, atol=1e-6)
     assert not result.requires_grad

@@ -144,6 +144,7 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, call
     """Latent consistency models (Luo et al. 2023): x0 at once, and noise back up to the next sigma.
 
     Wants `denoiser.consistency` around the denoiser: the network is then a map to x0 that keeps x where sigma is 0.
+    For flow the denoiser is such a map by itself.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x = x0 = denoise_at(denoise, x, sigma)
@@ -152,3 +153,30 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise = absent, call
         if callback:
             callback(i, x, x0)
     return x
+
+
+@sampler
+def tcd(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise = absent,
+    callback: Callback = None,
+    eta: float = 0.3,
+    down_to: Tensor | None = None,
+) -> Tensor:
+    """Trajectory consistency distillation (Zheng et al. 2024): below the next sigma, and noise up to it; eta is gamma.
+
+    down_to (n,): where each step goes before noise is added (`Schedule.earlier`); None: 1 - eta of the next sigma. The
+    last step adds none and stays there. Where that is not 0, the result has the network's scale, as ddim's.
+    """
+    lower = (sigmas[1:] * (1 - eta) if down_to is None else down_to).tolist()
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = denoise_at(denoise, x, sigma)
+        down = sigma_next if eta == 0 else lower[i]
+        x = x0 + (down / sigma) * (x - x0)
+        if down < sigma_next and i < len(lower) - 1:
+            x = x + math.sqrt((sigma_next - down) * (sigma_next + down)) * noise(i)
+        if callback:
+            callback(i, x, x0)
+    return x / math.sqrt(1 + lower[-1] ** 2)

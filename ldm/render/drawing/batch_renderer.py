@@ -10,6 +10,7 @@ from ldm import console
 from ldm.console import StopRequest
 from ldm.device import keep_memory
 from ldm.errors import Interrupted, LdmError, NumericsError, ResourceError
+from ldm.pipeline.adapters import with_few_steps
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.metadata import make_metadata, warnings_of
 from ldm.pipeline.request import Settings
@@ -83,6 +84,10 @@ class BatchRenderer:
     def _metadata(self, engine: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         requests = [image_request(job.settings) for job in jobs]
         metadata = make_metadata(engine.load(), engine.placement, settings, requests)
+        adapters = adapters_of(jobs[0].settings)  # of all
+        info = with_few_steps(engine.info, (adapters,)) if adapters else engine.info
+        if info.few is not None:
+            metadata = [{**of_image, "few_steps": info.few.kind} for of_image in metadata]
         self._warn(warnings_of(metadata, shown=len(metadata)))
         for job, of_image in zip(jobs, metadata):
             self._warn(differences(job.source, of_image) if job.source else ())

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm import console
 from ldm.checkpoint import Model
 from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.adapters import Adapter, take_adapters
+from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, resolve
@@ -45,6 +46,7 @@ class Resolver:
         self._models: dict[tuple[str, str | None, str], tuple[Engine, ModelInfo] | LdmError] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], Sources | None]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
+        self._warned: set[str] = set()
         self._hash = functools.lru_cache(REMEMBERED)(hash_of)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -60,8 +62,12 @@ class Resolver:
         prompt, adapters = self._prompt(asked)
         negative = asked.get("negative_prompt", "")
         Prompt.parse(negative or "", where="negative_prompt")
-        shared, sources = self._remembered({name: value for name, value in asked.items() if name not in OF_IMAGE})
+        shared, sources = self._remembered(
+            {name: value for name, value in asked.items() if name not in OF_IMAGE}, adapters
+        )
         engine, info = self.model(shared)
+        if adapters:
+            info = with_few_steps(info, (adapters,))
         scale = asked.get("guidance_scale")
         settings = {
             "prompt": prompt,
@@ -71,6 +77,8 @@ class Resolver:
             **shared,
             **_variation(asked),
         }
+        if info.few is not None:
+            self._warn(info.few.remarks(asked))
         hashes: dict[str, Any] = {"model": info.hash, **_digests(sources)}
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
@@ -111,24 +119,36 @@ class Resolver:
     def _check_fit(self, engine: Engine, adapters: tuple[Adapter, ...]) -> None:
         _once(self._fitting, (id(engine), *(adapter.path for adapter in adapters)), lambda: engine.check(adapters))
 
-    def _remembered(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Sources | None]:
+    def _warn(self, lines: Iterable[str]) -> None:
+        """Each line once."""
+        for line in lines:
+            if line not in self._warned:
+                self._warned.add(line)
+                console.warn(line)
+
+    def _remembered(
+        self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
+    ) -> tuple[dict[str, Any], Sources | None]:
         """`_resolved`, once for all lines that ask for the same; images are read each time."""
         if asked.get("image") is not None:
-            return self._resolved(asked)
-        key = tuple(sorted((name, _hashable(value)) for name, value in asked.items()))
+            return self._resolved(asked, adapters)
+        key = (adapters, *sorted((name, _hashable(value)) for name, value in asked.items()))
         if key not in self._shared:
             if len(self._shared) == REMEMBERED:
                 self._shared.pop(next(iter(self._shared)))
-            self._shared[key] = self._resolved(asked)
+            self._shared[key] = self._resolved(asked, adapters)
         return self._shared[key]
 
-    def _resolved(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], Sources | None]:
+    def _resolved(
+        self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
+    ) -> tuple[dict[str, Any], Sources | None]:
         """(the settings of a job that its batch may share, with every default of the model; its initial image)."""
         given = {"model": self._default, **{name: value for name, value in asked.items() if value is not None}}
         if unknown := given.keys() - SETTINGS.keys():
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
         sources = check_sources(given, 1, 1)
-        settings = resolve(given, self.model(given)[1], sources)
+        info = self.model(given)[1]
+        settings = resolve(given, with_few_steps(info, (adapters,)) if adapters else info, sources)
         of_model = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
         initial = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         return {**of_model, **changed_settings(settings), **initial}, sources

@@ -56,7 +56,7 @@ NEUTRAL = {  # fields that some programs write always: what changes nothing
 # older versions joined the name to the sampler's, newer ones write the choice.
 AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_ancestral": "karras", "dpm2": "karras"}
 AUTOMATIC |= {"dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
-PLAIN = {"ddim": "leading", "unipc": "leading", "lcm": None, "ddpm": None}  # of others: linspace
+PLAIN = {"ddim": "leading", "unipc": "leading", "lcm": None, "tcd": None, "ddpm": None}  # of others: linspace
 SPACINGS = {"ddim": "leading", "ddim_uniform": "leading", "discrete": "linspace"}  # of A1111, ComfyUI, sd.cpp
 _NETWORK = re.compile(
     r"\s*<(?!lora:|lyco:)(\w+):[^<>]*>\s*", re.IGNORECASE

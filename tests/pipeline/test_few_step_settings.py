@@ -1,0 +1,99 @@
+"""Few-step LoRAs at work: their settings where nothing is given, and the user's where something is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm import Pipeline
+from ldm.checkpoint.lora import target_at
+from ldm.cli import main
+from ldm.images import read_metadata
+from ldm.render.jobs.resolve import Resolver
+
+ENDS = ("conv1", "time_emb_proj", "to_q", "to_out.0", "ff.net.2")
+
+
+@pytest.fixture
+def lora(tiny_folder, tmp_path):
+    """A function (name, header) -> a LoRA of the tiny model that changes nothing, of the layers of distilled ones."""
+    shapes = {name: s for name, s in target_at(tiny_folder).shapes["unet"].items() if name.endswith(ENDS)}
+
+    def make(name, metadata=None):
+        tensors = {}
+        for layer, (out, inputs, *kernel) in shapes.items():
+            tensors[f"unet.{layer}.lora_A.weight"] = torch.ones(2, inputs, *kernel)
+            tensors[f"unet.{layer}.lora_B.weight"] = torch.zeros(out, 2, *[1] * len(kernel))
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata)
+        return tmp_path / f"{name}.safetensors"
+
+    return make
+
+
+def pixels(images):
+    return [np.asarray(image).tolist() for image in images]
+
+
+def test_its_settings_are_taken_told_and_kept(lora, tiny_folder, capsys):
+    images = Pipeline("a cat", tiny_folder, lora=lora("lcm_lora")).generate(seed=3)
+    (record,) = images.metadata
+    taken = {name: record[name] for name in ("sampler", "spacing", "num_inference_steps", "guidance_scale")}
+    assert taken == {"sampler": "lcm", "spacing": None, "num_inference_steps": 4, "guidance_scale": 1.0}
+    assert record["few_steps"] == "LCM"
+    assert "lcm_lora.safetensors: LCM (by its layers and name); where nothing else is given: lcm, 4 steps, no gui" in (
+        capsys.readouterr().err
+    )
+    plain = Pipeline("a cat", tiny_folder).generate(seed=3, sampler="lcm", steps=4, guidance_scale=1)
+    assert pixels(images) == pixels(plain) and "few_steps" not in plain.metadata[0]
+
+
+def test_what_the_user_gives_wins_with_a_warning_where_it_cannot_work(lora, tiny_folder, capsys):
+    pipe = Pipeline("a cat", tiny_folder, lora=lora("sdxl_lightning_2step"))
+    (record,) = pipe.generate(seed=3, guidance_scale=7, sampler="ddim", steps=2).metadata
+    assert (record["guidance_scale"], record["sampler"], record["spacing"]) == (7, "ddim", "trailing")
+    err = capsys.readouterr().err
+    assert "Lightning was made without guidance: with 7 colours burn" in err and "may draw rubbish" not in err
+
+
+def test_our_key_and_its_eta(lora, tiny_folder):
+    settings = {"kind": "ours", "sampler": "tcd", "num_inference_steps": 2, "eta": 0.5}
+    pipe = Pipeline("a cat", tiny_folder, lora=lora("x", {"ldm.sampling": json.dumps(settings)}))
+    (record,) = pipe.generate(seed=3).metadata
+    taken = record["sampler"], record["num_inference_steps"], record["eta"], record["few_steps"]
+    assert taken == ("tcd", 2, 0.5, "ours")
+    assert pipe.generate(seed=3, sampler="euler", steps=1).metadata[0]["eta"] is None
+
+
+def test_prompts_that_do_not_share_it_keep_the_models_settings(lora, tiny_folder, capsys):
+    folder = lora("lcm_lora").parent
+    prompts = ["a cat <lora:lcm_lora>", "a dog"]
+    images = Pipeline(prompts, tiny_folder, lora_dir=folder).generate(seed=3, steps=1)
+    assert images.metadata[0]["sampler"] != "lcm" and "draw them apart" in capsys.readouterr().err
+
+
+def test_prompt_lines_resolve_to_the_same_and_to_themselves(lora, tiny_folder, capsys):
+    line = {"prompt": "a cat", "seed": 3, "model": str(tiny_folder), "lora": [[str(lora("TCD-LoRA")), 1.0]]}
+    resolve = Resolver()
+    settings, _ = resolve(line)
+    assert (settings["sampler"], settings["num_inference_steps"], settings["guidance_scale"]) == ("tcd", 4, 1.0)
+    assert resolve(settings)[0] == settings and resolve.drawable(settings)[1].sampler == "tcd"
+    assert resolve({**line, "lora": None})[0]["sampler"] != "tcd"
+    assert "burn" not in capsys.readouterr().err
+    assert resolve({**line, "guidance_scale": 7.0})[0]["guidance_scale"] == 7.0
+    assert "TCD was made for guidance up to 2: with 7 colours burn" in capsys.readouterr().err
+
+
+def test_render_and_replay_draw_the_same_image(lora, tiny_folder, tmp_path, capsys):
+    file, out = lora("sdxl_lightning_2step"), tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    common = ["--model", str(tiny_folder), "--lora", str(file), "-q"]
+    assert main(["render", str(tmp_path / "prompts.txt"), "-o", str(out), "--seed", "3", *common]) == 0
+    (png,) = out.glob("*.png")
+    assert main(["generate", "--from", str(png), "-o", str(tmp_path / "again.png")]) == 0
+    first, again = (read_metadata(path).ldm for path in (png, tmp_path / "again.png"))
+    assert first["few_steps"] == again["few_steps"] == "Lightning"
+    assert (again["sampler"], again["spacing"], again["num_inference_steps"]) == ("euler", "trailing", 2)
+    assert np.array_equal(np.asarray(Image.open(png)), np.asarray(Image.open(tmp_path / "again.png")))
