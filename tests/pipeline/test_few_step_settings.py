@@ -92,7 +92,7 @@ def test_render_and_replay_draw_the_same_image(lora, tiny_folder, tmp_path, caps
     common = ["--model", str(tiny_folder), "--lora", str(file), "-q"]
     assert main(["render", str(tmp_path / "prompts.txt"), "-o", str(out), "--seed", "3", *common]) == 0
     (png,) = out.glob("*.png")
-    assert main(["generate", "--from", str(png), "-o", str(tmp_path / "again.png")]) == 0
+    assert main(["generate", "--from", str(png), "--model", str(tiny_folder), "-o", str(tmp_path / "again.png")]) == 0
     first, again = (read_metadata(path).ldm for path in (png, tmp_path / "again.png"))
     assert first["few_steps"] == again["few_steps"] == "Lightning"
     assert (again["sampler"], again["spacing"], again["num_inference_steps"]) == ("euler", "trailing", 2)
