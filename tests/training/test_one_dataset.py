@@ -14,6 +14,9 @@ from ldm.training import read_settings, train
 from ldm.training.data import ImageDataset
 from ldm.training.settings import SETTINGS, UNetSettings, as_dict, changed
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
+from tests.training.finetune_cases import apart, last_tensors
+from tests.training.processes import together
+from tests.training.test_stages import AUTOENCODER
 
 QUICK = {"stage": "unet", "steps": 3, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu"}
 QUICK |= {"sample_steps": 1, "schedule": SCHEDULE, "model": TINY_UNET, "validate_every": 3, "warmup": 0}
@@ -93,3 +96,18 @@ def test_a_run_from_before_goes_on_with_its_settings():
     old = {**before, "data": scenes, "caption_dropout": 0.3}
     assert changed(old, settings) == {}
     assert list(changed({**old, "caption_dropout": 0.2}, settings)) == ["data"]
+
+
+@pytest.mark.parametrize("case", ["images", "scenes", "autoencoder"])
+def test_two_processes_train_as_one(case, classes, parts, tmp_path):
+    settings = {**QUICK, "vae": str(parts), "text": str(parts), "data": {"resolution": 32, "folder": str(classes)}}
+    if case == "autoencoder":
+        settings = {**AUTOENCODER, "data": settings["data"], "crop_until": 0.5, "batch_size": 6}
+    if case == "scenes":
+        settings |= {"data": {"resolution": 32}, "latent_pool": 256, "renew": 2, "workers": 0, "validation": 4}
+    settings |= {"steps": 2, "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "accumulation": 2}
+    (tmp_path / "stage.json").write_text(json.dumps(settings))
+    with threads(1):
+        train(tmp_path / "stage.json", tmp_path / "one")
+        assert together(2, lambda rank: train(tmp_path / "stage.json", tmp_path / "two") and 0) == [0, 0]
+    assert apart(last_tensors(tmp_path / "two"), last_tensors(tmp_path / "one")) < 1e-5
