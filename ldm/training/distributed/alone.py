@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from ldm.console import StopRequest
@@ -97,3 +97,14 @@ def set_current(group: Alone) -> None:
     """Make `group` the processes of the current run."""
     global _current
     _current = group
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """What one process does while the others wait for it: it has all rows, and asks nothing of the others."""
+    before = _current
+    set_current(ALONE)
+    try:
+        yield
+    finally:
+        set_current(before)

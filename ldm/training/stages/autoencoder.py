@@ -17,7 +17,7 @@ from ldm.data.transforms import to_float
 from ldm.device import pick_device
 from ldm.training.checks import check_same
 from ldm.training.data import ImageDataset, ImageSet, PreparedSet, SceneSet
-from ldm.training.distributed import RowShard
+from ldm.training.distributed import RowShard, by_itself
 from ldm.training.loop import seeded
 from ldm.training.settings import AutoencoderSettings
 from ldm.training.stages.start import start_from
@@ -108,7 +108,7 @@ class Autoencoder:
         module = AutoencoderKL.from_config(dict(ema.config))
         module.load_state_dict(ema.state_dict())
         if not self.settings.freeze_encoder:  # else the latents stay what they were
-            with closing(self.data):
+            with by_itself(), closing(self.data):  # this process alone exports
                 standardize(module, torch.cat([to_float(pixels) for pixels in self._train_images(STANDARD)]))
         return save_parts(folder, torch.bfloat16, vae=VAE(module))
 
