@@ -73,27 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(words)
         console.level = -1 if args.quiet else args.verbose
-        if args.offline or args.verbose:
-            connections.watch(args.offline)
-        with _offline() if args.offline else nullcontext(), terminate_politely():
+        with _watched(args.offline) if args.offline or args.verbose else nullcontext(), terminate_politely():
             return args.run(args) or 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _exit_code(error, debug)
     finally:
         console.level = before
-        connections.rest()
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """The libraries that ask hubs are told not to, until the command ends."""
+def _watched(offline: bool) -> Iterator[None]:
+    """Connections are told, or refused; then the libraries that ask hubs are told not to, until the command ends."""
     before = {name: os.environ.get(name) for name in OFFLINE}
-    os.environ.update(dict.fromkeys(OFFLINE, "1"))
+    connections.watch(offline)
+    if offline:
+        os.environ.update(dict.fromkeys(OFFLINE, "1"))
     try:
         yield
     finally:
+        connections.rest()
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _exit_code(error: BaseException, debug: bool) -> int:
