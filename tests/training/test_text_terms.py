@@ -13,6 +13,7 @@ from ldm.errors import ConfigError
 from ldm.nn.readers import WEIGHTS, order_margin, reading_loss
 from ldm.training import train
 from ldm.training.checkpoints.reading import read_tensors
+from ldm.training.command import _open_images
 from ldm.training.settings import read_settings
 from ldm.training.stages.text import Text
 from tests.training.conftest import threads
@@ -48,6 +49,10 @@ def config(parts, tmp_path):
     return path, [f"vae={parts}", f"init={parts}"]
 
 
+def opened(settings, out):
+    return Text(settings, out, _open_images(settings, out))
+
+
 def test_a_tower_that_names_things_goes_on_from_another_and_resumes_to_the_bit(parts, config, tmp_path):
     path, given = config
     with threads(1):
@@ -65,9 +70,11 @@ def test_a_tower_that_names_things_goes_on_from_another_and_resumes_to_the_bit(p
     assert 1e-4 < gap.abs().mean() < 0.5  # it went on, and from there
 
 
-def test_the_first_loss_is_that_of_readers_who_know_nothing_and_of_the_same_tower(config):
+def test_the_first_loss_is_that_of_readers_who_know_nothing_and_of_the_same_tower(config, tmp_path):
     path, given = config
-    stage = Text(read_settings(path, [*given, "contrast=0", "data.scenes.casual=0", "data.scenes.mention=0"]))
+    stage = opened(
+        read_settings(path, [*given, "contrast=0", "data.scenes.casual=0", "data.scenes.mention=0"]), tmp_path
+    )
     told = stage.terms.batch(0)
     loss = stage.terms.loss(stage.module.text, stage.module.readers, told, stage.device)
     sizes = label_sizes()._asdict()
@@ -115,7 +122,7 @@ def test_terms_that_cannot_be_are_refused(overrides, said, config):
         read_settings(path, [*given, *overrides])
 
 
-def test_another_tower_than_that_of_init_is_refused(parts, config):
+def test_another_tower_than_that_of_init_is_refused(parts, config, tmp_path):
     path, given = config
     with pytest.raises(ConfigError, match=r"model\.hidden_size: asks for 48"):
-        Text(read_settings(path, [*given, "model={hidden_size: 48}"]))
+        opened(read_settings(path, [*given, "model={hidden_size: 48}"]), tmp_path)
