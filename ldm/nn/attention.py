@@ -43,6 +43,14 @@ def check_backend(name: str, device: torch.device | None = None) -> str:
     return name
 
 
+def set_backend(network: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """Make all layers of this kind in a network use this backend. Raises ConfigError or ModelError."""
+    check_backend(name)
+    for module in network.modules():
+        if isinstance(module, kind):
+            module.backend = name  # type: ignore[assignment]
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:

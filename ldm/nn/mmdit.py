@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ModelError
-from ldm.nn.attention import attention, check_backend
+from ldm.nn.attention import attention, set_backend
 from ldm.nn.batch_invariant import Linear, pad_to_even_batch, per_image, silu
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.positions import Rope, rope_of, rotated, sincos_positions
@@ -252,10 +252,7 @@ class MMDiT(nn.Module):
 
     def set_attention(self, name: str) -> None:
         """Takes this backend ("auto" or a name of BACKENDS) from now on. Raises ConfigError or ModelError."""
-        check_backend(name)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = name
+        set_backend(self, Attention, name)
 
     def forward(
         self,

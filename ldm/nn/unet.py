@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ModelError
-from ldm.nn.attention import TextCache, attention, check_backend, remember
+from ldm.nn.attention import TextCache, attention, remember, set_backend
 from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even_batch, per_image, silu
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights, on_meta
@@ -292,10 +292,7 @@ class UNet(nn.Module):
 
     def set_attention(self, name: str) -> None:
         """Takes this backend ("auto" or a name of BACKENDS) from now on. Raises ConfigError or ModelError."""
-        check_backend(name)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = name
+        set_backend(self, Attention, name)
 
     def prepare(self) -> TextCache:
         """Get ready for a run that changes no weight; returns the run's cache, which `forward` takes."""
