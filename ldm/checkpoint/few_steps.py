@@ -24,6 +24,7 @@ TITLES = ("modelspec.title", "ss_output_name")  # names that a header may hold
 DISTILLED_CLASSES = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}
 EULERS = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 TURBO_SIZE = 64  # of Turbo's latents: XL's own are 128
+TOLD, MOST_TOLD = 8.0, 14.0  # guidance of LCM's U-Nets that are told its scale: their card's, the most they learned
 WIDTH_XL = 2048  # of the text that XL's U-Net attends to
 # What distillation changes in a U-Net: the ends of layers' names, as diffusers and as the original code have them.
 LAYERS = (("conv1", "in_layers_2"), ("time_emb_proj", "emb_layers_1"), ("to_q",), ("to_out_0",), ("ff_net_2",))
@@ -77,7 +78,7 @@ class Sampling:
         return lines
 
 
-# What the authors' model cards say of each kind.
+# What the authors' model cards say of each kind; of LCM's own U-Nets see TOLD.
 KINDS = {
     "LCM": Sampling("LCM", "lcm", most_guidance=2.0, others=("tcd",)),
     "TCD": Sampling("TCD", "tcd", most_guidance=2.0, most_steps=50, others=("ddim",)),
@@ -157,7 +158,10 @@ def of_model(
     by_name, stepping = named(name), scheduler.get("_class_name", "")
     if stepping in DISTILLED_CLASSES:
         kind = DISTILLED_CLASSES[stepping]
-        return _sure(name, by_name if by_name and by_name.kind == kind else KINDS[kind], f"by its {stepping}")
+        found = by_name if by_name and by_name.kind == kind else KINDS[kind]
+        if unet.get("time_cond_proj_dim"):  # the scale is an input, and no second row
+            found = dataclasses.replace(found, guidance_scale=TOLD, most_guidance=MOST_TOLD)
+        return _sure(name, found, f"by its {stepping}")
     trailing = stepping in EULERS and scheduler.get("timestep_spacing") == "trailing"
     xl_of_64 = unet.get("cross_attention_dim") == WIDTH_XL and unet.get("sample_size") == TURBO_SIZE
     if trailing and xl_of_64 and not scheduler.get("rescale_betas_zero_snr"):

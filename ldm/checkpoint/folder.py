@@ -32,6 +32,8 @@ TWO = (*ONE, "text_encoder_2", "tokenizer_2")
 PIPELINES = {  # what is supported, and the components of each
     "StableDiffusionPipeline": ONE,
     "StableDiffusionImg2ImgPipeline": ONE,
+    "LatentConsistencyModelPipeline": ONE,
+    "LatentConsistencyModelImg2ImgPipeline": ONE,
     "StableDiffusionInpaintPipeline": ONE,
     "StableDiffusionXLPipeline": TWO,
     "StableDiffusionXLImg2ImgPipeline": TWO,

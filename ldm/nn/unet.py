@@ -162,13 +162,29 @@ def sinusoidal(values: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def guidance_waves(scales: Tensor, channels: int) -> Tensor:
+    """Guidance scales (B,) -> (B, channels): sines, then cosines, of 1000 (scale - 1), as LCM was distilled with it.
+
+    Luo et al. 2023; the frequencies end at 1/10000 exactly, one step later than those of `sinusoidal`.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=scales.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - 1))
+    angles = 1000 * (scales.float() - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class TimestepEmbedding(nn.Module):
-    def __init__(self, channels: int, embed: int):
+    def __init__(self, channels: int, embed: int, beside: int | None = None):
         super().__init__()
+        if beside is not None:  # the width of what is added to the timestep's waves
+            self.cond_proj = Linear(beside, channels, bias=False)
         self.linear_1 = Linear(channels, embed)
         self.linear_2 = Linear(embed, embed)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, channels) -> (B, E)
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:  # (B, channels), (B, beside) -> (B, E)
+        if beside is not None:
+            x = x + self.cond_proj(beside)
         return self.linear_2(silu(self.linear_1(x), self.training))
 
 
@@ -256,7 +272,7 @@ class UNet(nn.Module):
         embed = 4 * widths[0]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], embed)
+        self.time_embedding = TimestepEmbedding(widths[0], embed, config.time_cond_proj_dim)
         if config.addition_embed_type == "text":
             width, heads = config.cross_attention_dim, config.addition_embed_type_num_heads
             self.add_embedding = TextTimeEmbedding(width, embed, heads)
@@ -310,12 +326,14 @@ class UNet(nn.Module):
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
         time_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
         cache: TextCache | None = None,
         perturb: Tensor | None = None,
         perturb_in: tuple[str, ...] = (),
     ) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6) or (6,)
         -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+        guidance (B,): the scale itself, of U-Nets that have it as an input (LCM's); None: left out, as in diffusers.
         cache: what `prepare` returned, where the call is one step of a run.
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         Raises ConfigError for a level without self-attention, ModelError where XL's inputs are missing.
@@ -323,16 +341,18 @@ class UNet(nn.Module):
         images = len(x)
         if perturb_in:
             self.config.check_attention_layers(perturb_in)
+        if guidance is not None and self.config.time_cond_proj_dim is None:
+            raise ModelError("this U-Net does not know a scale of the guidance (time_cond_proj_dim None)")
         if time_ids is not None:
             time_ids = time_ids.expand(images, -1)
         if cache is not None:
             cache.follow(states)
         if not self.training:
             RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
-            inputs = (x, timesteps, states, mask, pooled, time_ids, perturb)
-            x, timesteps, states, mask, pooled, time_ids, perturb = pad_to_even_batch(*inputs)
+            inputs = (x, timesteps, states, mask, pooled, time_ids, guidance, perturb)
+            x, timesteps, states, mask, pooled, time_ids, guidance, perturb = pad_to_even_batch(*inputs)
             x = x.contiguous(memory_format=layout(x.device, x.dtype))
-        temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, cache), self.training)  # (B, E)
+        temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, guidance, cache), self.training)  # (B, E)
         x = self.conv_in(x)
         perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
         context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
@@ -363,10 +383,14 @@ class UNet(nn.Module):
 
         return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
 
-    def _embed(self, x, timesteps, states, mask, pooled, time_ids, cache) -> Tensor:
+    def _embed(self, x, timesteps, states, mask, pooled, time_ids, guidance, cache) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
         waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
-        temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype))
+        beside = None
+        if guidance is not None and self.config.time_cond_proj_dim is not None:
+            scales = partial(guidance_waves, channels=self.config.time_cond_proj_dim)
+            beside = per_image(scales, guidance, self.training).to(x.dtype)
+        temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype), beside)
         if self.config.addition_embed_type == "text":
             temb = temb + remember(cache, self.add_embedding, lambda: self.add_embedding(states, mask))
         elif self.config.addition_embed_type == "text_time":

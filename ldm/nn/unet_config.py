@@ -34,7 +34,6 @@ FIXED: dict[str, Any] = {
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
@@ -61,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "addition_embed_type_num_heads": 64,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
+    "time_cond_proj_dim": None,
 }
 SAME = (  # of the same name and meaning on both sides
     "sample_size",
@@ -73,6 +73,7 @@ SAME = (  # of the same name and meaning on both sides
     "addition_embed_type_num_heads",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
 )
 DOWN, CROSS_DOWN = "DownBlock2D", "CrossAttnDownBlock2D"
 
@@ -95,6 +96,7 @@ class UNetConfig:
     addition_embed_type_num_heads: int = 64  # heads of the pooling of "text"
     addition_time_embed_dim: int | None = None  # "text_time": width of each of the six sizes (XL: 256)
     projection_class_embeddings_input_dim: int | None = None  # "text_time": 6 * that + pooled width (XL: 2816)
+    time_cond_proj_dim: int | None = None  # LCM: width of the guidance scale's embedding, an input beside the timestep
     upcast_attention: bool = False  # kept for other programs: softmax sums in fp32 here in any case
     sample_size: int | None = None  # latent height and width it was trained for; diffusers' default image size
 
@@ -113,6 +115,9 @@ class UNetConfig:
                 raise ConfigError(f"block_out_channels: {width} is not a multiple of num_heads {self.num_heads[level]}")
         if self.transformer_layers[-1] not in (0, self.mid_transformer_layers):
             raise ConfigError("mid_transformer_layers has to equal the last of transformer_layers where that is not 0")
+        width = self.time_cond_proj_dim
+        if width is not None and (width < 4 or width % 2):
+            raise ConfigError(f"time_cond_proj_dim has to be an even number from 4 on, got {width}")
         if self.addition_embed_type is not None:
             self._check_addition(self.addition_embed_type)
 

@@ -117,7 +117,9 @@ class Engine:
         Raises ResourceError out of memory, with nothing held.
         """
         s, place, schedule = settings, self.placement, model.schedule
-        guidance = replace(s.guidance, scale=tuple(request.guidance_scale for request in requests))
+        scales = tuple(request.guidance_scale for request in requests)
+        told = model.unet.config.time_cond_proj_dim is not None  # the network does what guidance would
+        guidance = replace(s.guidance, scale=1.0 if told else scales)
         edited, start, images = requests[0].source is not None, Start(), torch.empty(0)  # all of a batch or none
         with out_of_memory(s, len(requests)):
             if edited:
@@ -130,6 +132,7 @@ class Engine:
                 noise, x = draw_noise(model.vae, requests, run, place.device)
                 with place.on(model.unet) as unet:
                     network = network_of(unet, run)
+                    network = told_scales(network, scales) if told else network
                     network = network if start.masked is None else start.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
                     sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
@@ -176,6 +179,16 @@ def network_of(unet: UNet, run: Run) -> Callable[..., torch.Tensor]:
     h, w = run.height, run.width
     time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
     return partial(unet, cache=unet.prepare(), time_ids=time_ids)
+
+
+def told_scales(network: Callable[..., torch.Tensor], scales: Sequence[float]) -> Callable[..., torch.Tensor]:
+    """A network with the guidance's scale as an input (LCM's) that is told that of each image, in every call."""
+    values = torch.tensor(scales)
+
+    def call(x: torch.Tensor, *inputs: Any, **more: Any) -> torch.Tensor:
+        return network(x, *inputs, guidance=values.repeat(len(x) // len(values)).to(x.device), **more)
+
+    return call
 
 
 def offset_steps(watch: Watch | None, first: Run) -> Watch | None:

@@ -35,6 +35,9 @@ CONFIGS = {
     "inpaint": UNetConfig(
         in_channels=9, block_out_channels=(16, 32), num_heads=(2, 2), transformer_layers=(1, 0), **SMALL
     ),
+    "lcm": UNetConfig(
+        block_out_channels=(16, 32), num_heads=(2, 2), transformer_layers=(1, 0), time_cond_proj_dim=12, **SMALL
+    ),
     "default": UNetConfig(
         in_channels=8,
         out_channels=8,
@@ -81,12 +84,18 @@ def inputs(config, batch=3, size=(8, 8), seed=1):
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         extra["pooled"] = torch.randn(batch, width, generator=g)
         extra["time_ids"] = torch.randint(0, 1024, (batch, 6), generator=g).float()
+    if config.time_cond_proj_dim is not None:
+        extra["guidance"] = torch.linspace(1.5, 8, batch)
     return x, torch.linspace(1, 999, batch), states, extra
 
 
-def of_peer(unet, x, timesteps, states, mask=None, pooled=None, time_ids=None):
-    added = {"text_embeds": pooled, "time_ids": time_ids}
-    return unet(x, timesteps, states, encoder_attention_mask=mask, added_cond_kwargs=added).sample
+def of_peer(unet, x, timesteps, states, mask=None, pooled=None, time_ids=None, guidance=None):
+    from diffusers import LatentConsistencyModelPipeline as Pipe
+
+    added, width = {"text_embeds": pooled, "time_ids": time_ids}, unet.config.time_cond_proj_dim
+    waves = None if guidance is None else Pipe.get_guidance_scale_embedding(None, guidance - 1, width)
+    more = {"encoder_attention_mask": mask, "timestep_cond": waves, "added_cond_kwargs": added}
+    return unet(x, timesteps, states, **more).sample
 
 
 @pytest.mark.parametrize("kind", FIXTURES.CONFIGS)
@@ -219,7 +228,6 @@ def test_config_round_trip_through_diffusers(kind):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"time_cond_proj_dim": 256},
         {"class_embed_type": "timestep"},
         {"encoder_hid_dim": 4096},
         {"addition_embed_type": "image"},
@@ -244,6 +252,7 @@ def test_unsupported_settings_are_refused_by_name(setting):
 @pytest.mark.parametrize(
     "change, words",
     [
+        ({"time_cond_proj_dim": 7}, "an even number from 4 on"),
         ({"num_heads": (8, 8)}, "num_heads has 2 levels"),
         ({"num_heads": (7, 8, 8, 8)}, "not a multiple of num_heads 7"),
         ({"norm_num_groups": 48}, "norm_num_groups 48"),
@@ -272,6 +281,17 @@ def test_weights_that_do_not_fit_are_counted_and_named():
     for part in ("unet/config.json", "7 missing", names[4], "...", "1 unexpected (extra.weight)", "[3, 3] instead of"):
         assert part in str(error.value)
     assert names[5] not in str(error.value)
+
+
+def test_a_scale_is_an_input_of_lcm_alone_and_may_be_left_out():
+    theirs = peer(CONFIGS["lcm"])
+    ours = load_unet(CONFIGS["lcm"], theirs.state_dict())
+    x, t, states, extra = inputs(CONFIGS["lcm"])
+    with torch.no_grad():
+        plain, told = ours(x, t, states), ours(x, t, states, **extra)
+        assert (plain - of_peer(theirs, x, t, states)).abs().max() < 1e-5 < (told - plain).abs().max()
+    with pytest.raises(ModelError, match="does not know a scale"):
+        UNet(CONFIGS["sd15"]).eval()(x, t, states, **extra)
 
 
 def test_xl_without_its_sizes_is_refused():

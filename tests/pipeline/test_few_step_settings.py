@@ -1,7 +1,9 @@
 """Few-step LoRAs at work: their settings where nothing is given, and the user's where something is."""
 
+import dataclasses
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm import Pipeline
+from ldm.checkpoint import save_model
 from ldm.checkpoint.lora import target_at
 from ldm.cli import main
 from ldm.images import read_metadata
+from ldm.nn.unet import UNet
 from ldm.render.jobs.resolve import Resolver
+from tests.conftest import build_tiny_model
 
 ENDS = ("conv1", "time_emb_proj", "to_q", "to_out.0", "ff.net.2")
 
@@ -31,6 +36,50 @@ def lora(tiny_folder, tmp_path):
         return tmp_path / f"{name}.safetensors"
 
     return make
+
+
+@pytest.fixture(scope="module")
+def lcm_folder(tmp_path_factory):
+    """A tiny LCM, whose U-Net is told the guidance's scale."""
+    folder, model = tmp_path_factory.mktemp("lcm") / "tiny", build_tiny_model()
+    config = dataclasses.replace(model.unet.config, time_cond_proj_dim=12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.unet = UNet(config).eval()
+    model.schedule = dataclasses.replace(model.schedule, prediction_type="epsilon", rescale_betas_zero_snr=False)
+    save_model(model, folder, dtype="fp32")
+    (folder / "manifest.json").unlink()
+    path = folder / "scheduler/scheduler_config.json"
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if k.startswith(("beta_", "prediction", "num_"))}
+    path.write_text(json.dumps({**settings, "_class_name": "LCMScheduler", "set_alpha_to_one": True}))
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps({**index, "requires_safety_checker": False}))
+    return folder
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_an_lcm_that_is_told_its_scale_draws_as_diffusers_does(lcm_folder, scale):
+    theirs = diffusers.LatentConsistencyModelPipeline.from_pretrained(lcm_folder, local_files_only=True)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    theirs.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32}
+    known = {"guidance_scale": scale, "num_inference_steps": 1, "latents": latents, **size}
+    expected = theirs(["a cat", "a red dog"], output_type="np", **known).images
+    ours = Pipeline(["a cat", "a red dog"], lcm_folder).generate(**known)
+    drawn = np.stack([np.asarray(image) / 255 for image in ours])
+    assert np.abs(drawn - expected).max() < 0.003  # half a step of 8 bits, and a little
+
+
+def test_an_lcm_is_told_its_cards_scale_and_another_image_by_it(lcm_folder, capsys):
+    pipe = Pipeline("a cat", lcm_folder)
+    first = pipe.generate(seed=1)
+    (record,) = first.metadata
+    taken = record["sampler"], record["num_inference_steps"], record["guidance_scale"], record["few_steps"]
+    assert taken == ("lcm", 4, 8.0, "LCM") and "burn" not in capsys.readouterr().err
+    assert pixels(pipe.generate(seed=1, guidance_scale=2.0)) != pixels(first)
+    together = pipe.generate(seed=[1, 1], guidance_scale=[2.0, 8.0])
+    assert pixels(together)[1:] == pixels(first)  # each image has its own scale
 
 
 def pixels(images):
