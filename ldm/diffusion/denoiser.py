@@ -143,6 +143,7 @@ def training_loss(
     teacher: Predict | None = None,
     contrast: float = 0.0,
     mask: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the network's answer, one number per image: (B,) fp32.
 
@@ -150,7 +151,8 @@ def training_loss(
     snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
     teacher: its answer is the target in place of the one that x0 and noise give; it gets no gradients.
     contrast: weight of the error against another image's target, which is subtracted, so that answers stay apart
-    (contrastive flow matching, Stoica et al. 2025, eq. 6; 0.05 is usual). The other image is the next one in the batch.
+    (contrastive flow matching, Stoica et al. 2025, eq. 6; 0.05 is usual).
+    other: these targets (B, C, H, W); without them each image gets that of the one before it in the batch.
     mask: (B, 1, H, W) in [0, 1]: how much each place counts; an image without any place has loss 0.
     """
     x0, noise = x0.float(), noise.float()
@@ -164,7 +166,7 @@ def training_loss(
     predicted = predict(*inputs).float()
     loss = _mean_square(predicted - answer, mask)
     if contrast:
-        loss = loss - contrast * _mean_square(predicted - answer.roll(1, 0), mask)
+        loss = loss - contrast * _mean_square(predicted - (answer.roll(1, 0) if other is None else other), mask)
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss

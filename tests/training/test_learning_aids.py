@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.schedule import Schedule
@@ -9,9 +10,13 @@ from ldm.errors import ConfigError
 from ldm.training import train
 from ldm.training.checkpoints import state
 from ldm.training.checkpoints.reading import read_tensors
+from ldm.training.distributed import RowShard, processes
+from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import read_settings
 from ldm.training.stages.common import validation_scores
+from tests.training.finetune_cases import apart, last_tensors
+from tests.training.processes import together
 from tests.training.toy import Toy, train_toy
 
 FLOW = Schedule(prediction_type="flow")
@@ -96,13 +101,16 @@ def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
 
 def test_what_is_learned_badly_counts_more_and_nothing_less_than_the_floor():
     weights = ErrorWeights(0.5)
-    assert weights.of(["a", "b"]).tolist() == [1, 1]
+    both = RowShard(2)
+    assert weights.of(["a", "b"], both).tolist() == [1, 1]
     for _ in range(200):
-        weights.seen(["easy", "hard"], torch.tensor([1.0, 7.0]), torch.tensor([0.3, 0.3]))
-        weights.seen(["easy", "hard"], torch.tensor([10.0, 70.0]), torch.tensor([0.9, 0.9]))  # the same, relatively
-    easy, hard = weights.of(["easy", "hard"]).tolist()
+        weights.seen(["easy", "hard"], torch.tensor([1.0, 7.0]), torch.tensor([0.3, 0.3]), both)
+        weights.seen(
+            ["easy", "hard"], torch.tensor([10.0, 70.0]), torch.tensor([0.9, 0.9]), both
+        )  # as before, relatively
+    easy, hard = weights.of(["easy", "hard"], both).tolist()
     assert easy + hard == pytest.approx(2) and hard / easy == pytest.approx(1.75 / 0.5, rel=0.05)
-    weights.seen(["easy"], torch.tensor([float("nan")]), torch.tensor([0.3]))
+    weights.seen(["easy"], torch.tensor([float("nan")]), torch.tensor([0.3]), RowShard(1))
     assert weights.errors.isfinite().all()
 
 
@@ -114,6 +122,40 @@ def test_weights_by_error_resume_to_the_bit(unet_settings, tmp_path, one_thread)
     one, other = (state.checkpoints(tmp_path / run)[-1] / state.WEIGHTS for run in ("whole", "halves"))
     assert one.read_bytes() == other.read_bytes()
     assert (read_tensors(one.parent)["stage.errors"] != 1).any()
+
+
+def test_two_processes_weigh_and_contrast_as_one(unet_settings, tmp_path, one_thread):
+    words = ["weight_floor=0.5", "flow_contrast=0.3", "schedule={prediction_type: flow}", "batch_size=3", "seed=1"]
+    words += ["optimizer=sgd", "learning_rate=0.1", "warmup=0", "clip=1e9", "lr_schedule=constant", "steps=5"]
+    words += ["latent_pool=256", "renew=0", "validate_every=99", "save_every=99", "sampler=euler"]
+    train(unet_settings, tmp_path / "one", words)
+    assert together(2, lambda rank: train(unet_settings, tmp_path / "two", words) and 0) == [0, 0]
+    for part, near in (("model.", 1e-5), ("stage.", 1e-4)):
+        assert apart(last_tensors(tmp_path / "two", part), last_tensors(tmp_path / "one", part)) < near
+    train(unet_settings, tmp_path / "plain", [word for word in words if "contrast" not in word])
+    assert apart(last_tensors(tmp_path / "plain"), last_tensors(tmp_path / "one")) > 1e-4
+
+
+def write_weights(path):
+    """Of 40 batches of five samples with losses of their own, on however many processes there are."""
+    with processes() as group:
+        weights, found = ErrorWeights(0.5), []
+        for number in range(40):
+            part = group.part(5)
+            losses = seeded.normal((5,), 0, "losses", number).abs() * torch.arange(1, 6)
+            ids = [f"image {row}" for row in part.own]
+            found.append(group.whole(weights.of(ids, part), part))
+            weights.seen(ids, part.of(losses), torch.full((5,), 0.3), part)
+        if group.first:
+            save_file({"weights": torch.stack(found), **weights.tensors}, path)
+
+
+def test_weights_in_three_processes_are_those_of_one_to_the_bit(tmp_path):
+    write_weights(tmp_path / "one")
+    assert together(3, lambda rank: write_weights(tmp_path / "three")) == [0, 0, 0]
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
+    weights = load_file(tmp_path / "one")["weights"]
+    assert torch.allclose(weights.mean(1), torch.ones(40)) and weights[-1, 4] > 1.5 * weights[-1, 0]
 
 
 def test_what_the_aids_do_not_go_with_is_refused():

@@ -48,6 +48,10 @@ class Alone:
         """The mean of `loss` over the processes. The same exchange carries their signals."""
         return loss
 
+    def whole(self, values: Tensor, part: RowShard) -> Tensor:
+        """(rows, …) of each process -> (size, …) of the whole batch, the same numbers on all of them."""
+        return values
+
     def any_of(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether any process has set it."""
         return flags

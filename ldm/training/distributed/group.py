@@ -117,6 +117,14 @@ class Many(Alone):
         self._hear(found[1:])
         return self._torch.tensor(found[0], dtype=loss.dtype, device=loss.device)
 
+    def whole(self, values: Tensor, part: RowShard) -> Tensor:
+        found = self._torch.zeros((part.size, *values.shape[1:]), dtype=values.dtype)
+        if part.own:
+            found[list(part.own)] = values.detach().cpu()
+        self._name("whole")
+        self._dist.all_reduce(found)  # every row is zero on all processes except its own
+        return found.to(values.device)
+
     def any_of(self, flags: list[bool]) -> list[bool]:
         return [bool(value) for value in self._reduce(list(map(float, flags)), "MAX")]
 

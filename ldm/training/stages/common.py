@@ -12,6 +12,7 @@ from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_e
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
 from ldm.training.data import Batch, ImageDataset
+from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import FinetuneSettings, UNetSettings
@@ -75,16 +76,24 @@ def diffusion_loss(
     if s.noise_offset:
         shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
         noise = noise + s.noise_offset * shift
+    other = _other_targets(x0, noise, part) if contrast else None
     noise = part.of(noise).to(x0.device)
     # one level from each of B equal parts
     u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
-    u = part.of(shape_timesteps(u, s.timesteps, s.timestep_shift))
-    timesteps = timesteps_at(schedule, u).to(x0.device)
-    losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, contrast, batch.mask)
+    u = shape_timesteps(u, s.timesteps, s.timestep_shift)
+    timesteps = timesteps_at(schedule, part.of(u)).to(x0.device)
+    more = {"contrast": contrast, "mask": batch.mask, "other": other}
+    losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, **more)
     if weights is not None:
-        plain, losses = losses, losses * weights.of(batch.ids).to(losses.device)
-        weights.seen(batch.ids, plain, u)
+        plain, losses = losses, losses * weights.of(batch.ids, part).to(losses.device)
+        weights.seen(batch.ids, plain, u, part)
     return batch.weight * part.mean(losses)
+
+
+def _other_targets(x0: Tensor, noise: Tensor, part: RowShard) -> Tensor:
+    """The flow's target of the image before each in the whole batch, which another process may have, (b, C, h, w)."""
+    whole = current().whole(x0.float(), part)
+    return part.of((noise.to(x0.device) - whole).roll(1, 0))
 
 
 def fixed_samples(dataset: ImageDataset, seed: int, device: torch.device) -> list[tuple[Batch, Tensor, Tensor]]:

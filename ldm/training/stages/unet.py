@@ -24,7 +24,6 @@ from ldm.nn.unet import UNet
 from ldm.training.checks import check_same
 from ldm.training.data import Batch, ImageDataset, ImageSet, PreparedSet, SceneSet
 from ldm.training.data.encoded import Encoders
-from ldm.training.distributed import current
 from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
@@ -63,8 +62,6 @@ class UNetStage:
         unet = self._started() if s.init else UNet(unet_config(s, vae, text))
         self.network: Callable[..., Tensor] = torch.compile(unet) if s.compile else unet
         self.module = nn.ModuleDict({"unet": unet, "text": self._trained_text()}) if s.text_rate else unet
-        alone = s.weight_floor is None or current().world == 1
-        require(alone, "measures errors in one process: leave it out with several", "weight_floor")
         self.weights = None if s.weight_floor is None else ErrorWeights(s.weight_floor)
         self.tensors = self.weights.tensors if self.weights else {}
         self.xl = unet.config.addition_embed_type == "text_time"
