@@ -7,9 +7,9 @@ Shapes:  B batch   C channels   H, W latent height, width   L = H*W   S text tok
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -254,11 +254,10 @@ class Middle(nn.Module):
         )
 
 
-class UNet(nn.Module):
-    """Predicts noise, velocity or x0 (what it was trained for) from noisy latents, timesteps and text.
+class Encoder(nn.Module):
+    """The way down and the middle: half of a U-Net, and all but the ends of a ControlNet (ldm.nn.controlnet).
 
     `gradient_checkpointing` computes each layer's activations again in the backward pass instead of keeping them.
-    In eval mode an image's bits do not depend on the batch it is in (see Linear and `forward`).
     """
 
     add_embedding: TextTimeEmbedding | TimestepEmbedding
@@ -280,7 +279,6 @@ class UNet(nn.Module):
             assert config.projection_class_embeddings_input_dim is not None  # as UNetConfig has checked
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, embed)
 
-        # Down; `skips` are the channels of what is handed across
         self.down_blocks, skips, last = nn.ModuleList(), [widths[0]], len(widths) - 1
         for level, width in enumerate(widths):
             block = Level([skips[-1]] + [width] * (layers - 1), level, config)
@@ -289,22 +287,9 @@ class UNet(nn.Module):
                 block.downsamplers = nn.ModuleList([Downsample(width)])
                 skips.append(width)
             self.down_blocks.append(block)
+        self.skip_channels = tuple(skips)  # of what is handed across, from the highest resolution down
 
         self.mid_block = Middle(config)
-
-        # Up
-        self.up_blocks, below = nn.ModuleList(), widths[-1]
-        for level in reversed(range(len(widths))):
-            width = widths[level]
-            inputs = [below] + [width] * layers
-            block = Level([channels + skips.pop() for channels in inputs], level, config)
-            if level > 0:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
-            below = width
-            self.up_blocks.append(block)
-
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def set_attention(self, name: str) -> None:
         """Takes this backend ("auto" or a name of BACKENDS) from now on. Raises ConfigError or ModelError."""
@@ -317,47 +302,18 @@ class UNet(nn.Module):
                 module.refresh()
         return TextCache()
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        states: Tensor,
-        *,
-        mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        guidance: Tensor | None = None,
-        cache: TextCache | None = None,
-        perturb: Tensor | None = None,
-        perturb_in: tuple[str, ...] = (),
-    ) -> Tensor:
-        """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6) or (6,)
-        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
-        guidance (B,): the scale itself, of U-Nets that have it as an input (LCM's); None: left out, as in diffusers.
-        cache: what `prepare` returned, where the call is one step of a run.
-        perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
-        Raises ConfigError for a level without self-attention, ModelError where XL's inputs are missing.
-        """
-        images = len(x)
-        if perturb_in:
-            self.config.check_attention_layers(perturb_in)
-        if guidance is not None and self.config.time_cond_proj_dim is None:
-            raise ModelError("this U-Net does not know a scale of the guidance (time_cond_proj_dim None)")
-        if time_ids is not None:
-            time_ids = time_ids.expand(images, -1)
+    def _ready(self, cache: TextCache | None, states: Tensor, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs, x first, as layers take them: where images are drawn in even batches, laid out for the device."""
         if cache is not None:
             cache.follow(states)
-        if not self.training:
-            RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
-            inputs = (x, timesteps, states, mask, pooled, time_ids, guidance, perturb)
-            x, timesteps, states, mask, pooled, time_ids, guidance, perturb = pad_to_even_batch(*inputs)
-            x = x.contiguous(memory_format=layout(x.device, x.dtype))
-        temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, guidance, cache), self.training)  # (B, E)
-        x = self.conv_in(x)
-        perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
-        context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
+        if self.training:
+            return inputs
+        RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
+        x, *rest = pad_to_even_batch(*inputs)
+        return x.contiguous(memory_format=layout(x.device, x.dtype)), *rest
 
-        # Down
+    def _down(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> tuple[Tensor, list[Tensor]]:
+        """What `conv_in` made (B, C, H, W) -> (the middle's output, what is handed across)."""
         skips = [x]
         for i, block in enumerate(cast("list[Level]", self.down_blocks)):
             for resnet, transformer in zip(block.resnets, block.attentions):
@@ -367,21 +323,9 @@ class UNet(nn.Module):
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-
-        # Middle
         x = self._run(self.mid_block.resnets[0], x, temb)
         x = self._run(self.mid_block.attentions[0], x, *context["mid"])
-        x = self._run(self.mid_block.resnets[1], x, temb)
-
-        # Up
-        for i, block in enumerate(cast("list[Level]", self.up_blocks)):
-            for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                x = self._run(transformer, x, *context.get(f"up.{i}", ()))
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[-2:])  # also right where the next skip's size is odd
-
-        return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
+        return self._run(self.mid_block.resnets[1], x, temb), skips
 
     def _embed(self, x, timesteps, states, mask, pooled, time_ids, guidance, cache) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
@@ -410,6 +354,81 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
+
+
+class UNet(Encoder):
+    """Predicts noise, velocity or x0 (what it was trained for) from noisy latents, timesteps and text.
+
+    In eval mode an image's bits do not depend on the batch it is in (see Linear and `forward`).
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        widths, layers = config.block_out_channels, config.layers_per_block
+        skips = list(self.skip_channels)
+        self.up_blocks, below = nn.ModuleList(), widths[-1]
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            inputs = [below] + [width] * layers
+            block = Level([channels + skips.pop() for channels in inputs], level, config)
+            if level > 0:
+                block.upsamplers = nn.ModuleList([Upsample(width)])
+            below = width
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        states: Tensor,
+        *,
+        mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        cache: TextCache | None = None,
+        perturb: Tensor | None = None,
+        perturb_in: tuple[str, ...] = (),
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6) or (6,)
+        -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
+        guidance (B,): the scale itself, of U-Nets that have it as an input (LCM's); None: left out, as in diffusers.
+        cache: what `prepare` returned, where the call is one step of a run.
+        perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
+        residuals: added to what is handed across, level by level, and to the middle's output: what a ControlNet gives.
+        Raises ConfigError for a level without self-attention, ModelError where XL's inputs are missing.
+        """
+        images = len(x)
+        if perturb_in:
+            self.config.check_attention_layers(perturb_in)
+        if guidance is not None and self.config.time_cond_proj_dim is None:
+            raise ModelError("this U-Net does not know a scale of the guidance (time_cond_proj_dim None)")
+        if time_ids is not None:
+            time_ids = time_ids.expand(images, -1)
+        inputs = (x, timesteps, states, mask, pooled, time_ids, guidance, perturb, *residuals)
+        inputs = self._ready(cache, states, inputs)
+        x, timesteps, states, mask, pooled, time_ids, guidance, perturb, *residuals = inputs
+        temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, guidance, cache), self.training)  # (B, E)
+        perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
+        context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
+
+        x, skips = self._down(self.conv_in(x), temb, context)
+        if residuals:
+            skips, x = [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)], x + residuals[-1]
+
+        # Up
+        for i, block in enumerate(cast("list[Level]", self.up_blocks)):
+            for resnet, transformer in zip(block.resnets, block.attentions):
+                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+                x = self._run(transformer, x, *context.get(f"up.{i}", ()))
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, skips[-1].shape[-2:])  # also right where the next skip's size is odd
+
+        return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
 
 
 def load_unet(config: UNetConfig, state: Mapping[str, Tensor], where: object = None) -> UNet:

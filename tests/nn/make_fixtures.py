@@ -1,4 +1,4 @@
-"""Writes fixtures/*.txt: name and shape of every tensor of diffusers' U-Nets and flow transformers at full width.
+"""Writes fixtures/*.txt: name and shape of every tensor of diffusers' networks at full width.
 
 Run once by hand: python tests/nn/make_fixtures.py
 A line is "shape: names"; names that differ in nothing but one number are written once, with {0,1,2}.
@@ -44,6 +44,13 @@ TRANSFORMERS = {  # the settings of the published config.json that are not diffu
     "flux_dev": {**FLUX, "guidance_embeds": True},
     "flux_schnell": FLUX,
 }
+CONTROLNETS = {  # likewise; every one has its base's settings but those of the way up
+    f"controlnet_{kind}": {
+        "_class_name": "ControlNetModel",
+        **{key: value for key, value in CONFIGS[kind].items() if key != "up_block_types"},
+    }
+    for kind in ("sd15", "sd21", "xl")
+}
 
 
 def fold(names: list[str]) -> list[str]:
@@ -72,7 +79,8 @@ def unfold(name: str) -> list[str]:
 
 
 def file_of(kind: str) -> Path:
-    return FOLDER / f"{'unet' if kind in CONFIGS else 'mmdit'}_{kind}.txt"
+    prefix = "unet_" if kind in CONFIGS else "mmdit_" if kind in TRANSFORMERS else ""
+    return FOLDER / f"{prefix}{kind}.txt"
 
 
 def read(kind: str) -> dict[str, tuple[int, ...]]:
@@ -89,7 +97,7 @@ def main() -> None:
     import diffusers
 
     FOLDER.mkdir(exist_ok=True)
-    for kind, config in {**CONFIGS, **TRANSFORMERS}.items():
+    for kind, config in {**CONFIGS, **TRANSFORMERS, **CONTROLNETS}.items():
         with torch.device("meta"):
             model = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
             state = model.from_config(config).state_dict()

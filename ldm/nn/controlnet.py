@@ -1,0 +1,199 @@
+"""ControlNet: a second encoder that sees an image of edges, depth, … and steers a U-Net (Zhang et al. 2023).
+
+It is the U-Net's own way down and middle, with the image's embedding added behind the first convolution, and a 1x1
+convolution that begins as zeros before each output. Module names follow diffusers' ControlNetModel.
+
+Shapes:  B batch   N images, of which B is a multiple   H, W latent size   f pixels per latent
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import ConfigError, ModelError
+from ldm.nn.attention import TextCache, remember
+from ldm.nn.batch_invariant import Pointwise, in_blocks, pad_to_even_batch, silu
+from ldm.nn.unet import Encoder, UNet, UNetConfig
+from ldm.nn.weights import load_weights, on_meta
+
+ORDERS = ("rgb", "bgr")
+# A ControlNet's own settings in diffusers' config.json, with its defaults
+OWN: dict[str, Any] = {
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": (16, 32, 96, 256),
+    "controlnet_conditioning_channel_order": "rgb",
+    "global_pool_conditions": False,
+}
+NOT_ITS: tuple[str, ...] = ("out_channels", "sample_size", "up_block_types")  # of a U-Net's settings
+# What UNet2DConditionModel has settings for and ControlNetModel has not
+NOT_ITS += ("center_input_sample", "conv_in_kernel", "conv_out_kernel", "attention_type", "class_embeddings_concat")
+NOT_ITS += ("cross_attention_norm", "dropout", "dual_cross_attention", "mid_block_only_cross_attention")
+NOT_ITS += ("resnet_out_scale_factor", "resnet_skip_time_act", "reverse_transformer_layers_per_block")
+NOT_ITS += ("time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "time_embedding_type")
+NOT_ITS += ("timestep_post_act",)
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """A U-Net's settings and those of the image's embedding. Raises ConfigError for values that cannot be."""
+
+    unet: UNetConfig  # of the base model; in_channels is that of the latents alone
+    conditioning_channels: int = 3
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # each but the first halves the size
+    channel_order: str = "rgb"  # or bgr: what it was trained on
+    global_pool_conditions: bool = False  # outputs are averaged over the image, as "shuffle" was trained
+
+    def __post_init__(self) -> None:
+        if self.channel_order not in ORDERS:
+            raise ConfigError(
+                f"controlnet_conditioning_channel_order {self.channel_order!r:.80} is neither rgb nor bgr"
+            )
+        widths = self.conditioning_embedding_out_channels
+        if not widths or min(widths) < 1 or self.conditioning_channels < 1:
+            raise ConfigError("conditioning_channels and conditioning_embedding_out_channels have to be at least 1")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any], where: object = None) -> ControlNetConfig:
+        """From the config.json of a ControlNetModel. Raises ModelError, ConfigError as the U-Net's settings do."""
+        own = {**OWN, **{key: value for key, value in config.items() if key in OWN and value is not None}}
+        rest = {key: value for key, value in config.items() if key not in OWN}
+        if "down_block_types" in rest:
+            rest["up_block_types"] = [str(kind).replace("Down", "Up") for kind in reversed(rest["down_block_types"])]
+        return cls(
+            UNetConfig.from_diffusers(rest, where),
+            own["conditioning_channels"],
+            tuple(own["conditioning_embedding_out_channels"]),
+            own["controlnet_conditioning_channel_order"],
+            bool(own["global_pool_conditions"]),
+        )
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The config.json of a ControlNetModel with the same weights."""
+        shared = {key: value for key, value in self.unet.to_diffusers().items() if key not in NOT_ITS}
+        values = (self.conditioning_channels, list(self.conditioning_embedding_out_channels))
+        own = dict(zip(OWN, (*values, self.channel_order, self.global_pool_conditions)))
+        return {**shared, **own, "_class_name": "ControlNetModel"}
+
+
+class ConditionEmbedding(nn.Module):
+    """Brings an image to the size and width of the U-Net's first level."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__()
+        widths, out = config.conditioning_embedding_out_channels, config.unet.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for narrow, wide in itertools.pairwise(widths):
+            self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
+            self.blocks.append(nn.Conv2d(narrow, wide, 3, stride=2, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], out, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:  # (N, 3, f H, f W) -> (N, C, H, W)
+        h = F.silu(self.conv_in(image))
+        for layer in self.blocks:
+            h = F.silu(layer(h))
+        return self.conv_out(h)
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that begins as zeros, so that training begins with what the U-Net can do."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ControlNet(Encoder):
+    """Gives what is added to a U-Net's skips and middle, in eval mode with the same bits in every batch."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config.unet)
+        self.control = config
+        self.controlnet_cond_embedding = ConditionEmbedding(config)
+        self.controlnet_down_blocks = nn.ModuleList(zeroed(Pointwise(width, width)) for width in self.skip_channels)
+        self.controlnet_mid_block = zeroed(Pointwise(self.skip_channels[-1], self.skip_channels[-1]))
+
+    @classmethod
+    def from_unet(cls, unet: UNet, factor: int = 8, channels: int = 4) -> ControlNet:
+        """One to be trained for a U-Net: with copies of its weights, zeros at its ends.
+
+        `factor`: pixels per latent, a power of 2; `channels`: of the latents, of an inpainting U-Net's the first ones.
+        """
+        widths = [16, 32, 96, *[256] * factor.bit_length()][: factor.bit_length()]
+        settings = {**unet.config.to_diffusers(), "in_channels": channels, "time_cond_proj_dim": None}
+        net = cls(ControlNetConfig(UNetConfig.from_diffusers(settings), 3, tuple(widths)))
+        state, own = unet.state_dict(), net.state_dict()
+        state["conv_in.weight"] = state["conv_in.weight"][:, :channels]
+        net.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
+        return net
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        states: Tensor,
+        *,
+        image: Tensor,
+        scale: float = 1.0,
+        guess: bool = False,
+        mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        cache: TextCache | None = None,
+    ) -> list[Tensor]:
+        """The U-Net's inputs and image (N, 3, f H, f W) in [0, 1] -> its `residuals`.
+
+        N divides B: rows of several conditions have the images in the same order. scale: how much of the outputs.
+        guess: outputs grow from a tenth at the highest resolution to the whole in the middle.
+        """
+        rows = len(x)
+        if time_ids is not None:
+            time_ids = time_ids.expand(rows, -1)
+        inputs = self._ready(cache, states, (x, timesteps, states, mask, pooled, time_ids))
+        x, timesteps, states, mask, pooled, time_ids = inputs
+        embedded = remember(cache, self.controlnet_cond_embedding, lambda: self._embed_image(image, x, rows))
+        temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, None, cache), self.training)
+        context = dict.fromkeys(self.attention_levels, (states, mask, None, cache))
+        middle, skips = self._down(self.conv_in(x) + embedded, temb, context)
+        layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        outputs = [layer(h)[:rows] for layer, h in zip(layers, (*skips, middle), strict=True)]
+        if self.control.global_pool_conditions:
+            return [output.mean(dim=(2, 3), keepdim=True) * scale for output in outputs]
+        factors = torch.logspace(-1, 0, len(outputs)).tolist() if guess else [1.0] * len(outputs)
+        return [output * (factor * scale) for output, factor in zip(outputs, factors)]
+
+    def _embed_image(self, image: Tensor, x: Tensor, rows: int) -> Tensor:
+        """Images (N, 3, f H, f W) -> (B, C, H, W) for all rows of x, of which the first `rows` are asked for."""
+        size = tuple(side * self.control.factor for side in x.shape[2:])
+        if tuple(image.shape[2:]) != size or rows % len(image):
+            raise ModelError(f"ControlNet: images {tuple(image.shape)} do not fit latents {tuple(x.shape)}")
+        image = image.flip(1) if self.control.channel_order == "bgr" else image
+        if self.training or not image.is_cpu:
+            return self.controlnet_cond_embedding(image.to(x.dtype)).repeat(rows // len(image), 1, 1, 1)
+        embedded = in_blocks(self.controlnet_cond_embedding, image.to(x.dtype), 2)
+        return pad_to_even_batch(embedded.repeat(rows // len(image), 1, 1, 1))[0]
+
+
+def load_controlnet(config: ControlNetConfig, state: Mapping[str, Tensor], where: object = None) -> ControlNet:
+    """A ControlNet in eval mode with the tensors of `state` themselves. Raises ModelError where they do not fit."""
+    return load_weights(on_meta(lambda: ControlNet(config)), state, where)
+
+
+def summed(residuals: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The residuals of several ControlNets as one."""
+    first, *others = residuals
+    total = list(first)
+    for other in others:
+        total = [a + b for a, b in zip(total, other, strict=True)]
+    return total
