@@ -1,0 +1,269 @@
+"""ControlNets on disk: diffusers' folders, and single files under the original names or diffusers'.
+
+A ControlNet is found and fitted to its base model by settings and headers alone; loading then reads each file once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint.describe import ModelInfo
+from ldm.checkpoint.families import FAMILIES
+from ldm.checkpoint.folder import digest_of, is_hub_id, weight_files, write_json
+from ldm.checkpoint.hub import fetch, no_weights
+from ldm.checkpoint.safety import read_header, read_json, read_tensors, refuse_pickle
+from ldm.checkpoint.single.names import translated, unet_modules
+from ldm.checkpoint.tensors import source, write_shards, write_tensors
+from ldm.errors import ConfigError, LdmError, ModelError
+from ldm.files import atomic_folder, atomic_write, check_manifest, require_space, sha256, write_manifest
+from ldm.nn.batch_invariant import layout
+from ldm.nn.controlnet import ControlNet, ControlNetConfig, load_controlnet
+from ldm.nn.unet_config import UNetConfig
+from ldm.nn.weights import check_keys, on_meta
+
+KEY = "ldm.controlnet"  # in the header of our single files: config.json
+PREFIX = "control_model."  # of the original names
+STEM, CONFIG, CLASS = "diffusion_pytorch_model", "config.json", "ControlNetModel"
+SUBFOLDER = "controlnet"  # of a pipeline's folder, and of our runs
+HINT, HINT_DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
+RELATIVES = {  # a part of a name -> what has such names, beside a ControlNet's
+    "lora_controlnet": "a Control-LoRA, which is not supported",
+    "difference": "a ControlNet as the difference to its base model, which is not supported",
+    "control_add_embedding.": "a ControlNet Union, which is not supported",
+}
+OTHERS = {  # likewise, without a ControlNet's
+    "lllite": "a ControlNet-LLLite, which is not supported",
+    "adapter.": "a T2I-Adapter, which is not supported",
+    "image_proj.": "an IP-Adapter, which is not supported",
+    "controlnet_x_embedder.": "a ControlNet for FLUX, which is not supported",
+    "pos_embed.": "a ControlNet for Stable Diffusion 3, which is not supported",
+    "lora_": "a LoRA, which goes with a model (--lora)",
+}
+TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
+
+
+@dataclass(frozen=True)
+class ControlNetFile:
+    """A ControlNet on disk that fits a model."""
+
+    name: str  # as it was given
+    path: Path  # its folder or file
+    config: ControlNetConfig
+    files: tuple[Path, ...]  # of the weights
+    names: Mapping[str, str]  # tensor in the files -> in the network
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> ControlNet:
+        """In eval mode, without gradients. Raises ModelError for weights that are damaged or not finite in `dtype`."""
+        manifest, state = check_manifest(self.path) if self.path.is_dir() else {}, {}
+        for file in self.files:
+            tensors, digest = read_tensors(file, dtype, device, names=self.names)
+            if manifest.get(file.name, {}).get("sha256", digest) != digest:
+                raise ModelError("is damaged: its sha256 is not that of the manifest", where=file)
+            state |= {self.names[key]: tensor for key, tensor in tensors.items() if key in self.names}
+        net = load_controlnet(self.config, state, self.path).requires_grad_(False)
+        return net.to(memory_format=layout(device, dtype))
+
+
+def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:
+    """The ControlNet of a folder, a file or a hub id, checked to fit a model. Raises ModelError; reads no weight.
+
+    A single file of another program has no settings: it gets the model's.
+    """
+    if not isinstance(info.unet, UNetConfig):
+        raise ModelError(f"ControlNets steer U-Nets, and {info.name} has none", where=name)
+    path = _place(name)
+    config, files = None, (path,)
+    if path.is_dir():
+        config = _config(read_json(path / CONFIG), path / CONFIG)
+        files = tuple(file for file in weight_files(path, STEM) if file.suffix == ".safetensors")
+    headers = [read_header(file) for file in files]
+    shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
+    _check_kind(shapes, path)
+    if config is None and KEY in headers[0].metadata:
+        config = _config(_stored(headers[0].metadata[KEY], path), path)
+    config = config or _of_base(shapes, info, path)
+    _check_base(config, info, path)
+    names = _names(config, shapes, path)
+    on_files = {new: torch.empty(shapes[old], device="meta") for old, new in names.items()}
+    check_keys(on_meta(lambda: ControlNet(config)), on_files, path)
+    return ControlNetFile(os.fspath(name), path, config, files, names)
+
+
+def hash_of_controlnet(path: Path) -> str:
+    """One sha256 over the settings and weights of a ControlNet's folder, or a file's own."""
+    if path.is_file():
+        return sha256(path)
+    files = [path / CONFIG, *weight_files(path, STEM)]
+    return digest_of({file.name: sha256(file) for file in files})
+
+
+def _place(name: str | os.PathLike) -> Path:
+    """Its folder (also of a pipeline's folder or a run that holds one), its file, or the hub's copy."""
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ConfigError(f"expected a folder, a file or a hub id, got {name!r:.80}", where="controlnet")
+    if is_hub_id(os.fspath(name)):
+        return _on_hub(os.fspath(name))
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise ModelError("no such ControlNet", where=path, hint="name its folder or its .safetensors file")
+    if path.is_file():
+        refuse_pickle(path)
+        return path
+    for folder in (path, path / SUBFOLDER, path / "model" / SUBFOLDER):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise ModelError(f"holds no ControlNet ({CONFIG} is not there)", where=path)
+
+
+def _on_hub(name: str) -> Path:
+    for half in (False, True):
+        folder = fetch(name, [CONFIG, f"{STEM}*.safetensors", f"{STEM}*.json"], half, first=CONFIG)
+        if any(folder.glob(f"{STEM}*.safetensors")):
+            return folder
+    raise no_weights(name, f"{STEM}.safetensors")
+
+
+def _config(settings: Mapping[str, Any], where: Path) -> ControlNetConfig:
+    kind = settings.get("_class_name", CLASS)
+    if kind != CLASS:
+        raise ModelError(f"is of class {kind!r:.80}, and a ControlNet is {CLASS}", where=where)
+    try:
+        return ControlNetConfig.from_diffusers(settings, where)
+    except LdmError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of it
+        raise ModelError(f"the settings cannot be used ({type(error).__name__}: {error})"[:200], where=where) from None
+
+
+def _stored(text: str, where: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ModelError("the settings in its header cannot be used", where=where, hint="get the file again")
+    return settings
+
+
+def _check_kind(shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise ModelError, by its name, where these tensors are no ControlNet's."""
+    whole = any(key.endswith((HINT, HINT_DIFFUSERS)) for key in shapes)
+    for mark, kind in {**RELATIVES, **({} if whole else OTHERS)}.items():
+        if any(mark in key for key in shapes):
+            raise ModelError(f"is {kind}", where=path)
+    if not whole:
+        raise ModelError("holds no ControlNet", where=path)
+
+
+def _of_base(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) -> ControlNetConfig:
+    """The settings of a file without any: the model's U-Net's, and what shapes say of the image's embedding."""
+    prefix, hint = _hint(shapes)
+    layers = [shapes[f"{prefix}{name}.weight"] for name in hint if f"{prefix}{name}.weight" in shapes]
+    if len(layers) < 2 or any(len(shape) != 4 for shape in layers):
+        raise ModelError("holds no whole ControlNet", where=path)
+    width = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    if width is not None:
+        _check_width(width, info, path)
+    unet = replace(info.unet, in_channels=info.latent_channels, time_cond_proj_dim=None)
+    return ControlNetConfig(unet, layers[0][1], tuple(shape[0] for shape in layers[:-1:2]))
+
+
+def _hint(shapes: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """(what stands before the names, the layers of the image's embedding in their order)."""
+    first = next(key for key in shapes if key.endswith((HINT, HINT_DIFFUSERS)))
+    if first.endswith(HINT):
+        count = sum("input_hint_block." in key and key.endswith(".weight") for key in shapes)
+        return first.removesuffix(HINT), [f"input_hint_block.{2 * i}" for i in range(count)]
+    head = "controlnet_cond_embedding."
+    count = sum(f"{head}blocks." in key and key.endswith(".weight") for key in shapes)
+    layers = ["conv_in", *(f"blocks.{i}" for i in range(count)), "conv_out"]
+    return first.removesuffix(HINT_DIFFUSERS), [head + layer for layer in layers]
+
+
+def _check_width(width: int, info: ModelInfo, path: Path) -> None:
+    wanted = info.unet.cross_attention_dim
+    if width != wanted:
+        kinds = [f"{TITLES[n]} (text of width {n})" if n in TITLES else f"text of width {n}" for n in (width, wanted)]
+        raise ModelError(f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}", where=path)
+
+
+def _check_base(config: ControlNetConfig, info: ModelInfo, path: Path) -> None:
+    """Raise ModelError where a ControlNet's outputs, or its inputs, are not those of the model's U-Net."""
+    _check_width(config.unet.cross_attention_dim, info, path)
+    mine = {"latent channels": config.unet.in_channels, "pixels per latent": config.factor}
+    wanted: dict[str, Any] = {"latent channels": info.latent_channels, "pixels per latent": info.factor}
+    for name in ("block_out_channels", "layers_per_block", "addition_embed_type"):
+        mine[name], wanted[name] = getattr(config.unet, name), getattr(info.unet, name)
+    mine["projection"] = config.unet.projection_class_embeddings_input_dim
+    wanted["projection"] = info.unet.projection_class_embeddings_input_dim
+    if config.conditioning_channels != 3:
+        raise ModelError(f"reads images of {config.conditioning_channels} channels, not of 3", where=path)
+    for name, value in mine.items():
+        if value != wanted[name]:
+            what = f"does not fit {info.name}: it has {name} {value}, and the model {wanted[name]}"
+            raise ModelError(what, where=path, hint="choose a ControlNet that was trained for this model's family")
+
+
+def controlnet_modules(config: ControlNetConfig) -> dict[str, str]:
+    """Module in the original code -> in diffusers'."""
+    ends = ("up_blocks.", "conv_norm_out", "conv_out")
+    table = {old: new for old, new in unet_modules(config.unet).items() if not new.startswith(ends)}
+    count = 2 * (len(config.conditioning_embedding_out_channels) - 1)
+    layers = ["conv_in", *(f"blocks.{i}" for i in range(count)), "conv_out"]
+    table |= {f"input_hint_block.{2 * i}": f"controlnet_cond_embedding.{name}" for i, name in enumerate(layers)}
+    levels = len(config.unet.block_out_channels)
+    outputs = 1 + levels * config.unet.layers_per_block + levels - 1
+    table |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(outputs)}
+    return {**table, "middle_block_out.0": "controlnet_mid_block"}
+
+
+def _names(config: ControlNetConfig, shapes: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Tensor in the files -> in the network. Raises ModelError for tensors that a ControlNet has none of."""
+    prefix, _ = _hint(shapes)
+    modules = {} if any(key.endswith(HINT_DIFFUSERS) for key in shapes) else controlnet_modules(config)
+    inside = {key: key.removeprefix(prefix) for key in shapes if key.startswith(prefix)}
+    names = {key: translated(name, modules) for key, name in inside.items()}
+    if unknown := [key for key, name in names.items() if name is None]:
+        listed = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise ModelError(f"has {len(unknown)} keys that no ControlNet of this model has ({listed})", where=path)
+    return {key: name for key, name in names.items() if name is not None}
+
+
+def save_controlnet(net: ControlNet, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> Path:
+    """Write diffusers' folder, or a file of the original names where `path` ends with .safetensors; atomically.
+
+    Raises ModelError for weights that are not finite in `dtype`, ResourceError where it cannot be written.
+    """
+    path, config = Path(path), net.control.to_diffusers()
+    require_space(path.parent, sum(p.numel() for p in net.parameters()) * dtype.itemsize + 10_000_000)
+    if path.suffix == ".safetensors":
+        return _save_single(net, path, dtype)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _is_controlnet(path)):
+        raise ModelError("exists and is no ControlNet", where=path, hint="choose a new folder")
+    with atomic_folder(path) as new:
+        write_json(new / CONFIG, {**config, "_diffusers_version": version("diffusers")})
+        write_shards(new, STEM, net.state_dict(), dtype, 5_000_000_000)
+        write_manifest(new)
+    return path
+
+
+def _is_controlnet(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("_class_name") == CLASS
+
+
+def _save_single(net: ControlNet, path: Path, dtype: torch.dtype) -> Path:
+    back = {new: old for old, new in controlnet_modules(net.control).items()}
+    sources = {}
+    for name, tensor in net.state_dict().items():
+        key = f"{PREFIX}{translated(name, back)}"
+        sources[key] = source(tensor, dtype, key, path)
+    metadata = {"format": "pt", KEY: json.dumps(net.control.to_diffusers(), sort_keys=True)}
+    return atomic_write(path, lambda temporary: write_tensors(temporary, sources, metadata))
