@@ -6,43 +6,57 @@ White, or opaque, is learned; black, or transparent, is not.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 from typing import TYPE_CHECKING
 
-from ldm.data.images import ImageError, read_alpha, read_image
+from ldm.data.images import MAX_FILE, ImageError, read_alpha, read_image
 from ldm.data.sources import Sample
 from ldm.data.transforms import View, pixels
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
+ALPHA = "alpha"  # in place of the digest of a file
 
 
-def read_mask(content: bytes, sample: Sample, view: View, factor: int) -> torch.Tensor | None:
-    """The mask of a view, uint8 (1, h, w) with a number for each latent; None where the image has none.
+def whole_mask(content: bytes, sample: Sample, size: tuple[int, int]) -> tuple[Image.Image | None, str]:
+    """The mask of an image in RGB, upright, and the sha256 of its file, ALPHA, or "" and None where it has none.
 
-    A file beside the image goes before its alpha channel. Raises DataError where a mask cannot be read, or is not of
-    the image's size.
+    `content` is the image's file, `size` its height and width. A file beside the image goes before its alpha channel.
+    Raises ImageError where a mask cannot be read, is not of the image's size, or shows nothing.
     """
-    import torch.nn.functional as F
-
     if sample.mask is not None:
-        with contextlib.closing(_opened(sample)) as file:
-            mask = read_image(file, f"mask of {sample.where}")
-        if (mask.height, mask.width) != view.original:
-            size = f"{mask.width}x{mask.height}"
-            raise ImageError("its mask is of another size", size, where=sample.where, hint="make it of the same size")
+        beside = _beside(sample)
+        mask, kind = read_image(io.BytesIO(beside), f"mask of {sample.where}"), hashlib.sha256(beside).hexdigest()
+        if (mask.height, mask.width) != tuple(size):
+            told = f"{mask.width}x{mask.height}"
+            raise ImageError("its mask is of another size", told, where=sample.where, hint="make it of the same size")
     else:
         alpha = read_alpha(io.BytesIO(content), sample.where)
         if alpha is None:
-            return None
-        mask = alpha.convert("RGB")
-    whole = pixels(mask, view)[:1].float()
-    return F.avg_pool2d(whole, factor).round().byte()
+            return None, ""
+        mask, kind = alpha.convert("RGB"), ALPHA
+    if mask.getbbox() is None:
+        raise ImageError("its mask shows nothing", where=sample.where, hint="white, or opaque, is what is learned")
+    return mask, kind
 
 
-def _opened(sample: Sample):
+def read_mask(content: bytes, sample: Sample, view: View, factor: int) -> tuple[torch.Tensor | None, str]:
+    """The mask of a view, uint8 (1, h, w) with a number for each latent, and its kind, as `whole_mask` has them."""
+    import torch.nn.functional as F
+
+    mask, kind = whole_mask(content, sample, view.original)
+    if mask is None:
+        return None, kind
+    return F.avg_pool2d(pixels(mask, view)[:1].float(), factor).round().byte(), kind
+
+
+def _beside(sample: Sample) -> bytes:
     assert sample.mask is not None
     try:
-        return sample.mask()
+        with contextlib.closing(sample.mask()) as file:
+            return file.read(MAX_FILE + 1)
     except OSError as error:
         raise ImageError("its mask cannot be opened", error.strerror or str(error), where=sample.where) from None

@@ -179,13 +179,20 @@ def _mean_square(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return (error.square().mean(1, keepdim=True) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1e-3)
 
 
-def x0_error(predict: Predict, schedule: Schedule, x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor):
+def x0_error(
+    predict: Predict,
+    schedule: Schedule,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    u: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Error (B,) of the network's x0 at sigma = tan(pi/2 u), u (B,) in (0, 1), in units of the v loss.
 
     (its x0 - x0)^2 / sin^2(pi/2 u) is the loss of v-prediction whatever the network predicts, so that models of
-    different prediction types can be compared by it. x0, noise (B, C, H, W).
+    different prediction types can be compared by it. x0, noise (B, C, H, W); mask: that of `training_loss`.
     """
     angle = torch.pi / 2 * u
     wide = (-1, *[1] * (x0.ndim - 1))
     predicted = denoiser(predict, schedule)(x0 + angle.tan().view(wide) * noise, angle.tan())
-    return ((predicted - x0) / angle.sin().view(wide)).square().flatten(1).mean(1)
+    return _mean_square((predicted - x0) / angle.sin().view(wide), mask)

@@ -51,6 +51,8 @@ def _check_prepared(settings: Settings) -> None:
     hint = f"set data.resolution={made}, or make another cache"
     if made != asked:
         raise ConfigError(f"is {asked}, and {where} was made at {made} px", where="data.resolution", hint=hint)
+    if settings.data.masks and not info.get("masks"):
+        raise ConfigError(f"{where} was made without masks", where="data.masks", hint="make it with --masks")
 
 
 def _check_unet(settings: UNetSettings) -> None:

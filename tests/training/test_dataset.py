@@ -476,6 +476,75 @@ def test_numbers_that_overflow_are_encoded_in_fp32(opened, networks):
     assert counts.reasons() == {"the VAE gave NaN or infinity in encoding": 1} and counts.used == hopeless.samples == 19
 
 
+def half_masks(folder):
+    """Of the first ten images the upper half by a file, of the next five by an alpha channel; five have none."""
+    for i in range(15):
+        width, height = SIZES[i % 3]
+        upper = Image.new("L", (width, height))
+        upper.paste(255, (0, 0, width, height // 2))
+        if i < 10:
+            upper.save(folder / f"{i:02d}-mask.png")
+        else:
+            picture = drawing(i, SIZES[i % 3]).convert("RGB")
+            picture.putalpha(upper)
+            picture.save(folder / f"{i:02d}.png")
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"cache": OFF}, {"cache": OFF, "crop": "random"}], ids=["disk", "live", "random"]
+)
+def test_masks_come_with_their_views(words, opened, folder, capsys):
+    half_masks(folder)
+    dataset = opened(masks=True, flip=0.5, held_out=0.1, **words)
+    assert (
+        "masks: 10 files NAME-mask.png, 5 alpha channels; the other 5 images are learned as" in capsys.readouterr().err
+    )
+    seen = set()
+    for batch in [*(dataset.batch(number) for number in range(len(dataset))), *dataset.held_out()]:
+        assert batch.mask.shape == (len(batch.ids), 1, *batch.latents.shape[2:])
+        for name, mask in zip(batch.ids, batch.mask[:, 0]):
+            seen.add(name)
+            if int(name[:2]) >= 15:
+                assert (mask == 1).all()
+                continue
+            assert 0.3 < mask.mean() < 0.7 and (mask[0] == 1).all() and (mask[-1] == 0).all()
+            assert (mask == mask.flip(1)).all()  # as wide as the image
+    assert len(seen) == 20
+
+
+def test_a_mask_is_mirrored_and_cropped_as_its_image(opened, folder):
+    for i in range(20):
+        side = Image.new("L", SIZES[i % 3])
+        side.paste(255, (0, 0, 8, side.height))
+        side.save(folder / f"{i:02d}-mask.png")
+    straight, mirrored = (opened(masks=True, flip=flip, cache=OFF).batch(0) for flip in (0.0, 1.0))
+    assert torch.equal(straight.mask, mirrored.mask.flip(3)) and not torch.equal(straight.mask, mirrored.mask)
+
+
+def test_masks_that_cannot_be_used_are_counted_and_changed_ones_noticed(opened, folder, capsys):
+    with pytest.raises(DataError, match="none of its images has a mask; a mask is an alpha channel"):
+        opened(masks=True)
+    half_masks(folder)
+    plain, masked = opened(), opened(masks=True)
+    assert plain.batch(0).mask is None and plain.inputs != masked.inputs
+    Image.new("L", (8, 8), 255).save(folder / "00-mask.png")
+    Image.new("L", SIZES[1]).save(folder / "01-mask.png")
+    (folder / "02-mask.png").write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"3 of 20 cannot be used.*its mask is of another size 1; its mask shows nothing 1"
+    ):
+        opened(masks=True)
+    capsys.readouterr()
+    assert opened(masks=True, max_bad=3).samples < masked.samples
+    said = capsys.readouterr().err
+    assert "20 found: 17 used, 3 skipped: " in said and "its mask shows nothing 1" in said
+    fresh = opened(masks=True, max_bad=4, cache=OFF, held_out=0.0)
+    Image.new("L", SIZES[0], 255).save(folder / "03-mask.png")
+    ids = [id for number in range(len(fresh)) for id in fresh.batch(number).ids]
+    assert "03.png" not in ids and len(ids) == 16
+    assert "its mask was changed since the training began" in capsys.readouterr().err
+
+
 def test_tags_are_shuffled_live(opened, folder, networks):
     for path in folder.glob("*.txt"):
         path.write_text("cat, red, on, dog")

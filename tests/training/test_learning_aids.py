@@ -50,12 +50,12 @@ def test_the_loss_of_each_part_of_the_noise_levels():
     x0, noise, answer = draws()
     u = torch.tensor([0.1, 0.6, 0.9])
     losses = training_loss(lambda x, t: answer, FLOW, x0, noise, u)
-    found = validation_scores([(lambda x, t: answer, x0, noise, u)], FLOW, None, levels=4)
+    found = validation_scores([(lambda x, t: answer, x0, noise, u, None)], FLOW, None, levels=4)
     told = {name: value for name, value in found.items() if name.startswith("loss_")}
     low, middle, high = losses.tolist()
     assert told == pytest.approx({"loss_0_25": low, "loss_50_75": middle, "loss_75_100": high})
     assert found["validation_loss"] == pytest.approx(losses.mean())
-    assert validation_scores([(lambda x, t: answer, x0, noise, u)], FLOW, None).keys() == {
+    assert validation_scores([(lambda x, t: answer, x0, noise, u, None)], FLOW, None).keys() == {
         "validation_loss",
         "x0_error",
     }

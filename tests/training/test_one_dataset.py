@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ldm.cli import main
 from ldm.training import read_settings, train
 from ldm.training.data import ImageDataset
 from ldm.training.settings import SETTINGS, UNetSettings, as_dict, changed
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
-from tests.training.finetune_cases import apart, last_tensors
+from tests.training.finetune_cases import SIZE, apart, last_tensors, pictures, run
 from tests.training.processes import together
 from tests.training.test_stages import AUTOENCODER
 
@@ -111,3 +112,52 @@ def test_two_processes_train_as_one(case, classes, parts, tmp_path):
         train(tmp_path / "stage.json", tmp_path / "one")
         assert together(2, lambda rank: train(tmp_path / "stage.json", tmp_path / "two") and 0) == [0, 0]
     assert apart(last_tensors(tmp_path / "two"), last_tensors(tmp_path / "one")) < 1e-5
+
+
+def masked_pictures(folder):
+    """Twelve images of noise, of which masks show the upper third: files beside ten, alpha channels of two."""
+    pictures(folder, 12)
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(255, (0, 0, SIZE, SIZE // 3))
+    for i in range(12):
+        if i < 10:
+            mask.save(folder / f"{i}-mask.png")
+        else:
+            picture = Image.open(folder / f"{i}.png")
+            picture.putalpha(mask)
+            picture.save(folder / f"{i}.png")
+    return folder
+
+
+def test_masks_train_live_as_from_the_cache_and_matter(parts, tiny_folder, tmp_path):
+    folder, ends = masked_pictures(tmp_path / "images"), {}
+    for name, words in (("disk", "data.cache=null"), ("live", "data.cache=off"), ("plain", "data.masks=false")):
+        trained(tmp_path / name, folder, parts, "data.masks=true", words)
+        ends[name] = last_tensors(tmp_path / name), score(tmp_path / name)
+    assert apart(ends["live"][0], ends["disk"][0]) == 0 and ends["live"][1] == ends["disk"][1]
+    assert apart(ends["plain"][0], ends["disk"][0]) > 1e-4 and abs(ends["plain"][1] - ends["disk"][1]) > 1e-4
+
+
+def test_masks_finetune(tiny_folder, tmp_path):
+    folder, ends = masked_pictures(tmp_path / "images"), []
+    for masks in (True, False):
+        out = tmp_path / f"masks-{masks}"
+        run(folder, out, tiny_folder, steps=2, validate_every=2, masks=masks, cache="off", held_out=0.1)
+        ends.append((last_tensors(out), score(out)))
+    assert apart(ends[0][0], ends[1][0]) > 1e-4 and abs(ends[0][1] - ends[1][1]) > 1e-4
+
+
+def score(out):
+    return json.loads((out / "scores.jsonl").read_text().splitlines()[-1])["validation_loss"]
+
+
+def test_masks_are_refused_where_they_mean_nothing(classes, parts, tmp_path, capsys):
+    for stage, words, said in (
+        ("unet", ["data.masks=true"], "masks: is for images: give data=FOLDER too"),
+        ("text", ["data.masks=true", f"data={classes}", "vae=default"], "data.masks: is for the U-Net"),
+        ("unet", ["data.masks=true", f"data={classes}"], "none of its images has a mask"),
+    ):
+        words += ["vae=default", "text=default"] if stage == "unet" else []
+        code = main(["train", f"emoji/{stage}", "-o", str(tmp_path / "run"), *words])
+        error = capsys.readouterr().err
+        assert code in (2, 3) and said in error and not (tmp_path / "run").exists(), error

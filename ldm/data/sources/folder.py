@@ -122,7 +122,9 @@ def _of_kohya(names: list[str], found: Kohya, counts: Counts, layout: str) -> li
 
 def _add_notes(listing: Listing, counts: Counts) -> None:
     if listing.masks:
-        counts.notes.append(f"{len(listing.masks)} masks (NAME-mask.png beside an image) are not counted as images")
+        counts.notes.append(
+            f"{len(listing.masks)} masks (NAME-mask.png) are no images of their own: --masks learns what they show"
+        )
     if listing.links:
         counts.notes.append(f"{listing.links} images are links to others in the folder")
     if listing.unfollowed:

@@ -16,6 +16,7 @@ from ldm.data.transforms import TransformConfig, View, fixed_views
 from ldm.errors import DataError
 from ldm.training.data.encoded import Encoders, Memory
 from ldm.training.data.images import ImageSet
+from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current
 
 CENTERED = TransformConfig()  # of images that are held out: cropped in the middle, never mirrored
@@ -29,6 +30,7 @@ class Cached:
 
     def __init__(self, images: ImageSet, encoders: Encoders, memory: Memory, folder: Path, texts: bool):
         self.images, self.memory, self.texts = images, memory, texts
+        self.masks = Masks(images, encoders.vae.factor, memory)
         wanted = []
         for item in images.items:
             held = item.digest in images.held_out
@@ -52,8 +54,11 @@ class Cached:
             say(f"{len(images.lost)} images cannot be encoded: {images.lines[1]}")
 
     def rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
-        """(row, mean, std) of this process's rows of a batch, two fp32 (C, h, w) each, and which rows they are."""
-        return [(row, *self.latents(*views[row])) for row in part.own or (0,)], part
+        """(row, mean, std, mask) of this process's rows of a batch, and which rows they are.
+
+        Mean and std are fp32 (C, h, w), the mask (1, h, w) or None.
+        """
+        return [(row, *self.latents(*views[row]), self.masks.of(*views[row])) for row in part.own or (0,)], part
 
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
         """Mean and std. Raises DataError where the cache was damaged since it was filled."""

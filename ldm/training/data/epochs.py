@@ -72,14 +72,14 @@ class Epochs:
     def _rows(self, number: int) -> tuple[list[Row], RowShard]:
         (positions, views), epoch, rows = self._views(number), number // len(self), []
         found, part = self._latents.rows(views, current().part(len(views)))
-        for row, mean, std in found:
+        for row, mean, std, mask in found:
             place, view = views[row]
             position, item = positions[row], self.images.items[place]
             latents = mean + std * seeded.normal(tuple(mean.shape), self.seed, "latents", epoch, position)
             caption = choose_caption(item.captions, self.data.caption_dropout, self.seed, epoch, position)
             if self.data.shuffle_tags:
                 caption = shuffle_tags(caption, self.data.keep_tags, self.seed, epoch, position)
-            rows.append(Row(item.id, latents, caption, view.time_ids))
+            rows.append(Row(item.id, latents, caption, view.time_ids, mask))
         return rows, part
 
     def _views(self, number: int) -> tuple[list[int], list[tuple[int, View]]]:
@@ -114,7 +114,8 @@ class Epochs:
         last = None
         for place, view in self._held_out():
             item = self.images.items[place]
-            row = Row(item.id, self._latents.latents(place, view)[0], (*item.captions, "")[0], view.time_ids)
+            latents, mask = self._latents.latents(place, view)[0], self._latents.masks.of(place, view)
+            row = Row(item.id, latents, (*item.captions, "")[0], view.time_ids, mask)
             if item.bucket != last or len(batches[-1]) == self.batch_size:
                 batches.append([])
             batches[-1].append(row)

@@ -16,13 +16,15 @@ from ldm.config import require
 from ldm.console import warn
 from ldm.data.buckets import Size, bucket_of, cropped, histogram
 from ldm.data.images import MAX_FILE, read_header, read_image
+from ldm.data.masks import ALPHA, read_mask, whole_mask
 from ldm.data.sources import Sample, Source, open_source
-from ldm.data.transforms import draw
+from ldm.data.transforms import View, draw
 from ldm.errors import DataError, LdmError
 from ldm.training.settings import OFF, FinetuneData
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 FEWEST, MOST = 8, 64  # of so many different images at least one is held out; and at most so many are held out
 LISTED = 6  # buckets in a line
@@ -40,11 +42,12 @@ class Item:
     captions: tuple[str, ...]
     repeats: int  # times an epoch
     profile: str = ""  # name of the ICC profile from which its colours are converted to sRGB
+    mask: str = ""  # sha256 of the file beside it, or ALPHA; "" where there is none, or masks are not asked for
 
     @property
     def pixels(self) -> str:
-        """What its pixels are made from."""
-        return f"{self.digest} in sRGB" if self.profile else self.digest
+        """What its pixels, and what is learned of them, are made from."""
+        return f"{self.digest}{' in sRGB' * bool(self.profile)}{f' under {self.mask}' if self.mask else ''}"
 
 
 class ImageSet:
@@ -84,9 +87,20 @@ class ImageSet:
         return [
             *self.source.lines(self.cut),
             *converted,
+            *self._masks(),
             f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away{self._most_cropped()}",
             f"{len(self.items) - held} images to train on, {held} held out; an epoch has {len(trained)} samples",
         ]
+
+    def _masks(self) -> list[str]:
+        """How many images have a mask, where masks are asked for."""
+        if not self.data.masks:
+            return []
+        alpha = sum(item.mask == ALPHA for item in self.items)
+        none = sum(not item.mask for item in self.items)
+        beside = len(self.items) - alpha - none
+        told = f"masks: {beside} files NAME-mask.png, {alpha} alpha channels"
+        return [f"{told}; the other {none} images are learned as a whole" if none else told]
 
     def _most_cropped(self) -> str:
         """Words about the images that lose much of themselves, "" where none does."""
@@ -105,6 +119,24 @@ class ImageSet:
             with sample.open() as file:
                 content = file.read(MAX_FILE + 1)
         return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
+
+    def mask(self, place: int, view: View, factor: int) -> Tensor | None:
+        """uint8 (1, h, w): how much each latent of a view is learned; None of an image without a mask.
+
+        Raises DataError where the mask is gone or was changed.
+        """
+        item = self.items[place]
+        if not item.mask:
+            return None
+        with self._reading:
+            sample, content = self.source[place], b""
+            if item.mask == ALPHA:
+                with sample.open() as file:
+                    content = file.read(MAX_FILE + 1)
+        mask, kind = read_mask(content, sample, view, factor)
+        if kind != item.mask:
+            raise DataError("its mask was changed since the training began", where=f"{self.source.path}/{item.id}")
+        return mask
 
     def lose(self, place: int, error: LdmError) -> None:
         """Leave out an image that was counted as good. Raises DataError where too many are left out."""
@@ -134,7 +166,7 @@ class ImageSet:
 
 
 def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> ImageSet:
-    """Open a set, read every header and count; with `cache=off` every image is decoded once as a check.
+    """Open a set, read every header and count; with `cache=off` every image, and every mask, is decoded as a check.
 
     `cut` gives the end of a caption that the text encoder does not see. Raises DataError, ConfigError.
     """
@@ -143,22 +175,28 @@ def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> 
     source.require(data.max_bad, data.allow_empty_captions)  # as far as it can be checked without opening an image
     config = data.buckets
 
-    def look(sample: Sample) -> tuple[Size, str, str]:
+    def look(sample: Sample) -> tuple[Size, str, str, str]:
         with sample.open() as file:
             header = read_header(file, sample.where)
             file.seek(0)
             size, digest = Size(header.height, header.width), hashlib.file_digest(file, "sha256").hexdigest()
-            if data.cache == OFF:
-                file.seek(0)
-                _decoded(file.read(MAX_FILE + 1), sample, size, bucket_of(size, config))
-        return size, digest, header.profile
+            file.seek(0)
+            content = file.read(MAX_FILE + 1) if data.cache == OFF or data.masks else b""
+        if data.cache == OFF:
+            _decoded(content, sample, size, bucket_of(size, config))
+        return size, digest, header.profile, whole_mask(content, sample, size)[1] if data.masks else ""
 
     items = [
-        Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats, profile)
-        for sample, (size, digest, profile) in source.validate(look, desc="images" if data.cache == OFF else "headers")
+        Item(sample.id, digest, size, bucket_of(size, config), sample.captions, sample.repeats, profile, mask)
+        for sample, (size, digest, profile, mask) in source.validate(
+            look, desc="images" if data.cache == OFF else "headers"
+        )
     ]
     images = ImageSet(source, items, data, cut)
     images.require()
+    if data.masks and items and not any(item.mask for item in items):
+        hint = "a mask is an alpha channel, or NAME-mask.png beside NAME.png: leave masks out, or add some"
+        raise DataError("none of its images has a mask", where=data.folder, hint=hint)
     return images
 
 

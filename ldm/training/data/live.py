@@ -16,6 +16,7 @@ from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, LdmError, NumericsError
 from ldm.training.data.encoded import Encoders, Memory
 from ldm.training.data.images import ImageSet
+from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current, rows_of
 
 ENCODED_AT_ONCE = 8 * 3 * 256 * 256  # numbers of the images that the autoencoder encodes in one call
@@ -26,6 +27,7 @@ class Live:
 
     def __init__(self, images: ImageSet, encoders: Encoders | None, memory: Memory | None, workers: int):
         self.images, self.encoders, self.memory = images, encoders, memory  # no memory where no view comes again
+        self.masks = Masks(images, encoders.vae.factor if encoders is not None else 1, memory)
         self.threads = ThreadPoolExecutor(workers, "images") if workers else None
         self._coming: dict[tuple[int, View], Future[Tensor]] = {}
         self._encoded: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}  # those of this batch
@@ -42,17 +44,19 @@ class Live:
                 self._coming[key] = self.threads.submit(self._pixels, *key)
 
     def rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
-        """(row, mean, std) of this process's rows of a batch, two fp32 (C, h, w) each, and which rows they are.
+        """(row, mean, std, mask) of this process's rows of a batch, and which rows they are.
 
+        Mean and std are fp32 (C, h, w), the mask (1, h, w) or None.
         Images that any process cannot read are left out with a warning; a process that has none of the others gets a
         row without an image. Raises DataError where more images are lost than `max_bad` allows.
         """
         self._encode_together([views[row] for row in part.own])
-        found, part = self._read_rows(views, part, self.latents)
+        read = lambda place, view: (*self.latents(place, view), self.masks.of(place, view))  # noqa: E731
+        found, part = self._read_rows(views, part, read)
         if part.size and not found:
             vae, size = self.encoders.vae, views[0][1].size
             nothing = torch.zeros(vae.latent_channels, size.height // vae.factor, size.width // vae.factor)
-            found = [(0, nothing, nothing)]
+            found = [(0, nothing, nothing, torch.zeros_like(nothing[:1]) if self.images.data.masks else None)]
         return found, part
 
     def pixel_rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:

@@ -50,7 +50,6 @@ class CacheSettings:
     shard: Shard
     batch_size: int
     device: torch.device
-    masks: bool
 
 
 class Loaded(NamedTuple):
@@ -99,7 +98,7 @@ def cache(
     require(dtype in ("bf16", "fp32"), f"must be bf16 or fp32, got {dtype!r}", "dtype")
     require(batch_size >= 1, f"must be at least 1, got {batch_size}", "batch_size")
     require(text is not None or embeddings != "yes", "needs a text encoder: give text too", "embeddings")
-    settings = build(FinetuneData, {"folder": str(data), "resolution": resolution, **options}, "data")
+    settings = build(FinetuneData, {"folder": str(data), "resolution": resolution, "masks": masks, **options}, "data")
     fixed = settings.transform == TransformConfig()
     require(
         fixed, "crops and flips are drawn anew in each epoch, and a prepared set has one view of each image", "crop"
@@ -112,7 +111,7 @@ def cache(
     texts = None if text is None else find_text(text, text_subfolder, text_2, text_2_subfolder)
     fits = settings.buckets.step % vae_part.factor == 0
     require(fits, f"{settings.buckets.step} is not a multiple of the autoencoder's {vae_part.factor}", "bucket_step")
-    asked = CacheSettings(settings, vae_part, texts, embeddings, dtype, part, batch_size, pick_device(device), masks)
+    asked = CacheSettings(settings, vae_part, texts, embeddings, dtype, part, batch_size, pick_device(device))
     return _Preparing(asked, source, place).run()
 
 
@@ -180,7 +179,7 @@ class _Preparing:
         info |= {"resolution": s.data.resolution, "step": s.data.buckets.step, "square": s.data.square}
         info |= {"vae": s.vae.place.name, "vae_hash": s.vae.fingerprint, "factor": s.vae.factor, "dtype": s.dtype}
         info |= {"channels": s.vae.latent_channels, "parts": s.shard.of, "embeddings": embedded}
-        info["masks"] = s.masks
+        info["masks"] = s.data.masks
         info["text_hash"] = s.text.fingerprints if s.text is not None and embedded else None
         if (self.out / INFO).is_file():
             before = read_info(self.out)
@@ -229,7 +228,7 @@ class _Preparing:
             bucket = bucket_of(size, data.buckets)
             image = read_image(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
             (view,) = fixed_views(size, bucket, data.transform)
-            mask = read_mask(content, sample, view, self.settings.vae.factor) if self.settings.masks else None
+            mask = read_mask(content, sample, view, self.settings.vae.factor)[0] if data.masks else None
             digest = hashlib.sha256(content).hexdigest()
             return Loaded(position, sample, digest, view, pixels(image, view), mask)
         except DataError as error:

@@ -36,6 +36,7 @@ class FinetuneData:
     max_bad: float = 0.05  # images that may be unusable: a share below 1, a number from 1 on
     allow_empty_captions: bool = False
     caption_dropout: float = 0.1  # share of the samples that are trained without their caption
+    masks: bool = False  # learn of each image what its alpha channel, or NAME-mask.png beside it, shows
     shuffle_tags: bool = False  # shuffle the comma-separated parts of a caption each time
     keep_tags: int = 0  # of these so many stay at the beginning
     held_out: float = 0.05  # share of the images that is kept for validation
@@ -62,7 +63,7 @@ class FinetuneData:
 
     def for_prior(self, folder: str) -> FinetuneData:
         """The settings for the prior's images in `folder`: all are trained on, at least a tenth without captions."""
-        own = {"folder": folder, "layout": "auto", "exclude": (), "split": None}
+        own = {"folder": folder, "layout": "auto", "exclude": (), "split": None, "masks": False}
         return replace(self, **own, held_out=0.0, caption_dropout=max(self.caption_dropout, 0.1))
 
     @property
@@ -88,3 +89,7 @@ class DataSettings(FinetuneData):
     folder: str | None = None  # type: ignore[assignment]  # None: emoji scenes, drawn as needed
     font: str | None = None  # NotoColorEmoji.ttf; None: where the package fonts-noto-color-emoji puts it
     scenes: dict[str, Any] = field(default_factory=dict)  # fields of ldm.data.emoji.SceneConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.folder) or not self.masks, "is for images: give data=FOLDER too", "masks")

@@ -26,6 +26,7 @@ class AutoencoderSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.data.masks, WHOLE, "data.masks")
         size = self.data.resolution
         factor = 2 ** (len(self.model.get("block_out_channels", (64,))) - 1)
         require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
@@ -61,6 +62,7 @@ class TextSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        require(not self.data.masks, WHOLE, "data.masks")
         _check_pool(self.latent_pool, self.renew)
         for name in ("contrast", "naming", "order", "anchor", "named", "mirrored"):
             require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
@@ -117,6 +119,7 @@ class UNetSettings(Settings):
         _check_pool(self.latent_pool, self.renew)
 
 
+WHOLE = "is for the U-Net: this stage learns whole images"
 PIECE = 256  # latents that are renewed together
 NEEDED = "is needed: the run of `ldm train emoji/{}`, a folder, a hub id or default ({}=…)"
 

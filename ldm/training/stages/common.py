@@ -118,21 +118,22 @@ def grid_captions(dataset: ImageDataset, samples: Sequence[tuple[Batch, Tensor, 
 
 
 def validation_scores(
-    parts: Iterable[tuple[Predict, Tensor, Tensor, Tensor]],
+    parts: Iterable[tuple[Predict, Tensor, Tensor, Tensor, Tensor | None]],
     schedule: Schedule,
     snr_gamma: float | None,
     levels: int = 0,
 ) -> dict[str, float]:
-    """The loss and the error of x0, over parts of held-out samples: (predict, x0, noise, noise levels in (0, 1)).
+    """The loss and the error of x0, over parts of held-out samples.
 
+    A part is (predict, x0, noise, noise levels in (0, 1), mask or None).
     With `levels` also the loss in each of so many equal parts of the noise levels: `loss_0_25` is that of 0 to 25 %.
     """
     found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
-    for predict, x0, noise, u in parts:
+    for predict, x0, noise, u, mask in parts:
         timesteps = timesteps_at(schedule, u).to(x0.device)
-        losses = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma)
+        losses = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma, mask=mask)
         found["validation_loss"].append(losses.mean().expand(len(x0)))
-        found["x0_error"].append(x0_error(predict, schedule, x0, noise, u.to(x0.device)))
+        found["x0_error"].append(x0_error(predict, schedule, x0, noise, u.to(x0.device), mask))
         for part in range(levels):
             name = f"loss_{100 * part // levels}_{100 * (part + 1) // levels}"
             found.setdefault(name, []).append(losses.cpu()[(u * levels).long() == part])

@@ -148,7 +148,7 @@ class Finetune:
         if not self.validation:
             return {}
         plain = self._plain(ema)
-        parts = ((self._predict(plain, batch), batch.latents, noise, u) for batch, noise, u in self.validation)
+        parts = ((self._predict(plain, b), b.latents, noise, u, b.mask) for b, noise, u in self.validation)
         return validation_scores(parts, self.model.schedule, self.settings.snr_gamma)
 
     def _plain(self, module: nn.Module) -> nn.Module:

@@ -118,7 +118,7 @@ class UNetStage:
         if not self.validation:
             return {}
         s, samples = self.settings, self.validation
-        bound = ((self._predict(ema, batch), batch.latents, noise, u) for batch, noise, u in samples)
+        bound = ((self._predict(ema, batch), batch.latents, noise, u, batch.mask) for batch, noise, u in samples)
         return validation_scores(bound, self.schedule, s.snr_gamma, s.validation_levels)
 
     @torch.no_grad()

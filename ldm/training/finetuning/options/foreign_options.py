@@ -82,6 +82,7 @@ ALIASES: dict[str, Alias] = {
     "random_crop": Alias("crop", switch="random"),
     "flip_aug": Alias("flip", switch=0.5),
     "caption_dropout_rate": Alias("caption_dropout"),
+    "alpha_mask": Alias("masks", switch=True),
     "shuffle_caption": Alias("shuffle_tags", switch=True),
     "keep_tokens": Alias("keep_tags"),
     "max_data_loader_n_workers": Alias("workers"),
@@ -117,8 +118,9 @@ _INSTEAD = {
     "write the captions as they are to be read": """
         weighted_captions? enable_wildcard? caption_prefix= caption_suffix= caption_separator=, keep_tokens_separator=
         secondary_separator=""",
-    "images are resized by Lanczos, --crop and --flip; masks and changes of colour are not supported": """
-        image_interpolation_mode=lanczos resize_interpolation=lanczos color_aug? face_crop_aug_range alpha_mask?
+    "images are resized by Lanczos, --crop and --flip; changes of colour are not supported": """
+        image_interpolation_mode=lanczos resize_interpolation=lanczos color_aug? face_crop_aug_range""",
+    "masks are alpha channels, or NAME-mask.png beside NAME.png: put them there, and give --masks": """
         masked_loss? conditioning_data_dir""",
     "captions are dropped as a whole: --caption-dropout": """
         token_warmup_min=0|1 token_warmup_step=0|1 caption_dropout_every_n_epochs=0 caption_tag_dropout_rate=0""",

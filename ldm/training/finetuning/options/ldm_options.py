@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
         "crop": ("HOW", "center or random; random needs --cache off (center)"),
         "flip": ("X", "share of the images that is mirrored (0)"),
         "caption_dropout": ("X", "share of the images that is trained without its caption (0.1)"),
+        "masks": (None, "learn only what an alpha channel, or NAME-mask.png beside the image, shows"),
         "shuffle_tags": (None, "shuffle the comma-separated parts of a caption each time"),
         "keep_tags": ("N", "parts that stay at the beginning (0)"),
         "held_out": ("X", "share of the images that is kept for validation (0.05)"),
