@@ -12,10 +12,10 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.colours import grey_curve, to_srgb
 from ldm.errors import ConfigError, DataError, NumericsError, nearest
 
 if TYPE_CHECKING:
@@ -73,11 +73,13 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 25
     """An RGB image in sRGB: transparency composited on `background`, 16-bit grey scaled rather than clipped."""
     from PIL import Image
 
+    if image.mode.startswith("I;16"):
+        return _flatten_16_bits(image, background)
     image = to_srgb(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        grey = image.convert("I").point(lambda value: value / 257)
+    if image.mode == "I":
+        grey = image.point(lambda value: value / 257)
         return grey.convert("L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         over = image.convert("RGBA")
@@ -85,63 +87,21 @@ def flatten(image: Image.Image, background: tuple[int, int, int] = (255, 255, 25
     return image.convert("RGB")
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """The image with its colours in sRGB, as its ICC profile says; itself where there is none, or none that matters.
-
-    A profile that is sRGB to within two levels of 255 changes no pixel, and one that is damaged or of another kind of
-    image is ignored.
-    """
-    found = colour_profile(image)
-    if not found:
-        return image
-    mode = _profiled_mode(image)
-    plain = image if image.mode == mode else image.convert(mode)
-    alpha = plain.getchannel("A") if "A" in mode else None
-    _, transform = _srgb_transform(image.info["icc_profile"], mode.rstrip("A"))
-    converted = transform.apply(plain.convert(mode.rstrip("A")))
-    converted.info.pop("icc_profile", None)  # that of sRGB
-    if alpha is not None:
-        converted.putalpha(alpha)
-    return converted
-
-
-def colour_profile(image: Image.Image) -> str:
-    """The name of the ICC profile by which an image has other colours than in sRGB; "" where it has none."""
-    profile, mode = image.info.get("icc_profile"), _profiled_mode(image)
-    found = _srgb_transform(profile, mode.rstrip("A")) if isinstance(profile, bytes) and profile and mode else None
-    return found[0] if found else ""
-
-
-def _profiled_mode(image: Image.Image) -> str:
-    """The mode in which an image's colours are converted; "" where they are not."""
-    if image.mode in ("P", "PA", "RGBX", "RGBa"):
-        return "RGBA" if "transparency" in image.info or "A" in image.mode.upper() else "RGB"
-    if "transparency" in image.info and image.mode in ("RGB", "L"):
-        return f"{image.mode}A"
-    return image.mode if image.mode in ("RGB", "RGBA", "L", "LA", "CMYK") else ""
-
-
-@lru_cache(maxsize=32)
-def _srgb_transform(profile: bytes, mode: str):
-    """(the profile's name, Pillow's transform from `mode` to RGB in sRGB); None where it would change nothing."""
+def _flatten_16_bits(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     import numpy
-    from PIL import Image, ImageCms
+    from PIL import Image
 
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-        name = " ".join(ImageCms.getProfileDescription(source).split()) or "unnamed"
-    except (ImageCms.PyCMSError, ImportError, OSError, ValueError, TypeError):
-        return None
-    if mode != "CMYK":
-        levels = numpy.linspace(0, 255, 9).round().astype(numpy.uint8)
-        axes = numpy.meshgrid(*[levels] * len(mode), indexing="ij") if mode == "RGB" else [numpy.arange(256)]
-        cube = numpy.stack(axes, -1).reshape(-1, len(axes)).astype(numpy.uint8)  # (N, channels)
-        chart = Image.fromarray(cube[None] if mode == "RGB" else cube.T)
-        apart = numpy.asarray(transform.apply(chart)).astype(int) - numpy.asarray(chart.convert("RGB")).astype(int)
-        if numpy.abs(apart).max() <= 2:
-            return None
-    return name, transform
+    numbers = numpy.asarray(image).astype(numpy.uint16)
+    levels, curve = numbers / 257, grey_curve(image)
+    if curve is None:
+        colours = numpy.repeat(levels[:, :, None], 3, axis=2)
+    else:
+        colours = numpy.stack([numpy.interp(levels, numpy.arange(256), column) for column in curve.T], axis=2)
+    colours = colours.round().astype(numpy.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        colours[numbers == clear] = background
+    return Image.fromarray(colours)
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 0) -> Image.Image:

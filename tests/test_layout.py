@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ldm"
 
 FLOORS = (  # a room imports only from lower floors; errors is the lowest
     ("errors",),
-    ("config", "settings_files", "files", "console", "device"),
+    ("config", "settings_files", "files", "console", "device", "colours"),
     ("images", "prompts", "report", "hub"),
     ("nn",),
     ("diffusion", "data"),

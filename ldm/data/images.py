@@ -1,7 +1,7 @@
 """Reading image files of any origin: the header without decoding, or the pixels, upright and in RGB.
 
-`file` is always a binary file that can seek. Only pixels, the EXIF orientation and the colour profile are read: texts
-and thumbnails are ignored, whatever their size or state.
+`file` is always a binary file that can seek. Only pixels, EXIF's orientation and what a file says of its colours are
+read: texts and thumbnails are ignored, whatever their size or state.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from ldm.colours import MARKS, coded_profile, colour_profile
 from ldm.data.image_kinds import kind_of
 from ldm.data.to_rgb import to_rgb
 from ldm.errors import DataError, one_line
-from ldm.images import READABLE, colour_profile
+from ldm.images import READABLE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +53,7 @@ class Header:
     orientation: int = 1  # EXIF's 1 to 8
     animated: bool = False  # the first frame is read
     transparent: bool = False  # has an alpha channel, or a transparent colour or palette entry
-    profile: str = ""  # name of the ICC profile from which its colours are converted to sRGB
+    profile: str = ""  # from which its colours are converted to sRGB: the name of its ICC profile, or what else tells
 
 
 def read_header(file: BinaryIO, where: object = None) -> Header:
@@ -112,12 +113,16 @@ def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header
         if size > MAX_FILE:
             raise ImageError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
         file.seek(0)
-        animated = False
+        animated, codes = False, None
         if start.startswith(PNG):
-            file, animated = _without_texts(file)
+            file, animated, codes = _without_texts(file)
+        elif start[4:8] == b"ftyp":
+            codes = _nclx(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own about sizes and damaged EXIF
             with Image.open(file, formats=READABLE) as image:
+                if codes and (image.format == "PNG" or not image.info.get("icc_profile")):
+                    _use_codes(image, codes)
                 yield image, _header(image, animated)
     except ImageError as error:
         raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
@@ -146,7 +151,7 @@ def _header(image: Image.Image, animated: bool) -> Header:
     transparent = ("A" in image.mode.upper() and image.mode != "LAB") or "transparency" in image.info
     profile = ""
     with contextlib.suppress(Exception):  # a broken profile: the numbers are taken as they are
-        profile = colour_profile(image)
+        profile = colour_profile(image) or ("CMYK without a profile" if image.mode == "CMYK" else "")
     return Header(image.format, image.mode, width, height, orientation, animated, transparent, profile)
 
 
@@ -180,14 +185,37 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 LIMITS = {b"eXIf": 1 << 16, b"iCCP": 1 << 20}  # bytes, of the profile also unpacked
+SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4}  # bytes of other chunks about colours
+AVIF_HEAD = 1 << 16  # bytes in which an AVIF tells its colours
 
 
-def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
-    """The PNG with only the chunks of its pixels, a sound EXIF and a sound profile, and whether it is animated.
+def _nclx(file: BinaryIO) -> tuple[int, int] | None:
+    """(primaries, transfer) of H.273 in an AVIF's head; None where it has none."""
+    file.seek(0)
+    _, found, codes = file.read(AVIF_HEAD).partition(b"colrnclx")
+    file.seek(0)
+    return (int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")) if found else None
+
+
+def _use_codes(image: Image.Image, codes: tuple[int, int]) -> None:
+    """Set the profile that code points mean, in place of whatever else the file says of its colours."""
+    try:
+        profile = coded_profile(*codes)
+    except ValueError as error:
+        raise ImageError("has colours that are not read", str(error), hint="convert it to sRGB") from None
+    for name in MARKS:
+        image.info.pop(name, None)
+    image.info |= {"icc_profile": profile} if profile else {"srgb": 0}
+
+
+def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool, tuple[int, int] | None]:
+    """The PNG with only the chunks of its pixels, a sound EXIF and sound chunks about colours; whether it is animated;
+    the code points of its colours.
 
     Nothing is copied.
     """
     pieces, position, animated, size = [(0, 8)], 8, False, file.seek(0, io.SEEK_END)
+    codes = None
     other: dict[bytes, tuple[int, int]] = {}
     while position + 8 <= size:
         file.seek(position)
@@ -198,15 +226,20 @@ def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool]:
             pieces.append((position, end))
         elif kind in LIMITS and length <= LIMITS[kind] and _is_sound(file.read(length + 4), kind):
             other[kind] = (position, end)
+        elif SIZES.get(kind) == length and _is_sound(body := file.read(length + 4), kind):
+            if kind == b"cICP":
+                codes = body[0], body[1]
+            else:
+                other[kind] = (position, end)
         animated = animated or kind == b"acTL"
         position = end
         if kind == b"IEND":
             break
-    return io.BufferedReader(_Pieces(file, [*pieces[:2], *other.values(), *pieces[2:]])), animated
+    return io.BufferedReader(_Pieces(file, [*pieces[:2], *other.values(), *pieces[2:]])), animated, codes
 
 
 def _is_sound(body: bytes, kind: bytes) -> bool:
-    """Whether EXIF or a profile is whole, and no larger than its limit where it is packed."""
+    """Whether EXIF, a profile or another chunk is whole, and no larger than its limit where it is packed."""
     import zlib
 
     if len(body) < 4 or zlib.crc32(kind + body[:-4]) != int.from_bytes(body[-4:], "big"):

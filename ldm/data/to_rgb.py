@@ -53,11 +53,4 @@ def _rgb(band: Image.Image, background: tuple[int, int, int], levels: tuple[floa
         low, high = levels
         grey = (np.asarray(band, np.float64) - low) * (255 / (high - low))
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
-    if band.mode.startswith("I;16"):
-        numbers = np.asarray(band).astype(np.uint16)
-        grey = np.repeat((numbers / 257).round().astype(np.uint8)[:, :, None], 3, axis=2)
-        clear = band.info.get("transparency")
-        if isinstance(clear, int):
-            grey[numbers == clear] = background
-        return Image.fromarray(grey)
     return flatten(band, background)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from ldm.colours import to_srgb
 from ldm.errors import ConfigError, NumericsError
-from ldm.images import to_srgb
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline import Pipeline
