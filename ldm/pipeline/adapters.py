@@ -28,6 +28,16 @@ DORA_SCALINGS = ("linear", "peft")
 class Adapter:
     path: Path  # a LoRA file, or a folder with one
     weight: float
+    text_weight: float | None = None  # of the text encoder, where it has its own
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(of the text encoder, of the U-Net)"""
+        return (self.weight if self.text_weight is None else self.text_weight), self.weight
+
+    def as_list(self) -> list[Any]:
+        """[path, weight], and the text encoder's where that is another, as `check_lora` reads it."""
+        return [str(self.path), self.weight, *([] if self.text_weight is None else [self.text_weight])]
 
 
 @dataclass
@@ -75,7 +85,7 @@ class Adapters:
     def _merged(self, base: Model, adapters: tuple[Adapter, ...]) -> Model:
         from ldm.checkpoint.lora import match_layers, read_lora, target_of, unapplied_line, with_loras
 
-        loras = [(read_lora(adapter.path), adapter.weight) for adapter in adapters]
+        loras = [(read_lora(adapter.path), adapter.weights) for adapter in adapters]
         for lora, _ in loras:
             if lora.header.path in self._fitted:
                 continue
@@ -88,7 +98,7 @@ class Adapters:
 
 def few_steps_of(adapters: Iterable[Adapter]) -> Sampling | None:
     """The settings that the first few-step LoRA among these was made for. Raises ModelError as reading does."""
-    found = (_few_steps_at(adapter.path, _stamp(adapter.path)) for adapter in adapters if adapter.weight)
+    found = (_few_steps_at(adapter.path, _stamp(adapter.path)) for adapter in adapters if any(adapter.weights))
     return next(filter(None, found), None)
 
 
@@ -152,16 +162,17 @@ def take_adapters(
                 f"<lora:{tags[0].name}> names a LoRA, but no folder to look in", where="prompt", hint=hint
             )
         texts.append(text)
-        own = [] if lora_dir is None else [Adapter(find_lora(tag.name, lora_dir), tag.weight) for tag in tags]
+        own = [] if lora_dir is None else [Adapter(find_lora(t.name, lora_dir), t.weight, t.text_weight) for t in tags]
         sets.append((*everywhere, *own))
     return tuple(texts), everywhere, tuple(sets)
 
 
 def check_lora(value: Any) -> tuple[Adapter, ...]:
-    """A path, (path, weight), or a list of these. Raises ConfigError."""
+    """A path, (path, weight), (path, weight, weight of the text encoder), or a list of these. Raises ConfigError."""
     if value is None:
         return ()
-    if isinstance(value, (str, os.PathLike)) or (isinstance(value, tuple) and len(value) == 2 and _number(value[1])):
+    one = isinstance(value, tuple) and len(value) in (2, 3) and all(map(_number, value[1:]))
+    if isinstance(value, (str, os.PathLike)) or one:
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"expected a path, (path, weight) or a list of them, got {value!r:.80}", where="lora")
@@ -169,12 +180,14 @@ def check_lora(value: Any) -> tuple[Adapter, ...]:
 
 
 def _adapter(item: Any) -> Adapter:
-    path, weight = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, 1.0)
+    path, *weights = item if isinstance(item, (tuple, list)) and len(item) in (2, 3) else (item, 1.0)
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigError(f"expected a path, or (path, weight), got {item!r:.80}", where="lora")
-    if not _number(weight) or not math.isfinite(weight):
-        raise ConfigError(f"the weight of {path} is not a finite number: {weight!r:.80}", where="lora")
-    return Adapter(Path(path).expanduser(), float(weight))
+    for weight in weights:
+        if not _number(weight) or not math.isfinite(weight):
+            raise ConfigError(f"the weight of {path} is not a finite number: {weight!r:.80}", where="lora")
+    weight, text_weight = float(weights[0]), float(weights[-1])
+    return Adapter(Path(path).expanduser(), weight, None if text_weight == weight else text_weight)
 
 
 def _number(value: Any) -> bool:

@@ -147,10 +147,15 @@ def _short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
+def _tag(lora: dict[str, Any]) -> str:
+    text = f"{lora['text_weight']:g}:" if "text_weight" in lora else ""
+    return f"<lora:{lora['name']}:{text}{lora['weight']:g}>"
+
+
 def parameters(record: dict) -> str:
     """A1111's text: the prompt, a line with the negative prompt where there is one, and the line of settings."""
     loras, hires = record.get("lora", ()), record.get("hires_scale")
-    prompt = " ".join([record["prompt"], *(f"<lora:{lora['name']}:{lora['weight']:g}>" for lora in loras)])
+    prompt = " ".join([record["prompt"], *map(_tag, loras)])
     computed = {
         "Sampler": SAMPLER_NAMES[record["sampler"]][0],
         "Schedule type": SCHEDULE_TYPES.get(record["spacing"]),

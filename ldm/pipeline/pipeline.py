@@ -38,7 +38,7 @@ class Pipeline:
     prompt           what to draw; up to 100,000 characters each, with A1111's (word:1.3), BREAK, [a:b:0.5], [a|b]
     model            "default", a diffusers folder, a single .safetensors file, a hub id, or a loaded model
     negative_prompt  what to keep away from: one text, or one for each prompt
-    lora             LoRA files for every prompt: a path, (path, weight), or a list of these
+    lora             LoRA files for every prompt: a path, (path, weight), (path, weight, text weight), or a list
     lora_dir         where <lora:name:0.8> in a prompt finds name.safetensors, for that prompt alone
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     dora_scaling     how weights act on a DoRA: linear (A1111, ComfyUI) or peft (inside its norm, as PEFT has it)

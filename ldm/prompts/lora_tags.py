@@ -1,4 +1,7 @@
-"""LoRA tags in prompts, as A1111 has them: <lora:name:0.8>, and <lyco:name:0.8> for the same."""
+"""LoRA tags in prompts, as A1111 has them: <lora:name:0.8>, and <lyco:name:0.8> for the same.
+
+Two weights are those of the text encoder and of the U-Net: <lora:name:0.5:0.8>, <lora:name:te=0.5:unet=0.8>.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class LoraTag:
 
     name: str
     weight: float
+    text_weight: float | None = None  # of the text encoder, where it has its own
 
 
 def has_tags(text: str) -> bool:
@@ -42,8 +46,8 @@ def has_tags(text: str) -> bool:
 def take_loras(prompt: str, where: str = "prompt") -> tuple[str, tuple[LoraTag, ...]]:
     """(the prompt without its LoRA tags, the tags in their order). <lora:name> has weight 1.
 
-    Raises ConfigError for a tag that is not closed, has no name, no finite number as its weight, or different ones
-    for the text encoder and the U-Net; and, by name, for tags of other networks.
+    Raises ConfigError for a tag that is not closed, has no name, or no finite number as a weight; and, by name, for
+    tags of other networks.
     """
     if "<" not in prompt:
         return prompt, ()
@@ -60,21 +64,20 @@ def take_loras(prompt: str, where: str = "prompt") -> tuple[str, tuple[LoraTag, 
 def _tag(content: str, where: str) -> LoraTag:
     name, *rest = content.split(":")
     tag = f"<lora:{content}>"
-    weights = [_weight(part) for part in rest] or [1.0]
-    if not name.strip() or not all(map(math.isfinite, weights)) or len(rest) > 3:
+    plain = [part for part in rest if "=" not in part]
+    named = {key.strip().lower(): value for key, equals, value in (part.partition("=") for part in rest) if equals}
+    if not name.strip() or len(plain) > 2 or len(rest) != len(plain) + len(named) or not named.keys() <= {"te", "unet"}:
         raise ConfigError(f"{tag!r:.80} has no name or no number", where=where, hint=HINT)
-    if len(set(weights)) > 1:
-        what = f"{tag!r:.80} has different weights for the text encoder and the U-Net, which is not supported"
-        raise ConfigError(what, where=where, hint="give one weight")
-    return LoraTag(name.strip(), weights[0])
+    text = _number(named.get("te", plain[0] if plain else "1"))
+    unet = _number(named.get("unet", plain[1] if len(plain) > 1 else str(text)))  # as A1111: what te says, if not said
+    if not math.isfinite(text) or not math.isfinite(unet):
+        raise ConfigError(f"{tag!r:.80} has no name or no number", where=where, hint=HINT)
+    return LoraTag(name.strip(), unet, None if text == unet else text)
 
 
-def _weight(text: str) -> float:
-    """0.8, te=0.8 or unet=0.8; NaN for what is no number."""
-    key, equals, value = text.rpartition("=")
-    if equals and key.strip().lower() not in ("te", "unet"):
-        return math.nan
+def _number(text: str) -> float:
+    """NaN for what is no number."""
     try:
-        return float(value)
+        return float(text)
     except ValueError:
         return math.nan

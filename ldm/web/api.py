@@ -243,6 +243,8 @@ def _of_ours(ldm: Mapping[str, Any], context: Context) -> tuple[dict[str, Any], 
         name, weight = (lora.get("name"), lora.get("weight")) if isinstance(lora, Mapping) else (None, None)
         if name in context.catalog.loras:
             fields.setdefault("lora", []).append([name, weight])
+            if "text_weight" in lora:
+                notes.append(f"{name} had the weight {lora['text_weight']} in the text encoder: write it as a tag")
         else:
             notes.append(f"the LoRA {str(name)[:80]} is not here")
     if ldm.get("image_sha256"):

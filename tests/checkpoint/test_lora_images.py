@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from ldm import Pipeline
 from ldm.checkpoint import load_model
-from ldm.checkpoint.lora import find_lora, match_layers, read_lora, target_at
+from ldm.checkpoint.lora import find_lora, match_layers, read_lora, target_at, target_of, with_loras
 from ldm.checkpoint.single import save_single
 from ldm.errors import ConfigError, ModelError
 from ldm.images import read_metadata
 from ldm.nn.lora import clone_shared_weights, merge, unmerge
+from ldm.render.replay.verify import verify
 from tests.checkpoint.lora_cases import KINDS, PROMPTS, SIZE, Q, apart, fresh, ours, pair, theirs
 
 
@@ -181,6 +182,29 @@ def test_tags_choose_for_their_prompt_alone_and_are_recorded(trained, lora_dir, 
     assert written.ldm["lora"] == images.metadata[1]["lora"]
     assert written.parameters.startswith("a dog <lora:red:1> <lora:other:-0.25>\nNegative prompt: on red\n")
     assert f'Lora hashes: "red: {hashes[0]}, other: {hashes[1]}"' in written.parameters
+
+
+def test_text_encoder_and_unet_have_their_own_weights(trained, lora_dir, tmp_path):
+    case, red = trained("1.5"), lora_dir / "deeper/red.safetensors"
+    base, lora = load_model(case.folder), read_lora(red)
+    assert {part for part, _ in match_layers(lora.header, target_of(base)).layers.values()} >= {"unet", "text_encoder"}
+    both, text, unet = (with_loras(base, [(lora, weight)]) for weight in ((0.5, -0.25), 0.5, -0.25))
+    for network, other in ((both.unet, unet.unet), (both.text.modules[0], text.text.modules[0])):
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+    calls = [("a <lora:red:0.5:-0.25> cat", {"lora_dir": lora_dir}), ("a cat", {"lora": (red, -0.25, 0.5)})]
+    settings = {"num_inference_steps": 2, "width": SIZE, "height": SIZE, "seed": 3}
+    images, same, other = (
+        Pipeline(prompt, case.folder, **given).generate(**settings)
+        for prompt, given in [*calls, ("a cat", {"lora": (red, -0.25)})]
+    )
+    assert images[0].tobytes() == same[0].tobytes() != other[0].tobytes()
+    (record,) = images.metadata
+    assert (record["lora"][0]["weight"], record["lora"][0]["text_weight"]) == (-0.25, 0.5)
+    (path,) = images.save(tmp_path / "out")
+    assert read_metadata(path).parameters.startswith("a cat <lora:red:0.5:-0.25>")
+    (verdict,) = verify(path, model=case.folder).verdicts
+    assert verdict.result == "same bytes", verdict
 
 
 def test_names_are_looked_up_and_never_guessed(lora_dir):

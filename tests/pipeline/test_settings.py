@@ -123,7 +123,7 @@ BAD_PIPELINES = {
     "lora name": ({"lora": [("", 1.0)]}, "expected a path, or"),
     "lora folder": ({"prompt": "a <lora:x:1> cat"}, "no folder to look in; give lora_dir"),
     "lora tag": ({"prompt": "a <lora:x:1 cat"}, "tag is not closed"),
-    "lora tag's weight": ({"prompt": "<lora:x:1:2>", "lora_dir": "."}, "different weights for the text"),
+    "lora tag's weight": ({"prompt": "<lora:x:1:2:8>", "lora_dir": "."}, "has no name or no number"),
     "other networks' tag": ({"prompt": "a cat <hypernet:x:1>"}, "hypernetworks are not supported"),
     "dora scaling": ({"dora_scaling": "kohya"}, "dora_scaling: expected linear or peft, got 'kohya'"),
     "lora tag in the wrong place": ({"negative_prompt": "<lora:x>"}, "negative_prompt: a <lora:…> tag belongs"),

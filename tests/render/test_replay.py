@@ -363,6 +363,8 @@ def test_loras_of_a_record_come_back_with_their_weights(tmp_path):
     file = tmp_path / "red.safetensors"
     file.touch()
     lora = {"name": "red", "path": str(file), "weight": -0.5, "hash": "00", "short_hash": "00"}
+    replay = replay_of(tmp_path, record=record_of(lora=[lora | {"text_weight": 0.25}]))
+    assert keywords(replay)[0]["lora"] == [(str(file), -0.5, 0.25)]
     replay = replay_of(tmp_path, record=record_of(lora=[lora]))
     assert replay.entry.settings["lora"] == ((str(file), -0.5),) and keywords(replay)[0]["lora"] == [(str(file), -0.5)]
 

@@ -15,6 +15,7 @@ from ldm.checkpoint.lora.target import Target, networks, target_of
 from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
 
+Weight = float | tuple[float, float]  # of all, or (of text encoders, of the U-Net)
 CROSS = ("attn2.to_k", "attn2.to_v")  # the layers that read the text's states
 
 
@@ -75,12 +76,13 @@ def _check_shape(header: LoraHeader, entry: Entry, part: str, name: str, shape: 
 
 
 def with_loras(
-    model: Model, loras: Sequence[tuple[LoraFile, float]], allow_unapplied: bool = False, dora: str = "linear"
+    model: Model, loras: Sequence[tuple[LoraFile, Weight]], allow_unapplied: bool = False, dora: str = "linear"
 ) -> Model:
     """The model with every (file, weight) merged. `model` does not change; the two share all weights that are equal.
 
-    Weights may be negative; `dora` says how they act on a DoRA (see ldm.nn.lora.merged). `info["lora"]` lists path,
-    name, weight and hash of each. Raises as match_layers.
+    A weight is a number, or (that of text encoders, that of the U-Net). It may be negative; `dora` says how weights act
+    on a DoRA (see ldm.nn.lora.merged). `info["lora"]` lists path, name, weights and hash of each. Raises as
+    match_layers.
     """
     from ldm.nn.lora import clone_shared_weights, merge
 
@@ -88,7 +90,7 @@ def with_loras(
     updates: dict[str, dict[str, list]] = {part: {} for part in target.shapes}
     for lora, weight in loras:
         for layer, (part, name) in match_layers(lora.header, target, allow_unapplied).layers.items():
-            updates[part].setdefault(name, []).append((lora.layers[layer], weight))
+            updates[part].setdefault(name, []).append((lora.layers[layer], _weights(weight)[part == "unet"]))
     changed = {}
     for part, module in networks(model).items():
         if updates[part]:
@@ -110,9 +112,14 @@ def _with_words(text: Any, words: Sequence[str]) -> Any:
     return new
 
 
-def _info(lora: LoraFile, weight: float, dora: str) -> dict[str, Any]:
-    name, path = lora.header.name, str(Path(lora.header.path).resolve())
-    found = {"name": name, "path": path, "weight": weight, "hash": lora.hash, "short_hash": lora.short_hash}
+def _weights(weight: Weight) -> tuple[float, float]:
+    return weight if isinstance(weight, tuple) else (weight, weight)
+
+
+def _info(lora: LoraFile, weight: Weight, dora: str) -> dict[str, Any]:
+    name, path, (text, unet) = lora.header.name, str(Path(lora.header.path).resolve()), _weights(weight)
+    found = {"name": name, "path": path, "weight": unet, "hash": lora.hash, "short_hash": lora.short_hash}
+    found |= {"text_weight": text} if text != unet else {}
     return found | ({"dora_scaling": dora} if lora.header.dora and dora != "linear" else {})
 
 

@@ -84,8 +84,8 @@ class Resolver:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
             self._check_fit(engine, adapters)
-            settings["lora"] = [[str(adapter.path), adapter.weight] for adapter in adapters]
-            hashes["lora"] = [[self._hash(str(adapter.path)), adapter.weight] for adapter in adapters]
+            settings["lora"] = [adapter.as_list() for adapter in adapters]
+            hashes["lora"] = [[self._hash(str(adapter.path)), *adapter.as_list()[1:]] for adapter in adapters]
             if (dora := self._options.get("dora_scaling", "linear")) != "linear":
                 hashes["dora_scaling"] = dora
         return settings, hashes
@@ -110,7 +110,7 @@ class Resolver:
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
         """(the prompt without its tags, its LoRAs: the line's or the command's, then those of tags)."""
         given = asked.get("lora")
-        lora = None if given is None else [(path, weight) for path, weight in given]
+        lora = None if given is None else list(given)
         texts = check_prompts(asked["prompt"]), (asked.get("negative_prompt"),)
         (prompt,), _, (adapters,) = take_adapters(*texts, lora, self._lora_dir)
         Prompt.parse(prompt)
@@ -179,7 +179,7 @@ def image_request(settings: Mapping[str, Any]) -> ImageRequest:
 
 def adapters_of(settings: Mapping[str, Any]) -> tuple[Adapter, ...]:
     """The LoRAs of a job's settings."""
-    return tuple(Adapter(Path(path), weight) for path, weight in settings.get("lora", ()))
+    return tuple(Adapter(Path(path), *weights) for path, *weights in settings.get("lora", ()))
 
 
 def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,20 +115,24 @@ def path(value: Any, word: str, folder: Path) -> str:
     raise ConfigError(f"{str(given)!r:.200} does not exist, neither in {folder} nor here", where=word)
 
 
-def loras(value: Any, word: str, folder: Path) -> tuple[tuple[str, float], ...]:
-    """((path, weight), …) from FILE, FILE:WEIGHT, [FILE, …], [[FILE, WEIGHT], …] or {FILE: WEIGHT}."""
+def loras(value: Any, word: str, folder: Path) -> tuple[tuple, ...]:
+    """((path, weight), …) from FILE, FILE:WEIGHT, [FILE, …], [[FILE, WEIGHT], …] or {FILE: WEIGHT}.
+
+    [FILE, WEIGHT, WEIGHT] has the text encoder's weight too, and becomes (path, weight, text encoder's weight).
+    """
     if isinstance(value, Mapping):
         value = [list(item) for item in value.items()]
     pairs = []
     for item in value if isinstance(value, (list, tuple)) else [value]:
-        file, weight = item if isinstance(item, (list, tuple)) and len(item) == 2 else (item, 1.0)
+        file, *weights = item if isinstance(item, (list, tuple)) and len(item) in (2, 3) else (item, 1.0)
         name, colon, tail = file.rpartition(":") if isinstance(file, str) else ("", "", "")
         if name and colon and isinstance(number(tail), (int, float)):
-            file, weight = name, number(tail)
-        parsed = number(weight)
-        good = isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and abs(parsed) <= 1000
-        require(good, f"the weight {weight!r:.80} is no number within -1000 to 1000", word)
-        pairs.append((path(file, word, folder), float(parsed)))
+            file, weights = name, [number(tail)]
+        parsed = list(map(number, weights))
+        for weight, found in zip(weights, parsed):
+            good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) <= 1000
+            require(good, f"the weight {weight!r:.80} is no number within -1000 to 1000", word)
+        pairs.append((path(file, word, folder), *map(float, parsed)))
     require(len(pairs) > 0, "the list is empty", word)
     return tuple(pairs)
 

@@ -242,8 +242,12 @@ def _as_in_lines(name: str, value: Any) -> Any:
     if name == "clip_skip" and isinstance(value, int):
         return value + 1  # lines count as A1111 does
     if name == "lora" and isinstance(value, (list, tuple)):
-        return [[item.get("path"), item.get("weight")] if isinstance(item, Mapping) else item for item in value]
+        return [_lora_in_lines(item) if isinstance(item, Mapping) else item for item in value]
     return value
+
+
+def _lora_in_lines(item: Mapping[str, Any]) -> list[Any]:
+    return [item.get("path"), item.get("weight"), *([item["text_weight"]] if "text_weight" in item else [])]
 
 
 def _check_guidance(settings: Mapping[str, Any]) -> None:

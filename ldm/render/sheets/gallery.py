@@ -79,6 +79,11 @@ def _plain(value: Any) -> str | int | float | None:
     return str(value)
 
 
+def _are_pairs(loras: Any) -> bool:
+    """Whether each LoRA is (path, weight): the option has no other weight for the text encoder."""
+    return isinstance(loras, (list, tuple)) and all(len(item) == 2 for item in loras)
+
+
 def command(settings: Mapping[str, Any], file: str) -> str:
     """A shell command that draws an image again from its settings: `ldm generate --seed 7 … -- 'a cat'`.
 
@@ -90,7 +95,7 @@ def command(settings: Mapping[str, Any], file: str) -> str:
             continue
         option = SETTINGS[name].option if name in SETTINGS else None
         several = isinstance(value, (list, tuple))
-        if option is None or isinstance(value, Mapping) or (name == "lora" and not several):
+        if option is None or isinstance(value, Mapping) or (name == "lora" and not _are_pairs(value)):
             return f"ldm generate --from {shlex.quote(file if not file.startswith('-') else f'./{file}')}"
         if name == "lora":
             words += [f"{option}={path}:{weight!r}" for path, weight in value]
