@@ -139,14 +139,27 @@ def test_a_subject_called_train_is_no_split(tmp_path):
 
 
 def test_splits_are_read_where_train_is_nearly_all(tmp_path):
-    captioned(tmp_path / "train", 17)
-    captioned(tmp_path / "test", 3, 20)
+    captioned(tmp_path / "train", 39)
+    captioned(tmp_path / "test", 1, 50)
     source = sound(tmp_path)
-    assert len(source) == 17 and source.counts.aside == {"in the split test": 3}
-    picture(tmp_path / "cover.png", 40, "a cover")  # one image more, in no split
-    assert len(sound(tmp_path)) == 17
-    captioned(tmp_path / "more", 10, 50)
-    follow(refused(tmp_path), tmp_path, 31)
+    assert len(source) == 39 and source.counts.aside == {"in the split test": 1} and not source.counts.chosen
+    picture(tmp_path / "cover.png", 60, "a cover")  # one image more, in no split
+    assert len(sound(tmp_path)) == 39
+    picture(tmp_path / "poster.png", 61, "a poster")  # together more than may be lost
+    said = refused(tmp_path)
+    assert "in no split 2" in said
+    captioned(tmp_path / "more", 10, 70)
+    follow(refused(tmp_path), tmp_path, 52)
+
+
+def test_a_tenth_in_another_split_is_a_question(tmp_path):
+    """Whatever is set aside counts, unless --split asked for it."""
+    captioned(tmp_path / "train", 18)
+    captioned(tmp_path / "test", 2, 20)
+    said = refused(tmp_path)
+    assert "train 18, test 2 of 20 images; choose: --split train uses 18" in said
+    follow(said, tmp_path, 20)
+    assert sound(tmp_path, split="train").counts.chosen == {"in the split test"}
 
 
 def test_splits_of_which_none_is_nearly_all_are_a_question(tmp_path):
@@ -169,8 +182,8 @@ def test_splits_of_a_saved_set_too(tmp_path):
     said = refused(tmp_path / "half")
     assert "train 6, test 6 of 12 images" in said
     follow(said, tmp_path / "half", 12)
-    datasets.DatasetDict({"train": part(9), "test": part(2, 10)}).save_to_disk(str(tmp_path / "most"))
-    assert len(sound(tmp_path / "most")) == 9 and "split train of train, test" in sound(tmp_path / "most").layout
+    datasets.DatasetDict({"train": part(19), "test": part(1, 20)}).save_to_disk(str(tmp_path / "most"))
+    assert len(sound(tmp_path / "most")) == 19 and "split train of train, test" in sound(tmp_path / "most").layout
 
 
 # metadata, tars and parquet files beside images
@@ -234,6 +247,27 @@ def test_shards_in_no_split_are_read_too(tmp_path):
         tar(tmp_path / f"{name}.tar", [f"{name}{i}.{end}" for i in range(4) for end in ("png", "txt")])
     assert len(sound(tmp_path)) == 12
     assert len(sound(tmp_path, split="train")) == 4
+
+
+def table(path, **columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), path)
+    return path
+
+
+def test_of_several_columns_of_images_the_usual_name_is_read_and_the_others_are_told(tmp_path):
+    import datasets
+
+    small, large = ([{"bytes": picture(tmp_path / f"{i}.png", i).read_bytes()}] * 3 for i in (1, 2))
+    columns = {"conditioning_image": small, "image": large, "text": ["a thing"] * 3}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "saved"))
+    table(tmp_path / "set.parquet", **columns)
+    for data in (tmp_path / "set.parquet", tmp_path / "saved"):
+        source = sound(data)
+        assert source[0].open().read() == large[0]["bytes"]
+        assert "images are read from 'image', not from 'conditioning_image'" in source.counts.notes
 
 
 # tars
@@ -316,6 +350,29 @@ def test_images_behind_a_link_to_a_folder_count_as_lost(tmp_path):
     captioned(tmp_path / "far" / "dogs", 16)
     (tmp_path / "set" / "dogs").symlink_to(tmp_path / "far" / "dogs")
     assert "16 of 20 cannot be used" in refused(tmp_path / "set")
+
+
+def test_cameras_own_files_are_called_what_they_are(tmp_path):
+    captioned(tmp_path, 4)
+    for i, suffix in enumerate((".arw", ".cr3", ".RAF")):
+        (tmp_path / f"{i}{suffix}").write_bytes(b"II*\0" + bytes(100))
+    said = refused(tmp_path)
+    assert "is of a kind that is not read 3" in said and "rename" not in said
+    assert len(sound(tmp_path, exclude=["*.arw", "*.cr3", "*.RAF"])) == 4
+
+
+def test_a_mask_by_its_name_that_has_a_caption_or_a_row_is_an_image(tmp_path):
+    captioned(tmp_path, 4)
+    picture(tmp_path / "gas.png", 5, "gas")
+    picture(tmp_path / "gas-mask.png", 6)
+    source = sound(tmp_path)
+    assert len(source) == 5 and any("1 masks" in note for note in source.counts.notes)
+    (tmp_path / "gas-mask.txt").write_text("a gas mask")
+    assert len(sound(tmp_path)) == 6
+    (tmp_path / "gas-mask.txt").unlink()
+    rows(tmp_path, ["gas.png", "gas-mask.png", *(f"{i:02d}.png" for i in range(4))])
+    source = sound(tmp_path)
+    assert len(source) == 6 and not source.masks and source.counts.found == 6
 
 
 def test_images_whose_names_do_not_say_so_count_as_lost(tmp_path):

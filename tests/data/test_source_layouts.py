@@ -188,7 +188,7 @@ def test_each_layout_yields_the_same_samples(tmp_path, name):
     files = five_images()
     data = LAYOUTS[name](tmp_path / "set", files, CAPTIONS)
     before = state(tmp_path)
-    source = open_source(data)
+    source = open_source(data, split="train")
     source.require(max_bad=0)
     assert len(source) == 5 and [sample.captions for sample in source] == [(text,) for text in CAPTIONS]
     for i in (0, 4, 2, 1, 3):  # in any order

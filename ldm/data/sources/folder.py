@@ -85,7 +85,7 @@ def _of_split(listing: Listing, split: str | None, counts: Counts) -> tuple[list
         if its_split == choice.split:
             names.append(name)
         elif its_split:
-            counts.leave(name, f"in the split {its_split}", chosen=True)
+            counts.leave(name, f"in the split {its_split}", chosen=split is not None)
         else:
             counts.leave(name, "in no split", chosen=split is not None)
     return names, choice.doubt

@@ -16,7 +16,7 @@ from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of, rivals
 from ldm.data.sources.splits import ALL, choose_split
-from ldm.data.sources.tables import HINT, IMAGE_COLUMNS, image_bytes
+from ldm.data.sources.tables import HINT, choose_image_column, image_bytes, rival_images
 from ldm.data.sources.walk import open_file
 from ldm.errors import DataError, one_line
 
@@ -174,6 +174,8 @@ def _hub_failure(error: Exception, repo: str) -> tuple[str]:
 
 def _todo(error: Exception, repo: str) -> str:
     names = {kind.__name__ for kind in type(error).__mro__}
+    if "Config name is missing" in str(error):  # a repository of several sets
+        return f"run `hf download {repo} --repo-type dataset` and give the folder of one of its sets"
     if "DatasetNotFoundError" in names:
         return "check the name, and `hf auth login` if the set is private"
     return f"connect and try again, or run `hf download {repo} --repo-type dataset` and give its folder"
@@ -225,7 +227,7 @@ def _of(path: object, kind: str, dataset, split: str | None, stream: bool = Fals
         source = StreamSource(path, f"{layout}, read as a stream", dataset, columns)
     else:
         source = LibrarySource(path, layout, *_counted(path, dataset, caption, columns))
-        source.counts.notes += rivals(list(features))
+        source.counts.notes += rivals(list(features)) + rival_images(_image_columns(features), images)
     source.no_captions, source.doubt = nothing, doubt
     if stream and not any(sample.captions for sample in islice(source, FIRST)):
         raise nothing
@@ -233,29 +235,40 @@ def _of(path: object, kind: str, dataset, split: str | None, stream: bool = Fals
 
 
 def _split_of(path: object, parts: dict, split: str | None, stream: bool) -> tuple[str, Any, DataError | None]:
-    """(name, dataset, doubt) of the split that is read; a stream does not know how large its splits are."""
+    """(name, dataset, doubt) of the split that is read; of a stream it is train where its sizes are not told."""
     import datasets
 
     if len(parts) == 1 and split in (None, "train"):
         return (*next(iter(parts.items())), None)
-    sizes: Counter[str | None] = Counter({name: 1 if stream else len(part) for name, part in parts.items()})
-    choice = choose_split(sizes, (split or "train") if stream else split, path)
+    told = {name: _told_size(part, name) if stream else len(part) for name, part in parts.items()}
+    unknown = stream and not all(told.values())
+    sizes: Counter[str | None] = Counter({name: size or 1 for name, size in told.items()})
+    choice = choose_split(sizes, (split or "train") if unknown else split, path)
     named = f"{choice.split or ALL} of {', '.join(parts)}"
     if choice.split is not None:
         return named, parts[choice.split], choice.doubt
     return named, datasets.concatenate_datasets(list(parts.values())), choice.doubt
 
 
+def _told_size(part, name: str) -> int:
+    """The rows of a stream's split as its repository tells them; 0 where it does not."""
+    splits = getattr(getattr(part, "info", None), "splits", None) or {}
+    return getattr(splits.get(name), "num_examples", 0) or 0
+
+
 def _image_column(features) -> str | None:
-    """The first column of images or of {"bytes", "path"}, else the bytes with a usual name of an image column."""
+    """The column of images: see `choose_image_column`."""
+    kinds = dict(features)
+    plain = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
+    return choose_image_column(_image_columns(features), plain)
+
+
+def _image_columns(features) -> list[str]:
+    """The columns of images or of {"bytes", "path"}."""
     import datasets
 
-    kinds = dict(features)
-    for name, kind in kinds.items():
-        if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind):
-            return name
-    plain = [name for name, kind in kinds.items() if getattr(kind, "dtype", "") in ("binary", "large_binary")]
-    return next((name for usual in IMAGE_COLUMNS for name in plain if name.lower() == usual), None)
+    kinds = dict(features).items()
+    return [n for n, kind in kinds if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)]
 
 
 def _counted(path: object, dataset, caption: str | None, columns: tuple) -> tuple[Counts, Any, tuple, list[int]]:

@@ -18,7 +18,8 @@ from ldm.errors import DataError
 def by_metadata(names: list[str], listing: Listing, counts: Counts) -> tuple[str, list[tuple[str, tuple, int]]]:
     wanted = set(names)
     elsewhere = set(listing.images) - wanted
-    known = _Names(wanted | elsewhere | set(listing.others))
+    masks = {mask: image for image, mask in listing.masks.items()}
+    known = _Names(wanted | elsewhere | set(listing.others) | set(masks))
     bad = {os.path.relpath(skip.where, listing.root): skip for skip in listing.skipped}
     of: dict[str, list] = {}  # image -> [captions, whether a row has a caption field, fault or None]
     columns, seen, repeated = Counter(), {}, 0
@@ -33,6 +34,9 @@ def by_metadata(names: list[str], listing: Listing, counts: Counts) -> tuple[str
             counts.found += 1
             if name in listing.others:
                 wanted.add(name)
+            elif name in masks:  # with a row of its own it is an image
+                wanted.add(name)
+                del listing.masks[masks.pop(name)]
             else:
                 fault = (NO_IMAGE, f"{name!r}{known.nearest(name)}")
         elif fault is not None:

@@ -12,8 +12,8 @@ from ldm.errors import DataError
 SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 ALL = "all"  # as the split that is asked for: everything is read
-NEARLY_ALL = 0.95  # share of a set that has to lie in splits before they are taken for splits
-LEAST = 0.8  # share of a set that is used; with less the user has to choose
+NEARLY_ALL = 0.95  # share of a set that has to lie in splits, and in train, before train alone is read unasked
+LEAST = 0.8  # share of a set that a layout uses; with less the user has to choose
 
 
 class Choice(NamedTuple):
@@ -37,8 +37,8 @@ def split_of(name: str) -> str | None:
 def choose_split(sizes: Counter[str | None], asked: str | None, where: object) -> Choice:
     """The split to read of a set with so many images in each (None: in no split).
 
-    Without `asked` it is train, where nearly all lies in splits and train has most of it; where it does not, everything
-    is read, or there is a doubt. Raises DataError for a split that the set does not have.
+    Without `asked` it is train, where nearly all lies in it; else everything is read, or there is a doubt. Raises
+    DataError for a split that the set does not have.
     """
     known, total = sorted(filter(None, sizes)), sizes.total()
     if asked == ALL or (not known and asked in (None, "train")):
@@ -54,7 +54,7 @@ def choose_split(sizes: Counter[str | None], asked: str | None, where: object) -
     split = asked or "train"
     if split not in known:
         raise DataError(f"has no split {split!r}", where=where, hint=f"there is {', '.join(known) or 'none'}")
-    if asked is None and sizes[split] < LEAST * total:
+    if asked is None and sizes[split] < NEARLY_ALL * total:
         return Choice(split, doubt=_doubt(sizes, where))
     return Choice(split)
 
@@ -62,5 +62,5 @@ def choose_split(sizes: Counter[str | None], asked: str | None, where: object) -
 def _doubt(sizes: Counter[str | None], where: object) -> DataError:
     listed = ", ".join(f"{name or 'in no split'} {count}" for name, count in sizes.most_common())
     ways = [f"--split {name} uses {count}" for name, count in sizes.most_common() if name]
-    what = f"has splits, and none of them is nearly all: {listed} of {sizes.total()} images"
+    what = f"has splits, and nothing says which to read: {listed} of {sizes.total()} images"
     return DataError(what, where=where, hint=f"choose: {', '.join([*ways, f'--split {ALL} uses {sizes.total()}'])}")

@@ -6,6 +6,7 @@ import bisect
 import io
 import os
 from array import array
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,6 +113,7 @@ class _File:
         except (OSError, pa.ArrowException, ValueError) as error:
             raise DataError(f"is not a sound parquet file ({first_line(error)})", where=path) from None
         self.image_column, self.text_column = _image_column(schema), caption_column(schema.names)
+        self.rivals = rival_images(_image_columns(schema)[0], self.image_column)
         self.columns = schema.names
         rows = [group.num_rows for group in groups]
         self.rows = sum(rows)
@@ -126,16 +128,29 @@ class _None:
 
 
 def _image_column(schema) -> str | None:
-    """The first column of {"bytes", "path"}, else the column of bytes with a usual name of an image column."""
+    """The column of images: see `choose_image_column`."""
+    return choose_image_column(*_image_columns(schema))
+
+
+def _image_columns(schema) -> tuple[list[str], list[str]]:
+    """The columns of {"bytes", "path"}, and those of bytes."""
     import pyarrow as pa
 
-    for field in schema:
-        if pa.types.is_struct(field.type) and "bytes" in [
-            field.type.field(i).name for i in range(field.type.num_fields)
-        ]:
-            return field.name
-    plain = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
-    return next((name for usual in IMAGE_COLUMNS for name in plain if name.lower() == usual), None)
+    structs = [field for field in schema if pa.types.is_struct(field.type)]
+    images = [f.name for f in structs if "bytes" in [f.type.field(i).name for i in range(f.type.num_fields)]]
+    return images, [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+
+
+def choose_image_column(images: Sequence[str], plain: Sequence[str]) -> str | None:
+    """A usual name among the columns of images, else the first of these; else a usual name among columns of bytes."""
+    named = [name for usual in IMAGE_COLUMNS for name in images or plain if name.lower() == usual]
+    return next(iter([*named, *images]), None)
+
+
+def rival_images(images: Sequence[str], chosen: str | None) -> list[str]:
+    """A line about the other columns of images; [] where there is none."""
+    others = ", ".join(repr(name) for name in images if name != chosen)
+    return [f"images are read from {chosen!r}, not from {others}"] if chosen in images and others else []
 
 
 def count_images(path: Path) -> int:
@@ -171,7 +186,7 @@ def open_parquet(path: Path, root: Path, names: list[str]) -> ParquetSource:
     caption_columns = " and ".join(map(repr, columns)) or "no column"
     number = "one file" if len(files) == 1 else f"{len(files)} files"
     layout = f"parquet: {number}, images in {files[0].image_column!r}, captions in {caption_columns}"
-    counts.notes += rivals(files[0].columns)
+    counts.notes += rivals(files[0].columns) + files[0].rivals
     source = ParquetSource(path, root, layout, counts, files, rows)
     listed = ", ".join(map(repr, files[0].columns))
     what = f"holds no captions: the columns are {listed}"

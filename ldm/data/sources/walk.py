@@ -22,6 +22,8 @@ from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".ppm", ".exr", ".cr2", ".nef", ".dng")
+FOREIGN += (".arw", ".cr3", ".raf", ".orf", ".rw2", ".pef", ".srw", ".nrw", ".3fr", ".iiq")  # cameras' own
+FOREIGN += (".j2k", ".jpx", ".pgm", ".pnm", ".dds", ".hdr", ".avifs", ".heics", ".xcf", ".kra", ".clip", ".ai", ".eps")
 SYSTEM = ("lost+found",)  # folders of the file system, which may be unreadable
 MASK = "-mask.png"  # ends the name of the mask beside an image
 MOST = 100_000  # files that are looked at behind a link to a folder
@@ -59,15 +61,16 @@ def walk(folder: Path, exclude: Sequence[str] = ()) -> Listing:
     for entry, name in progress(_entries(listing), desc="files", unit="file"):
         _sort(listing, entry, name)
     check_excluded(listing.excluded, folder)
-    listing.masks = _masks_of(listing.images)
+    listing.masks = _masks_of(listing.images, listing.captions)
     aside = set(listing.masks.values())
     listing.images = [name for name in listing.images if name not in aside]
     return listing
 
 
-def _masks_of(names: list[str]) -> dict[str, str]:
-    """Image -> the file NAME-mask.png beside it, which is no image of its own."""
-    found = [name for name in names if name.endswith(MASK)]
+def _masks_of(names: list[str], captions: set[str]) -> dict[str, str]:
+    """Image -> the file NAME-mask.png beside it, which is no image of its own; with a caption of its own it is one."""
+    captioned = {name.rpartition(".")[0] for name in captions}
+    found = [name for name in names if name.endswith(MASK) and name.rpartition(".")[0] not in captioned]
     by_stem = {name.rpartition(".")[0]: name for name in names if not name.endswith(MASK)} if found else {}
     return {by_stem[stem]: name for name in found if (stem := name.removesuffix(MASK)) in by_stem}
 
