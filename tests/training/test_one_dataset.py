@@ -161,3 +161,26 @@ def test_masks_are_refused_where_they_mean_nothing(classes, parts, tmp_path, cap
         code = main(["train", f"emoji/{stage}", "-o", str(tmp_path / "run"), *words])
         error = capsys.readouterr().err
         assert code in (2, 3) and said in error and not (tmp_path / "run").exists(), error
+
+
+def test_images_of_an_autoencoder_too_have_the_same_weight_in_a_step(classes, tmp_path):
+    """The last batch of an epoch is smaller: a lone image would weigh as much as a whole batch."""
+    from ldm.training.data import read_images
+    from ldm.training.stages.autoencoder import open_stage
+
+    data = {"folder": str(classes), "resolution": 32, "square": True, "cache": "off", "held_out": 0.0}
+    given = {**AUTOENCODER, "data": data, "batch_size": 14, "accumulation": 3, "steps": 4, "crops": 1, "crop": 0}
+    (tmp_path / "stage.json").write_text(json.dumps(given))
+    settings = read_settings(tmp_path / "stage.json", [])
+    stage = open_stage(settings, tmp_path, read_images(settings.data))
+    batches = list(stage.batches(0))
+    sizes = [len(batch.pixels) for batch in batches]
+    assert len(batches) == 12 and len(set(sizes)) > 1
+    for step in range(4):
+        own = batches[3 * step : 3 * step + 3]
+        total = sum(len(batch.pixels) for batch in own)
+        assert all(abs(batch.weight / 3 / len(batch.pixels) - 1 / total) < 1e-12 for batch in own)
+    last = batches[sizes.index(min(sizes))]
+    assert stage.loss(last, 0, 0).item() == pytest.approx(
+        last.weight * stage.loss(last._replace(weight=1.0), 0, 0).item()
+    )

@@ -5,10 +5,11 @@ Shapes:  B samples of a batch   C, h, w latent channels, height, width   H, W im
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class PixelBatch:
     pixels: Tensor  # uint8 (B, 3, H, W) on the CPU
     ids: list[str]
     part: RowShard
+    weight: float = 1.0  # as a Batch's
 
 
 class ImageDataset:
@@ -109,10 +111,17 @@ class ImageDataset:
 
         Those of a step are made together, for each image has the same weight in it, whatever batch it is in.
         """
+        return self._of_steps(self.batch, first_step, steps, accumulation)
+
+    def pixel_batches(self, first_step: int, steps: int, accumulation: int) -> Iterator[PixelBatch]:
+        """As `batches`, of `pixels`."""
+        return self._of_steps(self.pixels, first_step, steps, accumulation)
+
+    def _of_steps(self, make: Callable[[int], Any], first_step: int, steps: int, accumulation: int) -> Iterator[Any]:
         try:
             for step in range(first_step, steps):
                 numbers = range(step * accumulation, (step + 1) * accumulation)
-                yield from weighed([self.batch(number) for number in numbers])
+                yield from weighed([make(number) for number in numbers])
         finally:
             self.close()
 
@@ -163,7 +172,7 @@ class ImageDataset:
         return tuple(tensors.get(name) for name in EMBEDDED)
 
 
-def weighed(batches: Sequence[Batch]) -> list[Batch]:
+def weighed(batches: Sequence[Any]) -> list[Any]:
     """The batches of a step with their weights: their mean is the mean of all samples, not of the batches."""
     sizes = [batch.part.size for batch in batches]
     if len(set(sizes)) == 1:

@@ -31,6 +31,7 @@ class Crops(NamedTuple):
 
     pixels: Tensor  # (B, 3, H, W) in [-1, 1]
     part: RowShard
+    weight: float = 1.0  # of their mean loss in that of the step's batches, where these differ in size
 
 
 def open_stage(settings: AutoencoderSettings, out: Path, images: ImageSet | PreparedSet | SceneSet) -> Autoencoder:
@@ -59,17 +60,16 @@ class Autoencoder:
 
     def batches(self, first_step: int) -> Iterator[Crops]:
         s = self.settings
-        with closing(self.data):
-            for number in range(first_step * s.accumulation, s.steps * s.accumulation):
+        with closing(self.data.pixel_batches(first_step, s.steps, s.accumulation)) as batches:
+            for number, batch in enumerate(batches, first_step * s.accumulation):
                 step, micro = divmod(number, s.accumulation)
-                batch = self.data.pixels(number)
                 pixels, part = batch.pixels, batch.part
                 if s.crop and step < s.crop_until * s.steps:
                     pixels, part = random_crops(pixels, part, s.crop, s.crops, s.seed, step, micro)
-                yield Crops(to_float(pixels.to(self.device)), part)
+                yield Crops(to_float(pixels.to(self.device)), part, batch.weight)
 
     def loss(self, batch: Crops, step: int, micro: int) -> Tensor:
-        s, (x, part) = self.settings, batch
+        s, (x, part, weight) = self.settings, batch
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.module.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -77,7 +77,7 @@ class Autoencoder:
         y = self.module.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         loss = s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl
-        return part.mean(loss)
+        return weight * part.mean(loss)
 
     @torch.no_grad()
     def validate(self, ema: nn.Module, step: int) -> dict[str, float]:

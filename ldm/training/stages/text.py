@@ -109,7 +109,7 @@ class Text:
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         s, loss = self.settings, batch.latents.new_zeros(())
         if s.contrast:
-            loss = s.contrast * self.module(self._trimmed(self._tokens(batch.captions)), batch.latents)
+            loss = batch.weight * s.contrast * self.module(self._trimmed(self._tokens(batch.captions)), batch.latents)
         if self.terms:
             told = self.terms.batch(step * s.accumulation + micro)
             loss = loss + self.terms.loss(self.module.text, self.module.readers, told, self.device)
