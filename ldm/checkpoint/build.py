@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +14,44 @@ from ldm.errors import LdmError, ModelError
 if TYPE_CHECKING:
     import torch
 
-    from ldm.nn.text import ClipText, T5Text, TextEncoder
-    from ldm.nn.unet import UNetConfig
+    from ldm.diffusion.schedule import Schedule
+    from ldm.nn.mmdit import MMDiT, MMDiTConfig
+    from ldm.nn.text import ClipText, FlowText, T5Text, TextEncoder
+    from ldm.nn.unet import UNet, UNetConfig
     from ldm.nn.vae import VAE
 
 PREFIX = "text_model."  # of CLIP's keys in files; transformers 5 leaves it out of CLIPTextModel
 TIED = "encoder.embed_tokens.weight"  # T5's second name for shared.weight
 
 
-def unet_config(layout: Layout) -> UNetConfig:
-    """The settings in `unet/config.json`. Raises ModelError for unsupported ones."""
-    from ldm.nn.unet import UNetConfig
+def network_config(layout: Layout) -> UNetConfig | MMDiTConfig:
+    """The settings in the `config.json` of `unet` or `transformer`. Raises ModelError for unsupported ones."""
+    from ldm.nn.mmdit_config import MMDiTConfig
+    from ldm.nn.unet_config import UNetConfig
 
-    where = layout.folder / "unet/config.json"
-    return _checked(lambda: UNetConfig.from_diffusers(layout.configs["unet"], where), where)
+    where, config = layout.folder / layout.network / "config.json", layout.configs[layout.network]
+    kind = UNetConfig if layout.network == "unet" else MMDiTConfig
+    return _checked(lambda: kind.from_diffusers(config, where), where)
+
+
+def load_network(config: UNetConfig | MMDiTConfig, state: Mapping[str, torch.Tensor], where: object) -> UNet | MMDiT:
+    """The network of these settings with these tensors. Raises ModelError where they do not fit."""
+    from ldm.nn.mmdit import MMDiTConfig, load_mmdit
+    from ldm.nn.unet import load_unet
+
+    return load_mmdit(config, state, where) if isinstance(config, MMDiTConfig) else load_unet(config, state, where)
+
+
+def schedule_of(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> Schedule:
+    """The schedule of scheduler_config.json and the network's config.json: FLUX has steps of its own. ModelError."""
+    from ldm.diffusion.diffusers_config import read_scheduler
+    from ldm.nn.mmdit_config import FLUX, SD3
+
+    schedule, name = read_scheduler(dict(scheduler)), network.get("_class_name")
+    if name in (SD3, FLUX) and schedule.whole_timesteps:
+        what = f"{scheduler.get('_class_name')} does not go with a flow transformer"
+        raise ModelError(what, where="scheduler_config.json", hint="FlowMatchEulerDiscreteScheduler does")
+    return dataclasses.replace(schedule, spacing="trailing") if name == FLUX else schedule
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
@@ -40,6 +65,8 @@ def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]])
     """The folder's text encoders with these tensors (component -> name -> tensor) and tokenizers. Raises ModelError."""
     from ldm.nn.text import XLText
 
+    if layout.network == "transformer":
+        return _flow_text(layout, states)
     if layout.text_class("text_encoder") in T5:
         config, where = layout.configs["text_encoder"], layout.folder / "text_encoder"
         return t5_text(config, states["text_encoder"], layout.tokenizer("text_encoder"), where)
@@ -48,6 +75,21 @@ def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]])
         return first
     zero_empty = bool(layout.index.get("force_zeros_for_empty_prompt", True))
     return _checked(lambda: XLText(first, *more, zero_empty), layout.folder)
+
+
+def _flow_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]]) -> FlowText:
+    from ldm.nn.text import FlowText
+    from ldm.nn.text.flow import DEV_TOKENS, SCHNELL_TOKENS, SD3_TOKENS
+
+    config: Any = network_config(layout)
+    parts = {part: layout.text_class(part) in T5 for part in layout.texts()}
+    clips = [_build_clip(layout, part, states[part]) for part, t5 in parts.items() if not t5]
+    t5 = None
+    for part in (part for part, is_t5 in parts.items() if is_t5):
+        t5 = t5_text(layout.configs[part], states[part], layout.tokenizer(part), layout.folder / part)
+    tokens = SD3_TOKENS if not config.is_flux else DEV_TOKENS if config.guidance_embeds else SCHNELL_TOKENS
+    first, second = clips if len(clips) > 1 else (*clips, None)
+    return _checked(lambda: FlowText(first, second, t5, config.text_width, tokens), layout.folder)
 
 
 def _build_clip(layout: Layout, part: str, state: Mapping[str, torch.Tensor]) -> ClipText:
@@ -119,6 +161,11 @@ def t5_text(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokeni
 def text_widths(layout: Layout) -> tuple[int, int | None]:
     """Widths of the text's states and of the pooled text, from the configs; T5 has no pooled text."""
     configs = [layout.configs[part] for part in layout.texts()]
+    if layout.network == "transformer":
+        t5 = [layout.configs[part] for part in layout.texts() if layout.text_class(part) in T5]
+        clips = configs[: len(configs) - len(t5)]
+        pooled = sum(one.get("projection_dim" if len(clips) > 1 else "hidden_size", 512) for one in clips)
+        return t5[0].get("d_model", 512) if t5 else network_config(layout).text_width, pooled
     if layout.text_class("text_encoder") in T5:
         return configs[0].get("d_model", 512), None
     widths = [config.get("hidden_size", 512) for config in configs]  # defaults are CLIPTextConfig's
@@ -140,18 +187,22 @@ def named_as(state: Mapping[str, torch.Tensor], known: Container[str]) -> dict[s
     return named
 
 
-def check_fit(config: UNetConfig, channels: int, width: int, where: object, pooled: int | None = None) -> None:
-    """Raise ModelError unless the U-Net fits a VAE's latent `channels` and the widths of text and pooled text."""
-    widths = {"text": (config.cross_attention_dim, width)}
-    if config.addition_embed_type == "text_time" and pooled is not None:
-        expected = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        widths["pooled text"] = (expected, pooled)
-    for name, (wanted, given) in widths.items():
+def check_fit(
+    config: UNetConfig | MMDiTConfig, channels: int, width: int, where: object, pooled: int | None = None
+) -> None:
+    """Raise ModelError unless the network fits a VAE's latent `channels` and the widths of text and pooled text."""
+    unet = hasattr(config, "cross_attention_dim")
+    name = "the U-Net" if unet else "the transformer"
+    widths = {"text": (config.text_width, width)}
+    if pooled is not None and config.pooled_width is not None:
+        widths["pooled text"] = (config.pooled_width, pooled)
+    for what, (wanted, given) in widths.items():
         if wanted != given:
-            raise ModelError(f"the U-Net is for {name} of width {wanted}, this one has {given}", where=where)
-    if config.out_channels != channels or config.in_channels not in (channels, 2 * channels + 1):
+            raise ModelError(f"{name} is for {what} of width {wanted}, this one has {given}", where=where)
+    if config.out_channels != channels or config.in_channels not in (channels, (2 * channels + 1) * unet):
         shape = f"{config.in_channels} channels in, {config.out_channels} out"
-        raise ModelError(f"the U-Net has {shape}, the VAE {channels} latent channels", where=where)
+        hint = None if unet else "FLUX's Fill, Canny and Depth models are not supported"
+        raise ModelError(f"{name} has {shape}, the VAE {channels} latent channels", where=where, hint=hint)
 
 
 def read_part(

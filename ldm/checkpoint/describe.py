@@ -21,9 +21,10 @@ from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
 from ldm.diffusion.diffusers_config import read_scheduler, read_stepping
 from ldm.diffusion.schedule import Schedule
-from ldm.errors import ModelError
+from ldm.errors import ConfigError, ModelError
 from ldm.files import sha256
-from ldm.nn.text import TextEncoder
+from ldm.nn.mmdit_config import MMDiTConfig
+from ldm.nn.text import TextEncoder, reads_with_t5
 from ldm.nn.unet_config import UNetConfig
 
 LARGE = 1 << 30  # bytes from which on hashing shows a bar
@@ -36,16 +37,31 @@ class ModelInfo:
 
     name: str  # "default", a folder's or file's name, a hub id
     path: Path | None  # the folder or file; None for a model made in memory
-    unet: UNetConfig
+    unet: UNetConfig | MMDiTConfig  # of the network that denoises
     schedule: Schedule
     latent_channels: int
     factor: int  # pixels per latent
-    clip_layers: tuple[int, ...]  # of each of CLIP's text encoders; () for T5
+    clip_layers: tuple[int, ...]  # of each of CLIP's text encoders; () where T5's states alone are read
     card: Mapping[str, Any]  # its defaults: sampler, num_inference_steps, guidance_scale, spacing
     hash: str = ""  # of the loaded model; "" unless it was asked for
     notes: tuple[str, ...] = ()  # what of its settings ours replace, and whether it was made for few steps
     doubts: tuple[str, ...] = ()  # what its name says and nothing inside
     few: few_steps.Sampling | None = None  # how it, or a LoRA, wants to be drawn with where it was made for few steps
+    t5: bool = False  # whether T5 reads the prompts, alone or beside CLIP
+
+    @property
+    def transformer(self) -> MMDiTConfig | None:
+        """The settings of a flow transformer (SD3, FLUX); None for a U-Net."""
+        return self.unet if isinstance(self.unet, MMDiTConfig) else None
+
+    @property
+    def multiple(self) -> int:
+        """What divides height and width: pixels per latent, times the transformer's patch size."""
+        return self.factor * (self.transformer.patch_size if self.transformer else 1)
+
+    def tokens(self, height: int, width: int) -> int | None:
+        """How many tokens an image of so many pixels is for the transformer; None for a U-Net."""
+        return (height // self.multiple) * (width // self.multiple) if self.transformer else None
 
 
 def describe(
@@ -71,19 +87,24 @@ def describe(
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
         configs, card, header = layout.configs, layouts.read_card(path), {}
-        unet, schedule = build.unet_config(layout), read_scheduler(dict(configs["scheduler"]))
+        unet, schedule = (
+            build.network_config(layout),
+            build.schedule_of(configs["scheduler"], configs[layout.network]),
+        )
+    if override is not None and isinstance(unet, MMDiTConfig):
+        raise ConfigError("a flow transformer predicts the flow", where="prediction_type", hint="leave it out")
     if override is not None:
         schedule = dataclasses.replace(schedule, prediction_type=override)
     vae_config = configs.get("vae", {}) if vae is None else vae_settings(resolve(vae, weights=hashed))
     stepping, note = read_stepping(configs["scheduler"])
     drawing = _drawing_settings(layouts.card_settings(card or ""))
     found = None
-    if not drawing and name != "default":
+    if not drawing and name != "default" and "unet" in configs:
         found = few_steps.of_model(name, configs["scheduler"], configs["unet"], header)
     few = found.sampling if found else None
     notes = [line for line in (note, found and not found.doubtful and found.line) if line]
-    t5 = configs["text_encoder"].get("model_type") == "t5"
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
+    clips = [config for config in texts if config.get("model_type") != "t5"]
     return ModelInfo(
         name=name,
         path=path.resolve(),
@@ -91,13 +112,27 @@ def describe(
         schedule=schedule,
         latent_channels=vae_config.get("latent_channels", 4),
         factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
-        clip_layers=() if t5 else tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in texts),
-        card={**stepping, **(few.defaults if few else {}), **drawing},
+        clip_layers=tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in _skippable(unet, clips)),
+        card={**_usual(unet), **stepping, **(few.defaults if few else {}), **drawing},
         hash=_hash(path, skip) if hashed else "",
         notes=tuple(notes),
         doubts=(found.line,) if found and found.doubtful else (),
         few=few,
+        t5=len(clips) < len(texts),
     )
+
+
+def _skippable(unet: UNetConfig | MMDiTConfig, clips: list[Any]) -> list[Any]:
+    """The CLIP encoders whose states are read: none of FLUX."""
+    return [] if isinstance(unet, MMDiTConfig) and unet.is_flux else clips
+
+
+def _usual(config: UNetConfig | MMDiTConfig) -> Mapping[str, Any]:
+    """What a flow transformer's pages say: of SD3, FLUX.1-dev and FLUX.1-schnell."""
+    if not isinstance(config, MMDiTConfig):
+        return {}
+    scale, steps = (7.0, 28) if not config.is_flux else (3.5, 28) if config.guidance_embeds else (1.0, 4)
+    return {"sampler": "euler", "guidance_scale": scale, "num_inference_steps": steps}
 
 
 def _of_single(path: Path, override: str | None, skip: tuple[str, ...]) -> tuple[Any, ...]:
@@ -126,9 +161,19 @@ def text_without_weights(model: str | os.PathLike | Model, prediction_type: str 
 
 
 def _of_loaded(model: Model) -> ModelInfo:
-    vae, unet, card = model.vae, model.unet.config, _drawing_settings(model.info)
-    channels, layers = vae.latent_channels, model.text.clip_layers
-    return ModelInfo(model.name, model.path, unet, model.schedule, channels, vae.factor, layers, card, hash=model.hash)
+    vae, unet = model.vae, model.unet.config
+    return ModelInfo(
+        name=model.name,
+        path=model.path,
+        unet=unet,
+        schedule=model.schedule,
+        latent_channels=vae.latent_channels,
+        factor=vae.factor,
+        clip_layers=model.text.clip_layers,
+        card={**_usual(unet), **_drawing_settings(model.info)},
+        hash=model.hash,
+        t5=reads_with_t5(model.text),
+    )
 
 
 def _drawing_settings(card: Mapping[str, Any]) -> Mapping[str, Any]:

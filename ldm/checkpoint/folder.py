@@ -29,6 +29,9 @@ T5_MODULE = ["ldm.nn.text", "T5Text"]  # in model_index.json; its StableDiffusio
 T5_LAYOUT = "diffusers layout, our class: diffusers has no pipeline for T5 with this U-Net"
 ONE = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TWO = (*ONE, "text_encoder_2", "tokenizer_2")
+FLUX = ("transformer", *TWO[1:])
+SD3 = (*FLUX, "text_encoder_3", "tokenizer_3")
+OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3's T5: both or none
 PIPELINES = {  # what is supported, and the components of each
     "StableDiffusionPipeline": ONE,
     "StableDiffusionImg2ImgPipeline": ONE,
@@ -39,20 +42,31 @@ PIPELINES = {  # what is supported, and the components of each
     "StableDiffusionXLImg2ImgPipeline": TWO,
     "StableDiffusionXLInpaintPipeline": TWO,
     T5_PIPELINE: ONE,
+    "StableDiffusion3Pipeline": SD3,
+    "StableDiffusion3Img2ImgPipeline": SD3,
+    "StableDiffusion3InpaintPipeline": SD3,
+    "FluxPipeline": FLUX,
+    "FluxImg2ImgPipeline": FLUX,
+    "FluxInpaintPipeline": FLUX,
 }
 T5 = ("T5EncoderModel", T5_MODULE[1])
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 CLASSES = {  # what each component may be
     "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel"),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", *T5),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", T5[0]),
+    "text_encoder_3": (T5[0],),
+    "tokenizer": (*CLIP_TOKENIZERS, *T5_TOKENIZERS),
+    "tokenizer_2": (*CLIP_TOKENIZERS, *T5_TOKENIZERS),
+    "tokenizer_3": T5_TOKENIZERS,
     "scheduler": (),  # the schedule reads its settings and refuses what it does not know
 }
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # named in Model.info, not loaded
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-STEMS |= {"text_encoder": "model", "text_encoder_2": "model"}
+STEMS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
+STEMS |= dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), "model")
 CONFIGS = {**dict.fromkeys(STEMS, "config.json"), "scheduler": "scheduler_config.json"}
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WORDS = "words.json"  # ours: the words that the text encoder was trained on
@@ -61,8 +75,8 @@ OTHER_TOWERS = ("vision_model.", "visual_projection.", "logit_scale")  # of CLIP
 OTHERS = {  # pipelines that people will bring, by a part of their class name
     "ControlNet": "ControlNet",
     "XL": "this kind of Stable Diffusion XL",
-    "Diffusion3": "Stable Diffusion 3",
-    "Flux": "FLUX",
+    "Diffusion3": "this kind of Stable Diffusion 3",
+    "Flux": "this kind of FLUX",
 }
 
 
@@ -107,6 +121,11 @@ class Layout:
             return [*names, "config.json"]
         return [*names, *(f"{part}/{CONFIGS[part]}" for part in self.configs), *([INDEX] if self.index else ())]
 
+    @property
+    def network(self) -> str:
+        """The component that denoises: unet or transformer."""
+        return "transformer" if "transformer" in self.configs else "unet"
+
     def texts(self) -> list[str]:
         """The text encoders in their order."""
         return [part for part in self.weights if part.startswith("text_encoder")]
@@ -137,7 +156,8 @@ def read_layout(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
 def read_configs(folder: Path, skip: tuple[str, ...] = ()) -> Layout:
     """The layout of a model folder whose weights may not be there: its settings alone. Raises ModelError."""
     index = check_index(folder)
-    parts = [part for part in PIPELINES[index["_class_name"]] if part not in skip]
+    absent = [part for part in OPTIONAL if not _named(index, part)]
+    parts = [part for part in PIPELINES[index["_class_name"]] if part not in (*skip, *absent)]
     configs = {part: read_json(folder / part / CONFIGS[part]) for part in parts if part in CONFIGS}
     return Layout(folder, index, configs, {}, {})
 
@@ -169,9 +189,14 @@ def check_index(folder: Path) -> dict[str, Any]:
         name = value[-1] if value and isinstance(value[-1], str) else str(value)
         if part not in components or (CLASSES[part] and name not in CLASSES[part]):
             raise ModelError(f"the component {part} ({name}) is not supported", where=where)
-    if missing := [part for part in components if index.get(part) in (None, [None, None])]:
+    optional = OPTIONAL if not any(_named(index, part) for part in OPTIONAL) else ()
+    if missing := [part for part in components if part not in optional and not _named(index, part)]:
         raise _incomplete(index, missing, where)
     return index
+
+
+def _named(index: Mapping[str, Any], part: str) -> bool:
+    return index.get(part) not in (None, [None, None])
 
 
 def vae_layout(folder: Path) -> Layout:
@@ -334,10 +359,13 @@ def index_for(pipeline: str, texts: Mapping[str, Any], scheduler_class: str) -> 
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "scheduler": ["diffusers", scheduler_class],
-        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         **texts,
     }
+    if "transformer" in PIPELINES[pipeline]:
+        index["transformer"] = ["diffusers", CLASSES["transformer"][pipeline.startswith("Flux")]]
+    else:
+        index["unet"] = ["diffusers", "UNet2DConditionModel"]
     if PIPELINES[pipeline] is ONE:
         index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
     return dict(sorted(index.items()))

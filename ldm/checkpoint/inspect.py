@@ -23,12 +23,15 @@ from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_jso
 from ldm.checkpoint.single.header import KEY
 from ldm.checkpoint.single.names import UNET
 from ldm.errors import ModelError
+from ldm.nn.mmdit_config import FLUX, SD3, MMDiTConfig
 
 SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 UNKNOWN_FAMILY = "sizes of no known family"
 COMPONENTS = {  # class in a component's config.json -> (kind, the component's name)
     "AutoencoderKL": ("autoencoder", "vae"),
     "UNet2DConditionModel": ("U-Net", "unet"),
+    SD3: ("flow transformer", "transformer"),
+    FLUX: ("flow transformer", "transformer"),
     "CLIPTextModel": ("text encoder", "text_encoder"),
     "CLIPTextModelWithProjection": ("text encoder", "text_encoder"),
     "T5EncoderModel": ("text encoder", "text_encoder"),
@@ -87,26 +90,32 @@ def _model(layout: layouts.Layout) -> dict[str, Any]:
     parts = {part: _part(tensors[part].values(), layout.index[part][-1]) for part in tensors}
     named = [path.name for paths in layout.weights.values() for path in paths]
     variant = " (fp16 variant)" if any(".fp16." in name or ".fp16-" in name for name in named) else ""
-    scheduler, unet = layout.configs["scheduler"], layout.configs["unet"]
-    family = _family({name: tensor.shape for name, tensor in tensors["unet"].items()}, layout.folder)
+    scheduler, unet = layout.configs["scheduler"], layout.configs[layout.network]
+    family = _family({name: tensor.shape for name, tensor in tensors[layout.network].items()}, layout.folder)
     if layout.text_class("text_encoder") in layouts.T5:
         family = None
     card = layouts.card_settings(layouts.read_card(layout.folder) or "")
     return {
         "kind": "model",
         "format": f"{layout.index['_class_name']} folder{variant}",
-        **_named(family),
+        **(_named(family) if layout.network == "unet" else _flow_family(unet)),
         "prediction_type": "flow" if _flow(scheduler) else scheduler.get("prediction_type", "epsilon"),
         **_sizes(unet, layout.configs["vae"]),
         **_total(parts),
         "manifest": bool(layout.manifest),
-        **({} if "ldm" in card else _few_steps(few_steps.of_model(layout.folder.resolve().name, scheduler, unet, {}))),
+        **(
+            {}
+            if "ldm" in card or layout.network != "unet"
+            else _few_steps(few_steps.of_model(layout.folder.resolve().name, scheduler, unet, {}))
+        ),
         "metadata": {key: value for key, value in card.items() if isinstance(value, str | int | float | dict)},
         "unapplied": [],
     }
 
 
 def _flow(scheduler: Mapping[str, Any]) -> bool:
+    if str(scheduler.get("_class_name")).startswith("FlowMatch"):
+        return True
     return bool(scheduler.get("use_flow_sigmas")) or scheduler.get("prediction_type") == "flow_prediction"
 
 
@@ -123,6 +132,8 @@ def _component(folder: Path) -> dict[str, Any]:
     info = {"kind": kind, "format": f"{name} folder"}
     if part == "unet":
         info |= _named(_family({name: tensor.shape for name, tensor in tensors.items()}, folder))
+    if part == "transformer":
+        info |= _flow_family(config)
     if part == "vae":
         info |= {key: config[key] for key in ("latent_channels", "scaling_factor", "shift_factor") if config.get(key)}
     if part == "text_encoder":
@@ -281,8 +292,19 @@ def _named(family: Family | None) -> dict[str, Any]:
     return {"family": family and family.name, "title": family.title if family else UNKNOWN_FAMILY}
 
 
+def _flow_family(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    config = MMDiTConfig.from_diffusers(transformer)
+    if config.is_flux:
+        name = "dev" if config.guidance_embeds else "schnell"
+        return {"family": f"flux-{name}", "title": f"FLUX.1 ({name})"}
+    return {"family": "sd35" if config.qk_norm else "sd3", "title": f"Stable Diffusion 3{'.5' * config.qk_norm}"}
+
+
 def _sizes(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
     factor, side = 2 ** (len(vae.get("block_out_channels", [0])) - 1), unet.get("sample_size")
+    if "joint_attention_dim" in unet:
+        config = MMDiTConfig.from_diffusers(unet)
+        side, unet = config.sample_size, {"cross_attention_dim": config.text_width, "in_channels": config.in_channels}
     return {
         "resolution": side * factor if isinstance(side, int) else None,
         "cross_attention_dim": unet.get("cross_attention_dim"),

@@ -178,20 +178,19 @@ def card_of(model: Model) -> str | None:
 
 def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) -> Model:
     """Settings, checks, then weights, part by part; without the autoencoder where another one replaces it."""
-    from ldm.diffusion.diffusers_config import read_scheduler, read_stepping
-    from ldm.nn.unet import load_unet
+    from ldm.diffusion.diffusers_config import read_stepping
 
     layout = layouts.read_layout(folder, skip=("vae",) if vae_path else ())
     digests = layouts.check_settings(layout)
-    schedule = read_scheduler(dict(layout.configs["scheduler"]))
+    schedule = build.schedule_of(layout.configs["scheduler"], layout.configs[layout.network])
     vae_config = vae_settings(vae_path) if vae_path else layout.configs["vae"]
     width, pooled = build.text_widths(layout)
-    config = build.unet_config(layout)
+    config = build.network_config(layout)
     build.check_fit(config, vae_config.get("latent_channels", 4), width, folder, pooled)
     total = sum(path.stat().st_size for part in layout.weights for path in layout.shards(part))
     with progress(total=total, desc=f"loading {name}", unit="B", disable=total < 1 << 30) as bar:
         state = {part: build.read_part(layout, part, dtype, device, digests, bar.update) for part in layout.weights}
-    unet = load_unet(config, state.pop("unet"), folder / "unet")
+    unet = build.load_network(config, state.pop(layout.network), folder / layout.network)
     text = build.build_text(layout, {part: state.pop(part) for part in layout.texts()})
     vae = None if vae_path else build.build_vae(layout.configs["vae"], state.pop("vae"), folder / "vae")
     for module in (unet, *text.modules, *(() if vae is None else (vae.module,))):

@@ -132,5 +132,7 @@ def load_unet_from(folder: Path) -> UNet:
     from ldm.nn.unet import load_unet
 
     layout = layouts.read_layout(folder)
+    if layout.network != "unet":
+        raise ModelError("has a flow transformer and no U-Net", where=folder)
     state = build.read_part(layout, "unet", torch.float32, torch.device("cpu"), {})
-    return load_unet(build.unet_config(layout), state, folder / "unet")
+    return load_unet(build.network_config(layout), state, folder / "unet")

@@ -21,6 +21,7 @@ from ldm.files import atomic_folder, require_space, write_manifest
 if TYPE_CHECKING:
     import torch
 
+    from ldm.nn.mmdit import MMDiT
     from ldm.nn.text import ClipText, T5Text, TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
@@ -62,7 +63,7 @@ def save_model(
     modules = (model.unet, model.vae.module, *model.text.modules)
     require_space(folder, sum(p.numel() for m in modules for p in m.parameters()) * dtype.itemsize + 10_000_000)
     with atomic_folder(folder) as new:
-        write_unet(model.unet, new, dtype, limit, advance)
+        write_network(model.unet, new, dtype, limit, advance)
         write_vae(model.vae, new, dtype, limit, advance)
         write_text(model.text, new, dtype, limit, advance)
         scheduler = write_scheduler(model.schedule)
@@ -76,9 +77,11 @@ def save_model(
 
 def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
     """Suffix of the folder's name -> encoder. Raises ModelError for open_clip's encoders."""
-    from ldm.nn.text import OpenClipText, XLText
+    from ldm.nn.text import FlowText, OpenClipText, XLText
 
     texts = {"": text.first, "_2": text.second} if isinstance(text, XLText) else {"": text}
+    if isinstance(text, FlowText):
+        texts = dict(zip(("", "_2", "_3"), text.encoders))
     if any(isinstance(encoder, OpenClipText) for encoder in texts.values()):
         hint = "load the text encoder in transformers' form, as Stable Diffusion's folders have it"
         raise ModelError("a text encoder of open_clip cannot be saved", hint=hint)
@@ -87,18 +90,22 @@ def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
 
 def _index(model: Model, scheduler: str) -> dict[str, Any]:
     """model_index.json; the text encoders and the U-Net's inputs decide the pipeline."""
-    from ldm.nn.text import T5Text, XLText
+    from ldm.nn.text import FlowText, T5Text, XLText
 
     if isinstance(model.text, T5Text):
         texts = {"text_encoder": layouts.T5_MODULE, "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
         return layouts.index_for(layouts.T5_PIPELINE, texts, scheduler)
     pipeline, texts = "StableDiffusion", {}
+    if isinstance(model.text, FlowText):
+        pipeline = "Flux" if model.text.is_flux else "StableDiffusion3"
+        texts = {} if model.text.is_flux else {part: [None, None] for part in layouts.OPTIONAL}
     if isinstance(model.text, XLText):
         pipeline, texts = "StableDiffusionXL", {"force_zeros_for_empty_prompt": model.text.zero_empty}
     inpainting = model.unet.config.in_channels != model.vae.latent_channels
     for suffix, text in encoders(model.text).items():
         texts[f"text_encoder{suffix}"] = ["transformers", type(text.model).__name__]
-        texts[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
+        kind = "PreTrainedTokenizerFast" if isinstance(text, T5Text) else "CLIPTokenizer"
+        texts[f"tokenizer{suffix}"] = ["transformers", kind]
     return layouts.index_for(pipeline + ("InpaintPipeline" if inpainting else "Pipeline"), texts, scheduler)
 
 
@@ -108,11 +115,16 @@ def refuse_foreign(folder: Path) -> None:
         raise ModelError("exists and is no model", where=folder, hint="choose a new folder")
 
 
-def write_unet(unet: UNet, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:
-    """`unet/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
-    config = {**unet.config.to_diffusers(), "_diffusers_version": version("diffusers")}
-    layouts.write_json(folder / "unet" / "config.json", config)
-    write_shards(folder / "unet", layouts.STEMS["unet"], unet.state_dict(), dtype, limit, advance)
+def write_network(
+    network: UNet | MMDiT, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent
+) -> None:
+    """`unet/` or `transformer/` in `folder`: config.json and weights in shards of at most `limit` bytes."""
+    from ldm.nn.mmdit import MMDiT
+
+    part = "transformer" if isinstance(network, MMDiT) else "unet"
+    config = {**network.config.to_diffusers(), "_diffusers_version": version("diffusers")}
+    layouts.write_json(folder / part / "config.json", config)
+    write_shards(folder / part, layouts.STEMS[part], network.state_dict(), dtype, limit, advance)
 
 
 def write_vae(vae: VAE, folder: Path, dtype: torch.dtype, limit: int, advance: Advance = silent) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.diffusion.schedule import Schedule
+    from ldm.nn.mmdit import MMDiT
     from ldm.nn.text import TextEncoder
     from ldm.nn.unet import UNet
     from ldm.nn.vae import VAE
@@ -32,7 +33,7 @@ def check_prediction_type(value: str | None) -> str | None:
 class Model:
     """What an image needs: three networks and their schedule. All who load it share it: never change it in place."""
 
-    unet: UNet
+    unet: UNet | MMDiT  # the network that denoises: MMDiT for SD3 and FLUX
     vae: VAE
     text: TextEncoder
     schedule: Schedule

@@ -99,6 +99,7 @@ DRAWING = [
     Option("spacing", "NAME", "trailing, karras, …: see --help-samplers (the model's)"),
     Option("timesteps", "N,N,…", "the timesteps themselves, descending, instead of a spacing", {"type": _numbers}),
     Option("sigmas", "X,X,…", "or the sigmas", {"type": _numbers}),
+    Option("true_cfg_scale", "X", "of FLUX: guidance with the negative prompt (1: none)", FLOAT),
     Option("eta", "X", "0 to 1: the noise of samplers that add as much as they are told to", FLOAT),
     Option("clip_skip", "N", "layers of CLIP to leave out; 1 is A1111's 'Clip skip: 2' (0)", INT),
     Option("emphasis", "NAME", "how (word:1.3) acts: original or no_norm (original)", {"default": "original"}),

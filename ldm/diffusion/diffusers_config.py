@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule import Schedule, SizeShift
 from ldm.errors import ConfigError, ModelError, nearest
 
 WHERE = "scheduler_config.json"
@@ -19,6 +19,7 @@ CLASSES = (
     *("LCMScheduler", "TCDScheduler", "SASolverScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler"),
     *("DDPMParallelScheduler", "DPMSolverMultistepInverseScheduler"),
 )
+FLOW_MATCH = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")  # of SD3 and FLUX
 NEW_WAYS = ("LCMScheduler", "TCDScheduler", "SASolverScheduler")  # distilled or other: never taken for our default
 LINSPACE_BY_DEFAULT = ("Euler", "Heun", "LMS", "KDPM2", "DPMSolver", "DEIS", "UniPC")  # the others: leading
 
@@ -79,6 +80,13 @@ NAMES = {  # diffusers' -> ours
     "steps_offset": "steps_offset",
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
 }
+SIZE_SHIFT = {  # FlowMatchEulerDiscreteScheduler's -> SizeShift's
+    "base_image_seq_len": "tokens",
+    "base_shift": "shift",
+    "max_image_seq_len": "most_tokens",
+    "max_shift": "most_shift",
+}
+FLOW_MATCH_KEYS = ("num_train_timesteps", "shift", "use_dynamic_shifting", "time_shift_type", *SIZE_SHIFT)
 FLOW = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
@@ -114,6 +122,8 @@ def read_stepping(config: Mapping[str, Any]) -> tuple[dict[str, str], str | None
     {} for a config that asks for nothing of its own: which sampler runs is our choice then.
     """
     name = config.get("_class_name", "DDIMScheduler")
+    if name in FLOW_MATCH:
+        return {"sampler": "euler" if name == FLOW_MATCH[0] else "heun_flow"}, None
     special = {key: config[key] for key in STEPPING if key in config and config[key] not in STEPPING[key]}
     if not special and name not in NEW_WAYS:
         return {}, None
@@ -135,6 +145,8 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
 
     ModelError names a class or a setting that is not supported, or a combination that is not possible.
     """
+    if config.get("_class_name") in FLOW_MATCH:
+        return _flow_match(config)
     _check(config)
     name = config.get("_class_name", "DDIMScheduler")
     prediction, flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
@@ -154,12 +166,49 @@ def read_scheduler(config: Mapping[str, Any]) -> Schedule:
         raise ModelError(str(error), where=WHERE) from error
 
 
+def _flow_match(config: Mapping[str, Any]) -> Schedule:
+    """Schedule of SD3's and FLUX's schedulers; steps are spaced as SD3's pipeline does until the model is known."""
+    for key, value in config.items():
+        if not (key.startswith("_") or key in FLOW_MATCH_KEYS or value is None or value is False):
+            raise _refuse(key, value)
+    by_size = None
+    try:
+        if config.get("use_dynamic_shifting"):
+            given = {ours: config[key] for key, ours in SIZE_SHIFT.items() if config.get(key) is not None}
+            by_size = SizeShift(**given, linear=config.get("time_shift_type") == "linear")
+        return Schedule(
+            prediction_type="flow",
+            spacing="linspace",
+            whole_timesteps=False,
+            num_train_timesteps=config.get("num_train_timesteps", 1000),
+            flow_shift=1.0 if by_size else config.get("shift", 1.0),
+            size_shift=by_size,
+        )
+    except (ConfigError, TypeError) as error:
+        raise ModelError(str(error), where=WHERE) from error
+
+
+def _write_flow_match(schedule: Schedule) -> dict[str, Any]:
+    by_size = schedule.size_shift or SizeShift()
+    return {
+        "_class_name": FLOW_MATCH[0],
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "shift": schedule.flow_shift,
+        "use_dynamic_shifting": schedule.size_shift is not None,
+        "time_shift_type": "linear" if by_size.linear else "exponential",
+        **{key: getattr(by_size, ours) for key, ours in SIZE_SHIFT.items()},
+    }
+
+
 def write_scheduler(schedule: Schedule) -> dict[str, Any]:
-    """scheduler_config.json of a schedule: DDIMScheduler, or DPMSolverMultistepScheduler for flow.
+    """scheduler_config.json of a schedule: DDIMScheduler, for flow DPMSolverMultistepScheduler, or SD3's and FLUX's
+    FlowMatchEulerDiscreteScheduler.
 
     diffusers' StableDiffusionPipeline renders these two as they are; it expects steps_offset 1 and warns otherwise.
     """
     common = {name: getattr(schedule, ours) for name, ours in NAMES.items()}
+    if not schedule.whole_timesteps:
+        return _write_flow_match(schedule)
     if schedule.is_flow:
         return {"_class_name": "DPMSolverMultistepScheduler", **common, **FLOW, "flow_shift": schedule.flow_shift}
     common |= {"prediction_type": schedule.prediction_type, "clip_sample": False}

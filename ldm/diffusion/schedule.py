@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,31 @@ def zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([product[:1], product[1:] / product[:-1]])
 
 
+def shifted(t: Any, shift: float) -> Any:
+    """Flow times t moved towards the noise (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class SizeShift:
+    """The logarithm of the shift is linear in an image's tokens (FLUX); or, where `linear`, the shift itself."""
+
+    tokens: int = 256
+    shift: float = 0.5  # of images with so many tokens
+    most_tokens: int = 4096
+    most_shift: float = 1.15
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tokens < self.most_tokens or not math.isfinite(self.shift + self.most_shift):
+            raise ConfigError(f"the shift by an image's size is not possible: {self}")
+
+    def at(self, tokens: int) -> float:
+        slope = (self.most_shift - self.shift) / (self.most_tokens - self.tokens)
+        mu = self.shift + slope * (tokens - self.tokens)
+        return mu if self.linear else math.exp(mu)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How much noise a model was trained with at each timestep, and which sigmas a sampler visits.
@@ -94,6 +120,8 @@ class Schedule:
     spacing: str = "leading"  # leading, linspace, trailing; not used by flow
     steps_offset: int = 1  # added to leading timesteps; diffusers' pipelines expect 1 whatever the spacing
     flow_shift: float = 1.0  # > 1 spends more of the steps at high noise (Esser et al. 2024)
+    whole_timesteps: bool = True  # flow: networks are told whole numbers; False: T t itself, from t = 1 on (SD3, FLUX)
+    size_shift: SizeShift | None = None  # in place of flow_shift where the image's size decides (FLUX)
     set_alpha_to_one: bool = False  # DDIM's last sigma: 0, or (Stable Diffusion) the sigma of timestep 0
 
     def __post_init__(self) -> None:
@@ -111,7 +139,7 @@ class Schedule:
             raise ConfigError(f"flow_shift must be a positive number, not {self.flow_shift}")
         if self.is_flow and self.rescale_betas_zero_snr:
             raise ConfigError("rescale_betas_zero_snr does not go with flow, whose last step is pure noise already")
-        if not self.is_flow and self.flow_shift != 1:
+        if not self.is_flow and (self.flow_shift != 1 or self.size_shift or not self.whole_timesteps):
             raise ConfigError(f"flow_shift goes with prediction_type flow only, not with {self.prediction_type}")
 
     @property
@@ -149,9 +177,13 @@ class Schedule:
         return product.sqrt(), (1 - product).sqrt()
 
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network is told, (B,) fp32: integer timesteps as they are, flow times as whole thousandths."""
+        """What the network is told, (B,) fp32: integer timesteps as they are, flow times t as T t, whole or exact."""
         if not self.is_flow:
-            return timesteps.float()  # else rounded down as DPMSolverMultistepScheduler does it, to be asked the same
+            return timesteps.float()
+        if not self.whole_timesteps:
+            t = timesteps.double()
+            return (torch.where(t > FLOW_CAP - 1e-7, 1.0, t) * self.num_train_timesteps).float()
+        # rounded down as DPMSolverMultistepScheduler does it, to be asked the same
         return (timesteps * self.num_train_timesteps + EDGE).floor().float()
 
     def timestep(self, sigma: torch.Tensor | float) -> torch.Tensor:
@@ -178,10 +210,12 @@ class Schedule:
         timesteps = ((1 - gamma) * self.timestep(sigmas).double().round()).floor()
         return torch.minimum(self.sigma(timesteps), sigmas)
 
-    def sigmas(self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None) -> torch.Tensor:
+    def sigmas(
+        self, num_inference_steps: int, sampler: str = "euler", spacing: str | None = None, tokens: int | None = None
+    ) -> torch.Tensor:
         """(n + 1,) fp32 on the CPU, descending, as `sampler` of diffusers would visit them; the last one is 0, for
         TCD and for DDIM without set_alpha_to_one the sigma of timestep 0. spacing None is the schedule's own, for lcm
-        and tcd their table.
+        and tcd their table. `tokens`: of the image, where a transformer's shift depends on its size.
 
         Raises ConfigError for a step count that is not possible, and a spacing that is unknown or does not fit.
         """
@@ -190,6 +224,8 @@ class Schedule:
             raise ConfigError(f"num_inference_steps must be at least 1, not {n}")
         if self.is_flow and spacing is not None:
             raise ConfigError(f"spacing '{spacing}' does not apply: a flow model has its own", hint="leave it out")
+        if self.is_flow and not self.whole_timesteps:
+            return self._transformer_sigmas(n, tokens)
         return self._flow_sigmas(n, sampler) if self.is_flow else self._beta_sigmas(n, sampler, spacing)
 
     def _beta_sigmas(self, n: int, sampler: str, spacing: str | None) -> torch.Tensor:
@@ -272,10 +308,28 @@ class Schedule:
             t = np.append(np.linspace(1, 1 / total, n + 1)[:-1], 0.0)
         else:
             t = (1.0 - np.linspace(1, 1 / total, n + 1))[::-1]
-        t = (self.flow_shift * t / (1 + (self.flow_shift - 1) * t)).clip(max=FLOW_CAP)
+        t = shifted(t, self.flow_shift).clip(max=FLOW_CAP)
         edge = np.floor(t * total) + 1  # near it, diffusers rounds down by chance: moved away, by 2e-7 in t
         t = np.where(edge - t * total < 2 * EDGE, (edge - 2 * EDGE) / total, t)
         return torch.from_numpy(t / (1 - t)).float()
+
+    def _transformer_sigmas(self, n: int, tokens: int | None) -> torch.Tensor:
+        """Of SD3 ("linspace": equal steps of t from 1 to its shifted 1/T) and FLUX ("trailing": from 1 to 1/n), then
+        shifted, then 0, as t / (1 - t)."""
+        shift = self.shift_at(tokens)
+        last = 1 / self.num_train_timesteps
+        if self.spacing == "trailing":
+            last = 1 / n
+        elif self.size_shift is None:
+            last = shifted(last, shift)  # and once more below, as FlowMatchEulerDiscreteScheduler does
+        t = np.append(shifted(np.linspace(1, last, n), shift), 0.0).clip(max=FLOW_CAP)
+        return torch.from_numpy(t / (1 - t)).float()
+
+    def shift_at(self, tokens: int | None) -> float:
+        """The shift of flow's times for an image of so many tokens; None: of as many as size_shift's largest."""
+        if self.size_shift is None:
+            return self.flow_shift
+        return self.size_shift.at(self.size_shift.most_tokens if tokens is None else tokens)
 
     def initial(
         self, noise: torch.Tensor, sigmas: torch.Tensor, sampler: str = "euler", spacing: str | None = None

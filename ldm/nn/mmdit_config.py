@@ -107,6 +107,31 @@ class MMDiTConfig:
     def width(self) -> int:
         return self.attention_head_dim * self.num_attention_heads
 
+    @property
+    def text_width(self) -> int:
+        """Of the text's states."""
+        return self.joint_attention_dim
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the pooled text."""
+        return self.pooled_projection_dim
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the scale of the guidance is an input."""
+        return self.guidance_embeds
+
+    def check_attention_layers(self, layers: tuple[str, ...]) -> None:
+        """Raise ConfigError: perturbed attention is for U-Nets."""
+        raise ConfigError("pag is for U-Nets, and this model is a flow transformer", where="guidance")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ConfigError where latents of this size have more patches a side than there are learned positions."""
+        most = self.pos_embed_max_size * self.patch_size
+        if not self.is_flux and max(height, width) > most:
+            raise ConfigError(f"latents of {height}x{width} are larger than the {most}x{most} that this model draws")
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], where: object = None) -> MMDiTConfig:
         """From the config.json of an SD3Transformer2DModel or a FluxTransformer2DModel.

@@ -141,6 +141,23 @@ class UNetConfig:
             raise ConfigError(f"addition_embed_type 'text_time' needs {' and '.join(needed)}")
 
     @property
+    def text_width(self) -> int:
+        """Of the text's states."""
+        return self.cross_attention_dim
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Of the pooled text; None where it is no input."""
+        if self.addition_embed_type != "text_time":
+            return None
+        return (self.projection_class_embeddings_input_dim or 0) - 6 * (self.addition_time_embed_dim or 0)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the scale of the guidance is an input."""
+        return self.time_cond_proj_dim is not None
+
+    @property
     def attention_levels(self) -> tuple[str, ...]:
         """Where there is self-attention, in the order of the network: down.0, …, mid, up.0, …"""
         down = self.transformer_layers

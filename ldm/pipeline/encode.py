@@ -83,7 +83,7 @@ class Encoder:
         prompts, negatives = zip(*(request.prompts for request in requests))
         chunks = self._tokens.chunks(self.text, requests[0].prompts, steps)
         cond = self._over(prompts, steps, (chunks, clip_skip, emphasis))
-        guided = any(request.guidance_scale > 1 for request in requests)
+        guided = any(request.cfg_scale > 1 for request in requests)
         return cond, self._over(negatives, steps, (chunks, clip_skip, emphasis)) if guided else None
 
     def _over(self, prompts: Sequence[Prompt | None], steps: int, settings: tuple[int, int, str]) -> Condition:

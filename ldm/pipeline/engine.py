@@ -21,6 +21,7 @@ from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
+from ldm.nn.mmdit import MMDiT
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
@@ -117,9 +118,7 @@ class Engine:
         Raises ResourceError out of memory, with nothing held.
         """
         s, place, schedule = settings, self.placement, model.schedule
-        scales = tuple(request.guidance_scale for request in requests)
-        told = model.unet.config.time_cond_proj_dim is not None  # the network does what guidance would
-        guidance = replace(s.guidance, scale=1.0 if told else scales)
+        guidance = replace(s.guidance, scale=tuple(request.cfg_scale for request in requests))
         edited, start, images = requests[0].source is not None, Start(), torch.empty(0)  # all of a batch or none
         with out_of_memory(s, len(requests)):
             if edited:
@@ -131,8 +130,7 @@ class Engine:
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
                 noise, x = draw_noise(model.vae, requests, run, place.device)
                 with place.on(model.unet) as unet:
-                    network = network_of(unet, run)
-                    network = told_scales(network, scales) if told else network
+                    network = network_of(unet, run, requests)
                     network = network if start.masked is None else start.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
                     sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
@@ -172,17 +170,23 @@ class Engine:
         return self._encoder
 
 
-def network_of(unet: UNet, run: Run) -> Callable[..., torch.Tensor]:
-    """The U-Net for one run; XL's gets the image's original size, its crop (none) and its target size."""
-    if unet.config.addition_embed_type != "text_time":
-        return partial(unet, cache=unet.prepare())
-    h, w = run.height, run.width
-    time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
-    return partial(unet, cache=unet.prepare(), time_ids=time_ids)
+def network_of(unet: UNet | MMDiT, run: Run, requests: Sequence[ImageRequest]) -> Callable[..., torch.Tensor]:
+    """The network for one run of a batch: XL's gets the image's original size, its crop (none) and its target size,
+    LCM's and FLUX.1-dev's the images' guidance scales."""
+    network: Callable[..., torch.Tensor] = unet
+    if isinstance(unet, UNet):
+        network = partial(unet, cache=unet.prepare())
+    if isinstance(unet, UNet) and unet.config.addition_embed_type == "text_time":
+        h, w = run.height, run.width
+        time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
+        network = partial(network, time_ids=time_ids)
+    if unet.config.embeds_guidance:
+        return told_scales(network, [request.guidance_scale for request in requests])
+    return network
 
 
 def told_scales(network: Callable[..., torch.Tensor], scales: Sequence[float]) -> Callable[..., torch.Tensor]:
-    """A network with the guidance's scale as an input (LCM's) that is told that of each image, in every call."""
+    """A network with the guidance's scale as an input that is told that of each image, in every call."""
     values = torch.tensor(scales)
 
     def call(x: torch.Tensor, *inputs: Any, **more: Any) -> torch.Tensor:

@@ -39,6 +39,7 @@ LABELS |= {"CFG scale": "guidance_scale", "Seed": "seed", "Size": None, "Model h
 LABELS |= {"Denoising strength": None, "Clip skip": None, "Hires upscale": "hires_scale", "Hires steps": "hires_steps"}
 LABELS |= {"Hires upscaler": None, "Variation seed": "variation_seed", "Variation seed strength": "variation_strength"}
 LABELS |= dict.fromkeys(("Mask blur", "Lora hashes", "RNG", "Version"))
+NOT_READ = "the negative prompt is not read: with this model it needs a true_cfg_scale above 1"
 PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -95,7 +96,12 @@ def too_large(side: int, settings: Settings) -> str:
 def text_reports(encoder: TextEncoder, settings: Settings, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
     """What the model does not see of each request's prompts: what is cut off, words it was never shown, remarks."""
     report = functools.cache(functools.partial(_text_report, encoder, settings.runs[0].steps))
-    return [dict(report(request.prompts, request.adapters)) for request in requests]
+    found = []
+    for request in requests:
+        one = dict(report(request.prompts, request.adapters))
+        unread = request.true_cfg_scale is not None and request.cfg_scale <= 1 and request.negative_prompt
+        found.append({**one, "remarks": [*one["remarks"], NOT_READ]} if unread and unread.text else one)
+    return found
 
 
 def _text_report(

@@ -29,7 +29,7 @@ OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "l
 OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
-OF_GENERATE += ("callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
+OF_GENERATE += ("true_cfg_scale", "callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
 
 
 class Pipeline:
@@ -46,7 +46,7 @@ class Pipeline:
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work
-    attention        of the U-Net: auto, or sdpa, chunked, xformers
+    attention        of the network: auto, or sdpa, chunked, xformers
     diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
 
     Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
@@ -130,6 +130,7 @@ class Pipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float | None = None,
+        true_cfg_scale: float | None = None,
         clip_skip: int | None = None,
         emphasis: str = "original",
         strict: bool = False,
@@ -157,6 +158,8 @@ class Pipeline:
         sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
         timesteps   or sigmas: the noise levels themselves, descending, in place of a number of steps and a spacing
         eta         0 to 1, how much noise samplers that have this number add
+        true_cfg_scale  of FLUX: classifier-free guidance with the negative prompt (1: none); its guidance_scale is an
+                    input of the network
         clip_skip   layers of CLIP that are left out at its end, counted as diffusers does (A1111's number less 1)
         emphasis    how (word:1.3) acts: original (the mean is restored, as in A1111) or no_norm
         strict      whether words that the model never saw, or brackets left open, are errors instead of warnings
@@ -218,9 +221,10 @@ class Pipeline:
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [one for one in zip(self._prompts, self._negatives, self._adapters) for _ in range(call.num_images)]
-        own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources)
+        true_cfg = (settings.true_cfg_scale,) * len(call.seeds)
+        own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources, true_cfg)
         requests = [ImageRequest(p, n, seed, scale, loras, *more) for (p, n, loras), seed, scale, *more in own]
-        if not self._engine.info.clip_layers:  # T5
+        if self._engine.info.t5:
             check_plain_prompts(requests, settings)
         return requests
 

@@ -66,6 +66,7 @@ class Settings:
     timesteps: tuple[float, ...] | None = None  # in place of a spacing's
     sigmas: tuple[float, ...] | None = None  # likewise
     eta: float | None = None  # of samplers that have one; None: theirs
+    true_cfg_scale: float | None = None  # of models whose guidance_scale is an input of the network, or is not used
     clip_skip: int = 0  # layers of the text encoder that are left out, as diffusers counts
     emphasis: str = "original"  # or no_norm
     strength: float | None = None  # how much of the steps is run on an initial image; None: there is none
@@ -82,6 +83,8 @@ class Settings:
             if one.name == "guidance":
                 options = {word: getattr(self.guidance, name) for word, name in GUIDANCE_WORDS.items()}
                 found |= {word: value for word, value in options.items() if value is not None}
+            elif one.name == "true_cfg_scale" and self.true_cfg_scale is None:
+                continue
             elif one.name != "runs":
                 found[one.name] = getattr(self, one.name)
         return found
@@ -109,8 +112,10 @@ def resolve(
     sampler, joined = names.resolve(sampler or info.card.get("sampler", SAMPLER))
     if not found.get("timesteps") and not found.get("sigmas"):
         spacing = spacing or joined or (None if sampler in DISTILLED else info.card.get("spacing"))  # they have theirs
-        spacing = "ays_xl" if spacing == "ays" and info.unet.addition_embed_type == "text_time" else spacing
+        xl = info.transformer is None and info.unet.pooled_width is not None
+        spacing = "ays_xl" if spacing == "ays" and xl else spacing
     height, width = _size(given, info, sources, latents)
+    found["true_cfg_scale"] = _true_cfg_scale(given, info)
     if found.get("num_inference_steps") is None:
         found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
     if given.get("eta") is not None:
@@ -123,21 +128,35 @@ def resolve(
     return dataclasses.replace(settings, runs=_runs(settings, info))
 
 
+def _true_cfg_scale(given: Mapping[str, Any], info: ModelInfo) -> float | None:
+    """The scale of classifier-free guidance of FLUX and LCM's U-Nets (1: none, as usual); None for other models."""
+    value = given.get("true_cfg_scale")
+    if info.unet.embeds_guidance or (info.transformer and info.transformer.is_flux):
+        return 1.0 if value is None else checks.check_guidance(value, "true_cfg_scale")
+    what = "is for FLUX and others whose guidance_scale is an input of the network or not used"
+    require(value is None, what, "true_cfg_scale")
+    return None
+
+
 def _size(
     given: Mapping[str, Any], info: ModelInfo, sources: Sources | None, latents: torch.Tensor | None
 ) -> tuple[int, int]:
     """(height, width): the given ones, or those of the initial images, the latents or the model's training."""
     words, side = ("height", "width"), info.unet.sample_size or LATENT_SIZE
-    asked = [n if n is None else checks.check_size(n, x, info.factor) for n, x in zip(map(given.get, words), words)]
+    asked = [n if n is None else checks.check_size(n, x, info.multiple) for n, x in zip(map(given.get, words), words)]
     trained = (side, side) if latents is None else latents.shape[2:]
     if sources is not None:
-        height, width = sources.size(info.factor, *asked)
+        height, width = sources.size(info.multiple, *asked)
         if None in asked and height * width > MAX_AREA * (side * info.factor) ** 2:
-            _refuse_area(height, width, side * info.factor, info.factor)
+            _refuse_area(height, width, side * info.factor, info.multiple)
     else:
         height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
     if latents is not None:
         _check_shape(latents, (info.latent_channels, height // info.factor, width // info.factor))
+        for n, word in zip((height, width), words):
+            checks.check_size(n, word, info.multiple)
+    if info.transformer:
+        info.transformer.check_size(height // info.factor, width // info.factor)
     return height, width
 
 
@@ -185,22 +204,32 @@ def _check_clip_skip(clip_skip: int, encoders: tuple[int, ...]) -> None:
 
 def _runs(s: Settings, info: ModelInfo) -> tuple[Run, ...]:
     """The sampling runs with their noise levels. Raises ConfigError where these cannot be."""
-    sigmas = _sigmas(s, info, s.num_inference_steps)
+    sigmas = _sigmas(s, info, s.num_inference_steps, info.tokens(s.height, s.width))
     first = Run(s.height, s.width, sigmas if s.strength is None else img2img_sigmas(sigmas, s.strength))
     return (first,) if s.hires_scale is None else (first, _hires_run(s, s.hires_scale, info))
 
 
 def _hires_run(s: Settings, scale: float, info: ModelInfo) -> Run:
-    height, width = (int(side * scale) // info.factor * info.factor for side in (s.height, s.width))
+    height, width = (int(side * scale) // info.multiple * info.multiple for side in (s.height, s.width))
     require(max(height, width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
-    sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps)
+    if info.transformer:
+        info.transformer.check_size(height // info.factor, width // info.factor)
+    sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps, info.tokens(height, width))
     return Run(height, width, img2img_sigmas(sigmas, s.hires_strength or HIRES_STRENGTH, "hires_strength"))
 
 
-def _sigmas(settings: Settings, info: ModelInfo, steps: int) -> torch.Tensor:
+def _sigmas(settings: Settings, info: ModelInfo, steps: int, tokens: int | None) -> torch.Tensor:
     if settings.timesteps or settings.sigmas:
         return info.schedule.given(settings.sampler, settings.timesteps, settings.sigmas)
-    return info.schedule.sigmas(steps, settings.sampler, settings.spacing)
+    return info.schedule.sigmas(steps, settings.sampler, settings.spacing, tokens)
+
+
+def check_scales(scales: Sequence[float], info: ModelInfo) -> None:
+    """Raise ConfigError for a guidance_scale above 1 with a FLUX that has no input for it."""
+    unused = info.transformer and info.transformer.is_flux and not info.transformer.guidance_embeds
+    if unused and max(scales) > 1:
+        hint = "leave it out, or give true_cfg_scale"
+        raise ConfigError("this FLUX model takes no scale of the guidance", where="guidance_scale", hint=hint)
 
 
 def card_scale(info: ModelInfo) -> float:
@@ -247,6 +276,7 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale, batch_size = given["guidance_scale"], given["batch_size"]
     scales = (card_scale(info),) * len(seeds) if scale is None else checks.check_guidances(scale, len(seeds))
+    check_scales(scales, info)
     if checks.is_given(given, "latents"):
         latents = checks.check_latents(given["latents"], len(seeds))
     if checks.is_given(given, "image", "mask_image", "outpaint"):
@@ -271,11 +301,17 @@ class ImageRequest:
     latents: torch.Tensor | None = None  # (C, h, w): unit noise in place of the seed's
     variation: tuple[int, float] | None = None  # (another seed, how far its noise is mixed in, 0 to 1)
     source: Source | None = None  # the initial image, in the size that is drawn
+    true_cfg_scale: float | None = None  # the settings': in place of guidance_scale for CFG
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale of classifier-free guidance."""
+        return self.guidance_scale if self.true_cfg_scale is None else self.true_cfg_scale
 
     @property
     def prompts(self) -> tuple[Prompt, Prompt | None]:
         """What is encoded: the prompt, and the negative one where there is guidance."""
-        return self.prompt, self.negative_prompt if self.guidance_scale > 1 else EMPTY
+        return self.prompt, self.negative_prompt if self.cfg_scale > 1 else EMPTY
 
     @property
     def begins(self) -> tuple[bool, bool]:

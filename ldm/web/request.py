@@ -38,6 +38,7 @@ CHOSEN = ("model", "vae", "lora")  # by name
 IMAGES = ("image", "mask_image")
 OFFERED: tuple[str, ...] = ("prompt", "negative_prompt", *CHOSEN, "num_images", "seed", "num_inference_steps")
 OFFERED += ("guidance_scale", "height", "width", "sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip")
+OFFERED += ("true_cfg_scale",)
 OFFERED += ("emphasis", "strict", *GUIDANCE_WORDS, *EDITING_WORDS, "grid")
 SERVERS = tuple(name for name in (*OF_PIPELINE, *OF_GENERATE) if name not in OFFERED)
 AXES = ("prompt", "negative_prompt", "seed", "guidance_scale", "num_inference_steps", "sampler", "spacing", "eta")

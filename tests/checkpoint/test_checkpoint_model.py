@@ -361,8 +361,8 @@ def breaks(name):
             ),
             "XL refiner",
         ),
-        "SD3": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "Stable Diffusion 3"),
-        "FLUX": (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FLUX"),
+        "SD3": (lambda f: edit(f / "model_index.json", _class_name="StableDiffusion3Pipeline"), "unet .*not supported"),
+        "FLUX": (lambda f: edit(f / "model_index.json", _class_name="FluxFillPipeline"), "this kind of FLUX"),
         "ControlNet": (
             lambda f: edit(f / "model_index.json", _class_name="StableDiffusionControlNetPipeline"),
             "ControlNet",

@@ -296,7 +296,7 @@ def test_a_lone_unet_and_autoencoder_are_told(tmp_path, tiny):
         ("notes.txt", b"hello", "neither a model folder nor a weight file"),
         ("folder/m.bin", b"\x80\x02", "pickle"),
         ("folder/notes.txt", b"hello", "holds no model"),
-        ("folder/config.json", b'{"_class_name": "FluxTransformer2DModel"}', "FluxTransformer2DModel, which is not"),
+        ("folder/config.json", b'{"_class_name": "SanaTransformer2DModel"}', "SanaTransformer2DModel, which is not"),
         ("folder/config.json", b"{}", "unknown class"),
     ],
 )

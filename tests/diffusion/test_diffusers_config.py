@@ -86,7 +86,7 @@ def test_settings_left_out_have_the_defaults_of_the_class(cls):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name 'FlowMatchEulerDiscreteScheduler'"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "_class_name 'FlowMatchLCMScheduler'"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"variance_type": "learned_range"}, "variance_type 'learned_range'"),

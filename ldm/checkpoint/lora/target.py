@@ -18,9 +18,11 @@ from ldm.checkpoint.lora.names import PARTS
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single import plan_of
 from ldm.checkpoint.types import Model
+from ldm.errors import ModelError
 from ldm.nn.unet_config import UNetConfig
 
 Shape = tuple[int, ...]
+NO_FLOW = "LoRAs of flow transformers (SD3, FLUX) are not supported"
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ def networks(model: Model) -> dict[str, Any]:
 
 
 def target_of(model: Model) -> Target:
-    """The layers of a loaded model."""
+    """The layers of a loaded model. Raises ModelError for a flow transformer."""
     from ldm.nn.lora import layers_of
 
+    if hasattr(model.unet.config, "joint_attention_dim"):
+        raise ModelError(NO_FLOW, where=model.path)
     shapes = {
         part: {name: tuple(layer.weight.shape) for name, layer in layers_of(module).items()}
         for part, module in networks(model).items()
@@ -62,7 +66,9 @@ def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
 
 
 def target_in(layout: Layout) -> Target:
-    """The layers of a model's folder, from the headers of its weight files; no torch."""
+    """The layers of a model's folder, from the headers of its weight files; no torch. Raises as target_of."""
+    if layout.network == "transformer":
+        raise ModelError(NO_FLOW, where=layout.folder)
     shapes: dict[str, dict[str, Shape]] = {}
     for part in (part for part in PARTS if part in layout.weights):
         tables = [read_header(path).tensors for path in layout.shards(part)]

@@ -35,8 +35,12 @@ def save_single(
     the number of bytes written. Raises ModelError for weights that are not finite in `dtype` and parts that do not
     belong together, ResourceError where the file cannot be written.
     """
+    from ldm.nn.text import FlowText
+
     path = Path(path)
     check_target(path)
+    if isinstance(model.text, FlowText):
+        raise ModelError("a flow transformer cannot be written as a single file", where=path, hint="name a folder")
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)
     settings, states = _settings(model, card), _states(model)
     sources: dict[str, Source] = {}

@@ -63,11 +63,18 @@ class T5Text(OneNetwork):
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return Conditioning(states * mask[..., None].to(states.dtype), mask=mask.bool())
 
-    def truncated(self, text: str) -> str:
-        """The end of the text that does not fit into max_length tokens; "" if all of it does."""
+    def padded_states(self, texts: list[str], length: int) -> torch.Tensor:
+        """(B, length, D) of texts that are cut or padded, padding being read as tokens too: as SD3 and FLUX have it."""
+        with self._lock:
+            found = self.tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
+        return self.model(input_ids=found.input_ids.to(self.device)).last_hidden_state
+
+    def truncated(self, text: str, length: int | None = None) -> str:
+        """The end of the text that does not fit into `length` (max_length) tokens; "" if all of it does."""
+        length = length or self.max_length
         with self._lock:
             ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return str(self.tokenizer.decode(ids[self.max_length - 1 :])).strip()  # less the end token
+        return str(self.tokenizer.decode(ids[length - 1 :])).strip()  # less the end token
 
     def unknown_words(self, text: str) -> list[str]:
         """Words, each once, of which a part is no token of the tokenizer's."""

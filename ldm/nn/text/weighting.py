@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.errors import ConfigError, nearest
 from ldm.nn.text.conditioning import Conditioning
+from ldm.nn.text.flow import FlowText
 from ldm.nn.text.t5 import T5Text
 from ldm.nn.text.xl import XLText
 from ldm.prompts import BREAK, EMPHASIS, Piece
@@ -48,9 +49,14 @@ class Tokens:
 def tokenize(text: TextEncoder, prompt: Sequence[Piece] | None) -> Tokens:
     """The tokens of a prompt's pieces; None is what it is for text.encode. Raises ConfigError for emphasis with T5."""
     pieces = [Piece("", 1.0)] if prompt is None else prompt
-    if isinstance(text, T5Text):
+    if reads_with_t5(text):
         check_plain(pieces)
-        return Tokens((), pieces[0].text, prompt is None)
+    plain = "".join(piece.text for piece in pieces if piece is not BREAK)
+    if isinstance(text, T5Text):
+        return Tokens((), plain, prompt is None)
+    if isinstance(text, FlowText):
+        parts = (chunks_of(part, pieces) for part in text.clips)
+        return Tokens(tuple(chunks[:1] if text.is_flux else chunks for chunks in parts), plain)
     return Tokens(tuple(chunks_of(part, pieces) for part in _parts(text)), absent=prompt is None)
 
 
@@ -69,7 +75,7 @@ def encode_weighted(
         return text.encode([None if prompt.absent else prompt.plain for prompt in prompts], clip_skip)
     if not prompts:
         raise ConfigError("there is no text to encode")
-    xl = isinstance(text, XLText)
+    xl = isinstance(text, XLText) or (isinstance(text, FlowText) and not text.is_flux)
     zero_empty = isinstance(text, XLText) and text.zero_empty
     back = clip_skip + 1 if xl else clip_skip
     for part in _parts(text) if back else ():
@@ -79,18 +85,28 @@ def encode_weighted(
     for prompt in prompts:
         filled = [own + [[]] * (most - len(own)) for own in prompt.parts]
         sides = [_side(part, own, back, not xl, emphasis) for part, own in zip(_parts(text), filled)]
+        if isinstance(text, FlowText):
+            rows.append(text.joined([states for states, _ in sides], [pooled for _, pooled in sides], [prompt.plain]))
+            continue
         cond = Conditioning(torch.cat([states for states, _ in sides], dim=-1), sides[-1][1])  # (1, N * S, D), (1, P)
         rows.append(cond.zeros() if prompt.absent and zero_empty else cond)
     return Conditioning.cat(rows)
 
 
-def _parts(text: ClipText | XLText | OpenClipText) -> tuple[ClipText | OpenClipText, ...]:
+def _parts(text: ClipText | XLText | FlowText | OpenClipText) -> tuple[ClipText | OpenClipText, ...]:
+    if isinstance(text, FlowText):
+        return text.clips
     return (text.first, text.second) if isinstance(text, XLText) else (text,)
 
 
 def cut_off(text: TextEncoder, prompt: str) -> str:
     """The end of a prompt without notation that `encode_weighted` does not read: of a long one for T5, which cuts."""
-    return text.truncated(prompt) if isinstance(text, T5Text) else ""
+    return text.truncated(prompt) if reads_with_t5(text) else ""
+
+
+def reads_with_t5(text: TextEncoder) -> bool:
+    """Whether T5 reads prompts, alone or beside CLIP, and so no emphasis can be in them."""
+    return isinstance(text, T5Text) or (isinstance(text, FlowText) and text.t5 is not None)
 
 
 def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Chunk]:

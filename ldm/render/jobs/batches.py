@@ -9,6 +9,7 @@ import torch
 
 from ldm.checkpoint.describe import ModelInfo
 from ldm.device import free_memory
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.pipeline.keywords import BATCH
 from ldm.render.jobs.jobs import Job, canonical
 from ldm.render.prompts.setting_table import IMAGE, of_scope
@@ -32,7 +33,7 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Group:
         shared = {name: value for name, value in settings.items() if name not in VARY}
-        guided = settings["guidance_scale"] > 1
+        guided = settings.get("true_cfg_scale", settings["guidance_scale"]) > 1
         return cls(settings["model"], str(settings.get("lora", "")), canonical(shared), guided)
 
     @property
@@ -73,6 +74,8 @@ def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torc
     """
     config, factor = info.unet, info.factor
     area = (settings.height // factor) * (settings.width // factor)
-    row = area * config.block_out_channels[0] * TENSORS * dtype.itemsize
+    flow = isinstance(config, MMDiTConfig)
+    width = config.width // config.patch_size**2 if flow else config.block_out_channels[0]
+    row = area * width * TENSORS * dtype.itemsize
     row += area * min(area, 4096) * 4  # one head's scores
     return max(1, min(MOST.get(device.type, BATCH), int(SPARE * free_memory(device) / (2 * row))))

@@ -16,7 +16,7 @@ from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
 from ldm.pipeline.engine import Engine
-from ldm.pipeline.request import ImageRequest, Settings, card_scale, resolve
+from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
 from ldm.render.jobs.loaded_models import name_of_loaded
@@ -69,11 +69,13 @@ class Resolver:
         if adapters:
             info = with_few_steps(info, (adapters,))
         scale = asked.get("guidance_scale")
+        scale = card_scale(info) if scale is None else check_guidance(scale)
+        check_scales([scale], info)
         settings = {
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": asked["seed"],
-            "guidance_scale": card_scale(info) if scale is None else check_guidance(scale),
+            "guidance_scale": scale,
             **shared,
             **_variation(asked),
         }
@@ -171,6 +173,8 @@ def image_request(settings: Mapping[str, Any]) -> ImageRequest:
     request["adapters"] = adapters_of(settings)
     if "variation_seed" in settings:
         request["variation"] = settings["variation_seed"], settings["variation_strength"]
+    if "true_cfg_scale" in settings:
+        request["true_cfg_scale"] = settings["true_cfg_scale"]
     if "image" in settings:
         sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
         (request["source"],) = sources.fitted(settings["height"], settings["width"])

@@ -55,6 +55,7 @@ SETTINGS: dict[str, Setting] = {
     "timesteps": Setting(BATCH, option="--timesteps"),
     "sigmas": Setting(BATCH, option="--sigmas"),
     "eta": Setting(BATCH, values.fraction, "--eta", counts=True),
+    "true_cfg_scale": Setting(BATCH, values.factor, "--true-cfg-scale", counts=True),
     "clip_skip": Setting(BATCH, values.clip_skip, "--clip-skip", counts=True),
     "emphasis": Setting(BATCH, option="--emphasis"),
     "strength": Setting(BATCH, values.fraction, counts=True),

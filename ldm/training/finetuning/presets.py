@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
+from ldm.errors import ModelError
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
 from ldm.training.finetuning.preset_tables import BATCHES, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
 
@@ -116,6 +117,9 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
     model, vae, init, device, prediction_type = (text_of(given, name) for name in names)
     device = pick_device(device or "auto")
     info = describe(model or "default", vae, None if prediction_type == "flow" else prediction_type)
+    if info.transformer:
+        what = "is a flow transformer (SD3, FLUX), and fine-tuning it is not supported"
+        raise ModelError(what, where=model, hint="choose a model with a U-Net")
     return Facts(
         width=info.unet.block_out_channels[0],
         xl=info.unet.addition_embed_type == "text_time",

@@ -1,0 +1,99 @@
+"""diffusers' pipelines of SD3 and FLUX at a small width, with random weights, for tests of ours."""
+
+import torch
+
+from tests.checkpoint.test_families_folders import text_encoder
+from tests.checkpoint.test_t5 import encoder as t5_encoder
+from tests.checkpoint.test_t5 import tokenizer as t5_tokenizer
+
+KINDS = ("sd3", "sd35", "sd3_without_t5", "flux_dev", "flux_schnell")
+TOKENS, SIDE, CHANNELS = 12, 64, 16  # of T5, pixels, of the latents
+WIDTH, POOLED = 96, 24  # of T5's states, of a projected text
+SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def vae():
+    import diffusers
+
+    torch.manual_seed(2)
+    made = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[8, 8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=SIDE,
+        latent_channels=CHANNELS,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    made.decoder.conv_out.weight.data *= 2
+    return made
+
+
+def transformer(kind):
+    import diffusers
+
+    common = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": WIDTH}
+    torch.manual_seed(1)
+    if kind.startswith("flux"):
+        made = diffusers.FluxTransformer2DModel(
+            **common,
+            in_channels=4 * CHANNELS,
+            num_single_layers=2,
+            attention_head_dim=16,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=kind == "flux_dev",
+        )
+    else:
+        new = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if kind == "sd35" else {}
+        made = diffusers.SD3Transformer2DModel(
+            **common,
+            **new,
+            attention_head_dim=16,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            caption_projection_dim=32,
+            pooled_projection_dim=2 * POOLED,
+            sample_size=16,
+            pos_embed_max_size=24,
+        )
+    for name, tensor in made.named_parameters():
+        if tensor.ndim > 1:
+            tensor.data *= 3 if "norm" in name or "embed" in name else 2
+    return made.eval()
+
+
+def scheduler(kind):
+    import diffusers
+
+    if kind == "flux_dev":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **SHIFTS)
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0 if kind == "flux_schnell" else 3.0)
+
+
+def build(kind):
+    """diffusers' own pipeline of a kind."""
+    import diffusers
+
+    first, tokenizer = text_encoder("quick_gelu", 32, 2, projected=not kind.startswith("flux"))
+    t5, t5_words = (None, None) if kind == "sd3_without_t5" else (t5_encoder(WIDTH), t5_tokenizer(TOKENS))
+    if kind.startswith("flux"):
+        made = diffusers.FluxPipeline(scheduler(kind), vae(), first, tokenizer, t5, t5_words, transformer(kind))
+    else:
+        second, tokenizer_2 = text_encoder("gelu", 48, 3, projected=True)
+        tokenizer_2.pad_token = "!"
+        texts = (first, tokenizer, second, tokenizer_2, t5, t5_words)
+        made = diffusers.StableDiffusion3Pipeline(transformer(kind), scheduler(kind), vae(), *texts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def packed(latents):
+    """Latents (B, C, h, w) as FluxPipeline takes them, with its packing written out: (B, h w / 4, 4 C)."""
+    height, width = latents.shape[-2:]
+    squares = [latents[:, :, i : i + 2, j : j + 2] for i in range(0, height, 2) for j in range(0, width, 2)]
+    return torch.stack([square.flatten(1) for square in squares], dim=1)
