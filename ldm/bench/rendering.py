@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.bench.timing import Timing, alternate
+from ldm.bench.timing import Timing, alternate, own_process
 from ldm.bench.warm import MAX_DIFFERENCE, peer, require_peer, resolve_device
 from ldm.console import hushed
 from ldm.errors import NumericsError
@@ -49,7 +46,12 @@ def rendering(
     lines = _lines(images)
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     peer_arguments = (model, dtype, device, sampler)
-    with tempfile.TemporaryDirectory() as root, hushed(), _process() as ldm_process, _process() as diffusers_process:
+    with (
+        tempfile.TemporaryDirectory() as root,
+        hushed(),
+        own_process() as ldm_process,
+        own_process() as diffusers_process,
+    ):
         diffusers_process(_render_diffusers, peer_arguments, (), Path(root), 1, call)  # only loads the pipeline
         given = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
 
@@ -80,14 +82,6 @@ def _lines(count: int) -> list[dict[str, Any]]:
 def _folder(root: str) -> Path:
     """A new folder for a run."""
     return Path(tempfile.mkdtemp(dir=root))
-
-
-@contextmanager
-def _process() -> Iterator[Callable[..., Any]]:
-    """A function that calls others in one process, which lives as long as this context and has as many threads."""
-    kind = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, kind, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 def _render_ldm(lines: Sequence[dict[str, Any]], folder: Path, settings: dict[str, Any]) -> Path:

@@ -10,11 +10,12 @@ from ldm.bench.cold import cold
 from ldm.bench.rendering import rendering
 from ldm.bench.samplers import Comparison, samplers
 from ldm.bench.timing import Timing
+from ldm.bench.training import training
 from ldm.bench.warm import warm
 from ldm.errors import ConfigError, nearest
 
 BENCHES: dict[str, Callable[..., Timing | Comparison]]
-BENCHES = {"cold": cold, "warm": warm, "render": rendering, "samplers": samplers}
+BENCHES = {"cold": cold, "warm": warm, "render": rendering, "samplers": samplers, "training": training}
 TIMINGS = ("cold", "warm")  # run by default; the others take minutes
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,3 +66,13 @@ def alternate(sides: Mapping[str, Side], repeats: int, warmup: int = 1) -> dict[
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+@contextmanager
+def own_process() -> Iterator[Callable[..., Any]]:
+    """A function that calls others in one process, which lives as long as this context and has as many threads."""
+    import torch
+
+    kind = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, kind, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()

@@ -7,6 +7,7 @@ examples:
   ldm bench warm --dtype bf16 --profile            the same, and which operators take the time
   ldm bench warm --json > warm.json
   ldm bench render --images 32 --batch-size 8      a prompt file to PNGs, against loops over diffusers' pipeline
+  ldm bench training --config small/256            a step of ldm train, against a loop over diffusers' U-Net
   ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: images, distances, a plot
   ldm bench samplers --steps 10,20 --sampler euler,dpmpp_2m --prompts 2
 
@@ -22,23 +23,27 @@ import argparse
 from ldm.errors import ConfigError
 
 SETTINGS = ("repeats", "model", "steps", "sampler", "guidance_scale", "dtype", "device", "profile", "prompts", "out")
-SETTINGS += ("images", "batch_size")
+SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("names", metavar="BENCH", nargs="*", help="cold, warm, render, samplers (the first two)")
+    add("names", metavar="BENCH", nargs="*", help="cold, warm, render, training, samplers (the first two)")
     add("--repeats", type=int, metavar="N", help="timed rounds, of which the median counts (5; render: 3)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
     add("--steps", type=_steps, metavar="N", help="warm, render: one number (25); samplers: 4,8,16,32")
     add("--sampler", metavar="NAME", help="dpmpp_2m, unipc, ddim, euler (dpmpp_2m); samplers: names with commas (all)")
     add("--guidance-scale", type=float, metavar="X", help="warm, render (4)")
-    add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32)")
+    add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32; training: auto)")
     add("--device", metavar="NAME", help="cpu, cuda (cpu)")
-    add("--profile", action="store_true", default=None, help="warm: print the operators that take longest")
+    add("--profile", action="store_true", default=None, help="warm, training: print the operators that take longest")
     add("--prompts", type=int, metavar="N", help="samplers: images to average the distances over (8)")
     add("--images", "--pictures", type=int, metavar="N", help="render: lines of the file (16)")
-    add("--batch-size", type=int, metavar="N", help="render: images drawn together, on both sides (8)")
+    add("--batch-size", type=int, metavar="N", help="render, training: images drawn or trained together (8)")
+    add("--config", metavar="NAME", help="training: settings of a U-Net (small/256)")
+    for name, part in (("vae", "autoencoder"), ("text", "text encoder")):
+        add(f"--{name}", metavar=name.upper(), help=f"training: the {part} whose sizes the U-Net gets (default)")
+    add("--compile", action="store_true", default=None, help="training: compile our U-Net")
     out = "samplers: write samplers.png, samplers.svg and samplers.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
     add("--json", action="store_true", help="print one JSON document instead of the table")

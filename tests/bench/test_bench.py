@@ -99,7 +99,7 @@ def test_render_against_loops_over_diffusers(tiny_folder, monkeypatch, capsys):
     assert list(found["seconds"]) == ["ldm.render", "diffusers in batches of 2", "diffusers one by one"]
     agreement = found["agreement"]
     assert agreement["largest difference of 255"] <= 1 and agreement["times as fast as one by one"] > 0
-    monkeypatch.setattr(rendering, "_process", lambda: nullcontext(lambda function, *args: function(*args)))
+    monkeypatch.setattr(rendering, "own_process", lambda: nullcontext(lambda function, *args: function(*args)))
     monkeypatch.setattr(
         rendering, "_render_diffusers", lambda arguments, lines, folder, size, call: _other_images(folder)
     )
@@ -201,3 +201,23 @@ def test_a_process_that_fails_is_told(tmp_path):
 
     with pytest.raises((LdmError, ModelError), match="ended with 2"):
         cold(1, str(tmp_path))
+
+
+def test_training_against_a_plain_loop(tiny_folder, tmp_path, monkeypatch, capsys):
+    from ldm.bench import training
+
+    here = nullcontext(lambda function, *args: function(*args))
+    monkeypatch.setattr(training, "own_process", lambda: here)
+    model = {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1, "transformer_layers": [0, 1]}
+    settings = {"stage": "unet", "steps": 9, "batch_size": 9, "learning_rate": 1e-4, "data": {"resolution": 32}}
+    settings |= {"schedule": {"prediction_type": "flow"}, "model": {**model, "num_heads": [1, 2]}, "sampler": "euler"}
+    path = tmp_path / "unet.json"
+    path.write_text(json.dumps(settings))
+    words = ["--config", str(path), "--vae", str(tiny_folder), "--text", str(tiny_folder), "--batch-size", "2"]
+    assert main(["bench", "training", *words, "--repeats", "1", "--dtype", "fp32", "--profile"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("aten::") > 9 and "batch_size 2, dtype fp32" in said and "times as fast" in said
+    monkeypatch.setattr(training, "_answer_plain", lambda case: training._answer_ldm(case) * 1.01)
+    assert main(["bench", "training", *words]) == 5 and "the networks differ by 0.0" in capsys.readouterr().err
+    assert main(["bench", "training", "--config", "emoji/text"]) == 2
+    assert "is of stage text, and the bench trains a U-Net" in capsys.readouterr().err
