@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 _LAZY = {"Pipeline": "ldm.pipeline", "train": "ldm.training", "evaluate": "ldm.evaluation"}  # name -> room
-_LAZY["finetune"] = "ldm.training"
+_LAZY["finetune"] = _LAZY["distill"] = "ldm.training"
 _LAZY["inspect"] = "ldm.checkpoint.inspect"
 _LAZY["convert"] = "ldm.checkpoint.convert"
 _LAZY["check_data"] = "ldm.training.finetuning.data_check"

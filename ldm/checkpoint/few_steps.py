@@ -19,6 +19,7 @@ from ldm.diffusion import names
 from ldm.errors import ConfigError, ModelError, nearest
 
 KEY = "ldm.sampling"  # in the header of our few-step files: JSON of the settings below, all but sampler may be left out
+MODEL_KEY = "ldm.model"  # beside it: the hash of the model that was distilled
 SETTINGS = ("kind", "sampler", "spacing", "num_inference_steps", "guidance_scale", "eta")
 TITLES = ("modelspec.title", "ss_output_name")  # names that a header may hold
 DISTILLED_CLASSES = {"LCMScheduler": "LCM", "TCDScheduler": "TCD"}

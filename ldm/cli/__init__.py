@@ -21,7 +21,7 @@ from ldm.errors import ConfigError, LdmError, nearest, one_line
 
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
-COMMANDS += ("doctor", "web")
+COMMANDS += ("doctor", "web", "distill")
 EVERYWHERE = (
     (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
     (("-v", "--verbose"), "count", "say more, every connection to other machines included"),

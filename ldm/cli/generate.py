@@ -4,6 +4,7 @@ examples:
   ldm generate "a cat"                             writes a-cat.png
   ldm generate "a cat on a red background" -n 4 --seed 7 -o cats/
   ldm generate "a red car" -o car.webp --steps 40 --guidance-scale 4
+  ldm generate "a cat" --fast                      in a few steps
   ldm generate "a dog" --model runs/unet/model --no-metadata
   ldm generate "a dog" --image cat.png --mask-image where.png
   ldm generate "a landscape" --image small.png --outpaint left=64,right=64
@@ -29,7 +30,7 @@ from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
-FROM_PIPELINE = ("prompt", "negative_prompt", *OF_MODEL)
+FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *OF_MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="source", metavar="IMAGE", help="draw it again, as its file says; options given here win")
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
+    fast = "draw in few steps, with the shipped few-step LoRA of the shipped model; what is given here still wins"
+    add("--fast", action="store_true", help=fast)
     add_drawing(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' names are accepted too: {words}.", 118)

@@ -164,15 +164,15 @@ def training_loss(
         with torch.no_grad():
             answer = teacher(*inputs).float()
     predicted = predict(*inputs).float()
-    loss = _mean_square(predicted - answer, mask)
+    loss = mean_square(predicted - answer, mask)
     if contrast:
-        loss = loss - contrast * _mean_square(predicted - (answer.roll(1, 0) if other is None else other), mask)
+        loss = loss - contrast * mean_square(predicted - (answer.roll(1, 0) if other is None else other), mask)
     if snr_gamma is not None:
         loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
     return loss
 
 
-def _mean_square(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def mean_square(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(B,) of errors (B, C, H, W), over the places of a mask (B, 1, H, W)."""
     if mask is None:
         return error.square().flatten(1).mean(1)

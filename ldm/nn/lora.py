@@ -246,6 +246,12 @@ def folded(module: Module) -> Module:
     return copied
 
 
+def frozen_copy(module: Module) -> Module:
+    """The module as it is now, in eval mode, without gradients; what will not be trained is shared."""
+    updated = any(isinstance(layer, LoraLayer) for layer in module.modules())
+    return (folded(module) if updated else copy.deepcopy(module).eval()).requires_grad_(False)
+
+
 def updates_of(module: nn.Module) -> dict[str, LowRank]:
     """Copies of the updates of every LoraLayer in `module`, by the name of the layer it stands for."""
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}

@@ -115,9 +115,9 @@ class UNetConfig:
                 raise ConfigError(f"block_out_channels: {width} is not a multiple of num_heads {self.num_heads[level]}")
         if self.transformer_layers[-1] not in (0, self.mid_transformer_layers):
             raise ConfigError("mid_transformer_layers has to equal the last of transformer_layers where that is not 0")
-        width = self.time_cond_proj_dim
-        if width is not None and (width < 4 or width % 2):
-            raise ConfigError(f"time_cond_proj_dim has to be an even number from 4 on, got {width}")
+        told = self.time_cond_proj_dim
+        if told is not None and (told < 4 or told % 2):
+            raise ConfigError(f"time_cond_proj_dim has to be an even number from 4 on, got {told}")
         if self.addition_embed_type is not None:
             self._check_addition(self.addition_embed_type)
 

@@ -16,8 +16,9 @@ from ldm.checkpoint.describe import text_without_weights
 from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
-from ldm.pipeline.checks import check_negative, check_prompts
+from ldm.pipeline.checks import check_bool, check_negative, check_prompts
 from ldm.pipeline.engine import Engine
+from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
 from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
@@ -26,7 +27,7 @@ from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
-OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention")
+OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention", "fast")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
@@ -47,6 +48,7 @@ class Pipeline:
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work
     attention        of the network: auto, or sdpa, chunked, xformers
+    fast             whether the default model draws in few steps, with its shipped few-step LoRA and its settings
     diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
 
     Settings are checked here and no weight is read: ConfigError names the setting, ModelError what is wrong with the
@@ -70,17 +72,23 @@ class Pipeline:
         dtype: str = "auto",
         offload: bool = False,
         attention: str = "auto",
+        fast: bool = False,
         **other: Any,
     ):
         own = {name: value for name, value in locals().items() if name in OF_PIPELINE and name != "prompt"}
         given = resolve_aliases(other, own, other=OF_GENERATE) if other else own
         texts = check_prompts(prompt)
         negatives = check_negative(given.pop("negative_prompt"), len(texts))
-        lora, lora_dir = given.pop("lora"), given.pop("lora_dir")
+        lora, lora_dir, fast = given.pop("lora"), given.pop("lora_dir"), check_bool(given.pop("fast"), "fast")
         self._everywhere: tuple[Adapter, ...] = ()
         self._adapters: tuple[tuple[Adapter, ...], ...] = ((),) * len(texts)
         if lora or lora_dir is not None or any("<" in text for text in (*texts, *negatives) if text):
             texts, self._everywhere, self._adapters = take_adapters(texts, negatives, lora, lora_dir)
+        if fast:
+            check_beside(self._adapters)
+            shipped = fast_adapter(given["model"], given["vae"])
+            self._everywhere = (shipped, *self._everywhere)
+            self._adapters = tuple((shipped, *adapters) for adapters in self._adapters)
         self._prompts = _parsed("prompt", texts)
         self._negatives = _parsed("negative_prompt", negatives)
         self._engine = Engine(**given)

@@ -1,10 +1,11 @@
-"""Training: one loop, its exact state, and the stages autoencoder, text, U-Net and fine-tuning."""
+"""Training: one loop, its exact state, and the stages autoencoder, text, U-Net, fine-tuning and distillation."""
 
 from ldm.training.command import train
+from ldm.training.distilling import distill
 from ldm.training.finetuning.command import finetune
 from ldm.training.settings import packaged_configs, read_settings
 
-__all__ = ["cache", "finetune", "packaged_configs", "read_settings", "train"]
+__all__ = ["cache", "distill", "finetune", "packaged_configs", "read_settings", "train"]
 
 
 def __getattr__(name: str) -> object:

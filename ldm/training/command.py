@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import DataError
 from ldm.training.distributed import processes
 from ldm.training.run import run
-from ldm.training.settings import OFF, FinetuneSettings, Settings, TextSettings, UNetSettings, read_settings
+from ldm.training.settings import (
+    OFF,
+    DistillSettings,
+    FinetuneSettings,
+    Settings,
+    TextSettings,
+    UNetSettings,
+    check_file_name,
+    read_settings,
+)
 
 if TYPE_CHECKING:
-    from ldm.training.data import ImageSet, PreparedSet, SceneSet
+    from ldm.training.data import DrawnSet, ImageSet, PreparedSet, SceneSet
 
 OPTION = re.compile(r"--(layout|split|exclude) ")
 # What a stage decides of its images: some compare images of one size, and captions, of which none may be dropped.
 NEEDED: dict[str, dict[str, Any]] = {
     "autoencoder": {"square": True, "cache": OFF},
     "text": {"square": True, "caption_dropout": 0.0},
+    "distill": {"caption_dropout": 0.0},
 }
 
 
@@ -48,14 +58,14 @@ def train(
             from ldm.training.parts import pinned_names
 
             settings = replace(settings, **group.on_first(partial(pinned_names, settings)))
-        images = group.on_all(lambda: _open_images(settings, Path(out)))
+        images = group.on_all(lambda: open_images(settings, Path(out)))
         return run(settings, Path(out), resume, allow_changed, dry_run, images)
 
 
-def _open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | SceneSet:
+def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | SceneSet | DrawnSet:
     """What the stage is trained on, counted and checked. Raises DataError, ConfigError."""
     from ldm.data.cache.prepared import is_prepared
-    from ldm.training.data import PreparedSet, SceneSet, read_images, read_training_images
+    from ldm.training.data import PreparedSet, SceneSet, read_images, read_prompts, read_training_images
     from ldm.training.finetuning.checks import check_export, check_run_folder
 
     if isinstance(settings, FinetuneSettings):
@@ -64,7 +74,11 @@ def _open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | Scen
         images = read_training_images(settings.data, prior)
         check_export(settings, images)
         return images
+    if isinstance(settings, DistillSettings) and settings.train == "lora" and not settings.name:
+        check_file_name(out.resolve().name, "out")
     data = replace(settings.data, **NEEDED.get(settings.stage, {}))
+    if isinstance(settings, DistillSettings) and settings.prompts:
+        return read_prompts(settings.prompts, settings.drawn, data)
     if not data.folder:
         return SceneSet.of(settings, data)
     check_run_folder(data, out, names_file=False)

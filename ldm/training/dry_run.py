@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm.console import say
 from ldm.training.checkpoints.reading import read_about
-from ldm.training.data import ImageSet, PreparedSet, SceneSet
+from ldm.training.data import DrawnSet, ImageSet, PreparedSet, SceneSet
 from ldm.training.finetuning.forecast import measure
 from ldm.training.finetuning.options import flatten
 from ldm.training.forecast import forecast_lines
@@ -15,7 +15,7 @@ from ldm.training.settings import FinetuneSettings, Settings, UNetSettings, as_d
 
 
 def print_dry_run(
-    settings: Settings, out: Path, images: ImageSet | PreparedSet | SceneSet, checkpoint: Path | None
+    settings: Settings, out: Path, images: ImageSet | PreparedSet | SceneSet | DrawnSet, checkpoint: Path | None
 ) -> None:
     """Print the settings, what there is to train on, and what the remaining steps would take."""
     done = read_about(checkpoint)["step"] if checkpoint else 0

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from ldm import files
 from ldm.training.distributed import current
-from ldm.training.settings import FinetuneSettings, Settings, as_dict
+from ldm.training.settings import DistillSettings, FinetuneSettings, Settings, as_dict
 
 if TYPE_CHECKING:
-    from ldm.training.data import ImageSet, PreparedSet, SceneSet
+    from ldm.training.data import DrawnSet, ImageSet, PreparedSet, SceneSet
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     resume: str | None,
     allow_changed: Sequence[str],
     dry_run: bool,
-    images: ImageSet | PreparedSet | SceneSet,
+    images: ImageSet | PreparedSet | SceneSet | DrawnSet,
 ) -> Path:
     """Train one stage, as `train` and `finetune` do; `images` are what it is trained on. Returns what they return."""
     group = current()
@@ -67,6 +67,8 @@ def _begin(
     check_means(settings)
     if isinstance(settings, FinetuneSettings):
         from ldm.training.finetuning.checks import check_finetune as check
+    elif isinstance(settings, DistillSettings):
+        from ldm.training.distilling import check_distill as check
     else:
         from ldm.training.checks import check_stage as check
     check(settings)

@@ -71,16 +71,18 @@ def write_lora_into(
     dtype: torch.dtype | None = None,
     note: str = "",
     words: Iterable[str] = (),
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write updates into a folder that also holds other files, such as a run's: pytorch_lora_weights.safetensors in
     PEFT's layout, name.safetensors in kohya's, a model card, and a manifest of the two; returns the first one's path.
 
-    Each file is written whole or not at all. `words` are the words of the captions, for models that know few. Raises
-    ModelError like `write_lora`.
+    Each file is written whole or not at all. `words` are the words of the captions, for models that know few;
+    `metadata` goes into both headers. Raises ModelError like `write_lora`.
     """
     folder = Path(folder)
     files = {"peft": FILE, "kohya": f"{name}.safetensors"}
-    contents = _contents(folder, model, layers, files, dtype, {WORDS: json.dumps(sorted(words))} if words else {})
+    more = {**metadata, **({WORDS: json.dumps(sorted(words))} if words else {})}
+    contents = _contents(folder, model, layers, files, dtype, more)
     (folder / MANIFEST).unlink(missing_ok=True)  # it must not vouch for the old files while new ones are written
     for file, content in contents.items():
         atomic_write(folder / file, lambda path, content=content: write_tensors(path, *content))

@@ -64,6 +64,7 @@ def _check_sharded(s: Settings) -> None:
     require(s.optimizer not in ("muon", "adamw8bit"), whole, "optimizer")
     require(s.precision != "fp16", "fp16 does not go with FSDP2: use bf16", "precision")
     require(s.stage != "autoencoder", "autoencoder is small: train it without FSDP2", "stage")
+    require(s.stage != "distill", "distill asks a teacher that is whole: train it without FSDP2", "stage")
     require(not getattr(s, "compile", False), "does not go with FSDP2", "compile")
 
 

@@ -27,17 +27,25 @@ def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
     """`folder` with `settings.prior_images` images and their captions, drawn by `model`, which is to be trained.
 
     They show `prior_prompt`; without one the default model draws what it was trained on, everyday objects above all.
+    Raises ModelError, ResourceError.
+    """
+    return draw_images(settings, model, _prompts(settings), folder)
+
+
+def draw_images(settings: FinetuneSettings, model: Model, prompts: list[str], folder: Path) -> Path:
+    """`folder` with an image of each prompt and its caption, drawn by `model` in the resolution of the settings.
+
     FOLDER.json beside it says what they were drawn from: a folder of the same model, prompts, seed and size is left as
     it is, any other is drawn again. Raises ModelError, ResourceError.
     """
-    count, prompts = settings.prior_images, _prompts(settings)
+    count = len(prompts)
     origin, path = _origin(settings, model, prompts), folder.with_name(f"{folder.name}.json")
     if len(list(folder.glob("*.png"))) == count and _read(path) == origin:
         return folder
     path.unlink(missing_ok=True)
     say(f"drawing {count} images of what the model knows into {folder}")
     model = _in_drawing_dtype(settings, model)
-    with files.atomic_folder(folder) as tmp, progress(total=count, desc="prior", unit="image") as bar:
+    with files.atomic_folder(folder) as tmp, progress(total=count, desc="drawing", unit="image") as bar:
         for start in range(0, count, BATCH):
             batch = prompts[start : start + BATCH]
             seeds = [settings.seed + start + i for i in range(len(batch))]

@@ -14,8 +14,8 @@ class Stage(Protocol):
 
     Parameters of `module` that are not trained do not require a gradient. A stage may also have `lines` about its data
     (the run's page shows them), `inputs`, the digests of what it reads by name, and `tensors`, a state of its own that
-    checkpoints keep. A batch may have `ids`. With several processes `batches` gives each its rows (see
-    distributed.RowShard), and `loss` is their mean.
+    checkpoints keep. One with `follow` is given the average before the first step. A batch may have `ids`. With several
+    processes `batches` gives each its rows (see distributed.RowShard), and `loss` is their mean.
     """
 
     module: nn.Module

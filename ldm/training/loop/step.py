@@ -63,6 +63,8 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
         checkpoint_gradients(module)
     scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
     ema = ema_copy(module)
+    if hasattr(stage, "follow"):
+        stage.follow(ema)
     parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)
     optimizer = make_optimizer(settings, module, device)
     averages = {decay: averages_of(ema, module) for decay in settings.ema_lengths}

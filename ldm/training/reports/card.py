@@ -12,7 +12,7 @@ from torch import nn
 from ldm.checkpoint import Model
 from ldm.checkpoint.folder import T5_LAYOUT
 from ldm.nn.text import T5Text, XLText
-from ldm.training.settings import FinetuneSettings, UNetSettings, as_dict
+from ldm.training.settings import DistillSettings, FinetuneSettings, Settings, UNetSettings, as_dict
 
 EMOJI = """Scenes that this package draws from the font Noto Color Emoji (SIL Open Font License 1.1), with captions from
 Unicode's names and CLDR's keywords (Unicode licence). Every combination whose sha256 modulo 10 is 0 is held out."""
@@ -98,6 +98,46 @@ def finetune_card(
     )
 
 
+def distill_card(
+    settings: DistillSettings,
+    base: Model,
+    device: str,
+    sampling: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    scores: Mapping[str, float],
+) -> str:
+    """README.md of a model that was distilled as a whole, with the settings to draw with."""
+    s, base_hash = settings, f" (sha256 {base.hash[:12]})" if base.hash else ""
+    defaults = {name: value for name, value in sampling.items() if name != "kind" and value is not None}
+    return CARD.format(
+        head=_head(device, **defaults),
+        title=f"{base.name or 'A model'}, {sampling['kind']}",
+        prompt="…",
+        origin=f". It was distilled by `ldm distill` from `{name_of(str(s.model))}`{base_hash}, whose licence applies.",
+        data=_distilled_on(s),
+        parts=_parts(modules),
+        dtype=s.save_dtype or "bf16",
+        recipe=_recipe(s),
+        scores=_scores(scores),
+    )
+
+
+def distill_note(settings: DistillSettings, sampling: Mapping[str, Any], scores: Mapping[str, float]) -> str:
+    """A paragraph for the card of a LoRA: how to draw with it, what it was made on, how long, and its scores."""
+    s, last = settings, ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    how = f"{sampling['sampler']}, {sampling['num_inference_steps']} steps, no guidance"
+    length = f"{s.steps} steps of {s.batch_size * s.accumulation}, learning rate {s.learning_rate:g}"
+    scored = f" Scores: {last}." if last else ""
+    return f"{sampling['kind']}: {how}. Made by `ldm distill`: {length}. {_distilled_on(s)}{scored}"
+
+
+def _distilled_on(settings: DistillSettings) -> str:
+    s = settings
+    if s.prompts:
+        return f"Images that the model drew, of the captions in `{name_of(s.prompts)}`."
+    return FOLDER.format(name_of(str(s.data.folder))) if s.data.folder else EMOJI
+
+
 def _head(device: str, **defaults: Any) -> str:
     """The front matter, as YAML; `defaults` are those of Pipeline for this model."""
     head: dict[str, Any] = {"library_name": "ldm", "pipeline_tag": "text-to-image"}
@@ -111,7 +151,7 @@ def _parts(modules: Mapping[str, nn.Module]) -> str:
     return "\n".join(["| part | parameters |", "|---|---|", *rows])
 
 
-def _recipe(settings: UNetSettings | FinetuneSettings) -> str:
+def _recipe(settings: Settings) -> str:
     return f"```json\n{json.dumps(_without_paths(as_dict(settings)), indent=1)}\n```"
 
 

@@ -63,7 +63,7 @@ class TextSettings(Settings):
         super().__post_init__()
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         require(not self.data.masks, WHOLE, "data.masks")
-        _check_pool(self.latent_pool, self.renew)
+        check_pool(self.latent_pool, self.renew)
         for name in ("contrast", "naming", "order", "anchor", "named", "mirrored"):
             require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
         require(0 <= self.everyday_until <= 1, "must be in [0, 1]", "everyday_until")
@@ -116,7 +116,7 @@ class UNetSettings(Settings):
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
         require(bool(self.text), NEEDED.format("text", "text"), "text")
-        _check_pool(self.latent_pool, self.renew)
+        check_pool(self.latent_pool, self.renew)
 
 
 WHOLE = "is for the U-Net: this stage learns whole images"
@@ -124,6 +124,6 @@ PIECE = 256  # latents that are renewed together
 NEEDED = "is needed: the run of `ldm train emoji/{}`, a folder, a hub id or default ({}=…)"
 
 
-def _check_pool(size: int, renew: int) -> None:
+def check_pool(size: int, renew: int) -> None:
     require(size % PIECE == 0 and size > 0, f"must be a multiple of {PIECE}", "latent_pool")
     require(renew >= 0, f"must not be negative, got {renew}", "renew")

@@ -15,7 +15,7 @@ from ldm.training.data import Batch, ImageDataset
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
-from ldm.training.settings import FinetuneSettings, UNetSettings
+from ldm.training.settings import DistillSettings, FinetuneSettings, UNetSettings
 
 FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
@@ -26,12 +26,20 @@ def networks_of(module: nn.Module) -> dict[str, nn.Module]:
     return dict(module.items()) if isinstance(module, nn.ModuleDict) else {"unet": module}
 
 
-def conditioned(unet: Callable[..., Tensor], time_ids: tuple[float, ...] | Tensor | None = None) -> Network:
-    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every image."""
+def conditioned(
+    unet: Callable[..., Tensor],
+    time_ids: tuple[float, ...] | Tensor | None = None,
+    guidance: Tensor | None = None,
+) -> Network:
+    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every image.
+
+    guidance (B,): the scale, of a U-Net that has it as an input.
+    """
+    more = {} if guidance is None else {"guidance": guidance}
 
     def network(x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         ids = x.new_tensor([time_ids] * len(x)) if isinstance(time_ids, tuple) else time_ids
-        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=ids)
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=ids, **more)
 
     return network
 
@@ -57,10 +65,23 @@ def fixed_levels(count: int, seed: int) -> Tensor:
     return ((torch.arange(count) + 0.5) / count)[order]
 
 
+def noise_and_levels(
+    settings: UNetSettings | FinetuneSettings | DistillSettings, batch: Batch, step: int, micro: int, kind: str = ""
+) -> tuple[Tensor, Tensor]:
+    """For the rows of all processes: noise (B, C, h, w), and draws (B,) in [0, 1), one from each of as many parts."""
+    s, x0, size = settings, batch.latents, batch.part.size
+    noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
+    if s.noise_offset:
+        shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
+        noise = noise + s.noise_offset * shift
+    u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
+    return noise, u
+
+
 def diffusion_loss(
     predict: Predict,
     schedule: Schedule,
-    settings: UNetSettings | FinetuneSettings,
+    settings: UNetSettings | FinetuneSettings | DistillSettings,
     batch: Batch,
     step: int,
     micro: int,
@@ -71,15 +92,9 @@ def diffusion_loss(
 ) -> Tensor:
     """The mean loss of a batch, a scalar; noise and noise levels are keyed by (seed, step, micro)."""
     s, x0, part = settings, batch.latents, batch.part
-    size = part.size
-    noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
-    if s.noise_offset:
-        shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
-        noise = noise + s.noise_offset * shift
+    noise, u = noise_and_levels(s, batch, step, micro, kind)
     other = _other_targets(x0, noise, part) if contrast else None
     noise = part.of(noise).to(x0.device)
-    # one level from each of B equal parts
-    u = (torch.arange(size) + seeded.uniform((size,), s.seed, f"{kind}timesteps", step, micro)) / size
     u = shape_timesteps(u, s.timesteps, s.timestep_shift)
     timesteps = timesteps_at(schedule, part.of(u)).to(x0.device)
     more = {"contrast": contrast, "mask": batch.mask, "other": other}

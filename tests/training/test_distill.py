@@ -1,0 +1,213 @@
+"""`ldm distill` on a tiny model: what its loss is made of, exact resuming, files that carry how they are drawn."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import ldm
+from ldm import Pipeline
+from ldm.checkpoint import load_model
+from ldm.checkpoint.describe import describe
+from ldm.checkpoint.few_steps import KEY, MODEL_KEY
+from ldm.cli import main
+from ldm.diffusion.denoiser import denoiser, training_loss
+from ldm.diffusion.distillation import Segments, consistency_loss
+from ldm.errors import ConfigError, DataError, Interrupted
+from ldm.training.command import open_images
+from ldm.training.distilling import read_distill
+from ldm.training.loop import loop, seeded
+from ldm.training.stages.distill import open_stage
+from tests.training.conftest import threads
+from tests.training.finetune_cases import last_tensors, pictures
+
+QUICK = ["steps=4", "batch_size=4", "learning_rate=0.01", "lora_rank=2", "guidance_scale=3", "device=cpu"]
+QUICK += ["precision=fp32", "warmup=0", "ema=0.5", "samples=0", "save_every=2", "validate_every=4", "log_every=1"]
+QUICK += ["workers=0", "data.held_out=0.3", "seed=3"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return pictures(tmp_path_factory.mktemp("data") / "images")
+
+
+def distill(model, out, *overrides, **more):
+    with threads(1):
+        return ldm.distill(model, out, overrides=[*QUICK, *overrides], **more)
+
+
+def stage_of(model, out, *overrides):
+    settings = read_distill(model, out, None, [*QUICK, *overrides], None)
+    return open_stage(settings, out, open_images(settings, out))
+
+
+def scores(out):
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+def header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_guidance_asks_for_the_guided_answer_of_the_model(tiny_folder, images, tmp_path):
+    stage = stage_of(tiny_folder, tmp_path, "method=guidance", f"data={images}")
+    batch = next(stage.batches(0))
+    model = load_model(tiny_folder)
+    texts = [model.text.encode([caption]) for caption in batch.captions]
+    nothing, rows = model.text.encode([None]), range(count := len(texts))
+
+    def guided(x, t):
+        def answer(text, i):
+            return model.unet(x[i : i + 1], t[i : i + 1], text.states, mask=text.mask)
+
+        both = [(answer(texts[i], i), answer(nothing, i)) for i in rows]
+        return torch.cat([u + 3 * (c - u) for c, u in both])
+
+    noise = seeded.normal((count, *batch.latents.shape[1:]), 3, "noise", 0, 0)
+    u = (torch.arange(count) + seeded.uniform((count,), 3, "timesteps", 0, 0)) / count
+    t = (u * 1000).long()
+    with torch.no_grad():
+        plain = torch.cat([texts[i].states for i in rows])
+        student = lambda x, t: model.unet(x, t, plain)  # noqa: E731  # its updates change nothing yet
+        expected = training_loss(student, model.schedule, batch.latents, noise, t, teacher=guided).mean()
+        assert torch.allclose(stage.loss(batch, 0, 0), expected, rtol=1e-4)
+    assert expected > 1e-4
+
+
+def test_consistency_asks_the_average_below_and_the_model_above(tiny_folder, images, tmp_path):
+    stage = stage_of(tiny_folder, tmp_path, f"data={images}", "intervals=[4,4]")
+    batch = next(stage.batches(0))
+    model, other = load_model(tiny_folder), load_model(tiny_folder, cache=False)
+    torch.nn.init.normal_(other.unet.conv_out.weight, generator=torch.Generator().manual_seed(1))
+    stage.follow(other.unet)
+    asked = [model.text.encode([caption or None]).states for caption in batch.captions]
+    count = len(asked)
+    cond, nothing = torch.cat(asked), model.text.encode([None] * count).states
+
+    def teacher(x, t):
+        u = model.unet(x, t, nothing)
+        return u + 3 * (model.unet(x, t, cond) - u)
+
+    noise = seeded.normal((count, *batch.latents.shape[1:]), 3, "noise", 0, 0)
+    u = (torch.arange(count) + seeded.uniform((count,), 3, "timesteps", 0, 0)) / count
+    sigmas = Segments(model.schedule, model.schedule.sigmas(4, "ddim", "trailing")).at(u, 4)
+    predicts = (lambda x, t: model.unet(x, t, cond), teacher, lambda x, t: other.unet(x, t, cond))
+    with torch.no_grad():
+        expected = consistency_loss(
+            *(denoiser(one, model.schedule) for one in predicts), batch.latents, noise, sigmas
+        ).mean()
+        assert torch.allclose(stage.loss(batch, 0, 0), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["guidance", "consistency"])
+def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path, method, monkeypatch):
+    words = (f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert distill(tiny_folder, whole, *words) == whole
+
+    whole_step = loop._Run._after_step
+
+    def stopped(run):
+        whole_step(run)
+        if run.state.step == 2:  # whose checkpoint is saved
+            raise Interrupted(2, "stopped", where=parts)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(loop._Run, "_after_step", stopped)
+        distill(tiny_folder, parts, *words)
+    with threads(1):
+        ldm.distill(out=parts, resume="latest")  # the model and all settings are those of the run
+    one, other = last_tensors(whole, ""), last_tensors(parts, "")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["model.mid_block.attentions.0.proj_in.up"], torch.zeros(64, 2, 1, 1))
+    named = {"validation_loss", "teacher_distance"} if method == "guidance" else {"teacher_distance"}
+    assert all(named <= row.keys() for row in scores(whole)) and (whole / "index.html").is_file()
+
+
+def test_the_file_carries_how_it_is_drawn(tiny_folder, images, tmp_path, capsys):
+    out = distill(tiny_folder, tmp_path / "four", f"data={images}", "segments=3")
+    found = header(out / "pytorch_lora_weights.safetensors")
+    assert (
+        json.loads(found[KEY])["num_inference_steps"] == 3
+        and found[MODEL_KEY] == describe(tiny_folder, hashed=True).hash
+    )
+    assert header(out / "four.safetensors")[KEY] == found[KEY]
+    (record,) = Pipeline("a cat", tiny_folder, lora=out).generate(seed=1).metadata
+    taken = {name: record[name] for name in ("sampler", "spacing", "num_inference_steps", "guidance_scale")}
+    assert taken == {"sampler": "ddim", "spacing": "trailing", "num_inference_steps": 3, "guidance_scale": 1.0}
+    assert record["few_steps"] == "few-step" and "no guidance" in (out / "README.md").read_text()
+    # a second run begins with it, and asks it without guidance
+    settings = ["init=" + str(out), "guidance_scale=null", f"data={images}"]
+    stage = stage_of(tiny_folder, tmp_path / "more", *settings)
+    assert stage.scale == 1.0 and (stage.teacher.conv_in.weight != load_model(tiny_folder).unet.conv_in.weight).any()
+
+
+def test_a_whole_model_is_told_any_scale(tiny_folder, images, tmp_path):
+    words = ("train=full", "method=guidance", "guidance_range=[1,5]", "guidance_scale=null", f"data={images}")
+    out = distill(tiny_folder, tmp_path / "told", *words, "save_dtype=fp32")
+    info = describe(out)
+    assert info.unet.time_cond_proj_dim == 256 and info.card["guidance_scale"] == 3.0
+    pipe = Pipeline("a cat", out)
+    low, high = pipe.generate(seed=[1, 1], guidance_scale=[1.0, 5.0], steps=2)
+    assert low.tobytes() != high.tobytes()
+
+
+def test_captions_alone_are_enough(tiny_folder, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a red cat\n\n# not this\na blue dog\n")
+    words = (f"prompts={tmp_path / 'captions.txt'}", "drawn=6", "steps=1", "samples=0", "save_every=9")
+    out = distill(tiny_folder, tmp_path / "run", *words)
+    assert len(list((out / "drawn").glob("*.png"))) == 6
+    assert "6 images are drawn by the model, of 2 captions in captions.txt" in distilled_dry(
+        tiny_folder, tmp_path, words, capsys
+    )
+    (tmp_path / "captions.txt").write_text("# nothing\n")
+    with pytest.raises(DataError, match=r"captions\.txt: holds no caption"):
+        distill(tiny_folder, tmp_path / "other", *words)
+
+
+def distilled_dry(model, folder, words, capsys):
+    distill(model, folder / "dry", *words, dry_run=True)
+    assert not (folder / "dry").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_scenes_are_data_too(tiny_folder, tmp_path, one_thread):
+    out = distill(tiny_folder, tmp_path / "run", "latent_pool=256", "validation=2", "steps=1", "method=guidance")
+    assert scores(out)[0]["validation_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["guidance_range=[1,5]"], "guidance_range: needs train=full"),
+        (["intervals=[4,2]"], "intervals: must be 1 to 1024"),
+        (["segments=0"], "segments: must be 1 to 50"),
+        (["drawn=5"], "drawn: needs prompts"),
+        (["targets=[to_x]"], "no layer named 'to_x'"),
+        (["methud=guidance"], "did you mean 'method'"),
+        (["train=full", "init=x"], "cannot be continued with train=full"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_work(tiny_folder, images, tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        distill(tiny_folder, tmp_path / "run", f"data={images}", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(tiny_folder, images, tmp_path, capsys):
+    line = ["distill", str(tiny_folder), "-o", str(tmp_path / "run"), f"data={images}", *QUICK, "--dry-run"]
+    assert main(line) == 0 and "method: consistency" in capsys.readouterr().err
+    assert main(["distill", "-o", str(tmp_path / "run"), "--config", "emoji/unet"]) == 2
+    assert "no packaged settings 'emoji/unet'" in capsys.readouterr().err
+
+
+def test_shipped_settings_are_for_the_shipped_model(tmp_path):
+    guided = read_distill(None, tmp_path, "emoji/guided", (), None)
+    fast = read_distill(None, tmp_path, "emoji/fast", ("init=runs/guided",), None)
+    assert guided.model == fast.model == "default" and guided.data == fast.data
+    assert (guided.method, fast.method, fast.init) == ("guidance", "consistency", "runs/guided")
+    assert dataclasses.replace(guided, method="consistency").network == guided.network
