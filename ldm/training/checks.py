@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.checkpoint.describe import describe
 from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
 from ldm.data.cache.prepared import is_prepared, read_info
@@ -14,6 +15,7 @@ from ldm.errors import ConfigError, DataError, nearest
 from ldm.training.parts import text_parts, unet_config, vae_part
 from ldm.training.settings import (
     AutoencoderSettings,
+    DistillSettings,
     Settings,
     TextSettings,
     UNetSettings,
@@ -40,6 +42,22 @@ def check_stage(settings: Settings) -> None:
         return _check_prepared(settings)
     if not settings.data.folder:
         find_font(settings.data.font)
+
+
+def check_distill(settings: DistillSettings) -> None:
+    """Raise ConfigError, DataError or ModelError for what would stop a distillation later. Reads no weight."""
+    from ldm.data.emoji import find_font
+    from ldm.training.finetuning.checks import check_finetune
+
+    s = settings
+    check_finetune(s.network)
+    info = describe(s.model, s.vae)
+    if s.method == "consistency":
+        info.schedule.sigmas(s.segments, "ddim", None if info.schedule.is_flow else "trailing")
+    if is_prepared(s.data.folder):
+        _check_prepared(s)
+    if not (s.data.folder or s.prompts):
+        find_font(s.data.font)
 
 
 def _check_prepared(settings: Settings) -> None:

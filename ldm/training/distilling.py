@@ -92,18 +92,3 @@ def _side(mapping: Mapping[str, Any]) -> int:
             raise ConfigError(f"expected a path or a name, got {value!r:.80}", where=name)
     info = describe(model or "default", vae)
     return (info.unet.sample_size or LATENT_SIZE) * info.factor
-
-
-def check_distill(settings: DistillSettings) -> None:
-    """Raise ConfigError, DataError or ModelError for what would stop a distillation later. Reads no weight."""
-    from ldm.checkpoint.describe import describe
-    from ldm.data.emoji import find_font
-    from ldm.training.finetuning.checks import check_finetune
-
-    s = settings
-    check_finetune(s.network)
-    info = describe(s.model, s.vae)
-    if s.method == "consistency":
-        info.schedule.sigmas(s.segments, "ddim", None if info.schedule.is_flow else "trailing")
-    if not (s.data.folder or s.prompts):
-        find_font(s.data.font)

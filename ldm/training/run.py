@@ -68,7 +68,7 @@ def _begin(
     if isinstance(settings, FinetuneSettings):
         from ldm.training.finetuning.checks import check_finetune as check
     elif isinstance(settings, DistillSettings):
-        from ldm.training.distilling import check_distill as check
+        from ldm.training.checks import check_distill as check
     else:
         from ldm.training.checks import check_stage as check
     check(settings)

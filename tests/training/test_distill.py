@@ -104,7 +104,7 @@ def test_consistency_asks_the_average_below_and_the_model_above(tiny_folder, ima
 
 @pytest.mark.parametrize("method", ["guidance", "consistency"])
 def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path, method, monkeypatch):
-    words = (f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1")
+    words = (f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1", "data.held_out=0")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(tiny_folder, whole, *words) == whole
 
@@ -123,8 +123,7 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path
     one, other = last_tensors(whole, ""), last_tensors(parts, "")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(one["model.mid_block.attentions.0.proj_in.up"], torch.zeros(64, 2, 1, 1))
-    named = {"validation_loss", "teacher_distance"} if method == "guidance" else {"teacher_distance"}
-    assert all(named <= row.keys() for row in scores(whole)) and (whole / "index.html").is_file()
+    assert all(row["teacher_distance"] > 0 for row in scores(whole)) and (whole / "index.html").is_file()
 
 
 def test_the_file_carries_how_it_is_drawn(tiny_folder, images, tmp_path, capsys):
@@ -147,7 +146,8 @@ def test_the_file_carries_how_it_is_drawn(tiny_folder, images, tmp_path, capsys)
 
 def test_a_whole_model_is_told_any_scale(tiny_folder, images, tmp_path):
     words = ("train=full", "method=guidance", "guidance_range=[1,5]", "guidance_scale=null", f"data={images}")
-    out = distill(tiny_folder, tmp_path / "told", *words, "save_dtype=fp32")
+    out = distill(tiny_folder, tmp_path / "told", *words, "save_dtype=fp32", "steps=2")
+    assert scores(tmp_path / "told")[-1]["validation_loss"] > 0
     info = describe(out)
     assert info.unet.time_cond_proj_dim == 256 and info.card["guidance_scale"] == 3.0
     pipe = Pipeline("a cat", out)
