@@ -195,4 +195,4 @@ def x0_error(
     angle = torch.pi / 2 * u
     wide = (-1, *[1] * (x0.ndim - 1))
     predicted = denoiser(predict, schedule)(x0 + angle.tan().view(wide) * noise, angle.tan())
-    return _mean_square((predicted - x0) / angle.sin().view(wide), mask)
+    return mean_square((predicted - x0) / angle.sin().view(wide), mask)

@@ -168,7 +168,8 @@ class Distill:
                 scales = self._scales(len(noise), -1, number).to(self.device)
                 student, teacher = self._student(ema, batch, scales), self._teacher(batch, scales)
                 at = timesteps_at(schedule, u).to(self.device)
-                losses.append(training_loss(student, schedule, batch.latents, noise, at, s.snr_gamma, teacher))
+                more = {"teacher": teacher, "mask": batch.mask}
+                losses.append(training_loss(student, schedule, batch.latents, noise, at, s.snr_gamma, **more))
             found["validation_loss"] = torch.cat(losses).mean().item()
         if self.prompts:
             found["teacher_distance"] = (self._drawn(ema) - self._drawn_by_teacher()).square().mean().sqrt().item()
