@@ -9,13 +9,15 @@ from typing import Any
 from ldm.bench.cold import cold
 from ldm.bench.rendering import rendering
 from ldm.bench.samplers import Comparison, samplers
+from ldm.bench.shortcuts import shortcuts
 from ldm.bench.timing import Timing
 from ldm.bench.training import training
 from ldm.bench.warm import warm
 from ldm.errors import ConfigError, nearest
 
 BENCHES: dict[str, Callable[..., Timing | Comparison]]
-BENCHES = {"cold": cold, "warm": warm, "render": rendering, "samplers": samplers, "training": training}
+BENCHES = {"cold": cold, "warm": warm, "render": rendering, "training": training, "samplers": samplers}
+BENCHES["shortcuts"] = shortcuts
 TIMINGS = ("cold", "warm")  # run by default; the others take minutes
 
 

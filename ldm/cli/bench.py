@@ -10,6 +10,7 @@ examples:
   ldm bench training --config small/256            a step of ldm train, against a loop over diffusers' U-Net
   ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: images, distances, a plot
   ldm bench samplers --steps 10,20 --sampler euler,dpmpp_2m --prompts 2
+  ldm bench shortcuts --prompts 4                  --step-cache and guidance presets: time and distance from exact
 
 Timings: a ratio below 1 means that ldm is faster; nothing else should run on the machine meanwhile. Samplers: the
 distance of their images from those of 1,000 steps, and the sampler that comes nearest with the same work. This takes
@@ -28,16 +29,16 @@ SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("names", metavar="BENCH", nargs="*", help="cold, warm, render, training, samplers (the first two)")
+    add("names", metavar="BENCH", nargs="*", help="cold, warm, render, training, samplers, shortcuts (the first two)")
     add("--repeats", type=int, metavar="N", help="timed rounds, of which the median counts (5; render: 3)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
-    add("--steps", type=_steps, metavar="N", help="warm, render: one number (25); samplers: 4,8,16,32")
+    add("--steps", type=_steps, metavar="N", help="warm, render, shortcuts: one number (25); samplers: 4,8,16,32")
     add("--sampler", metavar="NAME", help="dpmpp_2m, unipc, ddim, euler (dpmpp_2m); samplers: names with commas (all)")
     add("--guidance-scale", type=float, metavar="X", help="warm, render (4)")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16 (fp32; training: auto)")
     add("--device", metavar="NAME", help="cpu, cuda (cpu)")
     add("--profile", action="store_true", default=None, help="warm, training: print the operators that take longest")
-    add("--prompts", type=int, metavar="N", help="samplers: images to average the distances over (8)")
+    add("--prompts", type=int, metavar="N", help="samplers, shortcuts: images to average the distances over (8, 4)")
     add("--images", "--pictures", type=int, metavar="N", help="render: lines of the file (16)")
     add("--batch-size", type=int, metavar="N", help="render, training: images drawn or trained together (8)")
     add("--config", metavar="NAME", help="training: settings of a U-Net (small/256)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NamedTuple
 
-from ldm.diffusion.guidance import GUIDANCES
+from ldm.diffusion.guidance.settings import GUIDANCES, SIGMA_INTERVALS, STEP_INTERVALS
 from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS
 
 
@@ -37,6 +37,16 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r:.80}") from None
+
+
+class Preset(argparse.Action):
+    """A name for an interval of steps or of sigmas in which guidance is on."""
+
+    def __call__(self, parser, namespace, name, option=None):
+        for dest, presets in (("guidance_interval", STEP_INTERVALS), ("guidance_sigma_interval", SIGMA_INTERVALS)):
+            if name in presets:
+                return setattr(namespace, dest, presets[name])
+        parser.error(f"argument {option}: expected {', '.join((*STEP_INTERVALS, *SIGMA_INTERVALS))}, got {name!r:.80}")
 
 
 def _sides(text: str) -> dict[str, int]:
@@ -81,6 +91,8 @@ def _guidance_options() -> list[Option]:
 
 
 INT, FLOAT, INTERVAL, ENDS = {"type": int}, {"type": float}, {"type": float, "nargs": 2}, ("FROM", "TO")
+PRESETS = ", ".join(f"{name} ({low:g} {high:g})" for name, (low, high) in STEP_INTERVALS.items())
+PRESETS += ", ".join(f", {name} (sigmas {low:g} {high:g})" for name, (low, high) in SIGMA_INTERVALS.items())
 SWITCH, AUTO = {"action": "store_true"}, {"default": "auto"}
 SHIPPED = {"default": "default"}
 # How an image is drawn
@@ -94,6 +106,7 @@ DRAWING = [
     Option("guidance_rescale", "X", "0 to 1: against too much contrast at high scales (0)", FLOAT),
     Option("guidance_interval", ENDS, "guide only in this part of the steps, 0 to 1", INTERVAL),
     Option("guidance_sigma_interval", ENDS, "or only between these sigmas", INTERVAL),
+    Option("guidance_preset", "NAME", f"or by a name: {PRESETS}", {"action": Preset}),
     *_guidance_options(),
     Option("sampler", "NAME", f"see --help-samplers (the model's, or {SAMPLER})"),
     Option("spacing", "NAME", "trailing, karras, …: see --help-samplers (the model's)"),
@@ -103,6 +116,7 @@ DRAWING = [
     Option("eta", "X", "0 to 1: the noise of samplers that add as much as they are told to", FLOAT),
     Option("clip_skip", "N", "layers of CLIP to leave out; 1 is A1111's 'Clip skip: 2' (0)", INT),
     Option("emphasis", "NAME", "how (word:1.3) acts: original or no_norm (original)", {"default": "original"}),
+    Option("step_cache", "N", "reuse a U-Net's deep features, new in every N-th step: faster, inexact (1: off)", INT),
     Option(
         "help_samplers", None, "list samplers and spacings with all their names", {"action": HelpSamplers, "nargs": 0}
     ),
@@ -137,7 +151,8 @@ MODEL = [
     Option("attention", "NAME", "of the U-Net: auto, sdpa, chunked, xformers", AUTO),
 ]
 # The keywords of generate and of Pipeline that these set
-SAMPLING = tuple(one.name for one in DRAWING if one.name not in ("negative_prompt", "help_samplers"))
+NO_KEYWORDS = ("negative_prompt", "help_samplers", "guidance_preset")  # Pipeline's, or of the command line alone
+SAMPLING = tuple(one.name for one in DRAWING if one.name not in NO_KEYWORDS)
 OF_MODEL = tuple(one.name for one in MODEL)
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.errors import ModelError
 from ldm.nn.attention import TextCache, attention, remember, set_backend
 from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even_batch, per_image, silu
+from ldm.nn.step_cache import StepCache
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights, on_meta
 from ldm.nn.winograd import RUN, Conv3x3
@@ -393,6 +394,7 @@ class UNet(Encoder):
         perturb: Tensor | None = None,
         perturb_in: tuple[str, ...] = (),
         residuals: Sequence[Tensor] = (),
+        deep: StepCache | None = None,
     ) -> Tensor:
         """x (B, C_in, H, W), timesteps (B,), states (B, S, D), mask (B, S) bool, pooled (B, P), time_ids (B, 6) or (6,)
         -> (B, C_out, H, W), all in x's dtype. `pooled` and `time_ids` are read by XL alone.
@@ -400,9 +402,10 @@ class UNet(Encoder):
         cache: what `prepare` returned, where the call is one step of a run.
         perturb (B,) bool: rows in which self-attention is the identity, in `perturb_in` of `attention_levels`.
         residuals: added to what is handed across, level by level, and to the middle's output: what a ControlNet gives.
+        deep: of a run whose steps share deep features; None: every call computes all.
         Raises ConfigError for a level without self-attention, ModelError where XL's inputs are missing.
         """
-        images = len(x)
+        images, given = len(x), states
         if perturb_in:
             self.config.check_attention_layers(perturb_in)
         if guidance is not None and self.config.time_cond_proj_dim is None:
@@ -416,12 +419,21 @@ class UNet(Encoder):
         perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
         context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
 
-        x, skips = self._down(self.conv_in(x), temb, context)
-        if residuals:
-            skips, x = [skip + more for skip, more in zip(skips, residuals[:-1], strict=True)], x + residuals[-1]
+        kept = None if deep is None else deep.recall(given, len(x))
+        if kept is None:
+            x, skips = self._down(self.conv_in(x), temb, context)
+            x = x + residuals[-1] if residuals else x
+        else:
+            x, skips = kept, self._first_level(self.conv_in(x), temb, context)
+        skips = [skip + more for skip, more in zip(skips, residuals)] if residuals else skips
 
         # Up
+        last = len(self.up_blocks) - 1
         for i, block in enumerate(cast("list[Level]", self.up_blocks)):
+            if i < last and kept is not None:
+                continue
+            if i == last and kept is None and deep is not None:
+                deep.keep(x)
             for resnet, transformer in zip(block.resnets, block.attentions):
                 x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
                 x = self._run(transformer, x, *context.get(f"up.{i}", ()))
@@ -429,6 +441,14 @@ class UNet(Encoder):
                 x = block.upsamplers[0](x, skips[-1].shape[-2:])  # also right where the next skip's size is odd
 
         return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
+
+    def _first_level(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> list[Tensor]:
+        """What is handed across at the highest resolution."""
+        skips, block = [x], cast("Level", self.down_blocks[0])
+        for resnet, transformer in zip(block.resnets, block.attentions):
+            x = self._run(transformer, self._run(resnet, x, temb), *context.get("down.0", ()))
+            skips.append(x)
+        return skips
 
 
 def load_unet(config: UNetConfig, state: Mapping[str, Tensor], where: object = None) -> UNet:

@@ -301,6 +301,7 @@ def check_timesteps(
 # What generate is given of Settings: one by one, and those that are checked together.
 CHECKS: dict[str, tuple[Callable[..., Any], Any]] = {  # keyword -> (its check, a value that changes nothing)
     "num_inference_steps": (functools.partial(check_int, least=1, most=MAX_STEPS), None),
+    "step_cache": (functools.partial(check_int, least=1, most=MAX_STEPS), 1),
     "clip_skip": (functools.partial(check_int, least=0, most=100), 0),
     "emphasis": (check_emphasis, "original"),
     "vae_tiling": (check_tiling, "auto"),

@@ -22,6 +22,7 @@ from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
 from ldm.nn.mmdit import MMDiT
+from ldm.nn.step_cache import StepCache
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
@@ -130,7 +131,7 @@ class Engine:
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
                 noise, x = draw_noise(model.vae, requests, run, place.device)
                 with place.on(model.unet) as unet:
-                    network = network_of(unet, run, requests)
+                    network = network_of(unet, run, requests, s.step_cache)
                     network = network if start.masked is None else start.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
                     sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
@@ -170,12 +171,16 @@ class Engine:
         return self._encoder
 
 
-def network_of(unet: UNet | MMDiT, run: Run, requests: Sequence[ImageRequest]) -> Callable[..., torch.Tensor]:
+def network_of(
+    unet: UNet | MMDiT, run: Run, requests: Sequence[ImageRequest], step_cache: int | None = None
+) -> Callable[..., torch.Tensor]:
     """The network for one run of a batch: XL's gets the image's original size, its crop (none) and its target size,
-    LCM's and FLUX.1-dev's the images' guidance scales."""
+    LCM's and FLUX.1-dev's the images' guidance scales. `step_cache`: as in Settings."""
     network: Callable[..., torch.Tensor] = unet
     if isinstance(unet, UNet):
         network = partial(unet, cache=unet.prepare())
+    if step_cache:
+        network = partial(network, deep=StepCache(step_cache))
     if isinstance(unet, UNet) and unet.config.addition_embed_type == "text_time":
         h, w = run.height, run.width
         time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)

@@ -63,6 +63,7 @@ def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str,
     own_table = settings.sampler in DISTILLED or model.schedule.is_flow or explicit  # no spacing that has a name
     return {
         **settings.keywords(),
+        **({"inexact": f"deep features are reused: step_cache {settings.step_cache}"} if settings.step_cache else {}),
         "spacing": settings.spacing or (None if own_table else model.schedule.spacing),
         "model": model.name,
         "model_hash": model.hash,

@@ -30,7 +30,7 @@ OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "l
 OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention", "fast")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
-OF_GENERATE += ("true_cfg_scale", "callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
+OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
 
 
 class Pipeline:
@@ -141,6 +141,7 @@ class Pipeline:
         true_cfg_scale: float | None = None,
         clip_skip: int | None = None,
         emphasis: str = "original",
+        step_cache: int | None = None,
         strict: bool = False,
         image: Any = None,
         mask_image: Any = None,
@@ -160,7 +161,8 @@ class Pipeline:
         """Draw `num_images` images of each prompt, prompt by prompt; None leaves a setting to the model.
 
         guidance    cfg, apg, pag or cfg_zero; with guidance_rescale, guidance_interval=(from, to) in fractions of the
-                    steps or guidance_sigma_interval, and the options of its kind (ldm.diffusion.guidance.Guidance)
+                    steps (or half, most) or guidance_sigma_interval (or xl), and the options of its kind
+                    (ldm.diffusion.guidance.Guidance)
         guidance_scale  one number, or a list with one for each image; 1 and less: none, half the work in batches
         seed        image k of every prompt has seed + k; a list holds one for each image; None or -1 draws one
         sampler     by our name or anybody's, "DPM++ 2M Karras" included (`ldm generate --help-samplers` lists them)
@@ -170,6 +172,7 @@ class Pipeline:
                     input of the network
         clip_skip   layers of CLIP that are left out at its end, counted as diffusers does (A1111's number less 1)
         emphasis    how (word:1.3) acts: original (the mean is restored, as in A1111) or no_norm
+        step_cache  N: a U-Net's deep features are computed in every N-th step and reused by the others; faster, inexact
         strict      whether words that the model never saw, or brackets left open, are errors instead of warnings
         image       an image or its file, or a list with one for each prompt, to begin at; its size is drawn
         mask_image  likewise, of the same size: white is painted, grey counts as what it is nearer to, and where it is

@@ -20,6 +20,7 @@ from ldm.diffusion.spacings import DISTILLED
 from ldm.errors import ConfigError
 from ldm.nn.text import check_plain
 from ldm.nn.tiling import AUTO, TILE
+from ldm.nn.unet_config import UNetConfig
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
 from ldm.pipeline.keywords import (
@@ -73,6 +74,7 @@ class Settings:
     hires_scale: float | None = None  # draw, make so many times larger, draw on; None: draw once
     hires_steps: int | None = None  # of the second run, of which hires_strength is run; None: as many as of the first
     hires_strength: float | None = None
+    step_cache: int | None = None  # of a U-Net: deep features are computed in every n-th step alone; None: in each
     vae_tiling: bool | None = None  # whether the VAE works in tiles; None: where the image is large
     runs: tuple[Run, ...] = field(default=(), compare=False)  # one, with hires-fix two
 
@@ -83,7 +85,7 @@ class Settings:
             if one.name == "guidance":
                 options = {word: getattr(self.guidance, name) for word, name in GUIDANCE_WORDS.items()}
                 found |= {word: value for word, value in options.items() if value is not None}
-            elif one.name == "true_cfg_scale" and self.true_cfg_scale is None:
+            elif one.name in ("true_cfg_scale", "step_cache") and getattr(self, one.name) is None:
                 continue
             elif one.name != "runs":
                 found[one.name] = getattr(self, one.name)
@@ -185,6 +187,7 @@ def _check_fit(s: Settings, info: ModelInfo) -> None:
         zero_init(s.guidance, info.schedule)
     if s.guidance.pag_layers:
         info.unet.check_attention_layers(s.guidance.pag_layers)
+    require(not s.step_cache or isinstance(info.unet, UNetConfig), "is for U-Nets alone", "step_cache")
     limit = info.schedule.num_train_timesteps
     for name, steps in (("num_inference_steps", s.num_inference_steps), ("hires_steps", s.hires_steps or 0)):
         require(steps <= limit, f"{steps} steps are more than the {limit} of this model", name)

@@ -38,6 +38,9 @@ GUIDANCES: dict[str, Kind] = {
         {"zero_init_steps": None},
     ),
 }
+# Names for intervals in which guidance is on: of the steps, or of sigmas.
+STEP_INTERVALS = {"half": (0.0, 0.5), "most": (0.0, 0.8)}
+SIGMA_INTERVALS = {"xl": (0.28, 5.42)}  # Stable Diffusion XL (Kynkäänniemi et al. 2024)
 LAYER = re.compile(r"mid|(down|up)\.\d+")
 
 
@@ -68,8 +71,10 @@ class Guidance:
         self._set("rescale", _number(self.rescale, "guidance_rescale", 0, 1))
         if self.interval is not None or self.sigma_interval is not None:
             require(self.interval is None or self.sigma_interval is None, "give steps or sigmas, not both", "interval")
-            self._set("interval", _pair(self.interval, "guidance_interval", 1))
-            self._set("sigma_interval", _pair(self.sigma_interval, "guidance_sigma_interval", math.inf))
+            interval = _preset(self.interval, STEP_INTERVALS, "guidance_interval")
+            self._set("interval", _pair(interval, "guidance_interval", 1))
+            sigmas = _preset(self.sigma_interval, SIGMA_INTERVALS, "guidance_sigma_interval")
+            self._set("sigma_interval", _pair(sigmas, "guidance_sigma_interval", math.inf))
         for kind, entry in GUIDANCES.items():
             for name, default in entry.options.items():
                 value = getattr(self, name)
@@ -106,6 +111,16 @@ def _number(value: Any, where: str, low: float, high: float) -> float:
         raise ConfigError(f"expected a number, got {value!r:.80}", where=where)
     require(low <= number <= high, f"{number:g} is outside {low:g} to {high:g}", where)
     return number
+
+
+def _preset(value: Any, presets: dict[str, tuple[float, float]], where: str) -> Any:
+    """The interval of a name; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value not in presets:
+        hint = nearest(value, presets)
+        raise ConfigError(f"expected two numbers or {', '.join(presets)}, got {value!r:.80}", where=where, hint=hint)
+    return presets[value]
 
 
 def _pair(value: Any, where: str, high: float) -> tuple[float, float] | None:

@@ -58,6 +58,7 @@ SETTINGS: dict[str, Setting] = {
     "true_cfg_scale": Setting(BATCH, values.factor, "--true-cfg-scale", counts=True),
     "clip_skip": Setting(BATCH, values.clip_skip, "--clip-skip", counts=True),
     "emphasis": Setting(BATCH, option="--emphasis"),
+    "step_cache": Setting(BATCH, values.whole(1, MAX_STEPS), "--step-cache", counts=True),
     "strength": Setting(BATCH, values.fraction, counts=True),
     "hires_scale": Setting(BATCH, values.factor),
     "hires_steps": Setting(BATCH, values.whole(1, MAX_STEPS)),
