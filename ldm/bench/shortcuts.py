@@ -14,7 +14,6 @@ from ldm.bench.timing import Timing, alternate
 from ldm.bench.warm import resolve_device
 from ldm.checkpoint.describe import describe
 from ldm.diffusion.guidance.settings import SIGMA_INTERVALS, STEP_INTERVALS
-from ldm.nn.unet_config import UNetConfig
 from ldm.pipeline.checks import check_int
 from ldm.pipeline.pipeline import Pipeline
 
@@ -38,7 +37,7 @@ def shortcuts(
     texts = [PROMPTS[i % len(PROMPTS)] for i in range(check_int(prompts, "prompts", 1, MAX_PROMPTS))]
     device, dtype = resolve_device(device, dtype)
     pipe = Pipeline(texts, model=model, dtype=dtype, device=device)
-    is_unet = isinstance(describe(model).unet, UNetConfig)
+    is_unet = describe(model).transformer is None
     ways: dict[str, dict[str, Any]] = {f"step_cache {n}": {"step_cache": n} for n in STEP_CACHES if is_unet}
     ways |= {f"guidance {name}": {"guidance_interval": name} for name in STEP_INTERVALS}
     ways |= {f"guidance {name} (sigmas)": {"guidance_sigma_interval": name} for name in SIGMA_INTERVALS}

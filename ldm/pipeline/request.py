@@ -20,7 +20,6 @@ from ldm.diffusion.spacings import DISTILLED
 from ldm.errors import ConfigError
 from ldm.nn.text import check_plain
 from ldm.nn.tiling import AUTO, TILE
-from ldm.nn.unet_config import UNetConfig
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
 from ldm.pipeline.keywords import (
@@ -187,7 +186,7 @@ def _check_fit(s: Settings, info: ModelInfo) -> None:
         zero_init(s.guidance, info.schedule)
     if s.guidance.pag_layers:
         info.unet.check_attention_layers(s.guidance.pag_layers)
-    require(not s.step_cache or isinstance(info.unet, UNetConfig), "is for U-Nets alone", "step_cache")
+    require(not (s.step_cache and info.transformer), "is for U-Nets, and this is a flow transformer", "step_cache")
     limit = info.schedule.num_train_timesteps
     for name, steps in (("num_inference_steps", s.num_inference_steps), ("hires_steps", s.hires_steps or 0)):
         require(steps <= limit, f"{steps} steps are more than the {limit} of this model", name)

@@ -11,7 +11,7 @@ from ldm.checkpoint.describe import describe
 from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
 from ldm.data.cache.prepared import is_prepared, read_info
-from ldm.errors import ConfigError, DataError, nearest
+from ldm.errors import ConfigError, DataError, ModelError, nearest
 from ldm.training.parts import text_parts, unet_config, vae_part
 from ldm.training.settings import (
     AutoencoderSettings,
@@ -49,9 +49,11 @@ def check_distill(settings: DistillSettings) -> None:
     from ldm.data.emoji import find_font
     from ldm.training.finetuning.checks import check_finetune
 
-    s = settings
+    s, info = settings, describe(settings.model, settings.vae)
+    if info.transformer:
+        what = "is a flow transformer (SD3, FLUX), and distilling it is not supported"
+        raise ModelError(what, where=s.model, hint="distil a U-Net")
     check_finetune(s.network)
-    info = describe(s.model, s.vae)
     if s.method == "consistency":
         info.schedule.sigmas(s.segments, "ddim", None if info.schedule.is_flow else "trailing")
     if is_prepared(s.data.folder):
