@@ -18,7 +18,8 @@ def test_images_say_that_they_are_inexact(tiny_folder, tmp_path):
     assert reused.metadata[0]["inexact"] == "deep features are reused: step_cache 3"
     line = ["generate", "a cat", "--model", str(tiny_folder), "--seed", "1", "--steps", "6", "--step-cache", "3"]
     assert main([*line, "-o", str(tmp_path / "a.png")]) == 0
-    assert main(["generate", "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "again.png")]) == 0
+    again = ["generate", "--from", str(tmp_path / "a.png"), "-o", str(tmp_path / "again.png")]
+    assert main([*again, "--model", str(tiny_folder)]) == 0
     assert read_metadata(tmp_path / "again.png").ldm["step_cache"] == 3  # drawn again, it is drawn so again
     (tmp_path / "p.txt").write_text("a cat --step_cache 3 --steps 6 --seed 1\n")
     assert main(["render", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "--model", str(tiny_folder)]) == 0

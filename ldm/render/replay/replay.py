@@ -37,7 +37,7 @@ LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # What our metadata holds beside settings: `differences` compares it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
-REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "job")
+REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "inexact", "job")
 SHOWN = 5  # notes on what is not repeated
 
 
