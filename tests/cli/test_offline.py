@@ -59,6 +59,7 @@ def test_every_command_works_without_any_network(tiny_folder, tmp_path, which):
         ["render", str(tmp_path / "p.txt"), "--model", model, "--steps", "1", "-o", f"{out}/r", "-q"],
         ["convert", model, f"{out}/m.safetensors", "-q"],
         ["finetune", str(data), "--model", model, "-o", f"{out}/f", "--dry-run", "-q"],
+        ["distill", model, "-o", f"{out}/s", f"data={data}", "--dry-run", "-q"],
         ["train", str(tmp_path / "mine.yaml"), "-o", f"{out}/t", "--dry-run", "-q"],
         ["data", "emoji", "-o", f"{out}/e", "-n", "1", "-q"],
         ["data", "check", str(data), "--no-estimate"],
