@@ -19,6 +19,7 @@ from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_bool, check_negative, check_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
+from ldm.pipeline.inside import AttentionMaps, Denoiser, attention_maps, check_keywords, make_denoiser
 from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
 from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
@@ -268,6 +269,28 @@ class Pipeline:
         return stream(
             lambda listener: self.generate(**settings, callback=listener), callback, lambda: self._engine.load().vae
         )
+
+    def denoiser(self, **settings: Any) -> Denoiser:
+        """The model under these prompts as a sampler sees it: `denoiser(x, sigma)` -> x0, tensors (B, C, h, w).
+
+        Takes generate's settings but for editing, batches and callbacks. `.start`, `.sigmas`, `.sample(sampler)`,
+        `.encode(image)` and `.decode(latents)` make an image of it step by step. Raises as generate does.
+        """
+        check_keywords(settings)
+        given = resolve_aliases(settings, dict.fromkeys(OF_GENERATE), OF_PIPELINE) | {"strict": False}
+        info = with_few_steps(self._engine.info, self._adapters) if any(self._adapters) else self._engine.info
+        call = check_request(given, len(self._prompts), info)
+        with self._lock:
+            return make_denoiser(self._engine, call.settings, self._requests(call))
+
+    def attention_maps(self, **settings: Any) -> AttentionMaps:
+        """Draw one image and see what its cross-attention looks at: `maps["cat"]` (h, w), `maps.overlay("cat")`.
+
+        `.image` is the one that generate draws with these settings, `.words` are the prompt's, `.steps` (n, words, h,
+        w) the maps at each step (Tang et al. 2023). Takes what `denoiser` takes. Raises ConfigError for several images,
+        prompts that change from step to step, and models that have no U-Net or read with T5.
+        """
+        return attention_maps(self.denoiser(**settings))
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path.

@@ -32,6 +32,11 @@ class Step:
         """x0 as small images, one pixel a latent, by a map that is fitted to the VAE when it is first used."""
         return to_pil(preview(self.vae, self.x0))
 
+    @torch.no_grad()
+    def decode(self) -> list[Image.Image]:
+        """x0 as whole images, by the VAE: what would come out if the work ended here."""
+        return to_pil(self.vae.decode(self.x0))
+
     @property
     def preview(self) -> Image.Image:
         """All of them on one sheet."""

@@ -33,6 +33,7 @@ def test_previews_are_small_pictures(pipe):
     for step in pipe.stream(seed=1, **FAST):
         assert [preview.size for preview in step.previews] == [(4, 4)] * len(step.rows)
         assert step.preview.width == 4 * min(len(step.rows), 2)
+        assert [image.size for image in step.decode()] == [(32, 32)] * len(step.rows)
 
 
 def test_leaving_the_loop_stops_the_work(pipe):
