@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from ldm.diffusion import names
 from ldm.errors import ConfigError, nearest
 from ldm.nn.text import TextEncoder
 from ldm.pipeline.request import card_scale, resolve
+
+LOADING = threading.Lock()  # held while parts are built: two threads at once cannot first import transformers' modules
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,13 @@ class Catalog:
         """What is known of a model before its weights are read."""
         return describe(self.pick("model", model), None if vae is None else self.pick("vae", vae))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019
     def text(self, model: str) -> TextEncoder:
         """A model's tokenizer and list of words, without weights."""
+        with LOADING:
+            return self._text(model)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _text(self, model: str) -> TextEncoder:
         return text_without_weights(self.pick("model", model))
 
     def __hash__(self) -> int:

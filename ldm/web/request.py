@@ -31,7 +31,7 @@ from ldm.render.prompts.entry import Entry
 from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.sheets.axes import Axis, grid_entries, read_axes
 from ldm.web import limits
-from ldm.web.catalog import Catalog
+from ldm.web.catalog import LOADING, Catalog
 from ldm.web.store import Store
 
 CHOSEN = ("model", "vae", "lora")  # by name
@@ -163,7 +163,8 @@ class Reader:
         """Load the default model, so that the first image waits for nothing but itself. Raises LdmError."""
         if not self._common.get("offload"):
             where = {name: self._common.get(name, "auto") for name in ("device", "dtype")}
-            load_model(self.catalog.pick("model", self.catalog.default), **where)
+            with LOADING:
+                load_model(self.catalog.pick("model", self.catalog.default), **where)
 
     def pipeline_words(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Pipeline's keywords of a request, beside its prompt."""

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,12 @@ requests = pytest.importorskip("requests")
 jobs = pytest.importorskip("ldm.web.jobs")
 
 PROGRAM = "import sys; from ldm.cli import main; sys.exit(main())"
+LONG_STEPS = """
+import time
+from ldm.nn.unet import UNet
+forward = UNet.forward
+UNet.forward = lambda *args, **more: (print("step", flush=True), time.sleep(60), forward(*args, **more))[-1]
+"""
 
 
 @pytest.fixture
@@ -25,10 +33,10 @@ def start():
     """A function that runs `ldm web` as a process of its own: (process, address). None outlives the test."""
     processes = []
 
-    def start(folder, model):
+    def start(folder, model, before=""):
         words = ["web", "-o", str(folder), "--model", str(model), "--port", "0", "--no-open"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PROGRAM, *words]
+        command = [sys.executable, "-c", before + PROGRAM, *words]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
         line = processes[-1].stdout.readline()
         assert line.startswith("Listening on http://127.0.0.1:"), line
@@ -77,6 +85,27 @@ def test_a_killed_server_loses_no_image_and_goes_on_and_sigterm_ends_it_in_time(
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
     assert time.time() - began < 20
+
+
+@pytest.mark.parametrize("last", [1, pytest.param(None, marks=pytest.mark.slow)])  # None: as it is shipped
+def test_sigterm_ends_a_step_that_takes_longer_than_it_waits_for(start, tiny_folder, tmp_path, last):
+    shorter = "" if last is None else f"from ldm.web import server\nserver.LAST = {last}\n"
+    process, url = start(tmp_path / "gallery", tiny_folder, LONG_STEPS + shorter)
+    with ThreadPoolExecutor() as pool:  # while the model is still being loaded
+        asked = [pool.submit(ask, f"{url}/api/prompt", "POST", json={"prompt": "a cat"}) for _ in range(6)]
+    assert [one.result()["prompt"]["tokens"] for one in asked] == [2] * 6
+    job = ask(f"{url}/api/jobs", "POST", json={"prompt": "a cat", "num_inference_steps": 2})["id"]
+    assert process.stdout.readline() == "step\n"  # now it is inside
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert (last or 12) <= time.time() - began < 20
+    with sqlite3.connect(tmp_path / "gallery" / ".web" / "ledger.sqlite3") as ledger:
+        assert ledger.execute("select state from jobs where id = ?", (job,)).fetchone()[0] in ("queued", "running")
+    if last is None:
+        process, url = start(tmp_path / "gallery", tiny_folder)
+        until(lambda: ask(f"{url}/api/jobs/{job}")["state"] == "done")  # the job was not lost
+        assert len(ask(f"{url}/api/jobs/{job}")["images"]) == 1
 
 
 def waiting(client, created):

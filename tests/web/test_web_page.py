@@ -114,6 +114,8 @@ def test_a_mask_is_painted_undone_and_an_image_extended(open_page, client):
     generate(page, "a dog")
     page.click("#actions >> text=Start from it")
     page.click("#edit-open")
+    bar = page.locator("header.bar").bounding_box()
+    assert page.locator("#tool-paint").bounding_box()["y"] >= bar["y"] + bar["height"]  # no tool behind the bar
     drag(page, "#mask", (0.1, 0.2), (0.4, 0.2))
     drag(page, "#mask", (0.1, 0.8), (0.9, 0.8))
     page.click("#undo")
@@ -189,6 +191,35 @@ def test_a_grid_two_compared_and_settings_used_again(open_page, client):
     page.fill("#prompt", "")
     page.click("#actions >> text=Use again")
     assert form(page)["num_inference_steps"] == 1 and form(page)["seed"] == 3
+
+
+def test_variations_and_hires_fix_are_asked_for_and_restored(open_page, client):
+    page = open_page()
+    page.fill("#seed", "5")
+    page.click("#variation-box > summary")
+    page.fill("#variation", "0.3")
+    page.fill("#variation-seed", "9")
+    page.click("#hires-box > summary")
+    page.fill("#hires", "2")
+    page.fill("#hires-steps", "3")
+    assert page.text_content("#hires-out") == "× 2" and page.text_content("#variation-out") == "30 %"
+    line = client.get(f"/api/images/{generate(page, 'a cat')}").json()
+    made = line["metadata"]
+    assert (line["width"], made["variation_seed"], made["variation_strength"]) == (64, 9, 0.3)
+    assert (made["hires_scale"], made["hires_steps"], made["hires_strength"]) == (2, 3, 0.7)
+    page.fill("#hires", "1")
+    page.fill("#variation", "0")
+    page.fill("#width", "64")
+    assert not [name for name in form(page) if name.startswith(("hires", "variation"))]
+    page.click("#actions >> text=Use again")
+    again = form(page)
+    assert (again["hires_scale"], again["hires_steps"], again["variation_seed"], again["variation_strength"]) == (
+        2,
+        3,
+        9,
+        0.3,
+    )
+    assert (again["width"], again["height"]) == (32, 32)  # what is drawn first
 
 
 def test_a_phone_light_and_dark_and_what_axe_finds(open_page):

@@ -4,6 +4,7 @@ import { $, later, make, store } from "./dom.js";
 import { call } from "./api.js";
 
 const AXES = { steps: "Steps", cfg: "Guidance", sampler: "Sampler", seed: "Seed", prompt: "Prompt", spacing: "Spacing" };
+const HIRES_STRENGTH = 0.7; // generate's own
 let info = null;
 let extra = {}; // settings of a restored image that have no field here
 let source = () => ({});
@@ -25,7 +26,7 @@ export function setUp(found, fromSource) {
     $(id).replaceChildren(...words.map(([value, textContent]) => make("option", { value, textContent })));
   }
   $("model").addEventListener("change", () => { takeModel(); count(); });
-  for (const id of ["steps", "guidance", "strength"]) $(id).addEventListener("input", showSliders);
+  for (const id of ["steps", "guidance", "strength", "variation", "hires", "hires-strength"]) $(id).addEventListener("input", showSliders);
   for (const id of ["width", "height"]) $(id).addEventListener("input", pressShapes);
   for (const id of ["x-word", "y-word"]) $(id).addEventListener("change", () => example(id));
   $("seed-random").addEventListener("click", () => { $("seed").value = ""; pressSeeds(); });
@@ -94,7 +95,9 @@ function pressSeeds() {
 function showSliders() {
   $("steps-out").textContent = $("steps").value;
   $("guidance-out").textContent = $("guidance").value === "1" ? "off" : $("guidance").value;
-  $("strength-out").textContent = `${Math.round($("strength").value * 100)} %`;
+  for (const id of ["strength", "variation", "hires-strength"]) $(`${id}-out`).textContent = `${Math.round($(id).value * 100)} %`;
+  if ($("variation").value === "0") $("variation-out").textContent = "off";
+  $("hires-out").textContent = $("hires").value === "1" ? "off" : `× ${$("hires").value}`;
 }
 
 function example(id) {
@@ -118,6 +121,13 @@ export function read(all = false) {
   put("guidance_scale", Number($("guidance").value), one.guidance_scale);
   put("sampler", $("sampler").value, "");
   if (one.spacings.length) put("spacing", $("spacing").value, "");
+  put("variation_strength", Number($("variation").value), 0);
+  if (fields.variation_strength && $("variation-seed").value.trim() !== "") fields.variation_seed = Number($("variation-seed").value);
+  if ($("hires").value !== "1") {
+    fields.hires_scale = Number($("hires").value);
+    put("hires_strength", Number($("hires-strength").value), HIRES_STRENGTH);
+    if ($("hires-steps").value) fields.hires_steps = Number($("hires-steps").value);
+  }
   put("model", $("model").value, info.models[0].name);
   put("vae", $("vae").value, "");
   const loras = [...$("loras").querySelectorAll("input:checked")].map((box) =>
@@ -143,7 +153,8 @@ export function write(fields) {
   if (info.models.some((one) => one.name === fields.model)) $("model").value = fields.model;
   takeModel();
   const known = ["prompt", "negative_prompt", "num_images", "seed", "num_inference_steps", "guidance_scale", "sampler",
-    "spacing", "model", "vae", "lora", "width", "height", "grid", "image", "mask_image", "outpaint", "strength"];
+    "spacing", "model", "vae", "lora", "width", "height", "grid", "image", "mask_image", "outpaint", "strength",
+    "variation_seed", "variation_strength", "hires_scale", "hires_steps", "hires_strength"];
   extra = Object.fromEntries(Object.entries(fields).filter(([name]) => !known.includes(name)));
   const set = (id, value, otherwise = "") => { $(id).value = value ?? otherwise; };
   set("prompt", fields.prompt);
@@ -161,6 +172,13 @@ export function write(fields) {
   for (const id of ["sampler", "spacing", "vae"]) if ([...$(id).options].some((o) => o.value === fields[id])) set(id, fields[id]);
   for (const side of ["width", "height"]) if (fields[side]) set(side, fields[side]);
   if (fields.strength) set("strength", fields.strength);
+  set("variation", fields.variation_strength, 0);
+  set("variation-seed", Array.isArray(fields.variation_seed) ? fields.variation_seed[0] : fields.variation_seed);
+  set("hires", fields.hires_scale, 1);
+  set("hires-strength", fields.hires_strength, HIRES_STRENGTH);
+  set("hires-steps", fields.hires_steps);
+  $("variation-box").open ||= $("variation").value !== "0";
+  $("hires-box").open ||= $("hires").value !== "1";
   const weights = new Map((fields.lora ?? []).map((pair) => [pair[0], pair[1]]));
   for (const box of $("loras").querySelectorAll("[type=checkbox]")) {
     box.checked = weights.has(box.value);

@@ -32,7 +32,7 @@ export function setUp(onEditor) {
   $("file").addEventListener("click", () => { $("file").value = ""; });
   $("source-clear").addEventListener("click", clear);
   $("restore").addEventListener("click", () => { write(found); toast("The settings of the image are back."); });
-  $("edit-open").addEventListener("click", () => { onEditor(true); draw(); $("mask").focus(); });
+  $("edit-open").addEventListener("click", () => { onEditor(true); draw(); $("mask").focus({ preventScroll: true }); $("editor").scrollIntoView(); });
   $("edit-close").addEventListener("click", () => onEditor(false));
   $("tool-paint").addEventListener("click", () => tool(false));
   $("tool-erase").addEventListener("click", () => tool(true));
