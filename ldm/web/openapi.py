@@ -89,7 +89,8 @@ NOTES = (
     f"nothing: {', '.join(sdapi.NEUTRAL)}.",
     f"OpenAI's field that changes nothing here: user. Refused unless they hold a default: {', '.join(openai.NEUTRAL)}. "
     "Both generations and edits take the fields of /api/jobs too.",
-    f"/api/jobs takes these words as well: {', '.join(f'{word} = {name}' for word, name in ALIASES.items())}.",
+    "/api/jobs takes these words as well: "
+    f"{', '.join(f'{word} = {name}' for word, name in ALIASES.items() if name in OFFERED)}.",
 )
 
 

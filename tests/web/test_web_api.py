@@ -274,6 +274,10 @@ def test_the_openai_client_draws_and_edits(client):
 def test_every_operation_is_described_and_answers(client):
     described = client.get("/openapi.json").json()
     assert client.get("/docs").text.count("<section>") == sum(map(len, described["paths"].values()))
+    assert "subseed = variation_seed" in client.get("/docs").text
+    for word in ("torch_dtype", "callback_on_step_end"):  # which no client may choose
+        assert f"{word} =" not in client.get("/docs").text
+        assert client.post("/api/jobs", {"prompt": "a cat", word: "fp32"}).status_code == 422
     for path, methods in described["paths"].items():
         for method in methods:
             plain = path.replace("{id}", "0123456789abcdef-0").replace("{name}", "0123456789abcdef-0.png")
