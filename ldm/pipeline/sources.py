@@ -7,6 +7,7 @@ that the model cannot have are brought to the next smaller one, the image by Lan
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import numpy
 from PIL import Image, ImageOps
 
 from ldm import console
+from ldm.colours import MARKS, colour_profile
 from ldm.config import require
 from ldm.data.images import read_image
 from ldm.errors import ConfigError, DataError, nearest
@@ -203,7 +205,8 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
 
 
 def digests_of(path: Path) -> set[str]:
-    """Every sha256 that metadata may keep of a file: as an initial image, as a mask, by its transparency.
+    """Every sha256 that metadata may keep of a file: as an initial image, as a mask, by its transparency; and as 0.1
+    read it, which took all colours for sRGB.
 
     Raises ConfigError for what is no image.
     """
@@ -211,6 +214,12 @@ def digests_of(path: Path) -> set[str]:
     if (alpha := _alpha(path)) is not None:
         shape = alpha.point(lambda level: 255 if level >= HALF else 0)
         found |= {_digest(one.convert("RGB")) for one in (shape, shape.point(lambda level: 255 - level))}
+    with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=READABLE) as opened:
+        if colour_profile(opened):
+            upright = ImageOps.exif_transpose(opened)
+            for name in (*MARKS, "exif"):
+                upright.info.pop(name, None)
+            found.add(_digest(flatten(upright)))
     return found
 
 

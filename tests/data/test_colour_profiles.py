@@ -1,5 +1,6 @@
 """Pixels are what their ICC profile says: wherever an image is read it comes out in sRGB, as ImageCms converts it."""
 
+import hashlib
 import io
 import struct
 import zlib
@@ -12,7 +13,7 @@ from ldm.colours import ADOBE, P3, SRGB, colour_profile, made_profile, to_srgb
 from ldm.data.doctor import check_data
 from ldm.data.images import ImageError, read_header, read_image
 from ldm.images import flatten
-from ldm.pipeline.sources import check_sources
+from ldm.pipeline.sources import check_sources, digests_of
 from ldm.training.data.images import read_images
 from ldm.training.settings import FinetuneData
 from tests.data.colour_profiles import icc
@@ -100,6 +101,8 @@ def test_images_in_memory_and_image_to_image_are_converted(tmp_path):
     (file,) = check_sources({"image": path}, 1, 1).each
     np.testing.assert_array_equal(np.asarray(file.image), expected)
     assert file.metadata["image_sha256"] == memory.metadata["image_sha256"]
+    plain = hashlib.sha256(b"48x40 RGB" + colours().tobytes()).hexdigest()  # as ldm 0.1 read it
+    assert digests_of(path) >= {file.metadata["image_sha256"], plain}
 
 
 def test_the_doctor_and_the_trainer_count_them(tmp_path):

@@ -122,7 +122,11 @@ def test_the_input_of_image_to_image_is_found_by_its_pixels(tiny_folder, tmp_pat
     images.save(tmp_path / "a.png")
     assert verdict_of(tmp_path / "a.png").result == "same bytes"
     os.rename(tmp_path / "there", tmp_path / "gone")
-    assert verdict_of(tmp_path / "a.png").result == "not drawn"
+    verdict = verdict_of(tmp_path / "a.png")
+    assert verdict.result == "not drawn" and "put it beside the image, under any name" in verdict.causes[0]
+    monkeypatch.setattr(verify, "MOST_INPUTS", 0)
+    assert "put it beside the image, as in.png" in verdict_of(tmp_path / "a.png").causes[0]
+    monkeypatch.undo()
     os.rename(tmp_path / "gone" / "in.png", tmp_path / "other-name.png")
     os.rename(tmp_path / "gone" / "mask.png", tmp_path / "other-mask.png")
     assert verdict_of(tmp_path / "a.png").result == "same bytes"
@@ -137,6 +141,10 @@ def test_folders_manifests_and_exit_codes(tiny_folder, tmp_path, capsys):
         assert found["counts"] == {"same bytes": 2} and len(found["images"]) == 2
     first, second = sorted((tmp_path / "out").glob("*.png"))
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "out" / "another.png")
+    assert [path.name for path, _ in verify.images_of(tmp_path / "out")] == [first.name, second.name]
+    assert "1 images are not in its manifest, so not compared: another.png" in capsys.readouterr().err
+    (tmp_path / "out" / "another.png").unlink()
     assert main(["verify", str(tmp_path / "plain.png")]) == 2 and "no metadata" in capsys.readouterr().out
     changed(first, first, pixels=9)
     second.unlink()

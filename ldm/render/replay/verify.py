@@ -7,6 +7,7 @@ is named as a cause. Nothing is written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,9 @@ NOT_DRAWN, NO_METADATA = "not drawn", "no metadata"
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MOST_INPUTS = 2000  # images of a folder that are looked through for the input of image-to-image
 # Releases that draw some images otherwise than those before: version -> what.
-REVISIONS = {"0.2.0": "DoRA weights other than 1, emoji in prompts, transparent masks"}
+REVISIONS = {
+    "0.2.0": "DoRA weights other than 1, emoji in prompts, transparent masks, initial images in other colours than sRGB"
+}
 
 
 @dataclass(frozen=True)
@@ -116,9 +119,14 @@ def images_of(source: Path) -> list[tuple[Path, Mapping[str, Any] | None]]:
     folder = source if source.is_dir() else source.parent
     lines = list(last_lines(source)) if source.is_file() or any(folder.glob("manifest*.jsonl")) else []
     found = [(folder / line["path"], line) for line in lines if line["status"] == DONE and is_inside(line.get("path"))]
-    if not found and source.is_dir():
+    if source.is_dir():
         kinds = [suffix for suffix, kind in SUFFIXES.items() if kind in FORMATS]
-        found = [(path, None) for path in sorted(folder.iterdir()) if path.suffix.lower() in kinds]
+        images = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in kinds]
+        listed = {path for path, _ in found}
+        others = [path for path in images if path not in listed]
+        if found and others:
+            console.say(f"{source}: {len(others)} images are not in its manifest, so not compared: {others[0].name}, …")
+        found = found or [(path, None) for path in images]
     if not found:
         raise ConfigError("holds no images", where=source, hint="give images, a folder of them, or a manifest.jsonl")
     return found
@@ -165,7 +173,9 @@ def _replay(path: Path, metadata: Metadata) -> Replay:
             found = _input_at(metadata.ldm.get(word), metadata.ldm[digest], path.parent)
             if found is None:
                 what = f"was drawn from an image that is not at hand ({word} of pixels {metadata.ldm[digest][:12]})"
-                raise ConfigError(what, where=path, hint="put it beside the image, under any name")
+                name, many = metadata.ldm.get(word), len(_beside(path.parent)) > MOST_INPUTS
+                under = f"as {Path(name).name}" if many and isinstance(name, str) else "under any name"
+                raise ConfigError(what, where=path, hint=f"put it beside the image, {under}")
             changes.append(f"{word}={found}")
     (replay,) = read_replays([path], changes)
     return replay
@@ -174,12 +184,21 @@ def _replay(path: Path, metadata: Metadata) -> Replay:
 def _input_at(recorded: Any, digest: str, folder: Path) -> Path | None:
     """The image with these pixels: where the metadata has it, else in the folder under any name."""
     places = [Path(recorded), folder / Path(recorded).name] if isinstance(recorded, str) else []
-    others = (path for path in sorted(folder.iterdir())[:MOST_INPUTS] if path.suffix.lower() in SUFFIXES)
-    for path in (*places, *others):
+    for path in (*places, *_beside(folder)[:MOST_INPUTS]):
         with contextlib.suppress(LdmError, OSError):
-            if path.is_file() and digest in digests_of(path):
+            if path.is_file() and digest in _digests(path, path.stat().st_mtime_ns):
                 return path
     return None
+
+
+def _beside(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+
+
+@functools.lru_cache(maxsize=2 * MOST_INPUTS)
+def _digests(path: Path, _changed: int) -> frozenset[str]:
+    """Of an image's pixels; a folder's images are read once, however many others were drawn from some of them."""
+    return frozenset(digests_of(path))
 
 
 def _missing_model(replay: Replay, options: Mapping[str, Any]) -> str | None:
