@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
+TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_])")  # {a|b}, __name__
 FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *OF_MODEL)
 
 
@@ -85,9 +87,11 @@ def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
         return _replayed(args, own, call)
     if args.prompt is None or args.changes:
         what = "--set belongs to --from" if args.changes else "there is no prompt"
-        raise ConfigError(what, hint='write ldm generate "a cat", or --from PICTURE')
+        raise ConfigError(what, hint='write ldm generate "a cat", or --from IMAGE')
     if "--" in args.prompt or "—" in args.prompt:
         _warn_of_flags(args.prompt)
+    if match := TEMPLATE.search(args.prompt):
+        console.warn(f"{match[0]!r:.60} is drawn as text: choices and wildcards are for prompt files, ldm render FILE")
     return own, call, {}
 
 

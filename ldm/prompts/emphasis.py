@@ -21,6 +21,9 @@ MAX_DEPTH = 100  # brackets inside each other
 TOKEN = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
 ESCAPED = re.compile(r"\\([()\[\]\\]?)")
 LINE_ENDS = re.compile(r"\r\n|\r|\n")
+ALMOST = re.compile(  # weights as others write them: with a comma, and InvokeAI's (red)1.3, (red)++
+    r"(?<!\\)\([^()\[\]]*:\s*\d+,\d+\s*\)|(?<!\\)\([^()\[\]]*\)(?:\d*\.\d+|\+{1,9}|-{2,9})(?![\w+-])"
+)
 BREAKS = re.compile(r"\bBREAK\b")
 AND = re.compile(r"\bAND\b")
 
@@ -50,7 +53,8 @@ def parse(prompt: str, where: str = "prompt") -> list[Piece]:
 
 
 def read(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
-    """(the prompt's pieces in order, neighbours of equal weight joined; one line for each bracket that is not closed).
+    """(the prompt's pieces in order, neighbours of equal weight joined; one line for each bracket that is not closed or
+    has a weight behind it that is none).
 
     [Piece("", 1.0)] where there is no text. Prompt editing is resolved before. Raises ConfigError for a weight that is
     no number or is beyond MAX_WEIGHT, brackets nested more than MAX_DEPTH deep, and AND.
@@ -87,6 +91,7 @@ def read(prompt: str, where: str) -> tuple[list[Piece], list[str]]:
         while opened[bracket]:
             close(bracket, factor)
     lines = [f"the bracket at {prompt[place : place + 20]!r} is not closed" for place in unclosed]
+    lines += [f"{match[0]!r:.60} is no weight: write (word:1.3)" for match in ALMOST.finditer(prompt)]
     return _joined(parts, where), lines
 
 

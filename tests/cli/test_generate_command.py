@@ -214,8 +214,16 @@ def test_prompt_and_noise_level_options_reach_the_record(generate, files, capsys
     assert len(files()) == 1
 
 
-@pytest.mark.parametrize("flag", ["--steps", "—steps"])
-def test_flags_of_prompt_files_inside_a_prompt_are_told(tiny_folder, tmp_path, capsys, flag):
-    words = ["generate", f"a cat {flag} 3", "--model", str(tiny_folder), "--steps", "1", "-o", str(tmp_path / "a.png")]
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("--steps 3", "--steps inside the prompt is drawn as text"),
+        ("—steps 3", "—steps inside the prompt is drawn as text"),
+        ("{red|blue}", "'{red|blue}' is drawn as text: choices and wildcards are for prompt files"),
+        ("__my colours__", "'__my colours__' is drawn as text"),
+    ],
+)
+def test_notation_of_prompt_files_inside_a_prompt_is_told(tiny_folder, tmp_path, capsys, text, told):
+    words = ["generate", f"a cat {text}", "--model", str(tiny_folder), "--steps", "1", "-o", str(tmp_path / "a.png")]
     assert main(words) == 0
-    assert f"{flag} inside the prompt is drawn as text" in capsys.readouterr().err
+    assert told in capsys.readouterr().err

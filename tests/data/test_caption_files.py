@@ -122,7 +122,7 @@ def test_files_that_are_no_text_are_never_called_captions(tmp_path, suffix):
 
 
 def test_what_stands_in_a_caption_file_but_is_no_caption():
-    assert parse_captions(b"<?xml version='1.0'?><a/>", ".txt").fault == "caption is XML or HTML, no text"
+    assert parse_captions(b"<?xml version='1.0'?><a/>", ".txt").fault == "caption is XML, HTML or RTF, no text"
     assert "git-lfs" in parse_captions(b"version https://git-lfs.github.com/spec/v1\noid x", ".txt").fault
     assert parse_captions(b"{red|blue} cat", ".txt").texts == ("{red|blue} cat",)
     assert parse_captions(b'{"text": ["a", "b"]}', ".txt").texts == ("a", "b")

@@ -53,6 +53,18 @@ def test_an_unclosed_bracket_is_remarked(prompt, open_at):
     assert lines[0] == f"the bracket at {open_at!r} is not closed" and len(lines) == 1 + (prompt == "a (b [c")
 
 
+@pytest.mark.parametrize("almost", ["(red:1,3)", "(red)1.3", "(red)++", "(red)--"])
+def test_weights_as_others_write_them_are_remarked(almost):
+    assert Prompt.parse(f"a {almost} cat").remarks == (f"{almost!r} is no weight: write (word:1.3)",)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["(red), 1.3", "(d:1.2), (x)", "f(x)-y", "C++ (a)", "(10:30)", "(a, b: 1)", r"a \(b\)1.3"]
+)
+def test_what_is_no_weight_is_not_remarked(prompt):
+    assert Prompt.parse(prompt).remarks == ()
+
+
 @pytest.mark.parametrize("prompt", [r"a \(b", "a (b) [c] (d:1.2)", "x) y]", "a_(b)", ":-)"])
 def test_closed_and_escaped_brackets_say_nothing(prompt):
     assert Prompt.parse(prompt).remarks == ()

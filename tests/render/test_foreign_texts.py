@@ -1,6 +1,7 @@
 """Settings that other programs wrote, and notation that almost fits ours: read, or refused by name; never drawn."""
 
 import json
+import re
 import unicodedata
 
 import pytest
@@ -10,6 +11,7 @@ from prompt_files import entries_of, settings_of
 
 from ldm.errors import ConfigError
 from ldm.render.drawing.runner import _prompts
+from ldm.render.prompts.files import open_prompts
 from ldm.render.prompts.templates import Wildcards, expand
 from ldm.render.replay.replay import read_replays
 
@@ -211,3 +213,26 @@ def test_a_flow_model_has_its_own_spacing_whatever_the_text_says(tmp_path):
     (asked,) = read_replays([tmp_path / "a.txt"], ["spacing=beta"])
     assert fitted_to(asked, "default", ["spacing=beta"]).entry.settings["spacing"] == "beta"
     assert fitted_to(replay, tmp_path / "no model") is replay
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!DOCTYPE html>\n<p>a cat</p>\n", "is HTML or XML, no list of prompts"),
+        ("{\\rtf1\\ansi a cat}\n", "is RTF"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of git-lfs"),
+    ],
+)
+def test_files_whose_lines_are_no_prompts_are_refused_as_a_whole(tmp_path, text, said):
+    (tmp_path / "p.txt").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        open_prompts(tmp_path / "p.txt")
+
+
+def test_json_over_several_lines_is_read_under_the_name_that_the_refusal_asks_for(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text('\n[\n  {"prompt": "a cat", "seed": 3}\n]\n')
+    with pytest.raises(ConfigError, match=r"is JSON over several lines; give it a name that ends in \.json"):
+        open_prompts(path)
+    (entry,) = open_prompts(path.rename(tmp_path / "p.json")).entries
+    assert (entry.settings["prompt"], entry.settings["seed"]) == ("a cat", 3)

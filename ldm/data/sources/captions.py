@@ -11,7 +11,7 @@ from ldm.data.sources.source import CAPTION_COLUMNS, caption_column, captions_of
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # in any case; the first that holds a caption is read
 MAX_CAPTIONS = 1 << 20  # bytes of a caption file
 LINE_ENDS = re.compile(r"\r\n|\r|\n")
-MARKUP = ("<?xml", "<x:xmpmeta", "<rdf:", "<!doctype", "<html")
+MARKUP = ("<?xml", "<x:xmpmeta", "<rdf:", "<!doctype", "<html", "{\\rtf")
 NEEDED = f"none of {', '.join(CAPTION_COLUMNS[:3])}"
 
 
@@ -44,7 +44,7 @@ def parse_captions(data: bytes, suffix: str, whole: bool = False) -> Captions:
         if found is not None:
             return found
     if start.startswith(MARKUP):
-        return Captions(fault="caption is XML or HTML, no text")
+        return Captions(fault="caption is XML, HTML or RTF, no text")
     if start.startswith("version https://git-lfs"):
         return Captions(fault="caption is a pointer of git-lfs", detail="run git lfs pull")
     lines = LINE_ENDS.split(text)

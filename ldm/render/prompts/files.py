@@ -22,6 +22,14 @@ from ldm.render.prompts.json_toml import read_json, read_toml
 from ldm.render.prompts.line_parser import is_comment, pairs_of_json, pairs_of_line, pairs_of_value
 from ldm.render.prompts.line_settings import WORDS, find_word
 
+FOREIGN = {  # how files begin that are no list of prompts -> (what they are, what to do)
+    "<!doctype": ("HTML or XML", "save the prompts as plain text"),
+    "<html": ("HTML or XML", "save the prompts as plain text"),
+    "<?xml": ("HTML or XML", "save the prompts as plain text"),
+    "<svg": ("HTML or XML", "save the prompts as plain text"),
+    "{\\rtf": ("RTF", "save it as plain text"),
+    "version https://git-lfs": ("a pointer of git-lfs", "run git lfs pull"),
+}
 MAX_LINE = 4 << 20  # bytes; two texts of 100,000 characters fit, however they are escaped
 
 
@@ -78,6 +86,7 @@ def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entr
         first = next(lines, None)
     if first is None:
         return
+    _refuse_foreign(first[1], name)
     rest = itertools.chain([first], lines)
     if suffix in (".csv", ".tsv") or (suffix not in (".jsonl", ".ndjson") and _is_header(first[1])):
         yield from read_csv(rest, name, base)
@@ -87,6 +96,16 @@ def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entr
         if isinstance(line, str) and is_blank(line):
             continue
         yield make_entry(f"{name}:{number}", number, line, pairs_of, base)
+
+
+def _refuse_foreign(line: str | ConfigError, name: str) -> None:
+    """Raise ConfigError for a file whose lines would be drawn as prompts although they are none."""
+    start = line.strip().lower() if isinstance(line, str) else ""
+    if start in ("{", "["):
+        raise ConfigError("is JSON over several lines", where=name, hint="give it a name that ends in .json")
+    for mark, (kind, hint) in FOREIGN.items():
+        if start.startswith(mark):
+            raise ConfigError(f"is {kind}, no list of prompts", where=name, hint=hint)
 
 
 def _is_header(line: str | ConfigError) -> bool:
