@@ -283,6 +283,18 @@ def test_weights_that_do_not_fit_are_counted_and_named():
     assert names[5] not in str(error.value)
 
 
+def test_leftovers_of_exporters_are_left_out_and_told_but_no_weights_and_no_scales(capsys):
+    config = CONFIGS["default"]
+    state = UNet(config).state_dict()
+    names = ["model_sampling.sigmas", "embeddings.position_ids", "logit_scale"]
+    unet = load_unet(config, state | {name: torch.zeros(1) for name in names}, where="unet/x.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
+    assert f"unet/x.safetensors: 3 tensors that the model has no use for: {', '.join(names)}" in capsys.readouterr().err
+    for name in ("extra.weight", "conv_in.extra.bias", "scaled_fp8", "conv_in.scale_weight", "conv_in.weight.absmax"):
+        with pytest.raises(ModelError, match="1 unexpected"):
+            load_unet(config, state | {name: torch.zeros(1)})
+
+
 def test_a_scale_is_an_input_of_lcm_alone_and_may_be_left_out():
     theirs = peer(CONFIGS["lcm"])
     ours = load_unet(CONFIGS["lcm"], theirs.state_dict())
