@@ -170,6 +170,7 @@ def test_images_of_an_autoencoder_too_have_the_same_weight_in_a_step(classes, tm
 
     data = {"folder": str(classes), "resolution": 32, "square": True, "cache": "off", "held_out": 0.0}
     given = {**AUTOENCODER, "data": data, "batch_size": 14, "accumulation": 3, "steps": 4, "crops": 1, "crop": 0}
+    given["model"] = {**given["model"], "mid_block_add_attention": True}  # whose norm has three dimensions
     (tmp_path / "stage.json").write_text(json.dumps(given))
     settings = read_settings(tmp_path / "stage.json", [])
     stage = open_stage(settings, tmp_path, read_images(settings.data))

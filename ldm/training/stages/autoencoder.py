@@ -168,7 +168,7 @@ class _NormInNCHW(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.group_norm(x.contiguous(), self.num_groups, self.weight, self.bias, self.eps)
-        return y.contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y  # of attention: (B, C, H * W)
 
 
 def _norm_in_nchw(module: nn.Module) -> None:
