@@ -29,6 +29,7 @@ EVERYWHERE = (
     (("--offline",), "store_true", "never use the network"),
 )
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+IN_PYTHON = "HF_HUB_DISABLE_XET"  # else the hub's files come by a library whose connections Python does not see
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _watched(offline: bool) -> Iterator[None]:
     """Connections are told, or refused; then the libraries that ask hubs are told not to, until the command ends."""
-    before = {name: os.environ.get(name) for name in OFFLINE}
+    before = {name: os.environ.get(name) for name in (*OFFLINE, IN_PYTHON)}
     connections.watch(offline)
+    os.environ[IN_PYTHON] = "1"
     if offline:
         os.environ.update(dict.fromkeys(OFFLINE, "1"))
     try:

@@ -1,6 +1,7 @@
 """`--offline` uses no network, whatever the command; `-v` tells of every connection."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -163,6 +164,17 @@ def test_offline_refuses_connections_and_names(watched):
         socket.getaddrinfo("nowhere.example", 80)
     connections.rest()
     assert not connections._state["watching"]
+
+
+@pytest.mark.parametrize("word", ["-v", "--offline"])
+def test_the_hubs_files_come_by_connections_that_are_seen(word, monkeypatch):
+    """Its own library for large files connects outside of Python."""
+    seen = {}
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
+    monkeypatch.setattr("ldm.cli.doctor.run", lambda args: seen.update(os.environ) or 0)
+    assert main(["doctor", word]) == 0
+    assert seen["HF_HUB_DISABLE_XET"] == "1" and "HF_HUB_DISABLE_XET" not in os.environ
+    assert seen.get("HF_HUB_OFFLINE") == ("1" if word == "--offline" else os.environ.get("HF_HUB_OFFLINE"))
 
 
 def test_a_hub_id_offline_is_one_line(capsys, monkeypatch, tmp_path):
