@@ -116,13 +116,14 @@ def test_years_are_no_repeats(tmp_path):
 
 
 def test_a_project_of_kohya_ss_keeps_its_regularization_apart(tmp_path):
+    tmp_path = tmp_path / "my project"
     captioned(tmp_path / "img" / "10_cat", 4)
     (tmp_path / "log").mkdir()
     assert sum(s.repeats for s in sound(tmp_path)) == 40
     captioned(tmp_path / "reg" / "1_animal", 20, 10)
     said = refused(tmp_path)
     assert "4 images in img, and 20 of regularization in reg" in said
-    data, prior = re.search(r"give (\S+), and --prior (\S+) for", said).groups()
+    ((data, *_), (prior, *_)) = map(shlex.split, re.search(r"give (.+), and --prior (.+) for", said).groups())
     assert sum(s.repeats for s in sound(data)) == 40 and len(sound(prior)) == 20
 
 
@@ -350,6 +351,17 @@ def test_images_behind_a_link_to_a_folder_count_as_lost(tmp_path):
     captioned(tmp_path / "far" / "dogs", 16)
     (tmp_path / "set" / "dogs").symlink_to(tmp_path / "far" / "dogs")
     assert "16 of 20 cannot be used" in refused(tmp_path / "set")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_the_advice_for_captions_in_another_encoding_works(tmp_path, encoding):
+    captioned(tmp_path, 4)
+    for path in tmp_path.glob("*.txt"):
+        path.write_bytes("ein Bär".encode(encoding))
+    command = re.search(r"(iconv -f \S+ -t UTF-8) does", refused(tmp_path))[1]
+    for path in tmp_path.glob("*.txt"):
+        path.write_bytes(subprocess.run([*command.split(), path], capture_output=True, check=True).stdout)
+    assert {s.captions for s in sound(tmp_path)} == {("ein Bär",)}
 
 
 def test_cameras_own_files_are_called_what_they_are(tmp_path):

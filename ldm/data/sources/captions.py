@@ -33,7 +33,7 @@ def parse_captions(data: bytes, suffix: str, whole: bool = False) -> Captions:
     if len(data) > MAX_CAPTIONS:
         return Captions(fault="caption is longer than a megabyte")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Captions(fault="caption is not UTF-8", detail="UTF-16")
+        return Captions(fault="caption is UTF-16, not UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

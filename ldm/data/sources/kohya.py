@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ def choose_kohya(found: Kohya, layout: str, where: object) -> tuple[bool, str, D
         what = (
             f"is a project of kohya_ss: {used} images in img, and {len(found.regularization)} of regularization in reg"
         )
-        hint = f"give {where}/img, and --prior {where}/reg for the others"
+        img, reg = (shlex.quote(f"{where}/{name}") for name in ("img", "reg"))
+        hint = f"give {img}, and --prior {reg} for the others"
         return True, "", DataError(what, where=where, hint=hint)
     if odd := [f"{times}_{name}" for times, name in found.classes.values() if times > MOST]:
         return False, "", DataError(f"{odd[0]} is a folder: is its number one of repeats?", where=where, hint=ways)

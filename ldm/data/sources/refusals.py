@@ -102,7 +102,7 @@ def _beside(listing: Listing, images: Iterable[str]) -> tuple[Counter[str], dict
         if read.texts:
             beside[end] = len(names)
         else:
-            why = "no text" if read.fault.startswith("caption is not UTF-8") else read.fault or read.detail or "empty"
+            why = "no text" if "not UTF-8" in read.fault else read.fault or read.detail or "empty"
             silent[end] = len(names), why
     return beside, silent
 

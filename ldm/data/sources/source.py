@@ -46,6 +46,7 @@ HINTS = {  # what mends each kind of loss
     BESIDE: f"give each image a key of its own, or {EXCLUDE}",
     "is of a kind that is not read": f"convert or fetch them, or {EXCLUDE}",
     "has colours that are not read": f"convert them to sRGB, or {EXCLUDE}",
+    "caption is UTF-16, not UTF-8": "save them as UTF-8, as iconv -f UTF-16 -t UTF-8 does",
     "caption is not UTF-8": "save them as UTF-8, as iconv -f LATIN1 -t UTF-8 does",
     DISGUISED: f"rename them, such as cat.png, or {EXCLUDE}",
 }
