@@ -140,6 +140,8 @@ class Counts:
 
     def hint_for(self, reason: str) -> str:
         """What mends a loss, with the pattern that leaves it out where one is enough."""
+        if reason.startswith(("in the split ", "in no split")):
+            return "choose by --split NAME, or read everything by --split all"
         hint, places = HINTS.get(reason, "mend them or raise max_bad"), self.aside_places.get(reason, [])
         tops = {place.partition("/")[0] for place in places}
         if self.aside[reason] == len(places) == 1:
