@@ -1,5 +1,6 @@
 """What a student is asked to answer: against loops written out from the papers, and on ways that are known exactly."""
 
+import copy
 import math
 
 import pytest
@@ -14,8 +15,11 @@ from ldm.diffusion.distillation import (
     guided_teacher,
     intervals_at,
 )
+from ldm.diffusion.samplers import SAMPLERS
+from ldm.diffusion.samplers.base import absent
 from ldm.diffusion.schedule import Schedule
 
+STEPS = 200  # of training
 SCHEDULES = {
     "epsilon": Schedule(prediction_type="epsilon"),
     "v": Schedule(prediction_type="v_prediction"),
@@ -154,3 +158,47 @@ def test_targets_have_no_gradient_and_masks_leave_places_out():
     changed = torch.where(mask.bool(), x0, x0 + 9)  # seen by nobody: these answers are made place by place
     one, other = (consistency_loss(learned, learned, learned, x, noise, sigmas, mask=mask) for x in (x0, changed))
     assert torch.allclose(one, other) and one.requires_grad
+
+
+def test_a_student_learns_to_land_where_the_teachers_long_way_does():
+    """Gaussian data, whose x0 is known exactly: four steps of the student against four and 200 of the teacher."""
+    schedule = SCHEDULES["flow"]
+    parts, generator = segments(schedule), torch.Generator().manual_seed(0)
+
+    def teacher(x, sigma):
+        return x * 0.25 / (0.25 + sigma.view(-1, 1, 1, 1) ** 2)  # E[x0 | x] of standard deviation 0.5
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32), torch.nn.SiLU())
+    net.append(torch.nn.Linear(32, 1))
+    torch.nn.init.zeros_(net[-1].weight), torch.nn.init.zeros_(net[-1].bias)
+    average = copy.deepcopy(net)
+
+    def student(of):
+        def denoise(x, sigma):
+            t = (sigma / (1 + sigma)).view(-1, 1, 1, 1).expand_as(x)
+            return teacher(x, sigma) + t * of(torch.cat([x * (1 - t), t, teacher(x, sigma)], dim=-1))
+
+        return denoise
+
+    def landing(denoise, sigmas):
+        with torch.no_grad():
+            noise = torch.randn(512, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+            return SAMPLERS["ddim"](denoise, schedule.initial(noise, sigmas, "ddim"), sigmas, absent, None)
+
+    def error(denoise):
+        return (landing(denoise, parts.sigmas) - goal).square().mean().sqrt()
+
+    goal = landing(teacher, schedule.sigmas(200, "ddim"))
+    optimizer, before = torch.optim.Adam(net.parameters(), lr=5e-3), error(teacher)
+    for step in range(STEPS):
+        x0 = torch.randn(128, 1, 1, 1, generator=generator) / 2
+        noise = torch.randn(128, 1, 1, 1, generator=generator)
+        sigmas = parts.at(
+            (torch.arange(128) + torch.rand(128, generator=generator)) / 128, intervals_at(step / STEPS, 1, 16)
+        )
+        loss = consistency_loss(student(net), teacher, student(average), x0, noise, sigmas).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        for old, new in zip(average.parameters(), net.parameters()):
+            old.data.lerp_(new.data, 0.1)
+    assert error(student(average)) < 0.5 * before
