@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -208,7 +209,7 @@ def _lora(path: Path, header: Header) -> dict[str, Any]:
     except ModelError as error:
         what = {"kind": "other", "format": "single file", "what": error.what}
         return {**what, **_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
-    family = _lora_family(adapter)
+    family = None if _flow_lora(adapter) else _lora_family(adapter)
     ranks = Counter(entry.rank for entry in adapter.entries.values())
     alphas = Counter(entry.alpha for entry in adapter.entries.values())
     keys = [key for entry in adapter.entries.values() for key in entry.keys.values()]
@@ -218,7 +219,7 @@ def _lora(path: Path, header: Header) -> dict[str, Any]:
     return {
         "kind": "DoRA" if adapter.dora else "LoRA",
         "format": f"{adapter.format} keys",
-        **_named(family),
+        **(_flow_lora(adapter) or _named(family)),
         "base_model": next((adapter.metadata[key] for key in BASES if adapter.metadata.get(key)), None),
         "lora": {
             "layers": len(adapter.entries),
@@ -235,6 +236,11 @@ def _lora(path: Path, header: Header) -> dict[str, Any]:
     }
 
 
+FLOW_LAYERS = {
+    r"(double|single|single\.transformer)\.blocks\.": "FLUX.1",
+    r"\bjoint\.blocks\.": "Stable Diffusion 3",
+    r"(^| |unet\.|transformer\.)transformer\.blocks\.": "Stable Diffusion 3",
+}
 BASES = ("ss_sd_model_name", "modelspec.title", "ss_base_model_version", "modelspec.architecture")
 
 
@@ -248,6 +254,14 @@ def _unapplied_of(adapter: lora.LoraHeader, family: Family | None) -> dict[str, 
     except ModelError as error:
         return reasons | {key: error.what for entry in adapter.entries.values() for key in entry.keys.values()}
     return {key: reasons.get(key, f"{family.title} has no such layer") for key in left}
+
+
+def _flow_lora(adapter: lora.LoraHeader) -> dict[str, Any]:
+    """What a LoRA of a flow transformer is for, by its layers' names; {} for others."""
+    layers = " ".join(layer.replace("_", ".") for layer in adapter.entries)
+    if title := next((title for mark, title in FLOW_LAYERS.items() if re.search(mark, layers)), None):
+        return {"family": None, "title": title}
+    return {}
 
 
 def _lora_part(layer: str) -> str:

@@ -12,7 +12,6 @@ from ldm import Pipeline
 from ldm.checkpoint import load_model, save_model
 from ldm.checkpoint.convert import convert
 from ldm.checkpoint.inspect import as_text, inspect
-from ldm.checkpoint.lora.target import target_at
 from ldm.diffusion.inpaint import img2img_sigmas
 from ldm.errors import ConfigError, ModelError
 from ldm.images import to_tensor
@@ -284,5 +283,3 @@ def test_a_folder_is_inspected_and_written_as_a_folder_alone(models, tmp_path):
         convert(folder, tmp_path / "one.safetensors")
     again = load_model(convert(folder, tmp_path / "folder"), "cpu", "fp32", cache=False)
     assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), again.unet.parameters(), strict=True))
-    with pytest.raises(ModelError, match="LoRAs of flow transformers"):
-        target_at(folder)

@@ -7,13 +7,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.lora.names import spellings
+from ldm.checkpoint.lora.names import spellings, stacked_spellings
 from ldm.checkpoint.lora.read import Entry, LoraFile, LoraHeader
 from ldm.checkpoint.lora.target import Target, networks, target_of
 from ldm.checkpoint.types import Model
 from ldm.errors import ModelError
+
+if TYPE_CHECKING:
+    from ldm.nn.lora import LowRank
 
 Weight = float | tuple[float, float]  # of all, or (of text encoders, of the U-Net)
 CROSS = ("attn2.to_k", "attn2.to_v")  # the layers that read the text's states
@@ -24,6 +27,7 @@ class Match:
     """Which layer of a model each layer of a LoRA file belongs to."""
 
     layers: Mapping[str, tuple[str, str]]  # the file's name of a layer -> (part, layer)
+    stacked: Mapping[str, tuple[str, ...]]  # of a layer that is several of a flow transformer -> their names
     unapplied: tuple[str, ...]  # keys that belong to no layer
 
 
@@ -35,22 +39,30 @@ def match_layers(header: LoraHeader, target: Target, allow_unapplied: bool = Fal
     """
     names = spellings(target.shapes, target.unet)
     layers = {layer: names[layer] for layer in header.entries if layer in names}
-    unapplied = [key for layer, entry in header.entries.items() if layer not in layers for key in entry.keys.values()]
+    known = stacked_spellings(target.unet)
+    stacked = {layer: known[layer] for layer in header.entries if layer in known and layer not in layers}
+    missing = [entry for layer, entry in header.entries.items() if layer not in layers and layer not in stacked]
+    unapplied = [key for entry in missing for key in entry.keys.values()]
     unapplied += header.unknown
     for layer, (part, name) in sorted(layers.items(), key=lambda item: not item[1][1].endswith(CROSS)):
         _check_shape(header, header.entries[layer], part, name, target.shapes[part][name])
-    if not layers:
+    for layer, names_in in stacked.items():
+        rows = [target.shapes["unet"][name] for name in names_in]
+        whole = (sum(shape[0] for shape in rows), *rows[0][1:])
+        _check_shape(header, header.entries[layer], "unet", names_in[0], whole)
+    if not layers and not stacked:
         what = f"not one of its {len(header.entries)} layers is in this model ({', '.join(list(header.entries)[:3])})"
         raise ModelError(what, where=header.path, hint="it was made for another model")
     seen: dict[tuple[str, str], str] = {}
-    for layer, model_layer in layers.items():
+    pairs = [*layers.items(), *((layer, ("unet", name)) for layer, found in stacked.items() for name in found)]
+    for layer, model_layer in pairs:
         if seen.setdefault(model_layer, layer) != layer:
             raise ModelError(f"{seen[model_layer]} and {layer} are the same layer of this model", where=header.path)
     if unapplied and not allow_unapplied:
         total = sum(len(entry.keys) for entry in header.entries.values()) + len(header.unknown)
         what = f"{len(unapplied)} of {total} keys match no layer of this model: {_shorten(unapplied)}"
         raise ModelError(what, where=header.path, hint="allow_unapplied (--allow-unapplied) leaves them out")
-    return Match(layers, tuple(unapplied))
+    return Match(layers, stacked, tuple(unapplied))
 
 
 def _shorten(names: Sequence[str], count: int = 3) -> str:
@@ -89,8 +101,13 @@ def with_loras(
     target = target_of(model)
     updates: dict[str, dict[str, list]] = {part: {} for part in target.shapes}
     for lora, weight in loras:
-        for layer, (part, name) in match_layers(lora.header, target, allow_unapplied).layers.items():
+        found = match_layers(lora.header, target, allow_unapplied)
+        for layer, (part, name) in found.layers.items():
             updates[part].setdefault(name, []).append((lora.layers[layer], _weights(weight)[part == "unet"]))
+        for layer, several in found.stacked.items():
+            rows = [target.shapes["unet"][name][0] for name in several]
+            for name, update in zip(several, parted(lora.layers[layer], rows)):
+                updates["unet"].setdefault(name, []).append((update, _weights(weight)[True]))
     changed = {}
     for part, module in networks(model).items():
         if updates[part]:
@@ -101,6 +118,13 @@ def with_loras(
     unet = changed.get(id(model.unet), model.unet)
     text = _with_words(with_networks(model.text, changed), [word for lora, _ in loras for word in lora.header.words])
     return dataclasses.replace(model, unet=unet, text=text, info=info)
+
+
+def parted(update: LowRank, rows: Sequence[int]) -> list[LowRank]:
+    """One update for each of the layers with so many outputs that it is for."""
+    magnitudes = [None] * len(rows) if update.magnitude is None else update.magnitude.split(list(rows))
+    ups = update.up.split(list(rows))
+    return [dataclasses.replace(update, up=up, magnitude=m) for up, m in zip(ups, magnitudes)]
 
 
 def _with_words(text: Any, words: Sequence[str]) -> Any:

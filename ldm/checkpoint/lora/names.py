@@ -9,12 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from ldm.checkpoint.single.flow_names import flow_layers
 from ldm.checkpoint.single.names import translated, unet_modules
 from ldm.errors import ModelError
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-KOHYA = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+FLOW_PREFIX = "transformer"  # in place of "unet" in diffusers' and OneTrainer's files of SD3 and FLUX
+KOHYA = {
+    "unet": ("lora_unet", "lora_transformer"),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 CLIP = "text_model."  # files have it; transformers 5 leaves it out of CLIPTextModel
 ROLES = {  # how a key ends -> what the tensor is
     ".lora_A.weight": "down",  # PEFT
@@ -66,7 +73,7 @@ def without_wrappers(layer: str) -> str:
     return layer
 
 
-def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str, tuple[str, str]]:
+def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig | MMDiTConfig) -> dict[str, tuple[str, str]]:
     """Every name that a file may give a layer -> (part, layer); `shapes` has the names of each part's layers.
 
     Raises ModelError where two layers would share a name.
@@ -74,7 +81,7 @@ def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str
     table: dict[str, tuple[str, str]] = {}
     for part, names in shapes.items():
         names = list(names)
-        originals = sgm_names(names, unet) if part == "unet" else {}
+        originals = original_names(names, unet) if part == "unet" else {}
         for name in names:
             for spelt in dict.fromkeys(_spellings(part, name, originals.get(name))):
                 if table.setdefault(spelt, (part, name)) != (part, name):
@@ -85,6 +92,7 @@ def spellings(shapes: Mapping[str, Iterable[str]], unet: UNetConfig) -> dict[str
 def _spellings(part: str, name: str, original: str | None) -> list[str]:
     if part == "unet":
         forms, bare = [name, *([original] if original else [])], [name]  # the oldest files have no prefix at all
+        bare += [f"{FLOW_PREFIX}.{name}"]
     else:
         stem, bare = name.removeprefix(CLIP), []
         forms = [stem, CLIP + stem]
@@ -92,23 +100,48 @@ def _spellings(part: str, name: str, original: str | None) -> list[str]:
     return [*(f"{part}.{form}" for form in forms), *bare, *flat]
 
 
+def stacked_spellings(unet: UNetConfig | MMDiTConfig) -> dict[str, tuple[str, ...]]:
+    """Every name that a file may give layers of a flow transformer that it holds as one -> their names."""
+    if isinstance(unet, UNetConfig):
+        return {}
+    stacked = {old: names for old, names in flow_layers(unet).items() if len(names) > 1}
+    return {
+        spelt: names
+        for old, names in stacked.items()
+        for spelt in (f"unet.{old}", f"{FLOW_PREFIX}.{old}", old, f"lora_unet_{flattened(old)}")
+    }
+
+
 def flattened(name: str) -> str:
     return name.replace(".", "_")
 
 
-def peft_name(part: str, name: str) -> str:
-    """A layer's name in files in the layout of PEFT and diffusers."""
-    return f"{part}.{_in_files(part, name)}"
+def peft_name(part: str, name: str, flow: bool = False) -> str:
+    """A layer's name in files in the layout of PEFT and diffusers; `flow`: of a flow transformer's model."""
+    return f"{FLOW_PREFIX if flow and part == 'unet' else part}.{_in_files(part, name)}"
 
 
-def kohya_name(part: str, name: str, originals: Mapping[str, str], xl: bool) -> str:
-    """A layer's name in kohya's files: diffusers', for XL's U-Net the original code's (`originals`, see sgm_names)."""
+def kohya_name(part: str, name: str, originals: Mapping[str, str], xl: bool, flow: bool = False) -> str:
+    """A layer's name in kohya's files: diffusers', for XL's U-Net the original code's (`originals`, see sgm_names).
+
+    Of flow transformers OneTrainer's name, which ComfyUI reads too: kohya's own holds q, k and v as one layer.
+    """
+    if flow and part == "unet":
+        return f"{KOHYA[part][1]}_{flattened(name)}"
     prefix = "lora_te1" if xl and part == "text_encoder" else KOHYA[part][0]
     return f"{prefix}_{flattened(originals[name] if xl and part == 'unet' else _in_files(part, name))}"
 
 
 def _in_files(part: str, name: str) -> str:
     return CLIP + name if part != "unet" and name.startswith("encoder.layers.") else name
+
+
+def original_names(names: Iterable[str], unet: UNetConfig | MMDiTConfig) -> dict[str, str]:
+    """diffusers' names of a network's layers -> the original code's, where one layer is one there too."""
+    if isinstance(unet, UNetConfig):
+        return sgm_names(names, unet)
+    back = {new[0]: old for old, new in flow_layers(unet).items() if len(new) == 1}
+    return {name: back[name] for name in names if name in back and back[name] != name}
 
 
 def sgm_names(names: Iterable[str], unet: UNetConfig) -> dict[str, str]:

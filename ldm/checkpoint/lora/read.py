@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checkpoint.lora.names import OTHER_KINDS, PARTS, split_key
+from ldm.checkpoint.lora.names import FLOW_PREFIX, OTHER_KINDS, PARTS, split_key
 from ldm.checkpoint.safety import Header, read_header, read_json, read_tensors, refuse_pickle
 from ldm.errors import ConfigError, ModelError, nearest
 from ldm.files import read_manifest
@@ -27,6 +27,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # i
 METADATA = "lora_adapter_metadata"  # in the header of diffusers' files: JSON of PEFT's settings, a prefix for each part
 WORDS = "ldm_words"  # in the header of ours: JSON of the captions' words, where the model's text encoder knows few
 UNET_LAYERS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+UNET_LAYERS += ("transformer_blocks.", "single_transformer_blocks.")
 NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
 
 
@@ -210,7 +211,7 @@ def _rank(layer: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, .
 
 
 def _format(layers: Mapping[str, Mapping[str, str]]) -> str:
-    if any(layer.startswith(("lora_unet_", "lora_te")) for layer in layers):
+    if any(layer.startswith(("lora_unet_", "lora_te", "lora_transformer_")) for layer in layers):
         return "kohya"
     return "peft" if any(".lora_A." in keys["down"] for keys in layers.values()) else "diffusers"
 
@@ -264,7 +265,7 @@ def _from_metadata(metadata: Mapping[str, str], ranks: Mapping[str, int], path: 
 def _peft_alphas(settings: Mapping[str, Any], ranks: Mapping[str, int], path: Path) -> dict[str, float]:
     """lora_alpha, or alpha_pattern's for the layers that it names; times sqrt(rank) with rank-stabilised scaling."""
     alphas = {}
-    for part in PARTS:
+    for part in (*PARTS, FLOW_PREFIX):
         names = {layer: layer.removeprefix(f"{part}.") for layer in ranks if layer.startswith(f"{part}.")}
         if part == "unet" and not names:  # PEFT's own files name no part
             names = {layer: layer for layer in ranks if layer.startswith(UNET_LAYERS)}

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoint.build import network_config
 from ldm.checkpoint.families import Family
-from ldm.checkpoint.folder import Layout, default_folder, read_layout
+from ldm.checkpoint.folder import T5, Layout, default_folder, read_layout
 from ldm.checkpoint.lora.names import PARTS
 from ldm.checkpoint.safety import read_header
 from ldm.checkpoint.single import plan_of
 from ldm.checkpoint.types import Model
-from ldm.errors import ModelError
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
 
 Shape = tuple[int, ...]
-NO_FLOW = "LoRAs of flow transformers (SD3, FLUX) are not supported"
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Target:
     """The layers of a model, as far as matching a LoRA with them needs it."""
 
     shapes: Mapping[str, Mapping[str, Shape]]  # part -> layer -> shape of its weight
-    unet: UNetConfig
+    unet: UNetConfig | MMDiTConfig
 
 
 def networks(model: Model) -> dict[str, Any]:
     """The networks that a LoRA can change, under the names that files give them."""
-    return dict(zip(PARTS, (model.unet, *model.text.modules)))
+    clips = getattr(model.text, "clips", None)  # of SD3 and FLUX: T5 stays as it is
+    texts = model.text.modules if clips is None else [clip.model for clip in clips]
+    return dict(zip(PARTS, (model.unet, *texts)))
 
 
 def target_of(model: Model) -> Target:
-    """The layers of a loaded model. Raises ModelError for a flow transformer."""
+    """The layers of a loaded model."""
     from ldm.nn.lora import layers_of
 
-    if hasattr(model.unet.config, "joint_attention_dim"):
-        raise ModelError(NO_FLOW, where=model.path)
     shapes = {
         part: {name: tuple(layer.weight.shape) for name, layer in layers_of(module).items()}
         for part, module in networks(model).items()
@@ -66,14 +66,17 @@ def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
 
 
 def target_in(layout: Layout) -> Target:
-    """The layers of a model's folder, from the headers of its weight files; no torch. Raises as target_of."""
-    if layout.network == "transformer":
-        raise ModelError(NO_FLOW, where=layout.folder)
+    """The layers of a model's folder, from the headers of its weight files; no torch."""
     shapes: dict[str, dict[str, Shape]] = {}
-    for part in (part for part in PARTS if part in layout.weights):
-        tables = [read_header(path).tensors for path in layout.shards(part)]
+    for part in PARTS:
+        inside = layout.network if part == "unet" else part
+        if inside not in layout.weights or (
+            part != "unet" and layout.text_class(part) in T5 and layout.network != "unet"
+        ):
+            continue
+        tables = [read_header(path).tensors for path in layout.shards(inside)]
         shapes[part] = _layers((name, tensor.shape) for table in tables for name, tensor in table.items())
-    return Target(shapes, UNetConfig.from_diffusers(layout.configs["unet"], layout.folder / "unet"))
+    return Target(shapes, network_config(layout))
 
 
 def _layers(tensors: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ldm
-from ldm.checkpoint.lora.names import CLIP, kohya_name, peft_name, sgm_names
+from ldm.checkpoint.lora.names import CLIP, FLOW_PREFIX, kohya_name, peft_name, sgm_names
 from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
 from ldm.checkpoint.lora.target import networks
 from ldm.checkpoint.tensors import Source, write_tensors
@@ -18,6 +18,7 @@ from ldm.checkpoint.types import Model
 from ldm.console import say
 from ldm.errors import ModelError
 from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
+from ldm.nn.mmdit_config import MMDiTConfig
 
 if TYPE_CHECKING:
     import torch
@@ -134,16 +135,17 @@ def _peft(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]]
     Text encoders have diffusers' older names and PEFT's inner one for magnitudes: diffusers 0.42 with transformers 5
     cannot tell the newer ones in every case.
     """
-    tensors, settings = {}, {}
+    tensors, settings, flow = {}, {}, is_flow(model)
     for part, updates in layers.items():
         down, up, magnitude = UNET_NAMES if part == "unet" else TEXT_NAMES
         for name, update in updates.items():
-            key = peft_name(part, name)
+            key = peft_name(part, name, flow)
             tensors |= {f"{key}.{down}": update.down, f"{key}.{up}": update.up}
             if update.magnitude is not None:
                 wide = (1, -1, 1, 1) if update.down.ndim == 4 else (-1,)
                 tensors[f"{key}.{magnitude}"] = update.magnitude.reshape(wide)
-        settings |= {f"{part}.{key}": value for key, value in _peft_settings(part, updates).items()}
+        prefix = FLOW_PREFIX if flow and part == "unet" else part
+        settings |= {f"{prefix}.{key}": value for key, value in _peft_settings(part, updates).items()}
     return tensors, {METADATA: json.dumps(settings, sort_keys=True)}
 
 
@@ -176,13 +178,13 @@ def _kohya(model: Model, layers: Layers) -> tuple[dict[str, Any], dict[str, str]
     tensors = {}
     for part, updates in layers.items():
         for name, update in updates.items():
-            key = kohya_name(part, name, originals, xl)
+            key = kohya_name(part, name, originals, xl, is_flow(model))
             tensors |= {f"{key}.lora_down.weight": update.down, f"{key}.lora_up.weight": update.up}
             tensors[f"{key}.alpha"] = torch.tensor(float(update.alpha))
             if update.magnitude is not None:
                 tensors[f"{key}.dora_scale"] = update.magnitude.reshape(-1, *[1] * (update.down.ndim - 1))
     every = [update for updates in layers.values() for update in updates.values()]
-    version = "sdxl_base_v1-0" if xl else {768: "sd_v1", 1024: "sd_v2"}.get(model.unet.config.cross_attention_dim)
+    version = "sdxl_base_v1-0" if xl else {768: "sd_v1", 1024: "sd_v2"}.get(model.unet.config.text_width)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(_commonest({i: update.rank for i, update in enumerate(every)})),
@@ -197,7 +199,12 @@ LAYOUTS = {"peft": _peft, "kohya": _kohya}
 
 
 def is_xl(model: Model) -> bool:
-    return model.unet.config.addition_embed_type == "text_time"
+    return not is_flow(model) and model.unet.config.addition_embed_type == "text_time"
+
+
+def is_flow(model: Model) -> bool:
+    """Whether the model has a flow transformer."""
+    return isinstance(model.unet.config, MMDiTConfig)
 
 
 def _commonest(values: Mapping[Any, Any]) -> Any:
