@@ -413,8 +413,8 @@ class UNet(Encoder):
         if time_ids is not None:
             time_ids = time_ids.expand(images, -1)
         inputs = (x, timesteps, states, mask, pooled, time_ids, guidance, perturb, *residuals)
-        inputs = self._ready(cache, states, inputs)
-        x, timesteps, states, mask, pooled, time_ids, guidance, perturb, *residuals = inputs
+        ready = self._ready(cache, states, inputs)
+        x, timesteps, states, mask, pooled, time_ids, guidance, perturb, *residuals = ready
         temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, guidance, cache), self.training)  # (B, E)
         perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
         context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
