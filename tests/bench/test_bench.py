@@ -220,4 +220,4 @@ def test_training_against_a_plain_loop(tiny_folder, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(training, "_answer_plain", lambda case: training._answer_ldm(case) * 1.01)
     assert main(["bench", "training", *words]) == 5 and "the networks differ by 0.0" in capsys.readouterr().err
     assert main(["bench", "training", "--config", "emoji/text"]) == 2
-    assert "is of stage text, and the bench trains a U-Net" in capsys.readouterr().err
+    assert "unknown setting 'text'" in capsys.readouterr().err
