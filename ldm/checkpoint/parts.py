@@ -13,7 +13,7 @@ from ldm.checkpoint import model as models
 from ldm.checkpoint.families import VAE as VAE_CONFIG
 from ldm.checkpoint.families import family_of
 from ldm.checkpoint.part_places import Place, find_place, model_folder, weights_of
-from ldm.checkpoint.safety import Header, read_header, read_json
+from ldm.checkpoint.safety import read_header, read_json
 from ldm.checkpoint.save import write_text, write_vae
 from ldm.checkpoint.single.names import UNET
 from ldm.checkpoint.single.read import vae_prefix
@@ -51,6 +51,7 @@ class VaePart:
 
     place: Place
     config: Mapping[str, Any]
+    scale: float | None = None  # that the user gave, of a file that does not tell it
 
     @property
     def latent_channels(self) -> int:
@@ -70,21 +71,32 @@ class VaePart:
     @property
     def fingerprint(self) -> str:
         """One digest of its files."""
-        return self.place.fingerprint(self.files)
+        digest = self.place.fingerprint(self.files)
+        return digest if self.scale is None else f"{digest} scaled by {self.scale:g}"
 
     def load(self) -> VAE:
         """The autoencoder in fp32 on the CPU. Raises ModelError."""
         import torch
 
         path = self.place.folders[0] if self.place.folders else self.place.root
-        return models.load_vae(path, torch.device("cpu"), torch.float32, VAE_CONFIG)[0]
+        return models.load_vae(path, torch.device("cpu"), torch.float32, self.config)[0]
 
 
-def find_vae(name: str, subfolder: str | None = None, weights: bool = True) -> VaePart:
+def find_vae(name: str, subfolder: str | None = None, weights: bool = True, scale: float | None = None) -> VaePart:
     """The autoencoder of a name (see `find_place`), checked by its settings alone. Raises ModelError.
 
-    A single file with an autoencoder alone has no settings: it is read as that of Stable Diffusion 1.x.
+    A single file with an autoencoder alone has no settings: its tensors tell its sizes, and `scale` is the factor that
+    gives its latents unit variance. With the sizes of Stable Diffusion 1.x's it has that one's unless another is given.
     """
+    part = _find_vae(name, subfolder, weights, scale)
+    told = part.config.get("scaling_factor", VAE_CONFIG["scaling_factor"])  # diffusers' default
+    if scale is not None and scale != told:
+        what = f"is {scale:g}, and the settings of {part.place.name} say {told}"
+        raise ModelError(what, where="vae_scaling_factor", hint="leave it out")
+    return part
+
+
+def _find_vae(name: str, subfolder: str | None, weights: bool, scale: float | None) -> VaePart:
     place = find_place(name, "vae", subfolder, weights)
     if place.folders:
         config = read_json(place.folders[0] / "config.json")
@@ -94,25 +106,25 @@ def find_vae(name: str, subfolder: str | None = None, weights: bool = True) -> V
             raise ModelError(f"is of class {named}, and an autoencoder is AutoencoderKL", where=where)
         return VaePart(place, config)
     header = read_header(place.root)
-    vae_prefix(header, place.root)
+    prefix = vae_prefix(header, place.root)
     if settings := single.stored_settings(header, place.root):
         return VaePart(place, settings["configs"]["vae"])
-    if any(key.startswith(UNET) for key in header.tensors):
-        shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+    shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+    if any(key.startswith(UNET) for key in shapes):
         return VaePart(place, family_of(shapes, place.root).vae)
-    _check_shapes(header, place.root)
+    config = single.vae_sizes(
+        {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)}, place.root
+    )
+    if scale is not None:
+        return VaePart(place, {**config, "scaling_factor": scale}, scale)
+    if any(config[name] != VAE_CONFIG[name] for name in ("block_out_channels", "latent_channels")):
+        channels = f"{config['latent_channels']} latent channels, widths {config['block_out_channels']}"
+        what = f"is an autoencoder without settings, of another size than Stable Diffusion 1.x's ({channels})"
+        hint = "give its folder, with config.json, or what its latents are multiplied by: vae_scaling_factor=…"
+        raise ModelError(what, where=place.root, hint=hint)
     scale = VAE_CONFIG["scaling_factor"]
     say(f"{place.root}: an autoencoder without settings is read as Stable Diffusion 1.x's (scaling_factor {scale})")
-    return VaePart(place, VAE_CONFIG)
-
-
-def _check_shapes(header: Header, path: Path) -> None:
-    """Raise ModelError where a file's autoencoder is not of the size of Stable Diffusion 1.x's."""
-    name = next(key for key in header.tensors if key.endswith("decoder.conv_in.weight"))
-    channels, expected = header.tensors[name].shape[:2], (VAE_CONFIG["block_out_channels"][-1], 4)
-    if channels != expected:
-        what = f"is an autoencoder without settings, of another size than Stable Diffusion's ({channels}, {expected})"
-        raise ModelError(what, where=path, hint="give its folder, with config.json")
+    return VaePart(place, {**config, "scaling_factor": scale})
 
 
 def load_vae_from(folder: Path) -> VAE:

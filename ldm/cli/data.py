@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--text-2", metavar="TEXT", help="the second of two text encoders")
     for part in ("vae", "text", "text-2"):
         cache.add_argument(f"--{part}-subfolder", metavar="NAME", help=argparse.SUPPRESS)
+    cache.add_argument("--vae-scaling-factor", metavar="X", type=float, help="of a single file that does not tell it")
     cache.add_argument("--resolution", metavar="N", type=int, default=512, help="resolution of the training (512)")
     cache.add_argument("--square", action="store_true", help="crop all images to squares: no other buckets")
     cache.add_argument(
@@ -90,6 +91,7 @@ def _cache(args: argparse.Namespace) -> int:
     from ldm.training import cache
 
     names = ("vae", "text", "text_2", "vae_subfolder", "text_subfolder", "text_2_subfolder", "resolution", "square")
+    names += ("vae_scaling_factor",)
     names += ("embeddings", "dtype", "shard", "batch_size", "workers", "allow_empty_captions", "masks")
     options = {name: getattr(args, name) for name in (*names, "device")}
     folder = cache(args.data, args.output, **options, **_reading(args))

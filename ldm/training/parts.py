@@ -16,7 +16,7 @@ TIME_DIM = 256  # XL's width of each of the six sizes
 
 def vae_part(settings: TextSettings | UNetSettings, weights: bool = True) -> VaePart:
     """The autoencoder of the settings. Raises ModelError, and ConfigError where the resolution does not fit it."""
-    part = find_vae(settings.vae, settings.vae_subfolder, weights)
+    part = find_vae(settings.vae, settings.vae_subfolder, weights, settings.vae_scaling_factor)
     side = settings.data.resolution
     require(side % part.factor == 0, f"{side} is not a multiple of the autoencoder's {part.factor}", "data.resolution")
     return part

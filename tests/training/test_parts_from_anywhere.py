@@ -212,9 +212,44 @@ def test_the_autoencoder_in_a_single_file(made, tiny_folder, tmp_path):
     assert (part.latent_channels, part.factor) == (4, 8)
     expected = find_vae(str(tiny_folder)).load().module.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in part.load().module.state_dict().items())
-    shutil.copy(made / "vae/diffusion_pytorch_model.safetensors", tmp_path / "alone.safetensors")
-    with pytest.raises(ModelError, match="an autoencoder without settings, of another size"):
-        find_vae(str(tmp_path / "alone.safetensors"))
+
+
+@pytest.mark.parametrize("names", ["diffusers'", "original"])
+def test_an_autoencoder_alone_in_a_file_is_of_any_size(names, made, tmp_path):
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+
+    from ldm.checkpoint.single.names import vae_modules
+
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "latent_channels": 6, "use_quant_conv": False}
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    whole = AutoencoderKL(**sizes, **kinds, use_post_quant_conv=False, mid_block_add_attention=False)
+    state, file = whole.state_dict(), tmp_path / "alone.safetensors"
+    if names == "original":
+        modules = {new: old for old, new in vae_modules(sizes).items()}
+        longest = {name: max((m for m in modules if name.startswith(f"{m}.")), key=len) for name in state}
+        state = {modules[longest[name]] + name[len(longest[name]) :]: tensor for name, tensor in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    with pytest.raises(
+        ModelError, match=r"another size .*\(6 latent channels, widths \[32, 64\]\).* vae_scaling_factor"
+    ):
+        find_vae(str(file))
+    part = find_vae(str(file), scale=0.4)
+    assert (part.latent_channels, part.factor) == (6, 2) and part.fingerprint != find_vae(
+        str(file), scale=0.5
+    ).fingerprint
+    loaded = part.load()
+    assert loaded.scaling_factor == 0.4
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in loaded.module.state_dict().items())
+    if names == "original":
+        return
+    words = [f"vae={file}", f"text={made / 'clip'}", "vae_scaling_factor=0.4", "data.resolution=16"]
+    model = trained(made, tmp_path / "run", *words)
+    config = json.loads((model / "vae/config.json").read_text())
+    assert config["scaling_factor"] == 0.4 and load_file(model / "unet/diffusion_pytorch_model.safetensors")
+    assert ldm.Pipeline("a cat", model=model).generate(num_inference_steps=1)[0].size == (16, 16)
+    with pytest.raises(ModelError, match=r"vae_scaling_factor: is 2, and the settings of .* say 0.5; leave it out"):
+        trained(made, tmp_path / "other", f"text={made / 'clip'}", "vae_scaling_factor=2")
 
 
 def test_what_does_not_fit_is_one_line_before_any_work(made, tmp_path, capsys, monkeypatch):

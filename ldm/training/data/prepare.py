@@ -72,6 +72,7 @@ def cache(
     resolution: int = 512,
     text_2: str | None = None,
     vae_subfolder: str | None = None,
+    vae_scaling_factor: float | None = None,
     text_subfolder: str | None = None,
     text_2_subfolder: str | None = None,
     embeddings: Literal["auto", "yes", "no"] = "auto",
@@ -107,7 +108,7 @@ def cache(
     files.require_place(place)
     source = open_source(settings.folder, **settings.reading)
     source.require(settings.max_bad, settings.allow_empty_captions)
-    vae_part = find_vae(vae, vae_subfolder)
+    vae_part = find_vae(vae, vae_subfolder, scale=vae_scaling_factor)
     texts = None if text is None else find_text(text, text_subfolder, text_2, text_2_subfolder)
     fits = settings.buckets.step % vae_part.factor == 0
     require(fits, f"{settings.buckets.step} is not a multiple of the autoencoder's {vae_part.factor}", "bucket_step")

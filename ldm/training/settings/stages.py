@@ -43,6 +43,7 @@ class TextSettings(Settings):
 
     vae: str = ""  # the autoencoder: "default", a run, a folder, a file or a hub id
     vae_subfolder: str | None = None  # where in the folder or repository it is
+    vae_scaling_factor: float | None = None  # of a single file that does not tell it: makes its latents' variance 1
     init: str | None = None  # a run or a model's folder whose text encoder and tokenizer to go on from
     contrast: float = 1.0  # weight of the contrast with latents
     naming: float = 0.0  # weight of the linear readers of drawn scenes: object, colour, count, which thing is where
@@ -62,6 +63,9 @@ class TextSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        require(
+            self.vae_scaling_factor is None or self.vae_scaling_factor > 0, "must be positive", "vae_scaling_factor"
+        )
         require(not self.data.masks, WHOLE, "data.masks")
         check_pool(self.latent_pool, self.renew)
         for name in ("contrast", "naming", "order", "anchor", "named", "mirrored"):
@@ -81,6 +85,7 @@ class UNetSettings(Settings):
     text: str = ""  # the text encoder with its tokenizer, in the same way; a folder of XL has two
     text_2: str | None = None  # the second of two text encoders
     vae_subfolder: str | None = None  # where in the folder or repository the part is
+    vae_scaling_factor: float | None = None  # of a single file that does not tell it: makes its latents' variance 1
     text_subfolder: str | None = None
     text_2_subfolder: str | None = None
     init: str | None = None  # another run (its EMA weights) or a diffusers folder to start from
@@ -115,6 +120,9 @@ class UNetSettings(Settings):
         require(0 <= levels <= 20, f"must be 0 to 20, got {levels}", "validation_levels")
         require(1 <= self.sample_steps <= 1000, f"must be 1 to 1000, got {self.sample_steps}", "sample_steps")
         require(bool(self.vae), NEEDED.format("autoencoder", "vae"), "vae")
+        require(
+            self.vae_scaling_factor is None or self.vae_scaling_factor > 0, "must be positive", "vae_scaling_factor"
+        )
         require(bool(self.text), NEEDED.format("text", "text"), "text")
         check_pool(self.latent_pool, self.renew)
 
