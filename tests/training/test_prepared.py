@@ -16,7 +16,7 @@ from ldm.data.cache.prepared import PartWriter, Row, list_shards, read_info, rea
 from ldm.data.cache.sequence import ShardSequence
 from ldm.device import pick_device
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, ResourceError
-from ldm.training import cache, train
+from ldm.training import cache, finetune, train
 from ldm.training.checkpoints import state
 from ldm.training.data import ImageDataset, PreparedSet
 from ldm.training.data.encoded import Encoders
@@ -103,10 +103,20 @@ def test_a_caption_is_chosen_or_dropped_in_each_epoch(made, encoders):
 def test_captions_are_encoded_in_training_where_embeddings_would_be_larger_than_the_images(
     images, parts, made, encoders, tmp_path, capsys
 ):
-    out = cache(images, tmp_path / "cache", str(parts), str(parts), resolution=32, dtype="fp32", **LOOSE)
-    said = capsys.readouterr().err
-    chosen = read_info(out)["embeddings"]
-    assert ("captions stay text" in said) is not chosen and "are free" in said and "latents take" in said
+    flat = tmp_path / "flat"  # images of some bytes, and captions that are not
+    flat.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (60 * i, 0, 0)).save(flat / f"{i}.png")
+        (flat / f"{i}.txt").write_text(f"a cat {i}")
+    for source, chosen, told in (
+        (images, True, "embeddings of the captions take"),
+        (flat, False, "captions are kept as text: their embeddings would take"),
+    ):
+        out = cache(source, tmp_path / f"kept-{chosen}", str(parts), str(parts), resolution=32, dtype="fp32", **LOOSE)
+        said = capsys.readouterr().err
+        assert read_info(out)["embeddings"] is chosen and told in said, said
+        assert "latents take" in said and said.index("are free") < said.index("images found")
+    assert dataset(out, encoders).batch(0).cond is not None
     out = cache(images, tmp_path / "none", str(parts), resolution=32, dtype="fp32", **LOOSE)
     live, stored = dataset(out, encoders).batch(1), dataset(made, encoders).batch(1)
     assert not read_info(out)["embeddings"] and live.captions == stored.captions
@@ -238,6 +248,8 @@ def test_a_unet_is_trained_on_it_and_resumes_to_the_bit(made, parts, tmp_path):
     assert one.read_bytes() == other.read_bytes()
     with pytest.raises(ConfigError, match=r"data.resolution: is 64, and .* was made at 32 px"):
         unet(made, parts, tmp_path / "run", "data.resolution=64")
+    with pytest.raises(DataError, match="holds latents for ldm train; give the images that it was made of"):
+        finetune(made, tmp_path / "run")
     with pytest.raises(DataError, match="holds latents, which the stage unet reads"):
         train("emoji/autoencoder", tmp_path / "run", [f"data={made}"])
 

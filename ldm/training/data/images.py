@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ldm.config import require
 from ldm.console import warn
 from ldm.data.buckets import Size, bucket_of, cropped, histogram
+from ldm.data.cache.prepared import is_prepared
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.masks import ALPHA, read_mask, whole_mask
 from ldm.data.sources import Sample, Source, open_source
@@ -171,6 +172,8 @@ def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> 
     `cut` gives the end of a caption that the text encoder does not see. Raises DataError, ConfigError.
     """
     require(bool(data.folder), "is needed: a folder of captioned images", "data.folder")
+    if is_prepared(data.folder):
+        raise DataError("holds latents for ldm train", where=data.folder, hint="give the images that it was made of")
     source = open_source(data.folder, **data.reading)
     source.require(data.max_bad, data.allow_empty_captions)  # as far as it can be checked without opening an image
     config = data.buckets
