@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.checkpoint.lora.read import FILE, LoraHeader
+from ldm.checkpoint.lora.read import FILE, WORDS, LoraHeader
 from ldm.diffusion import names
 from ldm.errors import ConfigError, ModelError, nearest
 
@@ -144,10 +144,15 @@ def of_lora(header: LoraHeader) -> Found | None:
         return _sure(path.name, by_name, "by its layers and name")
     if by_name:
         return _by_name(path.name, by_name)
-    if layers:
+    if layers and not _fine_tuned_here(header):
         what = "changes the layers that few-step LoRAs change; if it is one, its page says sampler, steps and guidance"
         return Found(None, f"{path.name}: {what}")
     return None
+
+
+def _fine_tuned_here(header: LoraHeader) -> bool:
+    """Whether `ldm finetune` wrote it, which also changes such layers; `ldm distill` says so in `ldm.sampling`."""
+    return WORDS in header.metadata or header.metadata.get("ss_training_comment", "").startswith("written by ldm")
 
 
 def of_model(

@@ -38,6 +38,12 @@ def told(*args, **more):
     return of_lora(read_lora_header(lora(*args, **more)))
 
 
+@pytest.mark.parametrize("metadata", [{"ldm_words": "[]"}, {"ss_training_comment": "written by ldm 0.1.0"}])
+def test_a_fine_tuning_of_ours_is_no_few_step_file_for_its_layers(tmp_path, metadata):
+    assert "changes the layers that few-step LoRAs change" in told(tmp_path, "mine").line
+    assert told(tmp_path, "mine", metadata=metadata) is None
+
+
 @pytest.mark.parametrize("layers", [ALL, SGM], ids=["diffusers' names", "the original code's"])
 @pytest.mark.parametrize(
     ("name", "expected"),
