@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+AMPERE = (8, 0)  # compute capability from which on a card has bf16
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SPELLINGS = {word: short for short, full in DTYPES.items() for word in (short, full, f"torch.{full}")}
 SPELLINGS |= {"half": "fp16", "torch.half": "fp16", "float": "fp32", "torch.float": "fp32"}
@@ -47,25 +48,36 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pick_dtype(name: Any, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name or a dtype (see `check_dtype`); `auto` is bf16 on a GPU that has it, else fp32."""
+    """The torch dtype of a name or a dtype (see `check_dtype`); `auto` is bf16 on a GPU that has it, on others fp16."""
     import torch
 
     name = check_dtype(name)
     if name == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if bf16 else torch.float32
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if fast_bf16(device) else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise ConfigError("fp16 is not supported on a CPU", where="dtype", hint="use bf16 or fp32")
     return getattr(torch, DTYPES[name])
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is quicker than float32 here (CUDA with bf16; CPUs with AVX512-BF16 or AMX)."""
+    """Whether bfloat16 arithmetic is quicker than float32 here (CUDA from Ampere on; CPUs with AVX512-BF16 or AMX)."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+    if device.type == "cuda":  # older cards emulate it, and torch.cuda.is_bf16_supported() counts that
+        return torch.cuda.get_device_capability(device) >= AMPERE
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def half_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The 16 bits that a training's `precision` means, None for fp32; `auto` is bf16 where it is faster than fp32,
+    else fp16 with CUDA."""
+    import torch
+
+    if precision == "auto":
+        precision = "bf16" if fast_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
 
 def keep_memory() -> None:
@@ -86,20 +98,40 @@ def keep_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 1 << 29)  # free bytes at the end of the heap: what is kept counts as taken
 
 
+OUT_OF_MEMORY = (  # what PyTorch says where it has no type of its own for it: on a CPU, of MPS, of CUDA's libraries
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",  # CUBLAS_STATUS_…, CUDNN_STATUS_…
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left; PyTorch has no type of its own for that on a CPU."""
+    """Whether a device or the machine had no memory left."""
     import torch
 
-    of_memory = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and of_memory)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def let_go() -> None:
+    """Give a GPU the memory back that PyTorch's allocator keeps and nothing uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the machine."""
+    """Bytes that are free on a GPU, with what PyTorch's allocator keeps there and nothing uses, or in the machine."""
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024

@@ -7,7 +7,16 @@ import sys
 import pytest
 import torch
 
-from ldm.device import check_dtype, dtype_name, fast_bf16, pick_device, pick_dtype
+from ldm.device import (
+    check_dtype,
+    dtype_name,
+    fast_bf16,
+    free_memory,
+    half_dtype,
+    is_out_of_memory,
+    pick_device,
+    pick_dtype,
+)
 from ldm.errors import ConfigError
 
 
@@ -18,7 +27,9 @@ def machine(monkeypatch):
     def machine(cuda=False, mps=False, bf16=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # counts cards that emulate it
+        cards = [(9, 0), (7, 5)] if bf16 else [(7, 5), (9, 0)]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[torch.device(device).index or 0])
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return machine
@@ -80,8 +91,9 @@ def test_numbers_that_no_gpu_has(name, machine):
     [
         ("auto", "cpu", True, torch.float32),
         ("auto", "cuda", True, torch.bfloat16),
-        ("auto", "cuda", False, torch.float32),
-        ("auto", "mps", True, torch.float32),
+        ("auto", "cuda", False, torch.float16),
+        ("auto", "cuda:1", True, torch.float16),  # of the card that is used, whatever the first one has
+        ("auto", "mps", True, torch.float16),
         ("fp32", "cuda", True, torch.float32),
         ("fp16", "cuda", True, torch.float16),
         ("bf16", "cpu", False, torch.bfloat16),
@@ -113,6 +125,47 @@ def test_fast_bf16(bf16, machine, monkeypatch):
     assert fast_bf16(torch.device("cuda")) is bf16
     assert fast_bf16(torch.device("cpu")) is bf16
     assert fast_bf16(torch.device("mps")) is False
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "half"),
+    [
+        ("auto", "cuda", torch.bfloat16),
+        ("auto", "cuda:1", torch.float16),  # which gets a gradient scaler
+        ("auto", "mps", None),
+        ("fp32", "cuda", None),
+        ("fp16", "cuda", torch.float16),
+        ("bf16", "cuda:1", torch.bfloat16),
+    ],
+)
+def test_the_precision_of_a_training(precision, device, half, machine):
+    machine(cuda=True)
+    assert half_dtype(precision, torch.device(device)) is half
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB, max allowed: 18.13 GB)"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_it):
+    assert is_out_of_memory(error) is is_it
+
+
+def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 << 30)
+    assert free_memory(torch.device("cuda")) == 18 << 30
 
 
 FAULTS = """

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm import console
 from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import describe
-from ldm.device import dtype_name, is_out_of_memory, pick_device, pick_dtype
+from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype
 from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
@@ -214,14 +214,9 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    raise _let_go(settings, batch)
-
-
-def _let_go(settings: Settings, batch: int) -> ResourceError:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
     hint = f"use a smaller batch_size than {batch}" if batch > 1 else "use a smaller size or a smaller dtype"
-    return ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
+    raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
 
 
 def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:

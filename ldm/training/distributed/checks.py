@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ldm.config import require
-from ldm.device import pick_device
+from ldm.device import half_dtype, pick_device
 from ldm.errors import DataError
 from ldm.training.distributed.alone import current
 from ldm.training.settings import Settings, as_dict
@@ -34,7 +35,7 @@ def check_processes(settings: Settings) -> None:
         fits = int(os.environ.get("LOCAL_RANK", 0)) < there
         require(fits, f"this machine has {there} GPUs: start as many processes on it, not more", "device")
     if group.sharded:
-        _check_sharded(settings)
+        _check_sharded(settings, half_dtype(settings.precision, device))
 
 
 def check_same_settings(settings: Settings, out: Path) -> None:
@@ -59,10 +60,10 @@ def check_same_inputs(inputs: dict[str, str], out: Path) -> None:
     group.on_all(same)
 
 
-def _check_sharded(s: Settings) -> None:
+def _check_sharded(s: Settings, half: Any) -> None:
     whole = f"{s.optimizer} needs whole tensors, of which FSDP2 keeps parts: use adamw"
     require(s.optimizer not in ("muon", "adamw8bit"), whole, "optimizer")
-    require(s.precision != "fp16", "fp16 does not go with FSDP2: use bf16", "precision")
+    require(str(half) != "torch.float16", "fp16 does not go with FSDP2: use bf16", "precision")
     require(s.stage != "autoencoder", "autoencoder is small: train it without FSDP2", "stage")
     require(s.stage != "distill", "distill asks a teacher that is whole: train it without FSDP2", "stage")
     require(not getattr(s, "compile", False), "does not go with FSDP2", "compile")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import require
-from ldm.device import fast_bf16, pick_device
+from ldm.device import half_dtype, pick_device
 from ldm.errors import ConfigError
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
@@ -47,10 +47,9 @@ def check_means(settings: Settings) -> None:
 
 
 def precision(settings: Settings, device: torch.device) -> AbstractContextManager:
-    """Autocast to fp16 or bf16 as the settings say; `auto` means bf16 where it is faster, else none."""
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and fast_bf16(device))
-    half = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, half, enabled=bf16 or settings.precision == "fp16")
+    """Autocast to the settings' 16 bits, or none."""
+    half = half_dtype(settings.precision, device)
+    return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
 
 def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone = ALONE) -> TrainState:
@@ -61,7 +60,7 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
     module = stage.module.to(device).train()
     if settings.gradient_checkpointing:
         checkpoint_gradients(module)
-    scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
+    scaler = torch.amp.GradScaler(device.type) if half_dtype(settings.precision, device) == torch.float16 else None
     ema = ema_copy(module)
     if hasattr(stage, "follow"):
         stage.follow(ema)

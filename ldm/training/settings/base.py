@@ -39,7 +39,7 @@ class Settings:
     seed: int = 0
     workers: int = 1  # processes that draw scenes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where it is faster; fp16: CUDA alone
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16 where faster, else fp16 with CUDA
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     report_to: tuple[str, ...] = ()  # tensorboard, wandb: beside the page RUN/index.html
     save_every: int = 1000  # steps
