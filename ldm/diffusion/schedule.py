@@ -104,6 +104,12 @@ class SizeShift:
         return mu if self.linear else math.exp(mu)
 
 
+def _exact(numbers: torch.Tensor | float | Sequence[float]) -> torch.Tensor:
+    """Numbers in float64 on the CPU; brought there first, for MPS has no float64."""
+    numbers = numbers.cpu() if isinstance(numbers, torch.Tensor) else numbers
+    return torch.as_tensor(numbers, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How much noise a model was trained with at each timestep, and which sigmas a sampler visits.
@@ -188,7 +194,7 @@ class Schedule:
 
     def timestep(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """The timestep that a network is told for a sigma (any shape), fp32; between table entries linear in sigma."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
+        sigma = _exact(sigma)
         if self.is_flow:
             return self.network_timesteps(sigma / (1 + sigma))
         table = self.sigmas_all.double()
@@ -198,7 +204,7 @@ class Schedule:
 
     def sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """The sigma of a timestep in [0, T - 1] (for flow: t * T), fp32, any shape; fractions are interpolated."""
-        timestep = torch.as_tensor(timestep, dtype=torch.float64).cpu()
+        timestep = _exact(timestep)
         if self.is_flow:
             t = (timestep / self.num_train_timesteps).clamp(max=FLOW_CAP)
             return (t / (1 - t)).float()
@@ -247,7 +253,7 @@ class Schedule:
         if (timesteps is None) == (sigmas is None):
             raise ConfigError("give either timesteps or sigmas", where=where)
         try:
-            values = torch.as_tensor(timesteps if sigmas is None else sigmas, dtype=torch.float64).cpu()
+            values = _exact(timesteps if sigmas is None else sigmas)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError("expected a list of numbers", where=where) from error
         total = self.num_train_timesteps

@@ -103,4 +103,6 @@ def _smaller(x: Tensor, size: tuple[int, int], pixels: bool) -> Tensor:
     """The whole input in a tile's size: pixels averaged, of latents some left out, which keeps their spread."""
     if x.shape[-2:] == size:
         return x
-    return nn.functional.interpolate(x.float(), size, mode="area" if pixels else "nearest-exact").to(x.dtype)
+    here = x.float().cpu() if x.device.type == "mps" else x.float()  # MPS averages areas of equal size alone
+    small = nn.functional.interpolate(here, size, mode="area" if pixels else "nearest-exact")
+    return small.to(x.device, x.dtype)
