@@ -98,6 +98,15 @@ def keep_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 1 << 29)  # free bytes at the end of the heap: what is kept counts as taken
 
 
+def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on a device (and in a dtype); a GPU fetches it from the CPU while this process goes on."""
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()  # else the copy waits until the GPU has done all that it was given before
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 OUT_OF_MEMORY = (  # what PyTorch says where it has no type of its own for it: on a CPU, of MPS, of CUDA's libraries
     "can't allocate memory",
     "not enough memory",

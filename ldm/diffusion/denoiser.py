@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ldm.device import sent
 from ldm.diffusion.inpaint import Original, add_noise, mask_known_region
 from ldm.diffusion.names import ETA, options
 from ldm.diffusion.samplers import SAMPLERS
@@ -41,9 +42,11 @@ def precondition(
     schedule: Schedule, x: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(c_skip, c_out, the network's x in `dtype`, its timesteps) for x (B, C, H, W) at sigma (B,); all else is fp32."""
-    factors = scalings(schedule.prediction_type, sigma.float())
-    c_skip, c_out, c_in = (c.to(x.device).view(-1, *[1] * (x.ndim - 1)) for c in factors)
-    return c_skip, c_out, (c_in * x).to(dtype), schedule.timestep(sigma).to(x.device)
+    sigma = sigma.cpu()  # where samplers have it; all that is made of it goes to a GPU at once
+    numbers = torch.stack([*scalings(schedule.prediction_type, sigma.float()), schedule.timestep(sigma)])
+    *factors, timesteps = sent(numbers, x.device)
+    c_skip, c_out, c_in = (c.view(-1, *[1] * (x.ndim - 1)) for c in factors)
+    return c_skip, c_out, (c_in * x).to(dtype), timesteps
 
 
 def denoiser(predict: Predict, schedule: Schedule, dtype: torch.dtype = torch.float32) -> Denoise:
@@ -66,8 +69,7 @@ def consistency(denoise: Denoise, schedule: Schedule) -> Denoise:
         scaled = schedule.timestep(sigma).double() * 10 / 0.5
         c_skip = 1 / ((scaled**2 + 1) * (1 + sigma.double() ** 2).sqrt())  # of x in the network's scale
         c_out = scaled / (scaled**2 + 1).sqrt()
-        shape = (-1, *[1] * (x.ndim - 1))
-        c_skip, c_out = (c.to(x.device, x.dtype).view(shape) for c in (c_skip, c_out))
+        c_skip, c_out = sent(torch.stack([c_skip, c_out]), x.device, x.dtype).view(2, -1, *[1] * (x.ndim - 1))
         return c_skip * x + c_out * denoise(x, sigma)
 
     return to_x0
@@ -156,9 +158,10 @@ def training_loss(
     mask: (B, 1, H, W) in [0, 1]: how much each place counts; an image without any place has loss 0.
     """
     x0, noise = x0.float(), noise.float()
-    alpha, sigma = schedule.alpha_sigma(timesteps.to(x0.device))  # (B,)
+    numbers = torch.stack([*schedule.alpha_sigma(timesteps), schedule.network_timesteps(timesteps)])
+    alpha, sigma, told = sent(numbers, x0.device)  # (B,)
     a, s = (c.view(-1, *[1] * (x0.ndim - 1)) for c in (alpha, sigma))
-    inputs = (a * x0 + s * noise, schedule.network_timesteps(timesteps).to(x0.device))
+    inputs = (a * x0 + s * noise, told)
     answer = target(schedule, x0, noise, a, s)
     if teacher is not None:
         with torch.no_grad():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ldm.device import sent
 from ldm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def img2img_sigmas(sigmas: Tensor, strength: float, where: str = "strength") -> 
 
 def add_noise(latents: Tensor, sigmas: Tensor, noise: Tensor) -> Tensor:
     """x (B, C, h, w) at the first of `sigmas`: latents under that much of the unit noise (SDEdit, Meng et al.)."""
-    return latents + sigmas[0].to(noise.device) * noise
+    return latents + sigmas[0] * noise
 
 
 def mask_known_region(denoise: Denoise, original: Original, noise: Tensor, sigmas: Tensor) -> Denoise:
@@ -68,7 +69,7 @@ def mask_known_region(denoise: Denoise, original: Original, noise: Tensor, sigma
 
     def masked(x: Tensor, sigma: Tensor) -> Tensor:
         if float(sigma[0]) < first:
-            level = sigma.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+            level = sent(sigma, x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
             x = original.keep(x, original.latents + level * noise)
         return original.keep(denoise(x, sigma), original.latents)
 

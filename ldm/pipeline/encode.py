@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from ldm.data.emoji.names import with_names
+from ldm.device import sent
 from ldm.diffusion.inpaint import slerp
 from ldm.nn.text import Conditioning, TextEncoder, Tokens, encode_weighted, tokenize
 from ldm.nn.vae import VAE
@@ -125,7 +126,7 @@ class Noise:
         self._shape, self._device = shape, device
 
     def __call__(self, i: int = 0) -> torch.Tensor:
-        return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
+        return sent(torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]), self._device)
 
 
 def draw_noise(
@@ -138,7 +139,7 @@ def draw_noise(
     start = torch.stack(given).cpu().float() if given else noise().cpu()
     variations = [request.variation for request in requests]
     varied = [one if v is None else _varied(one, *v) for one, v in zip(start, variations, strict=True)]
-    return noise, torch.stack(varied).to(device)
+    return noise, sent(torch.stack(varied), device)
 
 
 def _varied(noise: torch.Tensor, seed: int, strength: float) -> torch.Tensor:

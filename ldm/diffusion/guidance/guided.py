@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.device import sent
 from ldm.diffusion.denoiser import Denoise, precondition
 from ldm.diffusion.guidance.settings import Guidance
 from ldm.diffusion.schedule import Schedule
@@ -60,8 +61,9 @@ def guided_denoiser(
             perturbed = _perturbed(guidance, x, len(parts)) if "p" in parts else {}
             repeated = (torch.cat([one] * len(parts)) for one in (x_in, timesteps))
             raw = network(*repeated, **conditions(step).inputs, **perturbed).float()
-            w = weights.to(x.device).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
-            raw = combine(w=w, **dict(zip(parts, raw.chunk(len(parts)))))
+            if "w" not in joined:
+                joined["w"] = sent(weights, x.device).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
+            raw = combine(w=joined["w"], **dict(zip(parts, raw.chunk(len(parts)))))
         return c_skip * x + c_out * raw
 
     return denoise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ldm.device import sent
 from ldm.errors import ModelError
 from ldm.nn.text.conditioning import Conditioning, OneNetwork, check_skip, one_by_one, spelt
 
@@ -95,7 +96,7 @@ class ClipText(OneNetwork):
 
     def states(self, ids: Tensor, back: int = 0, norm: bool = True) -> Conditioning:
         """Token ids (B, S) -> the states `back` layers before the last, through the final norm or not, and pooled."""
-        out = self.model(input_ids=ids.to(self.device), output_hidden_states=back > 0)
+        out = self.model(input_ids=sent(ids, self.device), output_hidden_states=back > 0)
         states, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
         if back:
             tower: Any = getattr(self.model, "text_model", self.model)  # transformers 5: none in CLIPTextModel

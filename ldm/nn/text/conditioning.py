@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.device import sent
 from ldm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ class Conditioning:
             index = [index]
         return self._map(lambda t: t[index])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Moves all, casts all but the mask."""
-        return self._map(lambda t: t.to(device=device, dtype=None if t.dtype == torch.bool else dtype))
+        device = torch.device(device)
+        return self._map(lambda t: sent(t, device, None if t.dtype == torch.bool else dtype))
 
     @classmethod
     def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.console import say
+from ldm.device import sent
 from ldm.nn.text import Conditioning
 from ldm.training.data.encoded import EMBEDDED, Encoders, Memory, Row
 from ldm.training.data.epochs import Epochs
@@ -152,13 +153,13 @@ class ImageDataset:
         time_ids = torch.tensor([row.time_ids for row in rows], dtype=torch.float32) if self.xl else None
         masks = [row.mask for row in rows if row.mask is not None]  # of all or of none
         return Batch(
-            torch.stack([row.latents for row in rows]).to(device),
+            sent(torch.stack([row.latents for row in rows]), device),
             captions,
             self._embedded(captions).to(device, torch.float32) if self.texts else None,
-            None if time_ids is None else time_ids.to(device),
+            None if time_ids is None else sent(time_ids, device),
             [row.id for row in rows if part.weight],
             part,
-            torch.stack(masks).to(device, torch.float32) if masks else None,
+            sent(torch.stack(masks), device, torch.float32) if masks else None,
         )
 
     def _embedded(self, captions: list[str]) -> Conditioning:

@@ -109,7 +109,8 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
     if scaler:
         scaler.unscale_(state.optimizer)
     norm = clip_gradients(state.module, settings)
-    applied = bool(torch.isfinite(total + norm))
+    mean, length = torch.stack([total, norm]).tolist()  # the one wait for a GPU in a step
+    applied = math.isfinite(mean) and math.isfinite(length)
     bad = not applied
     if applied:
         state.optimizer.step()
@@ -118,12 +119,12 @@ def take_step(stage: Stage, state: TrainState, settings: Settings, batches: Iter
         for decay, average in state.averages.items():
             update_average(average, state.module, min(decay, warm))
     elif scaler:
-        bad = not math.isfinite(total) or scaler.get_scale() <= 1
+        bad = not math.isfinite(mean) or scaler.get_scale() <= 1
     if scaler:
         scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return Outcome(math.nan if bad else float(total), bad, tuple(ids), rows)
+    return Outcome(math.nan if bad else mean, bad, tuple(ids), rows)
 
 
 def clip_gradients(module: nn.Module, settings: Settings) -> Tensor:

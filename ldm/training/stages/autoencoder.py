@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm import images
 from ldm.data.transforms import to_float
-from ldm.device import pick_device
+from ldm.device import pick_device, sent
 from ldm.training.checks import check_same
 from ldm.training.data import ImageDataset, ImageSet, PreparedSet, SceneSet
 from ldm.training.distributed import RowShard, by_itself
@@ -66,14 +66,15 @@ class Autoencoder:
                 pixels, part = batch.pixels, batch.part
                 if s.crop and step < s.crop_until * s.steps:
                     pixels, part = random_crops(pixels, part, s.crop, s.crops, s.seed, step, micro)
-                yield Crops(to_float(pixels.to(self.device)), part, batch.weight)
+                yield Crops(to_float(sent(pixels, self.device)), part, batch.weight)
 
     def loss(self, batch: Crops, step: int, micro: int) -> Tensor:
         s, (x, part, weight) = self.settings, batch
         x = x.contiguous(memory_format=torch.channels_last)
         posterior = self.module.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = part.of(seeded.normal((part.size, *mean.shape[1:]), s.seed, "posterior", step, micro)).to(mean.device)
+        noise = part.of(seeded.normal((part.size, *mean.shape[1:]), s.seed, "posterior", step, micro))
+        noise = sent(noise, mean.device)
         y = self.module.decode(mean + noise * (0.5 * logvar).exp()).sample.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         loss = s.l1 * (y - x).abs().mean() + s.mse * F.mse_loss(y, x) + s.gradient * gradient_loss(y, x) + s.kl * kl

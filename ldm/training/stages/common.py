@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.console import say
+from ldm.device import sent
 from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
@@ -94,13 +95,13 @@ def diffusion_loss(
     s, x0, part = settings, batch.latents, batch.part
     noise, u = noise_and_levels(s, batch, step, micro, kind)
     other = _other_targets(x0, noise, part) if contrast else None
-    noise = part.of(noise).to(x0.device)
+    noise = sent(part.of(noise), x0.device)
     u = shape_timesteps(u, s.timesteps, s.timestep_shift)
-    timesteps = timesteps_at(schedule, part.of(u)).to(x0.device)
+    timesteps = timesteps_at(schedule, part.of(u))
     more = {"contrast": contrast, "mask": batch.mask, "other": other}
     losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, **more)
     if weights is not None:
-        plain, losses = losses, losses * weights.of(batch.ids, part).to(losses.device)
+        plain, losses = losses, losses * sent(weights.of(batch.ids, part), losses.device)
         weights.seen(batch.ids, plain, u, part)
     return batch.weight * part.mean(losses)
 
@@ -145,8 +146,7 @@ def validation_scores(
     """
     found: dict[str, list[Tensor]] = {"validation_loss": [], "x0_error": []}
     for predict, x0, noise, u, mask in parts:
-        timesteps = timesteps_at(schedule, u).to(x0.device)
-        losses = training_loss(predict, schedule, x0, noise, timesteps, snr_gamma, mask=mask)
+        losses = training_loss(predict, schedule, x0, noise, timesteps_at(schedule, u), snr_gamma, mask=mask)
         found["validation_loss"].append(losses.mean().expand(len(x0)))
         found["x0_error"].append(x0_error(predict, schedule, x0, noise, u.to(x0.device), mask))
         for part in range(levels):
@@ -170,6 +170,6 @@ def draw_grid(
     """Latents (B, C, h, w) of the grid's images `rows`, each from noise of its own that is always the same."""
 
     def noise(*step: int) -> Tensor:
-        return torch.stack([seeded.normal(shape, seed, "grid", i, *step) for i in rows]).to(device)
+        return sent(torch.stack([seeded.normal(shape, seed, "grid", i, *step) for i in rows]), device)
 
     return sample(denoise, schedule, sigmas, noise(), sampler, noise=noise, spacing=spacing)
