@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, nearest
@@ -98,6 +100,19 @@ def keep_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 1 << 29)  # free bytes at the end of the heap: what is kept counts as taken
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """CUDA's convolutions in fp32 itself, not in TF32, while the block runs."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def sent(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor on a device (and in a dtype); a GPU fetches it from the CPU while this process goes on."""
     if dtype is not None:
@@ -145,4 +160,13 @@ def free_memory(device: torch.device) -> int:
         with open("/proc/meminfo", encoding="ascii") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return total_memory(device) // 2
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has, or the machine, which is what MPS uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -53,6 +53,7 @@ class ResourceError(LdmError):
     """Out of disk, memory or permission."""
 
     exit_code = 4
+    row: int | None = None  # of several images the number of the one that memory has no room for
 
 
 class ProcessGone(LdmError):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from ldm.checkpoint.hub import forget, snapshot
 from ldm.checkpoint.safety import read_header, read_json
 from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
-from ldm.device import pick_device, pick_dtype
-from ldm.errors import ModelError
+from ldm.device import is_out_of_memory, let_go, pick_device, pick_dtype, total_memory
+from ldm.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ldm.nn.vae import VAE
 
 KEPT = 3  # loaded models that the cache holds; the one used longest ago goes first
+SHARE = 0.5  # of a device's memory that they may take together
 _cache: OrderedDict[tuple, Model] = OrderedDict()
 _lock = threading.RLock()
 
@@ -74,8 +75,26 @@ def load_model(
     path, file = resolve(model), vae if isinstance(vae, str | os.PathLike) else None
     override = None if prediction_type is None else check_prediction_type(prediction_type)
     read = _cached if cache else _load
-    loaded = read(path, str(model), device, dtype, None if file is None else _resolve_vae(file), override)
+    other = None if file is None else _resolve_vae(file)
+    loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override), str(model), device)
     return loaded if vae is file else _with_vae(loaded, vae, device, dtype)
+
+
+def _in_room(read: Callable[[], Model], name: str, device: torch.device) -> Model:
+    """What `read` returns; where memory runs out it is called once more without the other models of the cache."""
+    while True:
+        try:
+            return read()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        with _lock:
+            others = len(_cache)
+            _cache.clear()
+        let_go()
+        if not others:
+            hint = "use offload, a smaller dtype or another device"
+            raise ResourceError(f"out of memory in loading {name} to {device}", where="model", hint=hint)
 
 
 def clear_cache() -> None:
@@ -96,9 +115,15 @@ def _cached(folder: Path, name: str, device, dtype, vae: Path | None, override: 
                 del _cache[old]
             _cache[key] = loaded
         _cache.move_to_end(key)
-        while len(_cache) > KEPT:
+        while len(_cache) > KEPT or (len(_cache) > 1 and _held(device) > SHARE * total_memory(device)):
             _cache.popitem(last=False)
         return _cache[key]
+
+
+def _held(device: torch.device) -> int:
+    """Bytes of the cached models' weights on a device."""
+    networks = [n for model in _cache.values() for n in (model.unet, model.vae.module, *model.text.modules)]
+    return sum(p.nbytes for network in networks for p in network.parameters() if p.device.type == device.type)
 
 
 def resolve(model: str | os.PathLike, weights: bool = True) -> Path:

@@ -17,7 +17,8 @@ import ldm
 from ldm import console
 from ldm.cli import connections
 from ldm.console import Terminated
-from ldm.errors import ConfigError, LdmError, nearest, one_line
+from ldm.device import is_out_of_memory
+from ldm.errors import ConfigError, LdmError, ResourceError, first_line, nearest, one_line
 
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
@@ -108,6 +109,8 @@ def _exit_code(error: BaseException, debug: bool) -> int:
         return _report("stopped (Ctrl-C)", debug, 128 + signal.SIGINT)
     if isinstance(error, LdmError):
         return _report(f"error: {error}", debug, error.exit_code)
+    if is_out_of_memory(error):
+        return _report(f"error: out of memory ({first_line(error)})", debug, ResourceError.exit_code)
     if isinstance(error, BrokenPipeError):  # the reader of stdout went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -16,23 +16,23 @@ Part = TypeVar("Part")  # a module, or an object that holds some, as VAE and the
 
 
 @contextmanager
-def at_work(part: Part, device: torch.device) -> Iterator[Part]:
-    """`part` on `device` while the block runs.
+def at_work(part: Part, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Part]:
+    """`part` on `device` (and in a dtype) while the block runs.
 
     What is lent is a copy whose weights are freed afterwards. The part stays as it is, so that others may use it at
     the same time, and nothing has to be brought back.
     """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the part before this one held
-    yield moved(part, device)
+    yield moved(part, device, dtype)
 
 
-def moved(part: Part, device: torch.device) -> Part:
-    """A copy of `part` with all its weights on `device`; what is there already is shared."""
+def moved(part: Part, device: torch.device, dtype: torch.dtype | None = None) -> Part:
+    """A copy of `part` with all its weights on `device` (and in a dtype); what is there already is shared."""
     if isinstance(part, nn.Module):
-        return clone_shared_weights(part).to(device)
+        if device.type == "cuda" and next(part.parameters()).device != device:
+            torch.cuda.empty_cache()  # what the part before this one held
+        return clone_shared_weights(part).to(device, dtype)
     new = copy.copy(part)
     for name, value in vars(part).items():
         if isinstance(value, nn.Module) or hasattr(value, "modules"):  # an encoder within an encoder
-            setattr(new, name, moved(value, device))
+            setattr(new, name, moved(value, device, dtype))
     return new

@@ -81,7 +81,7 @@ class VAE:
         return mean + std * noise.to(mean.device)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1], alike in every batch.
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), fp32, clamped to [-1, 1]; on a CPU alike in every batch.
 
         `tile`: in tiles of so many latents a side, where an image is larger (see ldm.nn.tiling). Raises NumericsError
         for NaN or infinity: in 16 bits some autoencoders overflow, and a black image must not pass for a result.
@@ -89,12 +89,11 @@ class VAE:
         if latents.shape[1] != self.latent_channels:
             raise ModelError(f"latents have {latents.shape[1]} channels, this VAE decodes {self.latent_channels}")
         z = latents / self.scaling_factor + self.shift_factor
-        images = []
-        for one in z.to(self.device, self.dtype).split(1):
-            if tile is not None and max(one.shape[-2:]) > tile:
-                images.append(through_tiles(_decoded, self.module, one, 1, self.factor, tile))
-            else:
-                images.append(_decoded(self.module, one))
+        z = z.to(self.device, self.dtype)
+        if tile is not None and max(z.shape[-2:]) > tile:
+            images = [through_tiles(_decoded, self.module, one, 1, self.factor, tile) for one in z.split(1)]
+        else:
+            images = [_decoded(self.module, part) for part in z.split(1 if z.is_cpu else len(z))]
         return _finite(torch.cat(images), "decoding").clamp(-1, 1)
 
     def check_size(self, height: int, width: int) -> None:
@@ -138,7 +137,7 @@ def _mean_and_std(module: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def _decoded(module: AutoencoderKL, z: Tensor) -> Tensor:
-    """Unscaled latents (1, C, h, w) -> (1, 3, H, W) fp32."""
+    """Unscaled latents (B, C, h, w) -> (B, 3, H, W) fp32."""
     return module.decode(z).sample.float()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,21 +17,25 @@ from PIL import Image
 from ldm import console
 from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import describe
-from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype
+from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
 from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
 from ldm.nn.mmdit import MMDiT
 from ldm.nn.step_cache import StepCache
+from ldm.nn.tiling import TILE
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
 from ldm.pipeline.checks import check_bool
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
+from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
+
+DECODED_AT_ONCE = 4 * 64 * 64  # latents (h * w, of all images) that a GPU decodes in one call: four images of 512x512
 
 # called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
 Watch = Callable[[int, torch.Tensor, torch.Tensor], Any]
@@ -66,6 +71,7 @@ class Engine:
             raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
+        self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
         self._encoder: Encoder | None = None  # the one used last
 
     def check(self, adapters: Sequence[Adapter]) -> None:
@@ -93,16 +99,25 @@ class Engine:
     ) -> Iterator[tuple[int, Image.Image, dict[str, Any]]]:
         """(number of the request, its image, what the image's metadata has to add) of each, in no certain order.
 
-        `watch` is called as (numbers, i, x, x0) after step i of each batch. An image that is NaN is drawn again in
-        fp32, alone. Raises NumericsError where that does not help, ResourceError out of memory.
+        `watch` is called as (numbers, i, x, x0) after step i of each batch. A batch that memory has no room for is
+        drawn in halves, and begins anew; so are those of its size from then on. An image that is NaN is drawn again in
+        fp32, alone. Raises NumericsError where that does not help, ResourceError where one image has no room.
         """
-        if self.device.type == "cuda" and self.dtype == torch.float32:
-            torch.backends.cudnn.allow_tf32 = False  # fp32 is what was asked for
         model = self.load()
-        for rows in self._batches(model, settings, requests, batch_size):
+        waiting = deque(self._batches(model, settings, requests, min(batch_size, self._fitting(settings))))
+        while waiting:
+            rows = waiting.popleft()
             batch = [requests[row] for row in rows]
             adapted = self.adapted(model, batch[0].adapters)
-            images = self.generate_batch(adapted, settings, batch, partial(watch, rows))
+            try:
+                images = self.generate_batch(adapted, settings, batch, partial(watch, rows))
+            except ResourceError as error:
+                if len(rows) == 1:
+                    error.row = rows[0]
+                    raise
+                half = self._halve(settings, len(rows))
+                waiting = deque(part for one in (rows, *waiting) for part in batched(one, half))
+                continue
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
@@ -119,9 +134,10 @@ class Engine:
         Raises ResourceError out of memory, with nothing held.
         """
         s, place, schedule = settings, self.placement, model.schedule
+        exact = self.device.type == "cuda" and self.dtype == torch.float32
         guidance = replace(s.guidance, scale=tuple(request.cfg_scale for request in requests))
         edited, start, images = requests[0].source is not None, Start(), torch.empty(0)  # all of a batch or none
-        with out_of_memory(s, len(requests)):
+        with out_of_memory(s, len(requests)), without_tf32() if exact else nullcontext():
             if edited:
                 start = encode_init_images(model, place, s, requests)
             for run in s.runs:
@@ -140,6 +156,17 @@ class Engine:
                     images = decode(vae, x0, s.tile(vae.factor, run.height, run.width))
             return composite(images, requests) if edited else images
 
+    def _fitting(self, settings: Settings) -> int:
+        """How many images of this size memory has had room for, as far as that is known."""
+        area = settings.height * settings.width
+        return min((count for pixels, count in self._room.items() if pixels <= area), default=MAX_IMAGES)
+
+    def _halve(self, settings: Settings, tried: int) -> int:
+        """Half as many images, which batches of this size and of larger ones have from now on."""
+        half = self._room[settings.height * settings.width] = tried // 2
+        console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
+        return half
+
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
     ) -> list[list[int]]:
@@ -149,7 +176,7 @@ class Engine:
         chunks = cache(lambda prompts: [self._tokens.chunks(model.text, prompts, steps) for steps in runs])
         for row, request in enumerate(requests):
             groups.setdefault((request.adapters, request.begins, *chunks(request.prompts)), []).append(row)
-        return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
+        return [part for rows in groups.values() for part in batched(rows, size)]
 
     def _generate_in_fp32(self, settings: Settings, request: ImageRequest) -> Image.Image:
         """An image once more; raises NumericsError where fp32 was used already or does not help."""
@@ -252,13 +279,32 @@ def _check_replaced(model: Any, vae: Any) -> None:
         raise ConfigError("a loaded model has its schedule already", where="prediction_type")
 
 
+def batched(rows: list[int], size: int) -> list[list[int]]:
+    """Rows in lists of at most `size`."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) on the CPU; one that is not finite becomes NaN as a whole."""
-    images = []
-    for one in latents.split(1):
-        try:
-            images.append(vae.decode(one, tile).float().cpu())
-        except NumericsError:  # one image's failure is not the batch's
-            h, w = one.shape[2:]
-            images.append(torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan")))
-    return torch.cat(images)
+    """Latents (B, C, h, w) -> images (B, 3, H, W) on the CPU; one that is not finite becomes NaN as a whole.
+
+    What memory has no room for is decoded one by one, and what it has none for alone in tiles.
+    """
+    together = 1 if latents.is_cpu else max(1, DECODED_AT_ONCE // latents[0, 0].numel())
+    return torch.cat([_decoded(vae, part, tile) for part in latents.split(together)])
+
+
+def _decoded(vae: VAE, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
+    try:
+        return vae.decode(latents, tile).float().cpu()
+    except NumericsError:  # one image's failure is not the batch's
+        if len(latents) == 1:
+            h, w = latents.shape[2:]
+            return torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan"))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or (len(latents) == 1 and tile is not None):
+            raise
+        if len(latents) == 1:
+            console.warn("out of memory in decoding an image: decoding it in tiles")
+            tile = TILE
+    let_go()
+    return torch.cat([_decoded(vae, one, tile) for one in latents.split(1)])

@@ -14,6 +14,7 @@ from ldm.config import require
 from ldm.nn.attention import check_backend
 from ldm.nn.lora import clone_shared_weights
 from ldm.nn.offload import at_work
+from ldm.nn.vae import VAE
 
 
 class Placement:
@@ -42,5 +43,12 @@ class Placement:
         return self._last[1]
 
     def on(self, part: Any) -> AbstractContextManager:
-        """The U-Net, the VAE or the text encoder, ready to work while the block runs."""
-        return at_work(part, self.device) if self.offload else nullcontext(part)
+        """The U-Net, the VAE or the text encoder, ready to work while the block runs.
+
+        On a GPU an autoencoder of 16 bits is lent in fp32: in fp16 some overflow (those of XL, `force_upcast`), and in
+        bf16 an image is half a grey level off.
+        """
+        half = isinstance(part, VAE) and self.device.type != "cpu" and part.dtype.itemsize == 2
+        if half or self.offload:
+            return at_work(part, self.device, torch.float32 if half else None)
+        return nullcontext(part)

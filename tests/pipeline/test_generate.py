@@ -292,7 +292,7 @@ def test_out_of_memory_is_one_line_and_the_next_call_works(pipe):
     def fail(i, x, x0):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    with pytest.raises(ResourceError, match="batch_size") as caught:
+    with pytest.raises(ResourceError, match="use a smaller size") as caught:
         pipe.generate(num_images=2, callback=fail, **FAST)
     assert caught.value.exit_code == 4 and len(caught.value.images) == 0
     assert len(pipe.generate(**FAST)) == 1

@@ -58,6 +58,7 @@ def test_less_memory_smaller_batches(monkeypatch, gigabytes, expected):
     found = batch_size(model, size, cpu, torch.float32)
     assert found == expected
     assert batch_size(model, size, cpu, torch.bfloat16) >= found
+    assert batch_size(model, size, cpu, torch.float32, coming=int(gigabytes * 1e9)) == 1  # offloaded weights
     assert batch_size(model, SimpleNamespace(height=1024, width=512), cpu, torch.float32) <= found
 
 

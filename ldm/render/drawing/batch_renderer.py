@@ -33,7 +33,6 @@ class BatchRenderer:
 
     def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, batch_size: int | None = None):
         self._resolver, self._writer, self._stop, self._batch_size = resolver, writer, stop, batch_size
-        self._limits: dict[tuple[int, int], int] = {}  # (height, width) -> images that memory had room for
         self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
         self._last: Group | None = None
         self._warned: set[str] = set()
@@ -103,8 +102,7 @@ class BatchRenderer:
         self, engine: Engine, settings: Settings, left: dict[int, Job], metadata: list[dict[str, Any]]
     ) -> None:
         """Draw what is `left` until a batch fails; what was drawn, or is the failure's, is taken out of `left`."""
-        size = self._size_of(engine, settings)
-        numbers = list(left) if size > 1 else list(left)[:1]
+        size, numbers = self._batch_size or planned(engine, settings), list(left)
         batch: list[int] = numbers  # of the batch at work
         began = time.monotonic()
 
@@ -124,10 +122,7 @@ class BatchRenderer:
         except NumericsError as error:  # of the first of the batch that was not given back
             self._fail(left, next(number for number in batch if number in left), error)
         except ResourceError as error:
-            if size == 1:
-                self._fail(left, numbers[0], error)
-            else:
-                self._shrink(settings, min(size, len(batch)))
+            self._fail(left, numbers[error.row or 0], error)
 
     def _check_stop(self) -> None:
         """Between two batches: raise what ends the work."""
@@ -139,19 +134,10 @@ class BatchRenderer:
         self._writer.put(Drawn(left.pop(number), None, {}, error))
         self._check_stop()
 
-    def _size_of(self, engine: Engine, settings: Settings) -> int:
-        limit = self._limits.get((settings.height, settings.width))
-        if limit is None:
-            limit = self._batch_size or batch_size(engine.info, settings, engine.device, engine.dtype)
-            self._limits[settings.height, settings.width] = limit
-        return limit
 
-    def _shrink(self, settings: Settings, tried: int) -> None:
-        """Halve the batches from now on, for this size and all that are larger."""
-        half = max(1, tried // 2)
-        console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
-        area = settings.height * settings.width
-        self._limits[settings.height, settings.width] = half
-        for height, width in self._limits:
-            if height * width >= area:
-                self._limits[height, width] = min(half, self._limits[height, width])
+def planned(engine: Engine, settings: Settings) -> int:
+    """How many images of a group are tried together first."""
+    unet = engine.load().unet
+    away = engine.placement.home != engine.device
+    coming = sum(parameter.nbytes for parameter in unet.parameters()) if away else 0
+    return batch_size(engine.info, settings, engine.device, engine.dtype, coming)

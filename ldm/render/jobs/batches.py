@@ -67,10 +67,11 @@ def groups(window: Iterable[Job], last: Group | None = None) -> list[tuple[Group
     return sorted(by_group.items(), key=lambda item: (models[item[0].model], weights[item[0].weights]))
 
 
-def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torch.dtype) -> int:
+def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torch.dtype, coming: int = 0) -> int:
     """How many images are denoised together, by the memory that is free; a bound, not a promise.
 
     `settings` are a group's (height and width in pixels). An image is two rows of the U-Net, with and without prompt.
+    `coming`: bytes of weights that are still to go where the U-Net works.
     """
     config, factor = info.unet, info.factor
     area = (settings.height // factor) * (settings.width // factor)
@@ -78,4 +79,4 @@ def batch_size(info: ModelInfo, settings: Any, device: torch.device, dtype: torc
     width = config.width // config.patch_size**2 if flow else config.block_out_channels[0]
     row = area * width * TENSORS * dtype.itemsize
     row += area * min(area, 4096) * 4  # one head's scores
-    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * free_memory(device) / (2 * row))))
+    return max(1, min(MOST.get(device.type, BATCH), int(SPARE * (free_memory(device) - coming) / (2 * row))))

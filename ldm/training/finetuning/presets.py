@@ -108,10 +108,8 @@ def _positive(value: Any) -> float:
 
 def read_facts(given: Mapping[str, Any]) -> Facts:
     """The facts for these settings, from configs and headers alone. Raises ModelError, ConfigError."""
-    import torch
-
     from ldm.checkpoint.describe import describe
-    from ldm.device import pick_device
+    from ldm.device import pick_device, total_memory
 
     names = ("model", "vae", "init", "device", "prediction_type")
     model, vae, init, device, prediction_type = (text_of(given, name) for name in names)
@@ -126,7 +124,7 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
         side=(info.unet.sample_size or LATENT_SIZE) * info.factor,
         flow=info.schedule.is_flow,
         device=device.type,
-        memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        memory=total_memory(device) if device.type == "cuda" else None,
         default=model in (None, "default"),
         init=None if init is None else _continued(init),
     )

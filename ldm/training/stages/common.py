@@ -109,7 +109,7 @@ def diffusion_loss(
 def _other_targets(x0: Tensor, noise: Tensor, part: RowShard) -> Tensor:
     """The flow's target of the image before each in the whole batch, which another process may have, (b, C, h, w)."""
     whole = current().whole(x0.float(), part)
-    return part.of((noise.to(x0.device) - whole).roll(1, 0))
+    return part.of((sent(noise, x0.device) - whole).roll(1, 0))
 
 
 def fixed_samples(dataset: ImageDataset, seed: int, device: torch.device) -> list[tuple[Batch, Tensor, Tensor]]:
