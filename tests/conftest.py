@@ -5,6 +5,13 @@ import os
 
 import pytest
 
+
+def pytest_configure(config):
+    """CUDA is hidden from all tests but those marked gpu, whose results do not depend on whether there is a card."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

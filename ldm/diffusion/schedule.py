@@ -104,8 +104,8 @@ class SizeShift:
         return mu if self.linear else math.exp(mu)
 
 
-def _exact(numbers: torch.Tensor | float | Sequence[float]) -> torch.Tensor:
-    """Numbers in float64 on the CPU; brought there first, for MPS has no float64."""
+def _exact(numbers: Any) -> torch.Tensor:
+    """A number, a list of them or a tensor in float64 on the CPU; brought there first, for MPS has no float64."""
     numbers = numbers.cpu() if isinstance(numbers, torch.Tensor) else numbers
     return torch.as_tensor(numbers, dtype=torch.float64)
 

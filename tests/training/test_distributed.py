@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm.errors import ConfigError, DataError, Interrupted, ProcessGone, ResourceError
 from ldm.training.checkpoints import state
-from ldm.training.distributed import RowShard, current, processes, rows_of
+from ldm.training.distributed import RowShard, current, heartbeat, processes, rows_of
 from ldm.training.distributed.checks import check_processes
-from ldm.training.distributed.single import whole
+from ldm.training.distributed.single import Single, whole
 from ldm.training.loop.step import prepare
 from tests.training.finetune_cases import apart, last_tensors
 from tests.training.processes import Shared, ends_of, start, together, train_shared
@@ -241,3 +242,61 @@ def test_processes_that_do_not_say_who_they_are_are_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE: is 2, but the processes do not find each other"), processes():
         pass
+
+
+def test_a_process_that_waits_for_ever_ends_when_another_is_gone(tmp_path, monkeypatch):
+    """As with NCCL, which tells nobody: the main thread hangs outside of every exchange."""
+    monkeypatch.setattr(heartbeat, "HUNG", 2.0)
+    monkeypatch.setattr(heartbeat, "LOOK", 1)
+
+    def hang(rank):
+        with processes() as group:
+            group.on_all(lambda: None)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    began = time.monotonic()
+    assert ends_of(start(2, hang, log=tmp_path)) == [5, -9] and time.monotonic() - began < 30
+    assert (tmp_path / "0.txt").read_text() == "error: process 1 of 2 is gone; go on with --resume latest\n"
+
+
+@pytest.mark.parametrize(
+    ("uuids", "said"),
+    [(["a", "b"], ""), (["a", "a"], "device: 2 processes have the same GPU: start one for each, not more")],
+)
+def test_each_process_has_a_gpu_of_its_own_whatever_its_number(uuids, said, monkeypatch):
+    """SLURM binds one GPU to each process, which is number 0 to it."""
+    from ldm.training.distributed import checks
+
+    group = SimpleNamespace(gathered=lambda own: [own[0].rpartition(" ")[0] + f" {uuid}" for uuid in uuids])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    if not said:
+        return checks._check_gpus(group)
+    with pytest.raises(ConfigError) as caught:
+        checks._check_gpus(group)
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(("visible", "local", "taken"), [(8, 3, 3), (1, 3, 0), (0, 3, None)])
+def test_the_gpu_that_a_process_takes(visible, local, taken, monkeypatch):
+    from ldm.training.distributed import group
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(group, "_meet", lambda: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="enough"):
+        group.Many()
+    assert chosen == ([] if taken is None else [taken])
+
+
+def test_fsdp_takes_a_model_to_its_device_layer_by_layer(monkeypatch):
+    """The whole module is never moved: `fully_shard` moves what it shards."""
+    stage = Shared(toy_settings())
+    monkeypatch.setattr(stage.module, "to", lambda device: pytest.fail("the whole module was moved"))
+    monkeypatch.setattr("ldm.training.loop.step.wrap_module", lambda group, stage, ema, device: Single())
+    prepare(stage, toy_settings(), CPU, SimpleNamespace(world=2, sharded=True))

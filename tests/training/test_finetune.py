@@ -269,6 +269,10 @@ def test_presets_follow_pictures_and_hardware():
     xl = Facts(width=320, xl=True, side=1024, flow=False, device="cuda", memory=24 << 30)
     large = apply_presets({}, xl, [50])
     assert large["gradient_checkpointing"] and large["data.resolution"] == 1024
+    full = {"train": "full"}
+    for xl, gigabytes, checkpointing in ((False, 24, True), (False, 80, False), (True, 141, True)):
+        card = Facts(width=320, xl=xl, side=512, flow=False, device="cuda", memory=gigabytes << 30)
+        assert apply_presets(full, card, [50]).get("gradient_checkpointing", False) is checkpointing
     roomy = apply_presets({}, Facts(width=320, xl=False, side=512, flow=False, device="cuda", memory=80 << 30), [50])
     assert roomy["batch_size"] == 4 and "gradient_checkpointing" not in roomy
     assert apply_presets({}, Facts(width=96, xl=False, side=128, flow=True, device="cpu"), [50])["snr_gamma"] is None

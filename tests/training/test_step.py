@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ldm.errors import ConfigError
 from ldm.nn.lora import attach, new_updates
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.training.checkpoints import reading, state
+from ldm.training.finetuning.base_model import frozen_dtype
 from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
 from ldm.training.loop.stage import Stage
 from ldm.training.loop.step import ema_copy, prepare, take_step, update_ema
@@ -166,3 +168,61 @@ def test_the_scale_goes_on_where_it_was(tmp_path):
     assert ends(tmp_path / "halves") == ends(tmp_path / "whole")
     last = [reading.read_about(state.checkpoints(tmp_path / run)[-1])["scaler"] for run in ("whole", "halves")]
     assert last[0] == last[1]
+
+
+def test_without_an_average_none_is_kept(tmp_path):
+    """With ema=0 the weights themselves are what is drawn, scored and exported; a resumed run keeps its bits."""
+    now = prepare(Toy(toy_settings(ema=0.0)), toy_settings(ema=0.0), CPU)
+    pairs = list(zip(now.ema.parameters(), now.module.parameters()))
+    assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
+    assert not now.ema.training and now.module.training
+    assert not any(one.requires_grad for one, _ in pairs) and all(other.requires_grad for _, other in pairs)
+    train_toy(tmp_path / "whole", ema=0.0)
+    train_toy(tmp_path / "run", ema=0.0, steps=6, decay_from=1)
+    train_toy(tmp_path / "run", "latest", ema=0.0)
+    tensors = [reading.read_tensors(state.checkpoints(tmp_path / name)[-1]) for name in ("whole", "run")]
+    assert all((tensors[0][name] == tensors[1][name]).all() for name in tensors[0])
+    assert all((tensors[0][f"ema.{name[6:]}"] == value).all() for name, value in tensors[0].items() if "model." in name)
+
+
+def test_a_run_that_drops_its_average_goes_on_from_the_weights(tmp_path):
+    train_toy(tmp_path / "run", ema=0.9, steps=6)
+    tensors = reading.read_tensors(state.checkpoints(tmp_path / "run")[-1])
+    now = prepare(Toy(toy_settings(ema=0.0)), toy_settings(ema=0.0), CPU)
+    reading.restore_state(now, tensors, 6)
+    assert all((value == tensors[f"model.{name}"]).all() for name, value in now.module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("train", "precision", "device", "kept"),
+    [
+        ("lora", "auto", "cuda", torch.bfloat16),
+        ("dora", "fp16", "cuda", torch.float16),
+        ("lora", "fp32", "cuda", torch.float32),
+        ("full", "auto", "cuda", torch.float32),  # which is trained
+        ("lora", "bf16", "cpu", torch.float32),  # bits of CPUs stay
+    ],
+)
+def test_what_a_lora_keeps_its_frozen_base_in(train, precision, device, kept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    settings = SimpleNamespace(train=train, precision=precision)
+    assert frozen_dtype(settings, torch.device(device)) is kept
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_update_of_a_base_in_16_bits(training):
+    """Its answer and its gradients are those on the fp32 base, as exactly as autocast computes."""
+    found = []
+    for kept in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64)).to(kept)
+        attach(network, new_updates(network, ["0", "2"], 4, 4.0, generator=torch.Generator().manual_seed(1)))
+        for layer in (network[0], network[2]):
+            torch.nn.init.normal_(layer.up, std=0.02)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network.train(training)(torch.randn(8, 64)).float()
+        gradient = torch.autograd.grad(out.square().mean(), network[0].up)[0]
+        assert gradient.dtype == torch.float32
+        found.append((out, gradient))
+    for ours, expected in zip(*reversed(found)):
+        assert (ours - expected).norm() < 0.02 * expected.norm()

@@ -124,8 +124,8 @@ def restore_state(state: TrainState, tensors: Mapping[str, Tensor], step: int) -
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     needed = trained_names(state.module)
-    _load(state.module, parts["model"], needed)
     _load(state.ema, parts["ema"], needed)
+    _load(state.module, parts["model"], needed)  # last: with ema=0 they share their memory
     slots: dict[str, dict[str, Tensor]] = {}
     for name, value in parts["optimizer"].items():
         parameter, _, slot = name.rpartition(".")

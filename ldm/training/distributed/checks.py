@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from ldm.config import require
 from ldm.device import half_dtype, pick_device
 from ldm.errors import DataError
-from ldm.training.distributed.alone import current
+from ldm.training.distributed.alone import Alone, current
 from ldm.training.settings import Settings, as_dict
 
 BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the images of a batch
@@ -29,13 +29,19 @@ def check_processes(settings: Settings) -> None:
     require(fits, f"{settings.batch_size} images are too few for {count}: raise it, or start fewer", "batch_size")
     require(device.type != "mps", f"mps is for one process, not for {count}: use device=cpu", "device")
     if device.type == "cuda":
-        import torch
-
-        there = torch.cuda.device_count()
-        fits = int(os.environ.get("LOCAL_RANK", 0)) < there
-        require(fits, f"this machine has {there} GPUs: start as many processes on it, not more", "device")
+        _check_gpus(group)
     if group.sharded:
         _check_sharded(settings, half_dtype(settings.precision, device))
+
+
+def _check_gpus(group: Alone) -> None:
+    """Raise ConfigError where two processes have the same GPU; each may see all of a machine's, or its own alone."""
+    import torch
+
+    own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    names = group.gathered([f"{socket.gethostname()} {own}"])
+    shared = len(names) - len(set(names))
+    require(not shared, f"{shared + 1} processes have the same GPU: start one for each, not more", "device")
 
 
 def check_same_settings(settings: Settings, out: Path) -> None:

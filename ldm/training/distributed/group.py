@@ -43,8 +43,8 @@ class Many(Alone):
 
         self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
         gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-        if local < gpus:
-            torch.cuda.set_device(local)
+        if gpus:  # where each process sees one alone (SLURM binds them so) that is number 0
+            torch.cuda.set_device(local if local < gpus else 0)
         try:
             self.store, self.rank, self.world = _meet()
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"

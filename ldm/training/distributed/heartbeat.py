@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
 from typing import Any
 
+from ldm.errors import ProcessGone
+
 BEAT = 1.0  # seconds
+LOOK = 5  # beats between two looks at the others
+HUNG = 60.0  # seconds without another's heartbeat after which a process that waits for it by other means ends itself
 
 
 class Heartbeat:
@@ -18,6 +23,7 @@ class Heartbeat:
         self.rank, self.world, self.entered = rank, world, 0
         self._store, self._own = store.clone(), store.clone()  # a connection serves one caller at a time
         self._end = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}  # the others' last heartbeats, and when each was new
         self._thread = threading.Thread(target=self._beat, name="heart", daemon=True)
         self._store.set(f"ldm/beat/{rank}", "0 0")
         self._thread.start()
@@ -28,8 +34,35 @@ class Heartbeat:
             count += 1
             try:
                 self._own.set(f"ldm/beat/{self.rank}", f"{count} {self.entered}")
+                gone = self._silent() if count % LOOK == 0 else []
             except RuntimeError:  # the store went with its process
-                return
+                gone = [0] if not self._end.wait(HUNG) else []
+                if not gone:
+                    return
+            if gone:
+                self._abandon(gone)
+
+    def _silent(self) -> list[int]:
+        """The others that have had no heartbeat for HUNG seconds, and have not left."""
+        now, gone = time.monotonic(), []
+        for rank in range(self.world):
+            name = f"ldm/beat/{rank}"
+            if rank == self.rank or not self._own.check([name]) or self._own.check([f"ldm/bye/{rank}"]):
+                continue
+            text = self._own.get(name).decode()
+            before, since = self._seen.get(rank, ("", now))
+            if text != before:
+                self._seen[rank] = text, now
+            elif now - since > HUNG:
+                gone.append(rank)
+        return gone
+
+    def _abandon(self, gone: list[int]) -> None:
+        """End this process, whose main thread may wait for ever: NCCL does not tell it that the others are gone."""
+        if self.rank == min(rank for rank in range(self.world) if rank not in gone):
+            told = f"error: {_named(gone, self.world)} gone; go on with --resume latest"
+            print(told, file=sys.stderr, flush=True)
+        os._exit(ProcessGone.exit_code)
 
     def missing(self, patience: float, hung: bool = False) -> tuple[list[int], str]:
         """(ranks, text) of the processes without a heartbeat for `patience` seconds, or that told a fault.

@@ -12,9 +12,11 @@ from torch import nn
 from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.lora import networks
 from ldm.config import require
+from ldm.device import half_dtype
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.lora import LowRank, attach, layers_of, meant, new_updates
+from ldm.training.distributed import current
 from ldm.training.finetuning.continued import continued_updates
 from ldm.training.finetuning.text_encoder import require_clip
 from ldm.training.loop import seeded
@@ -24,10 +26,16 @@ LORA_KEEPS = "the model was trained for {}, and a LoRA cannot change that: leave
 
 
 def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
-    """The model of the settings in fp32, read for this run alone. Raises ConfigError and ModelError."""
+    """The model of the settings in fp32, read for this run alone. Raises ConfigError and ModelError.
+
+    On a GPU a U-Net that stays as it is beside its updates is kept in the 16 bits that it computes in. For FSDP2 all is
+    on the CPU, whatever the device (unless a prior is drawn with it first): the U-Net goes from there in shards.
+    """
     s = settings
     asked = None if s.prediction_type == "flow" else s.prediction_type
-    model = load_model(s.model, device, torch.float32, s.vae, cache=False, prediction_type=asked)
+    there = torch.device("cpu") if current().sharded and not s.prior_images else device
+    model = load_model(s.model, there, torch.float32, s.vae, cache=False, prediction_type=asked)
+    model.unet.to(frozen_dtype(s, device))
     have, need = model.unet.config.in_channels, model.vae.latent_channels
     if have != need:
         what = f"its U-Net takes {have} channels, the autoencoder has {need}: an inpainting model, perhaps"
@@ -35,6 +43,12 @@ def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
     if s.text_encoder:
         require_clip(model.text)
     return model
+
+
+def frozen_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
+    """What the U-Net's own weights are kept in; fp32 on a CPU, whose bits stay, and where they are trained."""
+    half = half_dtype(settings.precision, device)
+    return half if half is not None and settings.train != "full" and device.type != "cpu" else torch.float32
 
 
 def for_training(settings: FinetuneSettings, model: Model) -> Model:

@@ -33,7 +33,9 @@ BATCHES = {
     ("xl", "cpu"): (1, 4, True),
     ("xl", "gpu"): (1, 4, True),
 }
-ROOMY = {"sd": 16e9, "xl": 40e9}  # bytes of a GPU from which on the batch above fits without checkpointing
+# (size, train=full): bytes of a GPU from which on the batch above fits without checkpointing. With train=full each
+# weight takes 20 bytes (itself, gradient, average and two moments in fp32): SD 1.5's 17 GB, XL's 51 GB in all.
+ROOMY = {("sd", False): 16e9, ("xl", False): 40e9, ("sd", True): 40e9, ("xl", True): 100e9}
 SHARED = {"snr_gamma": 5.0, "lr_schedule": "cosine"}
 # Without a prior the default model forgets what it knew, and draws the new images unasked. Of 50 old prompts that were
 # right, none were still right after a new thing without a prior, 45 with drawn images as the target, and 49 with what

@@ -53,7 +53,7 @@ def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     if facts.default and given.get("prior") is None and given.get("prior_images") != 0:
         settings |= PRIOR if full else PRIOR | {"prior_target": "model"}
     batch_size, accumulation, checkpointing = BATCHES[facts.size, "cpu" if facts.device == "cpu" else "gpu"]
-    if facts.memory is not None and facts.memory < ROOMY.get(facts.size, 0):
+    if facts.memory is not None and facts.memory < ROOMY.get((facts.size, full), 0):
         batch_size, accumulation, checkpointing = 1, batch_size * accumulation, True
     settings |= {"batch_size": batch_size, "accumulation": accumulation}
     settings |= {"gradient_checkpointing": True} if checkpointing else {}

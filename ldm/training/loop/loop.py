@@ -261,7 +261,9 @@ class _Run:
         if self.signal:
             return
         try:
-            with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad():
+            device = next(self.state.module.parameters()).device
+            half = nullcontext() if device.type == "cpu" else precision(self.settings, device)  # CPUs keep their bits
+            with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad(), half:
                 self._score()
         except NumericsError as error:
             what, hint = f"in validation: {error.what}", f"lower learning_rate; {states.last_good(self.out)}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.config import require
 from ldm.device import half_dtype, pick_device
 from ldm.errors import ConfigError
+from ldm.nn.lora import clone_shared_weights
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
 from ldm.training.distributed.single import Single, local, whole
@@ -57,11 +58,14 @@ def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone
 
     Every process of a `group` has to call it.
     """
-    module = stage.module.to(device).train()
+    module = stage.module.train()
+    if not group.sharded:  # FSDP2 takes it there layer by layer: the whole of it need not fit
+        module = module.to(device)
     if settings.gradient_checkpointing:
         checkpoint_gradients(module)
     scaler = torch.amp.GradScaler(device.type) if half_dtype(settings.precision, device) == torch.float16 else None
-    ema = ema_copy(module)
+    kept = settings.ema or group.sharded  # without an average the weights themselves are drawn with
+    ema = ema_copy(module) if kept else clone_shared_weights(module).eval().requires_grad_(False)
     if hasattr(stage, "follow"):
         stage.follow(ema)
     parallel = Single(group) if group.world == 1 else wrap_module(group, stage, ema, device)

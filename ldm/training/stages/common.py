@@ -12,6 +12,8 @@ from ldm.device import sent
 from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.text import Conditioning
+from ldm.nn.tiling import AUTO, TILE
+from ldm.nn.vae import VAE
 from ldm.training.data import Batch, ImageDataset
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
@@ -154,6 +156,14 @@ def validation_scores(
             found.setdefault(name, []).append(losses.cpu()[(u * levels).long() == part])
     means = {name: torch.cat(values) for name, values in found.items()}
     return {name: values.mean().item() for name, values in means.items() if len(values)}
+
+
+def decoded(vae: VAE, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> images (B, 3, H, W) on the CPU, in the autoencoder's own precision also inside of
+    autocast, one by one, and large ones in tiles."""
+    tile = TILE if latents[0, 0].numel() > AUTO**2 else None
+    with torch.autocast(latents.device.type, enabled=False):
+        return torch.cat([vae.decode(one.float(), tile).cpu() for one in latents.split(1)])
 
 
 def draw_grid(

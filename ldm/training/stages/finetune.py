@@ -36,6 +36,7 @@ from ldm.training.reports.card import finetune_card, name_of
 from ldm.training.settings import FinetuneSettings, lora_name
 from ldm.training.stages.common import (
     conditioned,
+    decoded,
     diffusion_loss,
     draw_grid,
     fixed_samples,
@@ -175,7 +176,7 @@ class Finetune:
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
             denoise = guided_denoiser(network, cond, uncond, guidance, schedule, sigmas)
             how = (drawing.sampler, shape, rows, s.seed, self.device, drawing.spacing)
-            drawn.append(vae.decode(draw_grid(denoise, schedule, sigmas, *how)).cpu())
+            drawn.append(decoded(vae, draw_grid(denoise, schedule, sigmas, *how)))
         return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ from ldm.training.reports.card import unet_card
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
     conditioned,
+    decoded,
     diffusion_loss,
     draw_grid,
     fixed_samples,
@@ -135,7 +136,7 @@ class UNetStage:
         denoise = guided_denoiser(network, cond, uncond, Guidance(scale=s.guidance_scale), self.schedule, sigmas)
         shape = (self.vae.latent_channels, *[side // self.vae.factor] * 2)
         x0 = draw_grid(denoise, self.schedule, sigmas, s.sampler, shape, range(count), s.seed, self.device)
-        return images.grid(images.to_pil(self.vae.decode(x0).cpu()), columns=8)
+        return images.grid(images.to_pil(decoded(self.vae, x0)), columns=8)
 
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
         unet, text = networks_of(ema)["unet"], self._text(ema)

@@ -1,0 +1,144 @@
+"""Timings for a GPU, as JSON: `python tests/gpu/timings.py OUT [--device cpu --tiny]`. Each line is one measurement.
+
+Training of the emoji recipe's U-Net at several batch sizes, and calls of U-Nets of SD 1.5's and XL's shape, ours and
+diffusers', side by side. What does not fit into memory is said, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.config import build
+from ldm.device import is_out_of_memory, let_go
+from ldm.nn.unet import UNet, UNetConfig
+from ldm.training.forecast import Trial, inputs_of
+from ldm.training.loop.step import prepare, take_step
+from ldm.training.settings import UNetSettings
+
+EMOJI = Path(__file__).parents[2] / "configs" / "emoji" / "unet.yaml"
+SD15 = {"block_out_channels": (320, 640, 1280, 1280), "transformer_layers": (1, 1, 1, 0), "num_heads": (8, 8, 8, 8)}
+SD15 |= {"cross_attention_dim": 768, "sample_size": 64}
+XL = {"block_out_channels": (320, 640, 1280), "transformer_layers": (0, 2, 10), "num_heads": (5, 10, 20)}
+XL |= {"cross_attention_dim": 2048, "sample_size": 128, "use_linear_projection": True}
+XL |= {"mid_transformer_layers": 10, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+XL |= {"projection_class_embeddings_input_dim": 2816}
+TINY = {"block_out_channels": (32, 64), "transformer_layers": (1, 0), "num_heads": (4, 4), "norm_num_groups": 8}
+TINY |= {"cross_attention_dim": 32, "sample_size": 8, "layers_per_block": 1}
+
+
+def timed(work: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Seconds of a call: the mean of `count` after three that warm up."""
+    for _ in range(min(3, count)):
+        work()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        work()
+    wait(device)
+    return (time.perf_counter() - began) / count
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(device: torch.device, size: int) -> dict[str, float]:
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    return {"TFLOP/s": 2e-12 * size**3 / timed(lambda: a @ a, 10, device)}
+
+
+def training(device: torch.device, batch: int, steps: int, tiny: bool) -> dict[str, float]:
+    """Steps of the emoji recipe on latents and texts that are in memory already."""
+    asked = yaml.safe_load(EMOJI.read_text())
+    kept = ("optimizer", "learning_rate", "ema", "schedule")
+    settings = UNetSettings(
+        stage="unet", steps=steps, batch_size=batch, device=device.type, **{name: asked[name] for name in kept}
+    )
+    shape = TINY if tiny else {**asked["model"], "cross_attention_dim": 192, "sample_size": 16}
+    shape |= {} if tiny else {"in_channels": 8, "out_channels": 8}
+    config = build(UNetConfig, {name: tuple(v) if isinstance(v, list) else v for name, v in shape.items()}, "model")
+    trial = Trial(settings, config, batch, device)
+    state = prepare(trial, settings, device)
+    batches = itertools.repeat(next(trial.batches(0)))
+    seconds = timed(lambda: take_step(trial, state, settings, batches), steps, device)
+    found = {"seconds of a step": seconds, "samples/s": batch / seconds}
+    if device.type == "cuda":
+        found["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return found
+
+
+def network(device: torch.device, shape: dict[str, Any], ours: bool, count: int) -> dict[str, float]:
+    """Evaluations with guidance (two rows) of one image."""
+    config = UNetConfig(**shape)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        unet = (UNet(config) if ours else theirs(config)).to(dtype).eval()
+    inputs = inputs_of(config, lambda *size: torch.randn(size, device=device, dtype=dtype), 2)
+    side = config.sample_size or 0
+    x = torch.randn(2, config.in_channels, side, side, device=device, dtype=dtype)
+    t, states = torch.full((2,), 500.0, device=device), inputs.pop("states")
+    if ours:
+        call = lambda: unet(x, t, states, cache=cache, **inputs)  # noqa: E731
+        cache = unet.prepare()
+    else:
+        added = {"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]} if inputs else None
+        call = lambda: unet(x, t, states, added_cond_kwargs=added, return_dict=False)  # noqa: E731
+    with torch.inference_mode():
+        return {"it/s": 1 / timed(call, count, device)}
+
+
+def theirs(config: UNetConfig) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config.to_diffusers())
+
+
+def plan(tiny: bool) -> dict[str, Callable[[torch.device], dict[str, float]]]:
+    found: dict[str, Any] = {"bf16 matrix product": lambda device: matrix_rate(device, 256 if tiny else 8192)}
+    shapes = {"tiny": TINY} if tiny else {"SD 1.5 512x512": SD15, "XL 1024x1024": XL}
+    for (name, shape), ours in itertools.product(shapes.items(), (True, False)):
+        who, count = "ours" if ours else "diffusers, eager", 2 if tiny else 30
+        found[f"{name}, {who}"] = lambda device, s=shape, o=ours, n=count: network(device, s, o, n)
+    for batch in (2, 4) if tiny else (32, 256, 1024):
+        found[f"training, batch {batch}"] = lambda device, b=batch: training(device, b, 2 if tiny else 30, tiny)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="networks of a few thousand numbers, to try this out")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as lines:
+        for name, measure in plan(args.tiny).items():
+            try:
+                row = measure(device)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                row = {"failed": "out of memory"}
+            let_go()
+            print(json.dumps({"what": name, **row}), flush=True)
+            lines.write(json.dumps({"what": name, "device": name_of(device), **row}) + "\n")
+            lines.flush()
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+if __name__ == "__main__":
+    main()
