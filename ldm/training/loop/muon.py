@@ -16,6 +16,7 @@ ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon'
 MOMENTUM, ROUNDS = 0.95, 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Newton and Schulz's iteration: Jordan et al. 2024
 SMALLEST = 1e-7  # norm that is divided by
+STACKED = 1 << 26  # numbers of matrices that are moved at once
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,31 +45,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """One update of all parameters that have a gradient."""
-        group = self.param_groups[0]
+        group, alike = self.param_groups[0], {}
         for p in group["params"]:
             if p.grad is not None:
-                self._move(p, group["lr"], group["weight_decay"])
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                alike.setdefault((len(p), p[0].numel()), []).append(p)
+        for (rows, columns), found in alike.items():
+            most = max(1, STACKED // (rows * columns))
+            for start in range(0, len(found), most):
+                self._move(found[start : start + most], group["lr"], group["weight_decay"])
         self.adamw.step()
 
-    def _move(self, p: nn.Parameter, rate: float, weight_decay: float) -> None:
-        momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        momentum.lerp_(p.grad, 1 - MOMENTUM)
-        update = orthogonalized(as_matrix(p.grad.lerp(momentum, MOMENTUM), p), self.dtype)
-        matrix = as_matrix(p.detach(), p)  # a view
-        matrix.mul_(1 - rate * weight_decay)
-        matrix.add_(update, alpha=-rate * (0.2 * math.sqrt(max(matrix.shape))))
+    def _move(self, alike: Sequence[nn.Parameter], rate: float, weight_decay: float) -> None:
+        """Matrices of one shape, all at once: a GPU then gets a fraction of the work orders."""
+        gradients, momenta = [p.grad for p in alike], [self.state[p]["momentum_buffer"] for p in alike]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        stack = torch.stack([as_matrix(update, p) for update, p in zip(updates, alike)])
+        updates = orthogonalized(stack, self.dtype).to(stack.dtype).unbind()
+        matrices = [as_matrix(p.detach(), p) for p in alike]  # views
+        torch._foreach_mul_(matrices, 1 - rate * weight_decay)
+        torch._foreach_add_(matrices, updates, alpha=-rate * (0.2 * math.sqrt(max(stack.shape[1:]))))
 
 
-def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix with all singular values brought near to 1 (0.7 to 1.2), computed in `dtype`."""
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, rows, columns) with all singular values of each brought near to 1 (0.7 to 1.2), computed in `dtype`."""
     a, b, c = COEFFICIENTS
-    tall = matrix.size(0) > matrix.size(1)
-    x = (matrix.T if tall else matrix).to(dtype)
-    x = x / x.norm().clamp(min=SMALLEST)
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=SMALLEST)
     for _ in range(ROUNDS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def as_matrix(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
