@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import DistillSettings, FinetuneSettings, UNetSettings
 
+AHEAD: defaultdict[str, seeded.Ahead] = defaultdict(seeded.Ahead)  # the noise of the next batch, by the kind of batches
 FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
 
@@ -73,7 +75,12 @@ def noise_and_levels(
 ) -> tuple[Tensor, Tensor]:
     """For the rows of all processes: noise (B, C, h, w), and draws (B,) in [0, 1), one from each of as many parts."""
     s, x0, size = settings, batch.latents, batch.part.size
-    noise = seeded.normal((size, *x0.shape[1:]), s.seed, f"{kind}noise", step, micro)
+    shape, draw, at = (size, *x0.shape[1:]), (s.seed, f"{kind}noise"), (step, micro)
+    if x0.is_cpu:  # where a thread would take from the others
+        noise = seeded.normal(shape, *draw, *at)
+    else:
+        later = divmod(step * s.accumulation + micro + 1, s.accumulation)
+        noise = AHEAD[kind].normal(shape, (*draw, *at), (*draw, *later))
     if s.noise_offset:
         shift = seeded.normal((size, x0.shape[1], 1, 1), s.seed, f"{kind}noise offset", step, micro)
         noise = noise + s.noise_offset * shift

@@ -18,7 +18,7 @@ from ldm.checkpoint.describe import ModelInfo, describe
 from ldm.checkpoint.few_steps import KEY, MODEL_KEY
 from ldm.checkpoint.lora import write_lora_into
 from ldm.console import say
-from ldm.device import DTYPES, pick_device
+from ldm.device import DTYPES, pick_device, sent
 from ldm.diffusion.denoiser import Predict, denoiser, training_loss
 from ldm.diffusion.distillation import (
     Segments,
@@ -121,14 +121,14 @@ class Distill:
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         s, schedule = self.settings, self.model.schedule
-        scales = batch.part.of(self._scales(batch.part.size, step, micro)).to(self.device)
+        scales = sent(batch.part.of(self._scales(batch.part.size, step, micro)), self.device)
         student, teacher = self._student(self.module, batch, scales), self._teacher(batch, scales)
         if s.method == "guidance":
             return diffusion_loss(student, schedule, s, batch, step, micro, teacher=teacher)
         noise, u = noise_and_levels(s, batch, step, micro)
         sigmas = self.segments.at(batch.part.of(u), intervals_at(step / s.steps, *s.intervals))
         three = (student, teacher, self._student(self.average, batch, scales))
-        noise = batch.part.of(noise).to(self.device)
+        noise = sent(batch.part.of(noise), self.device)
         how = {"mask": batch.mask}
         losses = consistency_loss(*(denoiser(one, schedule) for one in three), batch.latents, noise, sigmas, **how)
         return batch.weight * batch.part.mean(losses)
