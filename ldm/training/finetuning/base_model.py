@@ -46,9 +46,11 @@ def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
 
 
 def frozen_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
-    """What the U-Net's own weights are kept in; fp32 on a CPU, whose bits stay, and where they are trained."""
+    """What the U-Net's own weights are kept in; fp32 on a CPU, whose bits stay, where they are trained, and for FSDP2,
+    which wants one dtype in a layer."""
     half = half_dtype(settings.precision, device)
-    return half if half is not None and settings.train != "full" and device.type != "cpu" else torch.float32
+    frozen = settings.train != "full" and device.type != "cpu" and not current().sharded
+    return half if half is not None and frozen else torch.float32
 
 
 def for_training(settings: FinetuneSettings, model: Model) -> Model:
