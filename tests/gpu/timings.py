@@ -62,7 +62,11 @@ def training(device: torch.device, batch: int, steps: int, tiny: bool) -> dict[s
     asked = yaml.safe_load(EMOJI.read_text())
     kept = ("optimizer", "learning_rate", "ema", "schedule")
     settings = UNetSettings(
-        stage="unet", steps=steps, batch_size=batch, device=device.type, **{name: asked[name] for name in kept}
+        **{name: asked[name] for name in kept},
+        **{"stage": "unet", "vae": "default", "text": "default"},
+        steps=steps,
+        batch_size=batch,
+        device=device.type,
     )
     shape = TINY if tiny else {**asked["model"], "cross_attention_dim": 192, "sample_size": 16}
     shape |= {} if tiny else {"in_channels": 8, "out_channels": 8}
