@@ -63,7 +63,9 @@ def training(device: torch.device, batch: int, steps: int, tiny: bool) -> dict[s
     kept = ("optimizer", "learning_rate", "ema", "schedule")
     settings = UNetSettings(
         **{name: asked[name] for name in kept},
-        **{"stage": "unet", "vae": "default", "text": "default"},
+        stage="unet",
+        vae="default",
+        text="default",
         steps=steps,
         batch_size=batch,
         device=device.type,
