@@ -16,7 +16,7 @@ FLOORS = (  # a room imports only from lower floors; errors is the lowest
     ("config", "settings_files", "files", "console", "device", "colours"),
     ("images", "prompts", "report", "hub"),
     ("nn",),
-    ("diffusion", "data"),
+    ("diffusion", "data", "control"),
     ("checkpoint",),
     ("pipeline",),
     ("render", "evaluation"),

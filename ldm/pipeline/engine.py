@@ -25,10 +25,12 @@ from ldm.images import to_pil
 from ldm.nn.mmdit import MMDiT
 from ldm.nn.step_cache import StepCache
 from ldm.nn.tiling import TILE
+from ldm.nn.unet import Encoder as UNetEncoder
 from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
 from ldm.pipeline.checks import check_bool
+from ldm.pipeline.control import ControlNets, Steering, listed_nets
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
 from ldm.pipeline.keywords import MAX_IMAGES
@@ -56,6 +58,7 @@ class Engine:
         attention: str = "auto",
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
+        controlnet: Any = None,
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
@@ -69,6 +72,7 @@ class Engine:
             console.warn(line)
         if dora_scaling not in DORA_SCALINGS:
             raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
+        self.controlnets = None if controlnet is None else ControlNets(listed_nets(controlnet), self.info)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
@@ -119,6 +123,7 @@ class Engine:
                 waiting = deque(part for one in (rows, *waiting) for part in batched(one, half))
                 continue
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
+            added |= {} if settings.control is None else {"controlnet": self.controlnets.metadata}
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added
@@ -149,7 +154,10 @@ class Engine:
                 with place.on(model.unet) as unet:
                     network = network_of(unet, run, requests, s.step_cache)
                     network = network if start.masked is None else start.network(network)
+                    steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
+                    network = network if steering is None else steering.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
+                    denoise = denoise if steering is None else steering.following(denoise)
                     sampling = partial(sample, denoise, schedule, run.sigmas, x, s.sampler, spacing=s.spacing)
                     x0 = sampling(noise=noise, eta=s.eta, callback=watch, original=start.original)
                 with place.on(model.vae) as vae:
@@ -166,6 +174,14 @@ class Engine:
         half = self._room[settings.height * settings.width] = tried // 2
         console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
         return half
+
+    def _steering(self, settings: Settings, run: Run, requests: Sequence[ImageRequest], dtype: torch.dtype) -> Steering:
+        """The ControlNets at work for one run of a batch."""
+        assert self.controlnets is not None and settings.control is not None  # as the request was checked
+        nets = self.controlnets.at_work(self.placement, dtype)
+        pooled = [net.control.global_pool_conditions for net in nets]
+        networks = [prepared(net, run) for net in nets]
+        return Steering(networks, pooled, settings.control, requests, run, self.placement.device)
 
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
@@ -201,20 +217,23 @@ class Engine:
 def network_of(
     unet: UNet | MMDiT, run: Run, requests: Sequence[ImageRequest], step_cache: int | None = None
 ) -> Callable[..., torch.Tensor]:
-    """The network for one run of a batch: XL's gets the image's original size, its crop (none) and its target size,
-    LCM's and FLUX.1-dev's the images' guidance scales. `step_cache`: as in Settings."""
-    network: Callable[..., torch.Tensor] = unet
-    if isinstance(unet, UNet):
-        network = partial(unet, cache=unet.prepare())
+    """The network for one run of a batch; LCM's and FLUX.1-dev's gets the images' guidance scales. `step_cache`: as in
+    Settings."""
+    network: Callable[..., torch.Tensor] = prepared(unet, run) if isinstance(unet, UNet) else unet
     if step_cache:
         network = partial(network, deep=StepCache(step_cache))
-    if isinstance(unet, UNet) and unet.config.addition_embed_type == "text_time":
-        h, w = run.height, run.width
-        time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
-        network = partial(network, time_ids=time_ids)
     if unet.config.embeds_guidance:
         return told_scales(network, [request.guidance_scale for request in requests])
     return network
+
+
+def prepared(unet: UNetEncoder, run: Run) -> Callable[..., Any]:
+    """A U-Net or a ControlNet for one run; XL's gets the image's original size, its crop (none) and its target size."""
+    if unet.config.addition_embed_type != "text_time":
+        return partial(unet, cache=unet.prepare())
+    h, w = run.height, run.width
+    time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
+    return partial(unet, cache=unet.prepare(), time_ids=time_ids)
 
 
 def told_scales(network: Callable[..., torch.Tensor], scales: Sequence[float]) -> Callable[..., torch.Tensor]:

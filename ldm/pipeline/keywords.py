@@ -36,6 +36,7 @@ ALIASES: dict[str, str] = {
     "hr_scale": "hires_scale",
     "hr_second_pass_steps": "hires_steps",
     "hires_denoising_strength": "hires_strength",
+    "control_weight": "controlnet_conditioning_scale",
     "W": "width",
     "w": "width",
     "H": "height",
@@ -51,6 +52,9 @@ GUIDANCE_WORDS |= {name: name for name in GUIDANCE_OPTIONS}
 # generate's keywords for initial images, variations and hires-fix.
 EDITING_WORDS: tuple[str, ...] = ("image", "mask_image", "strength", "outpaint", "variation_seed", "variation_strength")
 EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
+# generate's keywords for ControlNets.
+CONTROL_WORDS: tuple[str, ...] = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
+CONTROL_WORDS += ("control_guidance_end", "guess_mode")
 STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
 # What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
@@ -60,7 +64,6 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "cross_attention_kwargs": ((None,), "there are no attention processors to hand settings to"),
     "callback_on_step_end_tensor_inputs": ((None,), "callbacks are given (i, x, x0)"),
     "ip_adapter_image": ((None,), "IP-Adapter is not supported"),
-    "controlnet": ((None,), "ControlNet is not supported"),
     "output_type": ((None, "pil"), "the result is always PIL images; ldm.images.to_tensor turns them into tensors"),
     "return_dict": ((None, True), "the result is always a sequence of images with .seeds and .metadata"),
     "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),

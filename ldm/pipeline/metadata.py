@@ -84,6 +84,9 @@ def _start(request: ImageRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"latents": None if request.latents is None else "given"}
     if request.variation is not None:
         found |= dict(zip(("variation_seed", "variation_strength"), request.variation))
+    if request.controls:
+        found["control_image"] = [image.name for image in request.controls]
+        found["control_sha256"] = [image.sha256 for image in request.controls]
     return found if request.source is None else {**found, **request.source.metadata}
 
 

@@ -20,7 +20,7 @@ from ldm.pipeline.checks import check_bool, check_negative, check_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.inside import AttentionMaps, Denoiser, attention_maps, check_keywords, make_denoiser
-from ldm.pipeline.keywords import EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
+from ldm.pipeline.keywords import CONTROL_WORDS, EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
 from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
 from ldm.pipeline.result import Images
@@ -28,10 +28,11 @@ from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
-OF_PIPELINE += ("dora_scaling", "prediction_type", "device", "dtype", "offload", "attention", "fast")
+OF_PIPELINE += ("controlnet", "dora_scaling", "prediction_type", "device", "dtype", "offload", "attention", "fast")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
-OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size", *GUIDANCE_WORDS, *EDITING_WORDS)
+OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
+OF_GENERATE += (*GUIDANCE_WORDS, *EDITING_WORDS, *CONTROL_WORDS)
 
 
 class Pipeline:
@@ -45,6 +46,8 @@ class Pipeline:
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     dora_scaling     how weights act on a DoRA: linear (A1111, ComfyUI) or peft (inside its norm, as PEFT has it)
     vae              another VAE's folder or file in place of the model's own
+    controlnet       a ControlNet's folder, file or hub id, or a list of them, or the name of a control that the model
+                     comes with (edges)
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work
@@ -68,6 +71,7 @@ class Pipeline:
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
         vae: str | os.PathLike | None = None,
+        controlnet: Any = None,
         prediction_type: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -153,6 +157,11 @@ class Pipeline:
         hires_scale: float | None = None,
         hires_steps: int | None = None,
         hires_strength: float | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] | None = None,
+        control_guidance_start: float | Sequence[float] | None = None,
+        control_guidance_end: float | Sequence[float] | None = None,
+        guess_mode: bool = False,
         vae_tiling: bool | str = "auto",
         latents: torch.Tensor | None = None,
         callback: Callable[[int, torch.Tensor, torch.Tensor], Any] | Listener | None = None,
@@ -184,6 +193,13 @@ class Pipeline:
                     then every image of a prompt has the same seed, and image k has variation_seed + k
         hires_scale draw, make the image so many times larger, and draw on for hires_strength (0.7) of hires_steps
                     (as many as before)
+        control_image  what each ControlNet looks at: an image, its file, or "edges:photo.png" for a condition that is
+                    made here (ldm.control.KINDS); with one ControlNet a list has one for each prompt, with several one
+                    for each ControlNet. It is resized to the size that is drawn, which has its proportions and as many
+                    pixels as the model was trained on where nothing else decides it
+        controlnet_conditioning_scale, control_guidance_start, control_guidance_end  how much ControlNets do (1), and in
+                    which part of the steps (0 to 1): one number, or one for each
+        guess_mode  ControlNets act where the prompt does not guide
         vae_tiling  True, False or "auto": the VAE works in tiles (with auto above 1024x1024 pixels)
         latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w); where it returns True the
@@ -197,6 +213,8 @@ class Pipeline:
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
         engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
         info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
+        if engine.controlnets is not None:
+            given["controlnet"] = engine.controlnets.given
         call = check_request(given, len(self._prompts), info)
         requests = self._requests(call)
         with self._lock:
@@ -233,8 +251,8 @@ class Pipeline:
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [one for one in zip(self._prompts, self._negatives, self._adapters) for _ in range(call.num_images)]
-        true_cfg = (settings.true_cfg_scale,) * len(call.seeds)
-        own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources, true_cfg)
+        each = (settings.true_cfg_scale,) * len(call.seeds), call.controls or ((),) * len(call.seeds)
+        own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources, *each)
         requests = [ImageRequest(p, n, seed, scale, loras, *more) for (p, n, loras), seed, scale, *more in own]
         if self._engine.info.t5:
             check_plain_prompts(requests, settings)

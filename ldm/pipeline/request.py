@@ -22,8 +22,10 @@ from ldm.nn.text import check_plain
 from ldm.nn.tiling import AUTO, TILE
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
+from ldm.pipeline.control import ControlImage, Controls, ControlSettings, check_controls
 from ldm.pipeline.keywords import (
     BATCH,
+    CONTROL_WORDS,
     GUIDANCE,
     GUIDANCE_WORDS,
     HIRES_STRENGTH,
@@ -74,6 +76,7 @@ class Settings:
     hires_steps: int | None = None  # of the second run, of which hires_strength is run; None: as many as of the first
     hires_strength: float | None = None
     step_cache: int | None = None  # of a U-Net: deep features are computed in every n-th step alone; None: in each
+    control: ControlSettings | None = None  # how ControlNets act; None: there are none
     vae_tiling: bool | None = None  # whether the VAE works in tiles; None: where the image is large
     runs: tuple[Run, ...] = field(default=(), compare=False)  # one, with hires-fix two
 
@@ -86,6 +89,8 @@ class Settings:
                 found |= {word: value for word, value in options.items() if value is not None}
             elif one.name in ("true_cfg_scale", "step_cache") and getattr(self, one.name) is None:
                 continue
+            elif one.name == "control":
+                found |= {} if self.control is None else self.control.keywords()
             elif one.name != "runs":
                 found[one.name] = getattr(self, one.name)
         return found
@@ -97,12 +102,16 @@ class Settings:
 
 
 def resolve(
-    given: Mapping[str, Any], info: ModelInfo, sources: Sources | None = None, latents: torch.Tensor | None = None
+    given: Mapping[str, Any],
+    info: ModelInfo,
+    sources: Sources | None = None,
+    latents: torch.Tensor | None = None,
+    controls: Controls | None = None,
 ) -> Settings:
     """generate's keywords (under our names; absent ones are None) with every default of the model filled in.
 
-    `sources` or `latents` decide the size where nothing else does. Raises ConfigError for a value that cannot be, and
-    where size, steps, latents, sources, guidance or text settings do not fit the model.
+    `sources`, `latents` or `controls` decide the size where nothing else does. Raises ConfigError for a value that
+    cannot be, and where size, steps, latents, sources, guidance or text settings do not fit the model.
     """
     if info.unet.in_channels != info.latent_channels and (sources is None or not sources.masked):
         raise ConfigError(f"{info.name} is an inpainting model", where="model", hint="give image and mask_image")
@@ -115,7 +124,7 @@ def resolve(
         spacing = spacing or joined or (None if sampler in DISTILLED else info.card.get("spacing"))  # they have theirs
         xl = info.transformer is None and info.unet.pooled_width is not None
         spacing = "ays_xl" if spacing == "ays" and xl else spacing
-    height, width = _size(given, info, sources, latents)
+    height, width = _size(given, info, sources, latents, controls)
     found["true_cfg_scale"] = _true_cfg_scale(given, info)
     if found.get("num_inference_steps") is None:
         found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
@@ -124,6 +133,7 @@ def resolve(
     elif "eta" in info.card and sampler == info.card.get("sampler"):
         found["eta"] = checks.check_eta(info.card["eta"], sampler)
     guidance = checks.make_guidance(given)
+    found["control"] = None if controls is None else controls.settings
     settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
     _check_fit(settings, info)
     return dataclasses.replace(settings, runs=_runs(settings, info))
@@ -140,9 +150,13 @@ def _true_cfg_scale(given: Mapping[str, Any], info: ModelInfo) -> float | None:
 
 
 def _size(
-    given: Mapping[str, Any], info: ModelInfo, sources: Sources | None, latents: torch.Tensor | None
+    given: Mapping[str, Any],
+    info: ModelInfo,
+    sources: Sources | None,
+    latents: torch.Tensor | None,
+    controls: Controls | None,
 ) -> tuple[int, int]:
-    """(height, width): the given ones, or those of the initial images, the latents or the model's training."""
+    """(height, width): the given ones, or those of initial images, latents, control images, or the model's training."""
     words, side = ("height", "width"), info.unet.sample_size or LATENT_SIZE
     asked = [n if n is None else checks.check_size(n, x, info.multiple) for n, x in zip(map(given.get, words), words)]
     trained = (side, side) if latents is None else latents.shape[2:]
@@ -150,6 +164,8 @@ def _size(
         height, width = sources.size(info.multiple, *asked)
         if None in asked and height * width > MAX_AREA * (side * info.factor) ** 2:
             _refuse_area(height, width, side * info.factor, info.multiple)
+    elif controls is not None and latents is None and None in asked:
+        height, width = controls.size(side * info.factor, info.factor, *asked)
     else:
         height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
     if latents is not None:
@@ -260,6 +276,7 @@ class Request:
     latents: torch.Tensor | None  # (images, C, h, w)
     variations: tuple[tuple[int, float], ...] | None  # (seed, strength) of each image
     sources: Sources | None  # the initial images
+    controls: tuple[tuple[ControlImage, ...], ...] | None  # of each image, one for each ControlNet
     batch_size: int  # images that are denoised together; has no influence on the images
     callback: Callable | None
     strict: bool  # whether what would be a warning about a prompt is an error
@@ -271,7 +288,7 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
     Raises ConfigError naming the setting and the values that would do.
     """
     num_images, seeds = checks.check_seeds(given["num_images"], given["seed"], prompts)
-    variations = latents = sources = callback = None
+    variations = latents = sources = controls = callback = None
     if checks.is_given(given, "variation_seed", "variation_strength"):
         variations = checks.check_variations(given, num_images, prompts)
     if variations and not isinstance(given["seed"], Sequence):
@@ -283,12 +300,15 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         latents = checks.check_latents(given["latents"], len(seeds))
     if checks.is_given(given, "image", "mask_image", "outpaint"):
         sources = check_sources(given, prompts, num_images)
-    settings = resolve(given, info, sources, latents)
+    if checks.is_given(given, "controlnet", *CONTROL_WORDS[:-1]) or given.get("guess_mode"):
+        controls = check_controls(given, prompts, num_images)
+    settings = resolve(given, info, sources, latents, controls)
     batch_size = BATCH if batch_size is None else checks.check_int(batch_size, "batch_size", 1, MAX_IMAGES)
     if checks.is_given(given, "callback"):
         callback = checks.check_callback(given["callback"])
     strict = checks.check_bool(given["strict"], "strict")
-    return Request(settings, num_images, seeds, scales, latents, variations, sources, batch_size, callback, strict)
+    images = (latents, variations, sources, None if controls is None else controls.each)
+    return Request(settings, num_images, seeds, scales, *images, batch_size, callback, strict)
 
 
 @dataclass(frozen=True)
@@ -304,6 +324,7 @@ class ImageRequest:
     variation: tuple[int, float] | None = None  # (another seed, how far its noise is mixed in, 0 to 1)
     source: Source | None = None  # the initial image, in the size that is drawn
     true_cfg_scale: float | None = None  # the settings': in place of guidance_scale for CFG
+    controls: tuple[ControlImage, ...] = ()  # one for each ControlNet
 
     @property
     def cfg_scale(self) -> float:

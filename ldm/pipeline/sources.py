@@ -204,6 +204,12 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
         raise ConfigError(f"{str(path)!r:.200}: {reason}", where=where) from None
 
 
+def open_image(value: Any, where: str) -> tuple[Image.Image, str, str]:
+    """(an image or its file in RGB, its absolute path or "given", the sha256 of its pixels). Raises ConfigError."""
+    image, name = _opened(value, where, WHITE)
+    return image, name, _digest(image)
+
+
 def digests_of(path: Path) -> set[str]:
     """Every sha256 that metadata may keep of a file: as an initial image, as a mask, by its transparency; and as 0.1
     read it, which took all colours for sRGB.

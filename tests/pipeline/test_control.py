@@ -1,0 +1,245 @@
+"""ControlNets in pipelines: images equal diffusers', with negative controls; batches, edits, bad input."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from ldm.checkpoint.controlnet import save_controlnet
+from ldm.control import edges
+from ldm.errors import LdmError
+from ldm.images import to_tensor
+from ldm.nn.controlnet import ControlNet
+from ldm.nn.unet import UNet
+from ldm.pipeline import Pipeline
+from tests.conftest import build_tiny_model
+
+STEPS = {"num_inference_steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
+SIDE = 64
+
+
+def loud(unet, seed=5, **settings):
+    """A ControlNet of random weights that moves pixels."""
+    torch.manual_seed(seed)
+    net = ControlNet.from_unet(unet).eval()
+    net = ControlNet(dataclasses.replace(net.control, **settings)).eval()
+    for name, parameter in net.named_parameters():
+        large = "controlnet_" in name and parameter.ndim > 1
+        torch.nn.init.normal_(parameter, std=0.3 if large else 0.1)
+    return net.requires_grad_(False)
+
+
+def drawing(seed=0, side=SIDE):
+    image = Image.new("RGB", (side, side), "white")
+    points = np.random.default_rng(seed).integers(4, side - 4, 4).tolist()
+    ImageDraw.Draw(image).line(points, fill="black", width=3)
+    ImageDraw.Draw(image).ellipse((side // 4, side // 4, side // 2, side // 2), fill="red")
+    return image
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_tiny_model()
+
+
+@pytest.fixture(scope="module")
+def nets(model, tmp_path_factory):
+    """Folders of two ControlNets for the tiny model, and of one that pools."""
+    folder = tmp_path_factory.mktemp("nets")
+    for name, settings in {"a": {}, "b": {}, "pooled": {"global_pool_conditions": True}}.items():
+        save_controlnet(loud(model.unet, ord(name[0]), **settings), folder / name, torch.float32)
+    return folder
+
+
+def apart(one, other):
+    """The largest difference of two images' pixels."""
+    a, b = (np.asarray(image, np.int16) for image in (one, other))
+    return int(np.abs(a - b).max())
+
+
+# Against diffusers
+
+
+@pytest.fixture(scope="module")
+def peer_parts(tiny_folder):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    parts = dict(pipe.components)
+    parts["scheduler"] = DDIMScheduler.from_pretrained(tiny_folder, subfolder="scheduler")
+    return parts
+
+
+def of_peer(kind, parts, nets, names, **call):
+    import diffusers
+    from diffusers import ControlNetModel
+
+    found = [ControlNetModel.from_pretrained(nets / name) for name in names]
+    pipe = getattr(diffusers, kind)(**parts, controlnet=found[0] if len(found) == 1 else found)
+    pipe.set_progress_bar_config(disable=True)
+    more = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "guidance_scale": 3.0}
+    return pipe("a red cat", negative_prompt="a dog", **more, **call).images[0]
+
+
+CASES = {
+    "one": (["a"], {}),
+    "weight": (["a"], {"controlnet_conditioning_scale": 0.4}),
+    "part": (["a"], {"control_guidance_start": 0.25, "control_guidance_end": 0.75}),
+    "guess": (["a"], {"guess_mode": True}),
+    "pooled": (["pooled"], {}),
+    "two": (["a", "b"], {"controlnet_conditioning_scale": [0.7, 0.5], "control_guidance_end": [1.0, 0.5]}),
+}
+
+
+SIZE = {"height": SIDE, "width": SIDE}
+
+
+def one_or_all(items):
+    return items[0] if len(items) == 1 else items
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_images_equal_diffusers(case, peer_parts, nets, tiny_folder):
+    names, settings = CASES[case]
+    images = [drawing(i) for i in range(len(names))]
+    call = {"image": one_or_all(images), **settings, **SIZE}
+    theirs = of_peer("StableDiffusionControlNetPipeline", peer_parts, nets, names, **call)
+    pipe = Pipeline("a red cat", tiny_folder, negative_prompt="a dog", controlnet=[nets / name for name in names])
+    call = {"seed": 7, **STEPS, **settings, **SIZE}
+    assert apart(pipe.generate(control_image=images, **call)[0], theirs) <= 1
+    assert apart(pipe.generate(control_image=[one.rotate(90) for one in images], **call)[0], theirs) > 5
+    without = Pipeline("a red cat", tiny_folder, negative_prompt="a dog").generate(seed=7, **STEPS, **SIZE)[0]
+    assert apart(without, theirs) > 5
+
+
+def test_img2img_equals_diffusers(peer_parts, nets, tiny_folder):
+    init, control = drawing(3), drawing(4)
+    call = {"control_image": control, "strength": 0.75, "control_guidance_end": 0.7}
+    vae = peer_parts["vae"]
+    with torch.no_grad():  # their pipeline would sample from the VAE's distribution; we begin at its mean
+        latents = vae.encode(to_tensor(init)).latent_dist.mode() * vae.config.scaling_factor
+    theirs = of_peer("StableDiffusionControlNetImg2ImgPipeline", peer_parts, nets, ["a"], image=latents, **call)
+    pipe = Pipeline("a red cat", tiny_folder, negative_prompt="a dog", controlnet=nets / "a")
+    assert apart(pipe.generate(seed=7, image=init, **STEPS, **call)[0], theirs) <= 1
+    assert apart(pipe.generate(seed=7, image=init, **STEPS, **{**call, "control_image": drawing(5)})[0], theirs) > 5
+    assert apart(pipe.generate(seed=7, image=init, **STEPS, **{**call, "control_guidance_end": 1.0})[0], theirs) > 1
+
+
+# Our own promises
+
+
+def test_the_same_bits_in_any_batch_and_a_list_for_each_prompt(model, nets):
+    images = [drawing(i) for i in range(3)]
+    pipe = Pipeline(["a cat", "a dog", "a red cat"], model, controlnet=[nets / "a"])
+    together = pipe.generate(seed=3, control_image=images, batch_size=3, **STEPS)
+    for prompt, image, drawn in zip(pipe.prompts, images, together):
+        (alone,) = Pipeline(prompt, model, controlnet=nets / "a").generate(seed=3, control_image=image, **STEPS)
+        assert alone.tobytes() == drawn.tobytes()
+    assert apart(together[0], together[1]) > 5
+    several = Pipeline(["a cat", "a dog"], model, controlnet=[nets / "a", nets / "b"])
+    rows = several.generate(seed=3, control_image=[[images[0], images[1]], [images[1], images[2]]], **STEPS)
+    alone = Pipeline("a dog", model, controlnet=[nets / "a", nets / "b"])
+    assert alone.generate(seed=3, control_image=images[1:], **STEPS)[0].tobytes() == rows[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "guidance", [{}, {"guidance": "pag"}, {"guidance_interval": (0.3, 0.8)}, {"guidance_scale": 1.0}]
+)
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_every_guidance_and_sampler_of_two_evaluations(model, nets, guidance, guess_mode):
+    settings = {**STEPS, "sampler": "heun", "guess_mode": guess_mode, **guidance}
+    pipe = Pipeline("a cat [a dog:0.5]", model, controlnet=nets / "a")
+    two = pipe.generate(seed=[1, 2], num_images=2, control_image=drawing(), **settings)
+    (one,) = pipe.generate(seed=2, control_image=drawing(), **settings)
+    assert one.tobytes() == two[1].tobytes()
+    assert apart(pipe.generate(seed=2, control_image=drawing(9), **settings)[0], one) > 5
+
+
+def test_without_weight_or_part_nothing_is_changed(model, nets):
+    pipe, plain = Pipeline("a cat", model, controlnet=nets / "a"), Pipeline("a cat", model)
+    (before,) = plain.generate(seed=1, **STEPS)
+    (still,) = pipe.generate(seed=1, control_image=drawing(), controlnet_conditioning_scale=0.0, **STEPS)
+    assert before.tobytes() == still.tobytes()
+    (last,) = pipe.generate(seed=1, control_image=drawing(), control_guidance_start=0.75, **STEPS)
+    assert apart(before, last) > 0
+
+
+def test_with_a_mask_and_an_inpainting_model_and_hires(model, nets):
+    mask = Image.new("L", (SIDE, SIDE), 0)
+    ImageDraw.Draw(mask).ellipse((10, 10, 50, 50), fill=255)
+    torch.manual_seed(3)
+    unet = UNet(dataclasses.replace(model.unet.config, in_channels=9)).eval().requires_grad_(False)
+    keep = np.asarray(mask) == 0
+    for base in (model, dataclasses.replace(model, unet=unet, name="inpainting")):
+        pipe = Pipeline("a cat", base, controlnet=nets / "a")
+        call = {"seed": 1, "image": drawing(1), "mask_image": mask, "strength": 1.0, **STEPS}
+        one, other = (pipe.generate(control_image=drawing(i), **call)[0] for i in (4, 5))
+        assert np.array_equal(np.asarray(one)[keep], np.asarray(drawing(1))[keep])
+        assert apart(one, other) > 5
+    pipe = Pipeline("a cat", model, controlnet=nets / "a")
+    large = [pipe.generate(seed=1, hires_scale=2.0, control_image=drawing(i), **STEPS)[0] for i in (4, 5)]
+    assert large[0].size == (64, 64) and apart(*large) > 5
+
+
+def test_the_size_has_the_proportions_of_the_control_image(model, nets):
+    pipe = Pipeline("a cat", model, controlnet=nets / "a")
+    wide = drawing().resize((400, 100))
+    assert pipe.generate(seed=1, control_image=wide, **STEPS)[0].size == (64, 16)
+    assert pipe.generate(seed=1, control_image=wide, width=32, **STEPS)[0].size == (32, 8)
+    assert pipe.generate(seed=1, control_image=wide, width=32, height=40, **STEPS)[0].size == (32, 40)
+
+
+def test_metadata_and_conditions_that_are_made(model, nets, tmp_path):
+    drawing().save(tmp_path / "photo.png")
+    pipe = Pipeline("a cat", model, controlnet=str(nets / "a"))
+    given = edges(drawing().resize((32, 32), Image.Resampling.LANCZOS))
+    made = pipe.generate(seed=1, control_image=f"edges:{tmp_path / 'photo.png'}", guess_mode=True, **STEPS)
+    same = pipe.generate(seed=1, control_image=given, guess_mode=True, **STEPS)
+    assert made[0].tobytes() == same[0].tobytes()
+    said = made.metadata[0]
+    assert said["control_image"] == [f"edges:{(tmp_path / 'photo.png').resolve()}"] and said["guess_mode"] is True
+    assert said["controlnet"][0]["path"] == str((nets / "a").resolve()) and len(said["controlnet"][0]["hash"]) == 64
+    assert said["controlnet_conditioning_scale"] == (1.0,) and len(said["control_sha256"][0]) == 64
+    assert "guess_mode" not in Pipeline("a cat", model).generate(seed=1, **STEPS).metadata[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({}, "a ControlNet needs an image to look at"),
+        ({"control_image": "nothing.png"}, "no such image"),
+        ({"control_image": "edge:nothing.png"}, "'edge' is no kind of control that is made here"),
+        ({"control_image": 7}, "expected an image or its file"),
+        ({"control_image": [drawing()] * 2}, "2 of them for 1 prompts"),
+        ({"control_image": drawing(), "controlnet_conditioning_scale": [1, 1]}, "2 numbers for 1 ControlNets"),
+        ({"control_image": drawing(), "controlnet_conditioning_scale": float("nan")}, "not a finite number"),
+        (
+            {"control_image": drawing(), "control_guidance_start": 0.5, "control_guidance_end": 0.5},
+            "no part of the steps",
+        ),
+        ({"control_image": drawing(), "control_guidance_end": 1.5}, "no part of the steps"),
+        ({"control_image": drawing(), "guess_mode": "yes"}, "expected True or False"),
+        ({"control_image": drawing(), "control_guidance_ends": 0.5}, "did you mean"),
+    ],
+)
+def test_bad_settings_are_one_line(model, nets, call, words):
+    with pytest.raises(LdmError, match=words):
+        Pipeline("a cat", model, controlnet=nets / "a").generate(**call)
+
+
+def test_bad_controlnets_are_refused_when_the_pipeline_is_made(model, nets, tmp_path):
+    for word in ("control_image", "controlnet_conditioning_scale", "control_guidance_start"):
+        with pytest.raises(LdmError, match="needs a"):
+            Pipeline("a cat", model).generate(**{word: 0.5})
+    with pytest.raises(LdmError, match="has no control 'edges' of its own"):
+        Pipeline("a cat", model, controlnet="edges")
+    with pytest.raises(LdmError, match="no such ControlNet"):
+        Pipeline("a cat", model, controlnet=tmp_path / "none")
+    with pytest.raises(LdmError, match="controlnet belongs to Pipeline"):
+        Pipeline("a cat", model).generate(controlnet=nets / "a")
+    other = dataclasses.replace(model.unet.config, cross_attention_dim=48)
+    save_controlnet(loud(UNet(other)), tmp_path / "other", torch.float32)
+    with pytest.raises(LdmError, match="text of width 48, and the model tiny is text of width 32"):
+        Pipeline("a cat", model, controlnet=tmp_path / "other")
