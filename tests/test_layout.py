@@ -38,6 +38,7 @@ TRANSFORMERS_ALLOWED = (
     "TextModelWithProjection",
 )
 TRANSFORMERS_ALLOWED += ("TextConfig", "VisionModelWithProjection", "VisionConfig", "EncoderModel", "T5Config")
+TRANSFORMERS_ALLOWED += ("AutoImageProcessor", "AutoModelForDepthEstimation")  # of a depth model for ControlNets
 BENCH = "bench"  # where the peers are the other side of a comparison
 FORBIDDEN_EVERYWHERE = ("peft",)
 SLOW = ("torch", "diffusers", "transformers", "datasets")

@@ -22,7 +22,7 @@ from ldm.errors import ConfigError, LdmError, ResourceError, first_line, nearest
 
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
-COMMANDS += ("doctor", "web", "distill")
+COMMANDS += ("doctor", "web", "distill", "preprocess")
 EVERYWHERE = (
     (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
     (("-v", "--verbose"), "count", "say more, every connection to other machines included"),

@@ -7,6 +7,7 @@ examples:
   ldm generate "a cat" --fast                      in a few steps
   ldm generate "a dog" --model runs/unet/model --no-metadata
   ldm generate "a dog" --image cat.png --mask-image where.png
+  ldm generate "a cat" --controlnet canny/ --control-image edges:photo.png
   ldm generate "a landscape" --image small.png --outpaint left=64,right=64
   ldm generate --from old.png                      draws that image again: by ldm, A1111 and its relatives
   ldm generate --from old.png --set steps=50 --set sampler=euler
@@ -26,13 +27,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm import console
-from ldm.cli.options import OF_MODEL, SAMPLING, add_drawing, names_of
+from ldm.cli.options import OF_CONTROL, OF_MODEL, SAMPLING, add_drawing, names_of, with_controls
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
-FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS)
+FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS, *OF_CONTROL)
 TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_])")  # {a|b}, __name__
-FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *OF_MODEL)
+FROM_PIPELINE = ("prompt", "negative_prompt", "controlnet", "fast", *OF_MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     """(keywords of Pipeline, of generate, what the image of --from says of its model and machine)."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = with_controls({name: value for name, value in vars(args).items() if value is not None})
     own, call = ({name: given[name] for name in part if name in given} for part in (FROM_PIPELINE, FROM_CALL))
     if args.source is not None:
         return _replayed(args, own, call)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any, NamedTuple
 
 from ldm.diffusion.guidance.settings import GUIDANCES, SIGMA_INTERVALS, STEP_INTERVALS
+from ldm.errors import ConfigError
 from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS
 
 
@@ -136,6 +137,16 @@ EDITING = [
         "vae_tiling", "WHEN", "whether the VAE works in tiles: yes, no, auto (auto: above 1024x1024)", {"type": _tiling}
     ),
 ]
+# What steers it
+CONTROL = [
+    Option("control", "KIND:IMAGE[:X]", "edges:photo.png:0.8: a condition that is made here", {"action": "append"}),
+    Option("controlnet", "PATH", "a ControlNet's folder or file; may be given several times", {"action": "append"}),
+    Option("control_image", "IMAGE", "what it looks at, one for each; or KIND:IMAGE", {"action": "append"}),
+    Option("controlnet_conditioning_scale", "X,X,…", "how much it does, 0 and up (1)", {"type": _numbers}),
+    Option("control_guidance_start", "X,X,…", "from which part of the steps on, 0 to 1 (0)", {"type": _numbers}),
+    Option("control_guidance_end", "X,X,…", "to which part of the steps (1)", {"type": _numbers}),
+    Option("guess_mode", None, "act where the prompt does not guide", {"action": "store_true", "default": None}),
+]
 # What it is drawn with
 MODEL = [
     Option("model", "MODEL", "a diffusers folder, a .safetensors file or a hub id (the shipped model)", SHIPPED),
@@ -154,12 +165,32 @@ MODEL = [
 NO_KEYWORDS = ("negative_prompt", "help_samplers", "guidance_preset")  # Pipeline's, or of the command line alone
 SAMPLING = tuple(one.name for one in DRAWING if one.name not in NO_KEYWORDS)
 OF_MODEL = tuple(one.name for one in MODEL)
+OF_CONTROL = tuple(one.name for one in CONTROL if one.name not in ("control", "controlnet"))
+
+
+def with_controls(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as keywords: every --control becomes an image, its weight and, without --controlnet, a ControlNet."""
+    controls = given.get("control")
+    given = {name: value for name, value in given.items() if name != "control"}
+    if not controls:
+        return given
+    for name in ("control_image", "controlnet_conditioning_scale"):
+        if given.get(name) is not None:
+            raise ConfigError("is said by --control already", where=f"--{name.replace('_', '-')}", hint="leave it out")
+    pairs = [(one.partition(":")[0], *_lora(one.partition(":")[2])) for one in controls]
+    for one, (kind, image, _) in zip(controls, pairs):
+        if not kind or not image:
+            raise ConfigError(f"expected KIND:IMAGE such as edges:photo.png, got {one!r:.80}", where="--control")
+    if given.get("controlnet") is None:
+        given["controlnet"] = [kind for kind, _, _ in pairs]
+    images, scales = [f"{kind}:{image}" for kind, image, _ in pairs], tuple(weight for *_, weight in pairs)
+    return {**given, "control_image": images, "controlnet_conditioning_scale": scales}
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """How an image is drawn, what from, and with which model."""
     drawing = "drawing (in brackets what is taken where nothing is said)"
-    for title, options in ((drawing, DRAWING), ("editing", EDITING), ("model", MODEL)):
+    for title, options in ((drawing, DRAWING), ("editing", EDITING), ("control", CONTROL), ("model", MODEL)):
         group = parser.add_argument_group(title)
         for name, metavar, text, more in options:
             names = names_of(name) if options is not MODEL else [f"--{name.replace('_', '-')}"]

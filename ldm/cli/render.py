@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from ldm.cli.options import add_drawing, names_of
+from ldm.cli.options import add_drawing, names_of, with_controls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> int:
     from ldm.render.prompts.setting_table import SETTINGS
 
     names = {*SETTINGS, *inspect.signature(render).parameters}
-    return render(**{name: value for name, value in vars(args).items() if name in names}).exit_code
+    return render(**{name: value for name, value in with_controls(vars(args)).items() if name in names}).exit_code

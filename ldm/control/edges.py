@@ -13,11 +13,11 @@ TAN_22, TAN_67 = 0.41421356, 2.41421356  # of 22.5° and 67.5°, where the direc
 
 
 def edges(image: Image.Image, low: int = LOW, high: int = HIGH) -> Image.Image:
-    """Canny 1986 as OpenCV has it: Sobel's gradients of grey levels, their sum of magnitudes, lines one pixel wide.
+    """Canny 1986 as OpenCV has it: Sobel's gradients of the strongest channel, |x| + |y|, lines one pixel wide.
 
     Gradients above `high` are edges, those above `low` are where they touch one.
     """
-    right, down = _sobel(_grey(image))
+    right, down = _strongest(*_sobel(np.asarray(image, np.int32)))
     strength = np.abs(right) + np.abs(down)
     thin = _ridges(strength, right, down) & (strength > low)
     return _white_where(_connected(thin & (strength > high), thin))
@@ -39,13 +39,20 @@ def lineart(image: Image.Image) -> Image.Image:
     return _rgb(np.clip(ink / max(16.0, float(np.median(clear)) if clear.size else 16.0) * 127, 0, 255))
 
 
+def _strongest(right: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients (H, W, 3) -> (H, W), each pixel's of the channel where it is largest."""
+    channel = (np.abs(right) + np.abs(down)).argmax(axis=2)[..., None]
+    right, down = (np.take_along_axis(one, channel, axis=2)[..., 0] for one in (right, down))
+    return right, down
+
+
 def _grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L"), np.int32)  # (H, W)
 
 
-def _sobel(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(to the right, downwards) of grey levels (H, W); the outermost pixels are repeated."""
-    p = np.pad(grey, 1, mode="edge")
+def _sobel(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(to the right, downwards) of levels (H, W) or (H, W, 3); the outermost pixels are repeated."""
+    p = np.pad(levels, ((1, 1), (1, 1), (0, 0))[: levels.ndim], mode="edge")
     smooth = p[:-2] + 2 * p[1:-1] + p[2:]  # (H, W + 2)
     wide = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]  # (H + 2, W)
     return smooth[:, 2:] - smooth[:, :-2], wide[2:] - wide[:-2]

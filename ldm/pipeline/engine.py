@@ -123,7 +123,8 @@ class Engine:
                 waiting = deque(part for one in (rows, *waiting) for part in batched(one, half))
                 continue
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
-            added |= {} if settings.control is None else {"controlnet": self.controlnets.metadata}
+            if self.controlnets is not None:
+                added["controlnet"] = self.controlnets.metadata
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added

@@ -36,7 +36,6 @@ ALIASES: dict[str, str] = {
     "hr_scale": "hires_scale",
     "hr_second_pass_steps": "hires_steps",
     "hires_denoising_strength": "hires_strength",
-    "control_weight": "controlnet_conditioning_scale",
     "W": "width",
     "w": "width",
     "H": "height",

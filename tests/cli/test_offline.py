@@ -73,6 +73,7 @@ RUN = {
     "verify": "verify {out}/a.png --model {model} -q",
     "inspect": "inspect {model}",
     "doctor": "doctor",
+    "preprocess": "preprocess edges {data}/0.png -o {out}/edges.png -q",
     "render": "render {root}/p.txt --model {model} --steps 1 -o {out}/r -q",
     "convert": "convert {model} {out}/m.safetensors -q",
     "finetune": "finetune {data} --model {model} -o {out}/f --steps 1 --samples 0 --prior-images 0 -q",

@@ -1,6 +1,9 @@
 """ControlNets in pipelines: images equal diffusers', with negative controls; batches, edits, bad input."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +11,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from ldm.checkpoint.controlnet import save_controlnet
+from ldm.cli import main
 from ldm.control import edges
 from ldm.errors import LdmError
-from ldm.images import to_tensor
+from ldm.images import read_metadata, to_tensor
 from ldm.nn.controlnet import ControlNet
 from ldm.nn.unet import UNet
 from ldm.pipeline import Pipeline
+from ldm.render.drawing.runner import render
 from tests.conftest import build_tiny_model
 
 STEPS = {"num_inference_steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
@@ -243,3 +248,88 @@ def test_bad_controlnets_are_refused_when_the_pipeline_is_made(model, nets, tmp_
     save_controlnet(loud(UNet(other)), tmp_path / "other", torch.float32)
     with pytest.raises(LdmError, match="text of width 48, and the model tiny is text of width 32"):
         Pipeline("a cat", model, controlnet=tmp_path / "other")
+
+
+def test_a_model_may_bring_controls_of_its_own(model, tiny_folder, nets, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copytree(nets / "a", folder / "controlnets" / "edges")
+    drawing().save(tmp_path / "photo.png")
+    call = {"seed": 1, "control_image": f"edges:{tmp_path / 'photo.png'}", **STEPS}
+    (own,) = Pipeline("a cat", folder, controlnet="edges").generate(**call)
+    (named,) = Pipeline("a cat", tiny_folder, controlnet=nets / "a").generate(**call)
+    assert own.tobytes() == named.tobytes()
+
+
+# The command line, prompt files, replays
+
+
+@pytest.fixture
+def files(nets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawing().save("photo.png")
+    drawing(8).save("other.png")
+    return nets
+
+
+def test_the_command_and_its_replay(files, tiny_folder, capsys):
+    words = ["generate", "a cat", "--model", str(tiny_folder), "--steps", "4", "--seed", "1"]
+    control = ["--controlnet", str(files / "a"), "--control", "edges:photo.png:0.8", "--control-guidance-end", "0.8"]
+    assert main([*words, *control, "-o", "one.png"]) == 0
+    assert main(["generate", "--from", "one.png", "--model", str(tiny_folder), "-o", "again.png"]) == 0
+    assert main([*words, "-o", "plain.png"]) == 0
+    one, again, plain = (Image.open(f"{name}.png") for name in ("one", "again", "plain"))
+    assert one.tobytes() == again.tobytes() and apart(one, plain) > 5
+    assert "will differ" not in capsys.readouterr().err
+    said = read_metadata("one.png").ldm
+    assert said["controlnet_conditioning_scale"] == [0.8] and said["control_guidance_end"] == [0.8]
+    drawing(9).save("photo.png")
+    assert main(["generate", "--from", "one.png", "--model", str(tiny_folder), "-o", "third.png"]) == 0
+    assert "control_image is another image" in capsys.readouterr().err
+    for wrong in (
+        ["--control", "photo.png"],
+        [*control, "--control-image", "photo.png"],
+        ["--control", "edges:photo.png"],
+    ):
+        assert main([*words, *wrong]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_prompt_files_draw_the_same(files, tiny_folder):
+    lines = [
+        f"a cat --controlnet {files / 'a'} --control-image edges:photo.png --controlnet-conditioning-scale 0.8 --d 1",
+        {"prompt": "a cat", "controlnet": [str(files / "a"), str(files / "b")], "seed": 2, "guess_mode": True}
+        | {"control_image": ["photo.png", "edges:other.png"], "controlnet_conditioning_scale": [0.5, 1]},
+        "a dog --d 3",
+        f"a cat --controlnet {files / 'a'} --control-image other.png --d 4",
+    ]
+    Path("p.jsonl").write_text(
+        "\n".join(json.dumps(one if isinstance(one, dict) else {"text": one}) for one in lines[1:2])
+    )
+    Path("p.txt").write_text("\n".join(one for one in lines if isinstance(one, str)))
+    settings = {"model": str(tiny_folder), "num_inference_steps": 4}
+    drawn = [*render("p.txt", "out", **settings).paths, *render("p.jsonl", "more", **settings).paths]
+    assert len(drawn) == 4
+    draw = {"num_inference_steps": 4}
+    one = Pipeline("a cat", tiny_folder, controlnet=files / "a")
+    two = Pipeline("a cat", tiny_folder, controlnet=[files / "a", files / "b"])
+    expected = [
+        one.generate(seed=1, control_image="edges:photo.png", controlnet_conditioning_scale=0.8, **draw),
+        Pipeline("a dog", tiny_folder).generate(seed=3, **draw),
+        one.generate(seed=4, control_image="other.png", **draw),
+        two.generate(
+            seed=2,
+            control_image=["photo.png", "edges:other.png"],
+            controlnet_conditioning_scale=[0.5, 1],
+            guess_mode=True,
+            **draw,
+        ),
+    ]
+    for path, (image,) in zip(drawn, expected, strict=True):
+        assert Image.open(path).tobytes() == image.tobytes(), path
+    again = render(None, "again", sources=["out", "more"], model=str(tiny_folder)).paths
+    assert [Image.open(path).tobytes() for path in again] == [Image.open(path).tobytes() for path in drawn]
+    before = render("p.txt", "out", **settings).counts
+    assert before["finished_before"] == 3 and before["rendered"] == 0
+    drawing(9).save("other.png")  # another image is another job
+    assert render("p.txt", "out", **settings).counts["rendered"] == 1

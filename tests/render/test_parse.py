@@ -200,7 +200,8 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
     (tmp_path / "x.png").touch()
     values = {"size": "64x96", "sampler": "Euler", "spacing": "trailing", "negative_prompt": "no", "clip_skip": "1"}
     values |= dict.fromkeys(("image", "mask_image", "lora"), "x.png") | dict.fromkeys(("eta", "guidance_rescale"), "0")
-    values |= {"variation_strength": "0.3", "hires_strength": "0.3", "dtype": "bf16"}
+    values |= {"variation_strength": "0.3", "hires_strength": "0.3", "dtype": "bf16", "guess_mode": "true"}
+    values |= {"control_image": "x.png", "control": "edges:x.png:0.5"}
     value = values.get(name, {"strength": "0.8", "name": "cat", "model": "default"}.get(name, "3"))
     needs_image = name == "mask_image"
     rest = "" if name == "prompt" else "a cat "
@@ -215,7 +216,12 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
             assert entry.field == name and "needs an image" in str(entry.error)
         else:
             assert entry.error is None, entry.error
-            names = {"size": {"width", "height"}, "batch_size": {"num_images"}}.get(name, {name})
+            names = {
+                "size": {"width", "height"},
+                "batch_size": {"num_images"},
+                "control": set(SETTINGS["control"].sets),
+            }
+            names = names.get(name, {name})
             assert set(entry.settings) - {"prompt"} <= names
     assert results[0].settings == results[1].settings
 

@@ -186,7 +186,7 @@ def test_changes_replace_what_is_said(tmp_path):
         ("=5", "expected KEY=VALUE"),
         ("steps=0", "steps: 0 is outside"),
         ("sampler=eular", "did you mean 'euler'"),
-        ("controlnet_image=x.png", "ControlNet is not supported"),
+        ("cn=x.png", "say controlnet, control_image"),
     ],
 )
 def test_bad_changes_are_refused_before_anything_is_read(tmp_path, change, said):

@@ -20,7 +20,7 @@ from ldm.render.jobs.jobs import Job
 from ldm.render.jobs.resolve import Resolver, adapters_of, image_request
 from ldm.render.replay.replay import differences
 
-IN_MEMORY = 32  # init images
+IN_MEMORY = 32  # images that others are drawn from
 WARNINGS = 5  # remarks on prompts that are shown; all are in the manifest
 
 
@@ -46,7 +46,8 @@ class BatchRenderer:
         for window in windows(jobs):
             for group, members in groups(window, self._last):
                 self._last = group
-                size = IN_MEMORY if "image" in members[0].settings else len(members)
+                held = {"image", "control_image"} & members[0].settings.keys()
+                size = IN_MEMORY if held else len(members)
                 for start in range(0, len(members), size):
                     self._draw_group(group, members[start : start + size])
 

@@ -15,7 +15,9 @@ from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
+from ldm.pipeline.control import Controls, check_controls, listed_nets
 from ldm.pipeline.engine import Engine
+from ldm.pipeline.keywords import CONTROL_WORDS
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
@@ -23,7 +25,7 @@ from ldm.render.jobs.loaded_models import name_of_loaded
 from ldm.render.prompts.setting_table import IMAGE, SETTINGS, of_scope
 
 INITIAL = ("image", "mask_image", "outpaint")  # where an image begins; the size may come from it
-OF_IMAGE = of_scope(IMAGE) - set(INITIAL) | {"lora"}  # resolved by themselves, image by image
+OF_IMAGE = of_scope(IMAGE) - {*INITIAL, "control_image"} | {"lora"}  # resolved by themselves, image by image
 OF_MODEL = ("model", "vae", "dtype")
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
 
@@ -43,8 +45,8 @@ class Resolver:
     def __init__(self, lora_dir: str | os.PathLike | None = None, loaded: Model | None = None, **engine: Any):
         self._lora_dir, self._options = lora_dir, engine
         self._default, self._loaded = ("default", None) if loaded is None else name_of_loaded(loaded)
-        self._models: dict[tuple[str, str | None, str], tuple[Engine, ModelInfo] | LdmError] = {}
-        self._shared: dict[tuple, tuple[dict[str, Any], Sources | None]] = {}
+        self._models: dict[tuple, tuple[Engine, ModelInfo] | LdmError] = {}
+        self._shared: dict[tuple, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._fitting: dict[tuple, LdmError | None] = {}
         self._warned: set[str] = set()
         self._hash = functools.lru_cache(REMEMBERED)(hash_of)
@@ -62,7 +64,7 @@ class Resolver:
         prompt, adapters = self._prompt(asked)
         negative = asked.get("negative_prompt", "")
         Prompt.parse(negative or "", where="negative_prompt")
-        shared, sources = self._remembered(
+        shared, digests = self._remembered(
             {name: value for name, value in asked.items() if name not in OF_IMAGE}, adapters
         )
         engine, info = self.model(shared)
@@ -81,7 +83,9 @@ class Resolver:
         }
         if info.few is not None:
             self._warn(info.few.remarks(asked))
-        hashes: dict[str, Any] = {"model": info.hash, **_digests(sources)}
+        hashes: dict[str, Any] = {"model": info.hash, **digests}
+        if engine.controlnets is not None:
+            hashes["controlnet"] = [one["hash"] for one in engine.controlnets.metadata]
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
@@ -95,10 +99,11 @@ class Resolver:
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
+        key += (listed_nets(settings.get("controlnet")),)
         return _once(self._models, key, lambda: self._engine(*key))
 
-    def _engine(self, model: str, vae: str | None, dtype: str) -> tuple[Engine, ModelInfo]:
-        options = {"vae": vae, "dtype": dtype, **self._options}
+    def _engine(self, model: str, vae: str | None, dtype: str, controlnet: tuple) -> tuple[Engine, ModelInfo]:
+        options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
         if self._loaded is not None and model == self._default:
             return Engine(self._loaded, **options), describe(self._loaded)
         return Engine(model, **options), describe(model, vae, self._options.get("prediction_type"), hashed=True)
@@ -107,7 +112,7 @@ class Resolver:
         """The engine of a job's settings, and what it shares with all jobs that may be in its batch."""
         engine, info = self.model(settings)
         sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
-        return engine, resolve(settings, info, sources)
+        return engine, resolve(settings, info, sources, controls=_controls(settings))
 
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
         """(the prompt without its tags, its LoRAs: the line's or the command's, then those of tags)."""
@@ -130,9 +135,9 @@ class Resolver:
 
     def _remembered(
         self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
-    ) -> tuple[dict[str, Any], Sources | None]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """`_resolved`, once for all lines that ask for the same; images are read each time."""
-        if asked.get("image") is not None:
+        if any(asked.get(name) is not None for name in ("image", "control_image")):
             return self._resolved(asked, adapters)
         key = (adapters, *sorted((name, _hashable(value)) for name, value in asked.items()))
         if key not in self._shared:
@@ -143,17 +148,23 @@ class Resolver:
 
     def _resolved(
         self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
-    ) -> tuple[dict[str, Any], Sources | None]:
-        """(the settings of a job that its batch may share, with every default of the model; its initial image)."""
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the settings of a job that its batch may share, with every default of the model; digests of its images)."""
         given = {"model": self._default, **{name: value for name, value in asked.items() if value is not None}}
         if unknown := given.keys() - SETTINGS.keys():
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
         sources = check_sources(given, 1, 1)
         info = self.model(given)[1]
-        settings = resolve(given, with_few_steps(info, (adapters,)) if adapters else info, sources)
-        of_model = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
-        initial = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
-        return {**of_model, **changed_settings(settings), **initial}, sources
+        controls = _controls(given)
+        settings = resolve(given, with_few_steps(info, (adapters,)) if adapters else info, sources, controls=controls)
+        of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
+        initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
+        digests = _digests(sources)
+        if controls is not None:
+            of_model["controlnet"] = [str(name) for name in listed_nets(given["controlnet"])]
+            initial["control_image"] = [str(name) for name in listed_nets(given["control_image"])]
+            digests["control_image"] = [image.sha256 for image in controls.each[0]]
+        return {**of_model, **changed_settings(settings), **initial}, digests
 
 
 def changed_settings(settings: Settings) -> dict[str, Any]:
@@ -178,12 +189,21 @@ def image_request(settings: Mapping[str, Any]) -> ImageRequest:
     if "image" in settings:
         sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
         (request["source"],) = sources.fitted(settings["height"], settings["width"])
+    if (controls := _controls(settings)) is not None:
+        (request["controls"],) = controls.each
     return ImageRequest(**request)
 
 
 def adapters_of(settings: Mapping[str, Any]) -> tuple[Adapter, ...]:
     """The LoRAs of a job's settings."""
     return tuple(Adapter(Path(path), *weights) for path, *weights in settings.get("lora", ()))
+
+
+def _controls(settings: Mapping[str, Any]) -> Controls | None:
+    """The control images of a line or a job, which is one image."""
+    if all(settings.get(name) is None for name in ("controlnet", *CONTROL_WORDS)):
+        return None
+    return check_controls(settings, 1, 1)
 
 
 def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:

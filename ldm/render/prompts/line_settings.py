@@ -18,6 +18,7 @@ from ldm.render.prompts import values
 from ldm.render.prompts.setting_table import SETTINGS
 from ldm.render.prompts.words import ANY, FILE_WORDS, REFUSED
 
+ADDED = ("lora", "controlnet", "control_image", "controlnet_conditioning_scale")  # of which a line may have several
 PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 PARSED = {name for name, setting in SETTINGS.items() if setting.parser is not None}
 WORDS: dict[str, str] = {word: name for word, name in ALIASES.items() if name in PARSED and word not in PYTHON_ONLY}
@@ -69,7 +70,7 @@ def parse_settings(pairs: Iterable[tuple[str, Any]], folder: Path) -> dict[str, 
         for target, item in zip(targets, value) if targets else ((name, value),):
             if target == "spacing" and item is None:  # "Automatic", or a label without one
                 continue
-            if target == "lora":
+            if target in ADDED:
                 item = settings.get(target, ()) + item
             elif target in settings and settings[target] != item:
                 what = f"{words[target]} and {given} are the same setting, and both are given"

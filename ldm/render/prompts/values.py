@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
+from ldm.control import ALIASES, KINDS
 from ldm.device import check_dtype
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError
@@ -135,6 +136,49 @@ def loras(value: Any, word: str, folder: Path) -> tuple[tuple, ...]:
         pairs.append((path(file, word, folder), *map(float, parsed)))
     require(len(pairs) > 0, "the list is empty", word)
     return tuple(pairs)
+
+
+def control_images(value: Any, word: str, folder: Path) -> tuple[str, ...]:
+    """(FILE or KIND:FILE, …) from one or a list, as generate takes them."""
+    found = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        kind, colon, tail = item.partition(":") if isinstance(item, str) else ("", "", "")
+        made = bool(colon) and kind in (*KINDS, *ALIASES)
+        found.append(f"{kind}:{path(tail, word, folder)}" if made else path(item, word, folder))
+    return tuple(found)
+
+
+def control(value: Any, word: str, folder: Path) -> tuple[tuple[Any, ...], ...]:
+    """(controlnet, control_image, controlnet_conditioning_scale) from KIND:FILE or KIND:FILE:WEIGHT."""
+    kind, _, tail = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in (*KINDS, *ALIASES) or not tail:
+        hint = f"KIND:FILE or KIND:FILE:WEIGHT; kinds: {', '.join(KINDS)}"
+        raise ConfigError(f"expected such as edges:photo.png:0.8, got {value!r:.80}", where=word, hint=hint)
+    file, _, weight = tail.rpartition(":")
+    scale = number(weight)
+    if not file or not isinstance(scale, (int, float)):
+        file, scale = tail, 1.0
+    image = control_images(f"{kind}:{file}", word, folder)
+    return (ALIASES.get(kind, kind),), image, (factor(scale, word, folder),)
+
+
+def controlnets(value: Any, word: str, folder: Path) -> tuple[str, ...]:
+    """ControlNets, one or a list, each as `model`."""
+    return tuple(model(item, word, folder) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def numbers(value: Any, word: str, folder: Path) -> tuple[float, ...]:
+    """Numbers from 0 up, from 0.8, "0.8,0.5" or a list."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return tuple(factor(part, word, folder) for part in parts)
+
+
+def switch(value: Any, word: str, _folder: Path) -> bool:
+    """True or False, from any spelling; a word without a value is true."""
+    known = {"true": True, "": True, "false": False}
+    found = known.get(value.strip().lower(), value) if isinstance(value, str) else value
+    require(isinstance(found, bool), f"expected true or false, got {value!r:.80}", word)
+    return found
 
 
 def model(value: Any, word: str, folder: Path) -> str:

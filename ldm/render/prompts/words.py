@@ -20,11 +20,11 @@ FILE_WORDS = {
     "f": "name",
     "filename": "name",
     "file_name": "name",
+    "controlnet_image": "control_image",
     "sd_model": "model",
     "images_per_prompt": "num_images",
 }
 _ELSEWHERE = "belongs to the command line, not to a line"
-_NO_CONTROL = "ControlNet is not supported"
 ANY = object()
 # Known in other tools' files and refused: word -> (values that change nothing, what to tell whoever gives another).
 REFUSED: dict[str, tuple[tuple, str]] = {
@@ -42,8 +42,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "g": ((), "the guidance of distilled models is not supported; l is the guidance scale"),
     "nl": ((), "a second guidance scale for the negative prompt is not supported"),
     "am": ((), "say lora with weights instead of network multipliers"),
-    "cn": ((), _NO_CONTROL),
-    "controlnet_image": ((), _NO_CONTROL),
+    "cn": ((), "say controlnet, control_image and controlnet_conditioning_scale"),
     "ow": ((), "XL's original size is the image's own"),
     "oh": ((), "XL's original size is the image's own"),
     "ct": ((0,), "XL's crop is not supported"),

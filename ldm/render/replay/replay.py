@@ -37,6 +37,7 @@ LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # What our metadata holds beside settings: `differences` compares it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
+COMPARED = {**DIGESTS, "control_image": "control_sha256"}
 REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "inexact", "job")
 SHOWN = 5  # notes on what is not repeated
 
@@ -206,7 +207,7 @@ def _of_image(path: Path, changes: Changes) -> tuple[dict, list[str], dict]:
 def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) -> tuple[dict, list[str], dict]:
     """(settings, notes, source) of an `ldm` chunk or of a manifest's settings; paths are looked up from `folder`."""
     settings, notes = {}, []
-    compared = (*OF_THE_MODEL, *OF_THE_MACHINE, *DIGESTS.values())
+    compared = (*OF_THE_MODEL, *OF_THE_MACHINE, *COMPARED.values())
     source = {name: metadata[name] for name in compared if metadata.get(name) is not None}
     no_settings = {*compared, *REMARKS} - {"lora"}
     for name, value in metadata.items():
@@ -216,7 +217,7 @@ def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) ->
             settings[name] = None  # with XL other than ""
         elif name == "latents" and value is not None:
             raise DataError("was drawn from given latents, which are not in the file", where=name)
-        elif name in DIGESTS and value == "given":
+        elif name in COMPARED and "given" in (value if isinstance(value, list) else [value]):
             hint = f"--set {name}=FILE"
             raise DataError("was drawn from an image that has no file", where=name, hint=hint)
         elif value is not None:
@@ -241,6 +242,8 @@ def _as_in_lines(name: str, value: Any) -> Any:
     """A recorded value as prompt lines have it."""
     if name == "clip_skip" and isinstance(value, int):
         return value + 1  # lines count as A1111 does
+    if name == "controlnet" and isinstance(value, (list, tuple)):
+        return [item.get("path") if isinstance(item, Mapping) else item for item in value]
     if name == "lora" and isinstance(value, (list, tuple)):
         return [_lora_in_lines(item) if isinstance(item, Mapping) else item for item in value]
     return value
@@ -290,7 +293,7 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
         unknown = f"{source['model']!r:.80}, of unknown hash"
         lines.append(f"the image was drawn by {unknown}; this model is {metadata['model']}")
     lines += _other_loras(source.get("lora"), metadata.get("lora") or ())
-    for word, name in DIGESTS.items():
+    for word, name in COMPARED.items():
         if name in source and name in metadata and source[name] != metadata[name]:
             lines.append(f"{word} is another image than the one that was drawn from: it will differ")
     for name in OF_THE_MACHINE:
