@@ -146,8 +146,8 @@ CONV_IN = ("input_blocks.0.0.weight", "conv_in.weight")  # of the original code,
 WHOLE = ("model.diffusion_model.", "unet.", "")  # what stands before the U-Net's names
 OTHERS = {  # a part of a name -> what has such names and is none of these
     "lora": "a LoRA, which goes with a model (--lora)",
-    "control_model.": "a ControlNet, which is not supported",
-    "controlnet_cond_embedding.": "a ControlNet, which is not supported",
+    "control_model.": "a ControlNet, which goes with a model (--controlnet)",
+    "controlnet_cond_embedding.": "a ControlNet, which goes with a model (--controlnet)",
     "joint_blocks.": "a single file of Stable Diffusion 3, which is not supported (its diffusers folder is)",
     "double_blocks.": "a single file of FLUX, which is not supported (its diffusers folder is)",
     "emb_params": "a textual inversion, which is not supported",

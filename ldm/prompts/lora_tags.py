@@ -22,7 +22,7 @@ REFUSED = {  # other networks that A1111 and its relatives write as tags
     "lycoris": "write <lora:name:0.8>",
     "loha": "LoHa is not supported",
     "lokr": "LoKr is not supported",
-    "controlnet": "ControlNet is not supported",
+    "controlnet": "give controlnet and control_image (--controlnet, --control-image)",
     "segment": "segments are not supported",
     "wildcard": "write __name__ in a prompt file",
     "random": "write {a|b} in a prompt file",
