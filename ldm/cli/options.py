@@ -95,6 +95,7 @@ INT, FLOAT, INTERVAL, ENDS = {"type": int}, {"type": float}, {"type": float, "na
 PRESETS = ", ".join(f"{name} ({low:g} {high:g})" for name, (low, high) in STEP_INTERVALS.items())
 PRESETS += ", ".join(f", {name} (sigmas {low:g} {high:g})" for name, (low, high) in SIGMA_INTERVALS.items())
 SWITCH, AUTO = {"action": "store_true"}, {"default": "auto"}
+BLOCKS = {"action": "store_const", "const": "blocks", "dest": "offload"}
 SHIPPED = {"default": "default"}
 # How an image is drawn
 DRAWING = [
@@ -159,12 +160,13 @@ MODEL = [
     Option("device", "NAME", "auto, cpu, cuda, mps", AUTO),
     Option("dtype", "NAME", "auto, fp32, bf16, fp16", AUTO),
     Option("offload", None, "keep parts in main memory, on the GPU only while they work", SWITCH),
-    Option("attention", "NAME", "of the U-Net: auto, sdpa, chunked, xformers", AUTO),
+    Option("offload_blocks", None, "the blocks of SD3 and FLUX too, one at a time", BLOCKS),
+    Option("attention", "NAME", "of the network: auto, sdpa, chunked, xformers", AUTO),
 ]
 # The keywords of generate and of Pipeline that these set
 NO_KEYWORDS = ("negative_prompt", "help_samplers", "guidance_preset")  # Pipeline's, or of the command line alone
 SAMPLING = tuple(one.name for one in DRAWING if one.name not in NO_KEYWORDS)
-OF_MODEL = tuple(one.name for one in MODEL)
+OF_MODEL = tuple(one.name for one in MODEL if "dest" not in (one.more or {}))
 OF_CONTROL = tuple(one.name for one in CONTROL if one.name not in ("control", "controlnet"))
 
 
@@ -195,4 +197,4 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
         for name, metavar, text, more in options:
             names = names_of(name) if options is not MODEL else [f"--{name.replace('_', '-')}"]
             shown = {} if metavar is None else {"metavar": metavar}
-            group.add_argument(*names, dest=name, help=text, **shown, **(more or {}))
+            group.add_argument(*names, help=text, **{"dest": name, **shown, **(more or {})})

@@ -235,6 +235,7 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.lend: Callable | None = None  # gives each block for its work, as a context (see nn/offload.py)
         width, patch, last = config.width, config.patch_size, config.num_layers - 1
         if config.is_flux:
             self.x_embedder = Linear(config.in_channels * patch**2, width)
@@ -318,6 +319,9 @@ class MMDiT(nn.Module):
         return h.flatten(4).flatten(2, 3)  # of (B, C_out, rows, p, columns, p)
 
     def _run(self, block: Callable, *args):
+        if self.lend is not None:
+            with self.lend(block) as lent:
+                return lent(*args)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

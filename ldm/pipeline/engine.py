@@ -54,7 +54,7 @@ class Engine:
         prediction_type: str | None = None,
         device: Any = "auto",
         dtype: Any = "auto",
-        offload: bool = False,
+        offload: bool | str = False,
         attention: str = "auto",
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
@@ -66,6 +66,9 @@ class Engine:
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
         self.info = describe(model, vae, prediction_type)
+        if offload == "blocks" and self.info.transformer is None:
+            what = "blocks of a U-Net cannot be lent one at a time"
+            raise ConfigError(what, where="offload", hint="use offload without blocks")
         for line in self.info.notes:
             console.say(line)
         for line in self.info.doubts:
@@ -266,7 +269,7 @@ def out_of_memory(settings: Settings, batch: int) -> Iterator[None]:
     raise ResourceError(f"out of memory at {batch} x {settings.width}x{settings.height}", hint=hint)
 
 
-def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.device, torch.dtype]:
+def _place(model: Any, device: Any, dtype: Any, offload: bool | str) -> tuple[torch.device, torch.dtype]:
     """The device and dtype to use; those of a model that is loaded already (its dtype alone where parts are lent)."""
     picked = pick_device(str(device))  # torch's own objects are taken too
     picked_dtype = pick_dtype(dtype, picked)
@@ -276,7 +279,7 @@ def _place(model: Any, device: Any, dtype: Any, offload: bool) -> tuple[torch.de
 
 
 def _place_of_loaded(
-    model: Any, device: Any, dtype: Any, offload: bool, picked: torch.device, picked_dtype: torch.dtype
+    model: Any, device: Any, dtype: Any, offload: bool | str, picked: torch.device, picked_dtype: torch.dtype
 ) -> tuple[torch.device, torch.dtype]:
     if not isinstance(model, Model):
         raise ConfigError(f"expected a name, a path or a loaded model, got {type(model).__name__}", where="model")

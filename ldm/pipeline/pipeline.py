@@ -50,7 +50,8 @@ class Pipeline:
                      comes with (edges)
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
-    offload          whether parts are kept in main memory, and on the device only while they work
+    offload          whether parts are kept in main memory, and on the device only while they work; "blocks": a flow
+                     transformer's blocks too, one at a time, for models that are larger than the device's memory
     attention        of the network: auto, or sdpa, chunked, xformers
     fast             whether the default model draws in few steps, with its shipped few-step LoRA and its settings
     diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
@@ -75,7 +76,7 @@ class Pipeline:
         prediction_type: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        offload: bool = False,
+        offload: bool | str = False,
         attention: str = "auto",
         fast: bool = False,
         **other: Any,

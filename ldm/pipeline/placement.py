@@ -18,10 +18,14 @@ from ldm.nn.vae import VAE
 
 
 class Placement:
-    """`device` is where parts work; with `offload` they are kept in main memory and go there one at a time."""
+    """`device` is where parts work; with `offload` they are kept in main memory and go there one at a time.
+
+    With "blocks" the blocks of a flow transformer too. Raises ConfigError for another value.
+    """
 
     def __init__(self, device: torch.device, offload: Any, attention: Any):
-        require(isinstance(offload, bool), f"expected True or False, got {offload!r:.80}", "offload")
+        known = isinstance(offload, bool) or offload == "blocks"
+        require(known, f'expected True, False or "blocks", got {offload!r:.80}', "offload")
         self.device, self.offload, self.attention = device, offload, check_backend(attention, device)
         self._last: tuple[Model, Model] | None = None
         if offload and device.type == "cpu":
@@ -50,5 +54,5 @@ class Placement:
         """
         half = isinstance(part, VAE) and self.device.type != "cpu" and part.dtype.itemsize == 2
         if half or self.offload:
-            return at_work(part, self.device, torch.float32 if half else None)
+            return at_work(part, self.device, torch.float32 if half else None, self.offload == "blocks")
         return nullcontext(part)

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 
 from ldm.checkpoint import load_model
 from ldm.errors import ConfigError, ModelError
+from ldm.nn import offload
 from ldm.nn.offload import at_work
 from ldm.nn.unet import Attention
 from ldm.pipeline import Pipeline
 from ldm.pipeline.placement import Placement
+from tests.flow_models import build
 
 FAST = {"num_inference_steps": 3, "sampler": "euler", "seed": 7}
 META = torch.device("meta")  # a device that is no place: what is lent there is seen by where its weights are
@@ -144,7 +147,7 @@ def test_the_chosen_attention_is_what_runs(tiny_folder, monkeypatch):
     [
         ({"attention": "chunkd"}, ConfigError, "did you mean 'chunked'"),
         ({"attention": None}, ConfigError, "unknown attention None"),
-        ({"offload": "yes"}, ConfigError, "offload: expected True or False"),
+        ({"offload": "yes"}, ConfigError, "offload: expected True, False or"),
         ({"attention": "xformers", "device": "cpu"}, ModelError, "xformers"),
     ],
 )
@@ -191,3 +194,44 @@ def test_attention_on_a_gpu_draws_the_same(name, tiny_folder):
         for one in ("auto", name)
     ]
     assert np.abs(pixels(images[0]) - pixels(images[1])).max() <= 2
+
+
+class Watched(offload.BlockLender):
+    """A lender that sees whether what it lent before is gone."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.lent = []
+
+    @contextmanager
+    def __call__(self, block):
+        assert all(earlier() is None for earlier in self.lent)
+        with super().__call__(block) as there:
+            self.lent.append(weakref.ref(there))
+            yield there
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux_dev"])
+def test_blocks_are_lent_one_at_a_time_and_the_image_stays(kind, tmp_path, monkeypatch):
+    build(kind).save_pretrained(tmp_path / kind)
+    lenders = []
+    monkeypatch.setattr(offload, "BlockLender", lambda device: lenders.append(Watched(device)) or lenders[-1])
+    size = {"num_inference_steps": 2, "seed": 1, "height": 64, "width": 64}
+    plain, blocks = (
+        Pipeline("a red cat", tmp_path / kind, device="cpu", dtype="fp32", offload=how).generate(**size)
+        for how in (False, "blocks")
+    )
+    assert blocks[0].tobytes() == plain[0].tobytes() and blocks.metadata[0]["offload"] == "blocks"
+    unet = load_model(tmp_path / kind, "cpu", "fp32").unet
+    every = [*unet.transformer_blocks, *unet.single_transformer_blocks]
+    sizes = [sum(tensor.nbytes for tensor in tensors(block)) for block in every]
+    (lender,) = lenders
+    assert max(sizes) <= lender.most <= 1.2 * max(sizes) and lender.placed == 0
+    assert len(lender.lent) == size["num_inference_steps"] * len(every)
+    lent = offload.with_lent_blocks(unet, META)
+    for name, child in lent.named_children():
+        expected = torch.device("cpu") if isinstance(child, torch.nn.ModuleList) else META
+        assert {t.device for t in tensors(child)} <= {expected}, name
+    assert all(t.device.type == "cpu" for t in tensors(unet)) and unet.lend is None
+    with pytest.raises(ConfigError, match="offload: blocks of a U-Net"):
+        Pipeline("a cat", device="cpu", offload="blocks")
