@@ -26,6 +26,7 @@ from ldm.errors import ConfigError, LdmError, ModelError
 from ldm.files import atomic_folder, atomic_write, check_manifest, require_space, sha256, write_manifest
 from ldm.nn.batch_invariant import layout
 from ldm.nn.controlnet import ControlNet, ControlNetConfig, load_controlnet
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import check_keys, on_meta
 
@@ -189,7 +190,9 @@ def _hint(shapes: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _check_width(width: int, info: ModelInfo, path: Path) -> None:
-    wanted = info.unet.cross_attention_dim
+    if isinstance(info.unet, MMDiTConfig):
+        raise ModelError(f"goes with a U-Net, and the model {info.name} is a flow transformer", where=path)
+    wanted = info.unet.text_width
     if width != wanted:
         kinds = [f"{TITLES[n]} (text of width {n})" if n in TITLES else f"text of width {n}" for n in (width, wanted)]
         raise ModelError(f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}", where=path)
