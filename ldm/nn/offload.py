@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -57,7 +57,8 @@ def at_work(part: Part, device: torch.device, dtype: torch.dtype | None = None, 
     What is lent is a copy whose weights are freed afterwards. The part stays as it is, so that others may use it at
     the same time, and nothing has to be brought back.
     """
-    yield with_lent_blocks(part, device) if blocks and isinstance(part, MMDiT) else moved(part, device, dtype)
+    lent: Any = with_lent_blocks(part, device) if blocks and isinstance(part, MMDiT) else moved(part, device, dtype)
+    yield lent
 
 
 def moved(part: Part, device: torch.device, dtype: torch.dtype | None = None) -> Part:
