@@ -252,7 +252,7 @@ def test_mutants_with_a_manifest_are_all_refused_and_without_one_sound_or_one_li
         theirs = load(mutant)  # what is taken here, the library takes too, and reads the same
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name].to(tensor.dtype)) for name, tensor in ours.items()), kind
-        fits = ours.keys() == original.keys() and all(t.shape == original[n].shape for n, t in ours.items())
+        fits = all(name in ours and ours[name].shape == t.shape for name, t in original.items())  # more is told
         if not fits or number % 20 == 0:
             line = outcome(whole, without)[1]
             assert (line is None) == (fits and all(t.is_floating_point() for t in theirs.values())), (kind, line)

@@ -125,7 +125,7 @@ def test_conditioning_slices_joins_and_moves():
     assert torch.equal(both[1:].states, torch.cat([a.states[1:], b.states]))
     assert torch.equal(both[[2, 2]].pooled, b.pooled.repeat(2, 1))
     assert both[0].states.shape == (1, 3, 4)
-    masked = Conditioning(a.states, None, torch.ones(2, 3, dtype=torch.bool)).to(dtype=torch.bfloat16)
+    masked = Conditioning(a.states, None, torch.ones(2, 3, dtype=torch.bool)).to("cpu", torch.bfloat16)
     assert masked.states.dtype == torch.bfloat16 and masked.mask.dtype == torch.bool
 
 

@@ -154,7 +154,7 @@ def test_the_card_says_which_layers_diffusers_does_not_find_in_kohya_s_file(caps
 
 
 def test_training_from_nothing_takes_the_advice_of_a_refusal(tmp_path):
-    from ldm.training.command import _open_images
+    from ldm.training.command import open_images
     from ldm.training.settings import read_settings
 
     data = pictures(tmp_path / "data" / "10_a", 8).parent
@@ -162,7 +162,7 @@ def test_training_from_nothing_takes_the_advice_of_a_refusal(tmp_path):
 
     def opened(*given):
         base = ["vae=a", "text=b", f"data.folder={data}", "data.resolution=32"]
-        return _open_images(read_settings("emoji/unet", [*base, *given]), tmp_path / "run")
+        return open_images(read_settings("emoji/unet", [*base, *given]), tmp_path / "run")
 
     with pytest.raises(DataError, match=r"1 of 9 cannot be used") as error:
         opened()

@@ -14,7 +14,7 @@ from ldm import files
 from ldm.cli import main
 from ldm.data.cache.prepared import PartWriter, Row, list_shards, read_info, read_shard
 from ldm.data.cache.sequence import ShardSequence
-from ldm.device import pick_device
+from ldm.device import fast_bf16, pick_device
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, ResourceError
 from ldm.training import cache, finetune, train
 from ldm.training.checkpoints import state
@@ -84,7 +84,8 @@ def test_every_image_comes_once_an_epoch_with_its_own_latents_and_embedding(made
         bucket = bucket_of(size, FinetuneData(folder="x", resolution=32).buckets)
         (view,) = fixed_views(size, bucket, FinetuneData(folder="x").transform)
         mean, std = encoders.encode(to_float(pixels(image.convert("RGB"), view))[None])
-    assert torch.allclose(rows.mean[0], mean[0], atol=1e-4) and torch.allclose(rows.std[0], std[0], atol=1e-4)
+    close = 0.02 if fast_bf16(pick_device("cpu")) else 1e-4  # `ldm data cache` encodes in bf16 where that is faster
+    assert torch.allclose(rows.mean[0], mean[0], atol=close) and torch.allclose(rows.std[0], std[0], atol=close)
     expected = encoders.text.encode(batch.captions).states
     assert torch.allclose(batch.cond.states, expected, atol=1e-5)
 

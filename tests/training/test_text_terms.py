@@ -13,7 +13,7 @@ from ldm.errors import ConfigError
 from ldm.nn.readers import WEIGHTS, order_margin, reading_loss
 from ldm.training import train
 from ldm.training.checkpoints.reading import read_tensors
-from ldm.training.command import _open_images
+from ldm.training.command import open_images
 from ldm.training.settings import read_settings
 from ldm.training.stages.text import Text
 from tests.training.conftest import threads
@@ -50,7 +50,7 @@ def config(parts, tmp_path):
 
 
 def opened(settings, out):
-    return Text(settings, out, _open_images(settings, out))
+    return Text(settings, out, open_images(settings, out))
 
 
 def test_a_tower_that_names_things_goes_on_from_another_and_resumes_to_the_bit(parts, config, tmp_path):
