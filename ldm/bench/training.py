@@ -122,13 +122,16 @@ def write_cache(case: Case, count: int) -> int:
     info = {"format": FORMAT, "source": "random numbers", "images": count, "resolution": s.data.resolution}
     info |= {"vae": s.vae, "vae_hash": vae.fingerprint, "embeddings": True, "text_hash": text.fingerprints}
     (root / INFO).write_text(json.dumps(info))
-    draw, tokens = torch.Generator().manual_seed(0), text.load().encode(["a cat"]).states.shape[1]
+    draw, real = torch.Generator().manual_seed(0), text.load().encode(["a cat"])
     kind, sizes = torch.bfloat16, (s.data.resolution,) * 2
     with PartWriter(root / "part-1-of-1") as writer:
         for i in range(count):
             mean = torch.randn(unet.in_channels, side, side, generator=draw).to(kind)
-            states = torch.randn(1, tokens, unet.cross_attention_dim, generator=draw).to(kind)
-            texts = {"states": states, "mask": torch.ones(1, tokens, dtype=torch.bool)}
+            texts = {"states": torch.randn(real.states.shape, generator=draw).to(kind)}
+            if real.pooled is not None:  # as of a real caption: a dropped one has them too
+                texts["pooled"] = torch.randn(real.pooled.shape, generator=draw).to(kind)
+            if real.mask is not None:
+                texts["mask"] = torch.ones_like(real.mask)
             writer.put(Row(i, str(i), (f"image {i}",), (*sizes, 0, 0, *sizes), mean, mean.abs() / 10, texts))
         writer.flush()
     with torch.device("meta"):
