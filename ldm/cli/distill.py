@@ -18,9 +18,9 @@ continues exactly there.
 from __future__ import annotations
 
 import argparse
-import os
 
 from ldm import console
+from ldm.cli.overrides import sorted_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ldm.training import distill
 
-    model, overrides, resume = args.model, list(args.overrides), args.resume
-    if model is not None and "=" in model and not os.path.exists(model):  # no MODEL: this is the first KEY=VALUE
-        model, overrides = None, [model, *overrides]
-    if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
-        overrides, resume = [*overrides, resume], "latest"
+    model, overrides, resume = sorted_out(args.model, args.overrides, args.resume)
     options = {"config": args.config, "resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
     made = distill(model, args.output, overrides=overrides, **options)
     if console.level >= 0 and not args.dry_run:

@@ -20,10 +20,10 @@ KEY=VALUE gives any setting. The options of diffusers' and kohya's training scri
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from ldm import console
+from ldm.cli.overrides import sorted_out
 from ldm.errors import ConfigError
 from ldm.training.finetuning.options import (
     ALIASES,
@@ -91,11 +91,7 @@ def _add(parser: Any, name: str, value: str | None, text: str, **more: Any) -> N
 def run(args: argparse.Namespace) -> int:
     from ldm.training import finetune
 
-    data, overrides, resume = args.data, list(args.overrides), args.resume
-    if data is not None and "=" in data and not os.path.exists(data):  # no DATA: this is the first KEY=VALUE
-        data, overrides = None, [data, *overrides]
-    if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
-        overrides, resume = [*overrides, resume], "latest"
+    data, overrides, resume = sorted_out(args.data, args.overrides, args.resume)
     options = {"config": args.config, "resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
     done = finetune(data, args.output, overrides=overrides, **options, **given_options(args))
     if console.level >= 0 and not args.dry_run:

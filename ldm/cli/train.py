@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 
 from ldm import console
+from ldm.cli.overrides import sorted_out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ldm.training import train
 
-    overrides, resume = list(args.overrides), args.resume
-    if resume is not None and "=" in resume:  # `--resume steps=9`: the value belongs to the settings
-        overrides, resume = [*overrides, resume], "latest"
+    _, overrides, resume = sorted_out(None, args.overrides, args.resume)
     options = {"resume": resume, "allow_changed": args.allow_changed, "dry_run": args.dry_run}
     model = train(args.config, args.output, overrides, **options)
     if console.level >= 0 and not args.dry_run:

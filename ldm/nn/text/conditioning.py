@@ -107,6 +107,34 @@ class OneNetwork:
         return self
 
 
+class SeveralNetworks:
+    """A text encoder that puts several together; the first gives dtype and device."""
+
+    @property
+    def encoders(self) -> tuple[OneNetwork, ...]:
+        """Its encoders, in their order."""
+        raise NotImplementedError
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Every network that they own, in their order."""
+        return tuple(module for encoder in self.encoders for module in encoder.modules)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoders[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoders[0].device
+
+    def to(self, *args, **kwargs) -> Self:
+        """Moves the weights, as Module.to does; returns itself."""
+        for encoder in self.encoders:
+            encoder.to(*args, **kwargs)
+        return self
+
+
 def check_skip(clip_skip: int, layers: int) -> None:
     """Raise ConfigError where no layer would be left of so many."""
     if not 0 <= clip_skip < layers:

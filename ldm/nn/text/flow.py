@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import ModelError
 from ldm.nn.text.clip import ClipText
-from ldm.nn.text.conditioning import Conditioning, one_by_one
+from ldm.nn.text.conditioning import Conditioning, SeveralNetworks, one_by_one
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from ldm.nn.text.t5 import T5Text
 
 SD3_TOKENS, DEV_TOKENS, SCHNELL_TOKENS = 256, 512, 256  # that T5 reads, in SD3 and both kinds of FLUX.1
 
 
-class FlowText:
+class FlowText(SeveralNetworks):
     """States (B, S, D) and pooled text (B, P) for a flow transformer; there is no mask, as these models were trained.
 
     SD3, with two encoders of CLIP: their states of the last layer but one side by side, with zeros up to D, and T5's
@@ -61,27 +59,9 @@ class FlowText:
         return self.clips if self.t5 is None else (*self.clips, self.t5)
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        return tuple(encoder.model for encoder in self.encoders)
-
-    @property
     def clip_layers(self) -> tuple[int, ...]:
         """How many layers each of SD3's CLIP encoders has; () for FLUX, which reads states of T5 alone."""
         return () if self.is_flux else tuple(layers for clip in self.clips for layers in clip.clip_layers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.first.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
-
-    def to(self, *args, **kwargs) -> Self:
-        """Moves the weights, as Module.to does; returns itself."""
-        for encoder in self.encoders:
-            encoder.to(*args, **kwargs)
-        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from ldm.errors import ModelError
 from ldm.nn.text.clip import ClipText
-from ldm.nn.text.conditioning import Conditioning, one_by_one
+from ldm.nn.text.conditioning import Conditioning, SeveralNetworks, one_by_one
 from ldm.nn.text.open_clip import OpenClipText
 
 
-class XLText:
+class XLText(SeveralNetworks):
     """States of both encoders' last layer but one, without the final norm; pooled is the second's projected text.
 
     Raises ModelError where the second does not project, or the two do not take equally many tokens.
@@ -33,28 +32,13 @@ class XLText:
             raise ModelError("the second text encoder has no projection, and pooled text is made of it")
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Both networks, the first first."""
-        return (*self.first.modules, *self.second.modules)
+    def encoders(self) -> tuple[ClipText, ClipText | OpenClipText]:
+        return self.first, self.second
 
     @property
     def clip_layers(self) -> tuple[int, ...]:
         """How many layers each of them has."""
         return (*self.first.clip_layers, *self.second.clip_layers)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.first.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.first.device
-
-    def to(self, *args, **kwargs) -> XLText:
-        """Moves the weights, as Module.to does; returns itself."""
-        self.first.to(*args, **kwargs)
-        self.second.to(*args, **kwargs)
-        return self
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str | None], clip_skip: int = 0) -> Conditioning:
