@@ -83,11 +83,13 @@ class Sampling:
 KINDS = {
     "LCM": Sampling("LCM", "lcm", most_guidance=2.0, others=("tcd",)),
     "TCD": Sampling("TCD", "tcd", most_guidance=2.0, most_steps=50, others=("ddim",)),
-    "Turbo": Sampling("Turbo", "euler_ancestral", spacing="trailing", others=("euler", "ddim", "lcm")),
+    "Turbo": Sampling("Turbo", "euler_ancestral", spacing="trailing", most_steps=4, others=("euler", "ddim", "lcm")),
     "Lightning": Sampling("Lightning", "euler", spacing="trailing", others=("ddim",)),
     "Hyper-SD": Sampling("Hyper-SD", "ddim", spacing="trailing", others=("euler", "tcd")),
     "DMD2": Sampling("DMD2", "lcm", spacing="trailing"),
-    "PCM": Sampling("PCM", "ddim", spacing="trailing", most_guidance=4.0, others=("euler", "lcm", "tcd")),
+    "PCM": Sampling(
+        "PCM", "tcd", spacing="trailing", most_guidance=4.0, others=("ddim", "euler")
+    ),  # as its demo has it
 }
 NAMES = {  # in this order: "pcm_lcmlike" is a PCM
     kind: re.compile(rf"(?<![a-z])(?:{pattern})(?![a-z])")
@@ -127,6 +129,8 @@ def named(*texts: str) -> Sampling | None:
         return dataclasses.replace(found, sampler="tcd", spacing=None, eta=1.0, others=())
     if kind == "Hyper-SD" and re.search(r"(?<![a-z])cfg(?![a-z])", text):
         return dataclasses.replace(found, guidance_scale=5.0, most_guidance=8.0)
+    if kind == "PCM" and "lcmlike" in text:
+        return dataclasses.replace(found, sampler="lcm", spacing=None, others=("tcd", "ddim"))
     if kind == "PCM" and "normalcfg" in text:
         return dataclasses.replace(found, guidance_scale=7.5, most_guidance=10.0)
     return found

@@ -314,6 +314,14 @@ def card_settings(text: str) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
+def card_with(text: str | None, drawing: Mapping[str, Any]) -> str:
+    """A model card with these settings as the model's own for drawing, in place of those that it had."""
+    head, _, rest = text[4:].partition("\n---") if text and text.startswith("---\n") else ("", "", f"\n\n{text or ''}")
+    kept = re.sub(r"^ldm:.*\n?(?:[ \t].*\n?)*", "", head, flags=re.MULTILINE).rstrip("\n")
+    lines = [*filter(None, [kept]), f"ldm: {json.dumps(dict(drawing))}"]
+    return "\n".join(["---", *lines, f"---{rest}"])
+
+
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of one component: [single file] or [index.json, shards…], full precision before `.fp16`.
 

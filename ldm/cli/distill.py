@@ -1,15 +1,16 @@
 """Distil a model: do without guidance, or in few steps, what it does now.
 
 examples:
+  ldm distill -o runs/fast --config emoji/fast             (the shipped model in 4 steps, without guidance)
   ldm distill -o runs/guided --config emoji/guided         (the shipped model without guidance: half the work)
-  ldm distill -o runs/fast --config emoji/fast init=runs/guided                             (and then in 4 steps)
   ldm distill stable-diffusion-v1-5/ -o runs/four data=images/ steps=4000
   ldm distill stable-diffusion-v1-5/ -o runs/four prompts=captions.txt drawn=2000   (the model draws its own data)
   ldm distill stable-diffusion-v1-5/ -o runs/guided method=guidance train=full guidance_range=[1,12] data=images/
   ldm distill -o runs/fast --resume
   ldm generate "a cat" --lora runs/fast
 
-method=consistency (the usual one) makes a student that draws in segments=4 steps, method=guidance one that does without
+method=consistency (the usual one) makes a student that draws in segments=4 steps and learns on images,
+method=trajectory one that learns from how the model itself draws captions, method=guidance one that does without
 guidance. A LoRA is written as RUN/pytorch_lora_weights.safetensors and RUN/<name>.safetensors, a model as RUN/model;
 both carry the settings to draw with, and the other commands take these. Ctrl-C saves the state and stops; --resume
 continues exactly there.

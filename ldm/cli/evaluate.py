@@ -6,6 +6,9 @@ examples:
   ldm evaluate --prompts pairs-20 -o scores/           writes scores.json and sheet.png, a sheet of all verdicts
   ldm evaluate --prompts mine.tsv --guidance-scale 3   a list of your own, in the form of docs/prompts/
 
+  ldm evaluate --fast                                  the shipped few-step LoRA on the shipped model, in its steps
+  ldm evaluate --lora runs/fast --steps 2              another LoRA
+
   ldm evaluate --text -n 2000                          what a linear reader can tell from the text encoder's states
 
 It prints how often all that a prompt asks for is the judge's first guess among the 849 objects, how often it is among
@@ -20,7 +23,7 @@ from __future__ import annotations
 import argparse
 
 FROM_CALL = ("seed", "n", "batch_size", "controls", "font")
-SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "spacing", "vae", "device", "dtype")
+SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "spacing", "lora", "fast", "vae", "device", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", metavar="NAME", help="(the model's)")
     add("--spacing", metavar="NAME", help="(the model's)")
     add("--batch-size", type=int, metavar="N", help="images drawn together; changes no image")
+    add("--lora", metavar="FILE", help="a LoRA, or the run that made it")
+    add("--fast", action="store_true", default=None, help="with the shipped few-step LoRA of the shipped model")
     add("--vae", metavar="FOLDER", help="another VAE")
     add("--device", metavar="NAME", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16")

@@ -12,6 +12,10 @@ x at the segment's lower end s from wherever on the teacher's way it is asked. W
 
 D* is the x0 that from (x, t) leads to s where D' leads from (x', t'); at t' = s it is D. The target network is the
 student's average. Shapes:  B images
+
+A cheaper way to few steps, where images need not be given: the teacher draws, and the student learns to cross each
+segment of these very ways in one step (`crossing_loss`). That is progressive distillation (Salimans & Ho 2022) from
+many steps to few at once, on the teacher's own x as in Luhman & Luhman 2021.
 """
 
 from __future__ import annotations
@@ -126,3 +130,15 @@ def consistency_loss(
     wanted = consistency_target(teacher, target, x, t, before, s)
     error = (student(x, t) - wanted) * (1 + level**-2).sqrt()
     return (mean_square(error, mask) + huber**2).sqrt() - huber
+
+
+def crossing_loss(student: Denoise, x: Tensor, end: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """(B,) fp32: the squared error of the student's x0 against the one that leads from x at sigma t to `end` at s.
+
+    That is by one Euler step in sigma; x, end (B, C, H, W), t > s (B,). In units of the v loss, as in
+    `consistency_loss`.
+    """
+    t, s = t.float(), s.float()
+    level, ratio = (value.to(x.device).view(-1, *[1] * (x.ndim - 1)) for value in (t, s / t))
+    wanted = (end.float() - ratio * x.float()) / (1 - ratio)
+    return mean_square((student(x, t) - wanted) * (1 + level**-2).sqrt(), None)

@@ -25,7 +25,7 @@ from ldm.images import encode, to_pil, to_tensor
 from ldm.nn.vae import VAE
 from ldm.pipeline.pipeline import Pipeline
 
-PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "vae", "device", "dtype")  # the rest goes to `generate`
+PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "fast", "vae", "device", "dtype")  # the rest goes to `generate`
 
 Renderer = Callable[[list[str], list[int]], Sequence[Image.Image | np.ndarray]]
 

@@ -12,7 +12,7 @@ from ldm.checkpoint.lora.read import FILE
 from ldm.errors import ConfigError, ModelError
 from ldm.pipeline.adapters import Adapter, few_steps_of
 
-AGAIN = "make it: ldm distill -o RUN --config emoji/guided, then emoji/fast (docs/finetune.md), or leave fast out"
+AGAIN = "make it: ldm distill -o RUN --config emoji/fast (docs/finetune.md), or leave fast out"
 
 
 def fast_adapter(model: Any, vae: Any) -> Adapter:

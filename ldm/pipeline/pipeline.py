@@ -13,6 +13,7 @@ import torch
 from ldm import console
 from ldm.checkpoint import Model, card_of, save_model
 from ldm.checkpoint.describe import text_without_weights
+from ldm.checkpoint.folder import card_with
 from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
@@ -314,11 +315,14 @@ class Pipeline:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the model as a diffusers folder in this pipeline's dtype, model card included, and return its path.
 
-        The LoRAs of `lora` are merged into it, those of tags in prompts are not.
+        The LoRAs of `lora` are merged into it, those of tags in prompts are not. What was made for few steps keeps the
+        settings to draw with, in the card.
         """
+        info = with_few_steps(self._engine.info, [self._everywhere])
         with self._lock:
             model = self._engine.adapted(self._engine.load(), self._everywhere)
-            return save_model(model, folder, dtype=model.dtype, readme=card_of(model))
+            card = card_of(model) if info.few is None else card_with(card_of(model), info.card)
+            return save_model(model, folder, dtype=model.dtype, readme=card)
 
 
 class Stopped(Exception):

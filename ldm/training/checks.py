@@ -54,11 +54,11 @@ def check_distill(settings: DistillSettings) -> None:
         what = "is a flow transformer (SD3, FLUX), and distilling it is not supported"
         raise ModelError(what, where=s.model, hint="distil a U-Net")
     check_finetune(s.network)
-    if s.method == "consistency":
+    if s.method != "guidance":
         info.schedule.sigmas(s.segments, "ddim", None if info.schedule.is_flow else "trailing")
     if is_prepared(s.data.folder):
         _check_prepared(s)
-    if not (s.data.folder or s.prompts):
+    if not (s.data.folder or s.prompts) and s.method != "trajectory":  # which needs captions alone
         find_font(s.data.font)
 
 

@@ -24,6 +24,7 @@ TYPES: dict[str, dict] = {
     **dict.fromkeys(("prompt", "negative_prompt", "model", "vae", "sampler", "spacing", "guidance", "emphasis"), TEXT),
     **dict.fromkeys(("num_images", "num_inference_steps", "height", "width", "clip_skip", "hires_steps"), WHOLE),
     "true_cfg_scale": NUMBER,
+    "step_cache": WHOLE,
     **dict.fromkeys(("guidance_scale", "eta", "strength", "hires_scale", "hires_strength", "guidance_rescale"), NUMBER),
     "seed": {**ANY, "description": "a number, or one for each image; -1 or nothing draws one"},
     "lora": {**LIST, "description": "names, or pairs of a name and a weight"},

@@ -55,8 +55,9 @@ def test_a_fine_tuning_of_ours_is_no_few_step_file_for_its_layers(tmp_path, meta
         ("Hyper-SDXL-8steps-CFG-lora", ("Hyper-SD", "ddim", "trailing", 8, 5.0, None)),
         ("dmd2_sdxl_4step_lora_fp16", ("DMD2", "lcm", "trailing", 4, 1.0, None)),
         ("TCD-SDXL-LoRA", ("TCD", "tcd", None, 4, 1.0, None)),
-        ("pcm_sd15_lcmlike_lora_converted", ("PCM", "ddim", "trailing", 4, 1.0, None)),
-        ("pcm_sd15_normalcfg_16step_converted", ("PCM", "ddim", "trailing", 16, 7.5, None)),
+        ("pcm_sd15_lcmlike_lora_converted", ("PCM", "lcm", None, 4, 1.0, None)),
+        ("pcm_sdxl_smallcfg_2step_converted", ("PCM", "tcd", "trailing", 2, 1.0, None)),
+        ("pcm_sd15_normalcfg_16step_converted", ("PCM", "tcd", "trailing", 16, 7.5, None)),
         ("sd_xl_turbo_lora_v1", ("Turbo", "euler_ancestral", "trailing", 4, 1.0, None)),
     ],
 )

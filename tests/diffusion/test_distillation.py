@@ -12,6 +12,7 @@ from ldm.diffusion.distillation import (
     Segments,
     consistency_loss,
     consistency_target,
+    crossing_loss,
     guided_teacher,
     intervals_at,
 )
@@ -202,3 +203,24 @@ def test_a_student_learns_to_land_where_the_teachers_long_way_does():
         for old, new in zip(average.parameters(), net.parameters()):
             old.data.lerp_(new.data, 0.1)
     assert error(student(average)) < 0.5 * before
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_segment_is_crossed_where_one_step_of_the_sampler_ends_as_the_teachers_way(kind):
+    schedule, (x, end) = SCHEDULES[kind], data()
+    sigmas = segments(schedule).sigmas[:-1]  # four; the last ends at 0
+    t, s = sigmas[[0, 1, 2, 0, 1, 3]], torch.cat([sigmas[[1, 2, 3, 2, 3]], torch.zeros(1)])
+    x = x * t.view(-1, 1, 1, 1).clamp(max=100)  # at infinity nothing but noise is left to compare
+    predict = network(3)
+    found = crossing_loss(denoiser(predict, schedule), x, end, t, s)
+    for i in range(6):
+        sigma, down = t[i].item(), s[i].item()
+        row = x[i : i + 1].double()
+        x0 = in_network_scale(schedule, lambda z, at: predict(z.float(), at).double(), row, sigma)
+        landed = x0 + down / sigma * (row - x0)  # Euler's step
+        wanted = (landed - end[i]).square().mean() / (1 - down / sigma) ** 2 * (1 + sigma**-2)
+        assert math.isclose(found[i], wanted, rel_tol=2e-3)
+    with torch.no_grad():  # what it steps onto has no loss
+        known = denoiser(predict, schedule)(x, t)
+        step = known + (s / t).view(-1, 1, 1, 1) * (x - known)
+        assert crossing_loss(denoiser(predict, schedule), x, step, t, s).max() < 1e-6

@@ -172,6 +172,8 @@ def test_the_command_hands_its_options_on(tiny_folder, tmp_path, capsys):
         (["--steps", "0"], "steps"),
         (["--guidance-scale", "nan"], "guidance_scale"),
         (["--batch-size", "0"], "batch_size"),
+        (["--lora", "/no/such.safetensors"], "/no/such.safetensors"),
+        (["--fast", "--vae", "weights/default"], "fast: is for the default model, and another vae is given"),
         (["--seed", "-5"], "seed"),
         (["--font", "/no/such.ttf"], "/no/such.ttf"),
         (["-o", "/proc/scores"], "/proc"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -97,6 +98,24 @@ def test_its_settings_are_taken_told_and_kept(lora, tiny_folder, capsys):
     )
     plain = Pipeline("a cat", tiny_folder).generate(seed=3, sampler="lcm", steps=4, guidance_scale=1)
     assert pixels(images) == pixels(plain) and "few_steps" not in plain.metadata[0]
+
+
+def test_a_saved_model_keeps_the_settings_of_what_is_merged_into_it(lora, tiny_folder, lcm_folder, tmp_path):
+    settings = {"sampler": "tcd", "num_inference_steps": 2, "eta": 0.5, "guidance_scale": 1.0}
+    pipe = Pipeline("a cat", tiny_folder, lora=lora("x", {"ldm.sampling": json.dumps(settings)}))
+    own = shutil.copytree(tiny_folder, tmp_path / "own")
+    (own / "README.md").write_text("---\nlicense: mit\nldm:\n  sampler: euler\n  spacing: karras\n---\nA model.\n")
+    for folder, source in ((tmp_path / "one", pipe), (tmp_path / "two", Pipeline("a cat", own, lora=lora("lcm_lora")))):
+        source.save(folder)
+        (expected,), (found,) = (p.generate(seed=1).metadata for p in (source, Pipeline("a cat", folder)))
+        assert all(found[name] == expected[name] for name in ("sampler", "spacing", "num_inference_steps", "eta"))
+    text = (tmp_path / "two/README.md").read_text()
+    assert text.endswith("---\nA model.\n") and "license: mit" in text and text.count("ldm:") == 1
+    Pipeline("a cat", lcm_folder).save(tmp_path / "three")
+    (record,) = Pipeline("a cat", tmp_path / "three").generate(seed=1).metadata
+    assert (record["sampler"], record["num_inference_steps"], record["guidance_scale"]) == ("lcm", 4, 8.0)
+    plain = Pipeline("a cat", tiny_folder).save(tmp_path / "plain")
+    assert not (plain / "README.md").exists() or "tcd" not in (plain / "README.md").read_text()
 
 
 def test_what_the_user_gives_wins_with_a_warning_where_it_cannot_work(lora, tiny_folder, capsys):

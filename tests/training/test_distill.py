@@ -1,6 +1,5 @@
 """`ldm distill` on a tiny model: what its loss is made of, exact resuming, files that carry how they are drawn."""
 
-import dataclasses
 import json
 
 import pytest
@@ -13,12 +12,16 @@ from ldm.checkpoint import load_model
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.few_steps import KEY, MODEL_KEY
 from ldm.cli import main
-from ldm.diffusion.denoiser import denoiser, training_loss
-from ldm.diffusion.distillation import Segments, consistency_loss
+from ldm.diffusion.denoiser import denoiser, sample, training_loss
+from ldm.diffusion.distillation import Segments, consistency_loss, crossing_loss
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, DataError, Interrupted
 from ldm.training.command import open_images
+from ldm.training.data import read_images, trajectories
 from ldm.training.distilling import read_distill
 from ldm.training.loop import loop, seeded
+from ldm.training.settings import stages
 from ldm.training.stages.distill import open_stage
 from tests.training.conftest import threads
 from tests.training.finetune_cases import last_tensors, pictures
@@ -102,9 +105,61 @@ def test_consistency_asks_the_average_below_and_the_model_above(tiny_folder, ima
         assert torch.allclose(stage.loss(batch, 0, 0), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["guidance", "consistency"])
-def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path, method, monkeypatch):
-    words = (f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1", "data.held_out=0")
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """The teacher's ways are replaced eight at a time."""
+    for module in (trajectories, stages):
+        monkeypatch.setattr(module, "PIECE", 8)
+
+
+WAYS = ("method=trajectory", "latent_pool=16", "renew=2", "teacher_steps=4", "segments=2")
+
+
+def test_a_trajectory_is_the_teachers_own_and_its_segments_are_what_is_learned(
+    tiny_folder, images, tmp_path, small_pieces
+):
+    stage = stage_of(tiny_folder, tmp_path, *WAYS, f"data={images}")
+    batches, model = list(stage.batches(0)), load_model(tiny_folder)
+    sigmas, nothing = model.schedule.sigmas(4, "dpmpp_2m", "trailing"), model.text.encode([None])
+    for step, oldest in ((0, 0), (3, 1)):  # after two steps the first piece is replaced
+        batch, losses = batches[step], []
+        slots = seeded.integers(16, (4,), 3, "rows", step, 0).tolist()
+        for row, slot in enumerate(slots):
+            noise = seeded.normal((8, *batch.latents.shape[1:]), 3, "trajectories", oldest + slot // 8)[slot % 8][None]
+            cond, seen = model.text.encode([batch.captions[row]]), []
+            guided = guided_denoiser(model.unet, cond, nothing, Guidance(scale=3.0), model.schedule, sigmas)
+            with torch.no_grad():
+                how = {"spacing": "trailing", "callback": lambda i, x, x0, seen=seen: seen.append(x)}
+                last = sample(guided, model.schedule, sigmas, noise, "dpmpp_2m", **how)
+            start = model.schedule.initial(noise, sigmas, "dpmpp_2m", "trailing")
+            ways = [start, seen[1], last]  # of four steps those where the two segments end
+            x, end = ways[row % 2], ways[row % 2 + 1]
+            assert torch.allclose(batch.latents[row], x[0], rtol=1e-4, atol=1e-4)
+            assert torch.allclose(batch.ends[row], end[0], rtol=1e-4, atol=1e-4)
+            student = denoiser(lambda x, t, cond=cond: model.unet(x, t, cond.states), model.schedule)
+            t, s = (sigmas[2 * (row % 2) + 2 * low][None] for low in (0, 1))
+            losses.append(crossing_loss(student, x, end, t, s))
+        with torch.no_grad():
+            assert torch.allclose(stage.loss(batch, step, 0), torch.cat(losses).mean(), rtol=1e-3)
+    known = {item.captions[0] for item in read_images(stage.settings.data).items if item.captions}
+    kept = sorted(path.stem for path in (tmp_path / "trajectories").iterdir())
+    assert set(batches[0].captions) <= known and kept == ["000001", "000002"]
+
+
+def test_what_was_drawn_is_not_drawn_again(tiny_folder, images, tmp_path, small_pieces, monkeypatch):
+    words = (*WAYS, f"data={images}", "validation=1")
+    first = next(stage_of(tiny_folder, tmp_path, *words).batches(0))
+    (tmp_path / "settings.json").touch()  # as a run has it
+    again, more = stage_of(tiny_folder, tmp_path, *words), stage_of(tiny_folder, tmp_path, *words, "teacher_steps=2")
+    monkeypatch.setattr(trajectories.Trajectories, "_ways", lambda *_: pytest.fail("the teacher is asked"))
+    assert torch.equal(next(again.batches(0)).latents, first.latents)
+    with pytest.raises(pytest.fail.Exception):  # another way is wanted
+        next(more.batches(0))
+
+
+@pytest.mark.parametrize("method", ["guidance", "consistency", "trajectory"])
+def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path, method, monkeypatch, small_pieces):
+    words = (*WAYS, f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1", "data.held_out=0")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert distill(tiny_folder, whole, *words) == whole
 
@@ -186,6 +241,7 @@ def test_scenes_are_data_too(tiny_folder, tmp_path, one_thread):
         (["guidance_range=[1,5]"], "guidance_range: needs train=full"),
         (["intervals=[4,2]"], "intervals: must be 1 to 1024"),
         (["segments=0"], "segments: must be 1 to 50"),
+        (["method=trajectory", "teacher_steps=6"], "teacher_steps: must be a multiple of segments=4"),
         (["drawn=5"], "drawn: needs prompts"),
         (["targets=[to_x]"], "no layer named 'to_x'"),
         (["methud=guidance"], "did you mean 'method'"),
@@ -207,7 +263,6 @@ def test_the_command(tiny_folder, images, tmp_path, capsys):
 
 def test_shipped_settings_are_for_the_shipped_model(tmp_path):
     guided = read_distill(None, tmp_path, "emoji/guided", (), None)
-    fast = read_distill(None, tmp_path, "emoji/fast", ("init=runs/guided",), None)
+    fast = read_distill(None, tmp_path, "emoji/fast", (), None)
     assert guided.model == fast.model == "default" and guided.data == fast.data
-    assert (guided.method, fast.method, fast.init) == ("guidance", "consistency", "runs/guided")
-    assert dataclasses.replace(guided, method="consistency").network == guided.network
+    assert (guided.method, fast.method, fast.segments) == ("guidance", "trajectory", 4)

@@ -202,15 +202,18 @@ def test_variations_and_hires_fix_are_asked_for_and_restored(open_page, client):
     page.click("#hires-box > summary")
     page.fill("#hires", "2")
     page.fill("#hires-steps", "3")
+    page.click("#speed-box > summary")
+    page.fill("#step-cache", "2")
     assert page.text_content("#hires-out") == "× 2" and page.text_content("#variation-out") == "30 %"
     line = client.get(f"/api/images/{generate(page, 'a cat')}").json()
     made = line["metadata"]
     assert (line["width"], made["variation_seed"], made["variation_strength"]) == (64, 9, 0.3)
-    assert (made["hires_scale"], made["hires_steps"], made["hires_strength"]) == (2, 3, 0.7)
+    assert (made["hires_scale"], made["hires_steps"], made["hires_strength"], made["step_cache"]) == (2, 3, 0.7, 2)
     page.fill("#hires", "1")
+    page.fill("#step-cache", "")
     page.fill("#variation", "0")
     page.fill("#width", "64")
-    assert not [name for name in form(page) if name.startswith(("hires", "variation"))]
+    assert not [name for name in form(page) if name.startswith(("hires", "variation", "step"))]
     page.click("#actions >> text=Use again")
     again = form(page)
     assert (again["hires_scale"], again["hires_steps"], again["variation_seed"], again["variation_strength"]) == (
@@ -219,6 +222,7 @@ def test_variations_and_hires_fix_are_asked_for_and_restored(open_page, client):
         9,
         0.3,
     )
+    assert again["step_cache"] == 2
     assert (again["width"], again["height"]) == (32, 32)  # what is drawn first
 
 

@@ -12,7 +12,7 @@ from ldm.training.settings.finetune import MAX_SAMPLES, FinetuneSettings, check_
 from ldm.training.settings.finetune_data import DataSettings
 from ldm.training.settings.stages import check_pool
 
-MOST_INTERVALS, MOST_SEGMENTS = 1024, 50
+MOST_INTERVALS, MOST_SEGMENTS, MOST_TEACHER_STEPS = 1024, 50, 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,15 @@ class DistillSettings(Settings):
     prompts: str | None = None  # in place of data: a file with a caption a line, of which the teacher draws images
     drawn: int = 0  # how many it draws; 0: one of each line
     init: str | None = None  # a LoRA of this model to begin with; with it the model is the teacher
-    method: Literal["guidance", "consistency"] = "consistency"  # do without guidance; do so in few steps
+    method: Literal["guidance", "consistency", "trajectory"] = "consistency"  # no guidance; few steps; both
     train: Literal["lora", "full"] = "lora"
     lora_rank: int = 16
     lora_alpha: float | None = None  # None: the rank
     targets: tuple[str, ...] = ("all",)  # names of layers or their ends, or words of ldm.nn.lora.TARGETS
     guidance_scale: float | None = None  # the teacher's; None: the model's, without any where init is distilled already
     guidance_range: tuple[float, float] | None = None  # train=full, guidance: any scale from-to; the U-Net is told it
-    segments: int = 4  # consistency: steps to draw with
+    segments: int = 4  # consistency, trajectory: steps to draw with
+    teacher_steps: int = 20  # trajectory: steps of dpmpp_2m by which the teacher draws; a multiple of `segments`
     intervals: tuple[int, int] = (1, 16)  # consistency: how finely a segment is cut, at first and at last
     timesteps: Literal["uniform", "logit_normal"] = "uniform"  # guidance: noise levels
     timestep_shift: float = 1.0
@@ -63,6 +64,8 @@ class DistillSettings(Settings):
             value = getattr(self, name)
             require(value is None or value > 0, f"must be positive, got {value}", name)
         require(1 <= self.segments <= MOST_SEGMENTS, f"must be 1 to {MOST_SEGMENTS}, got {self.segments}", "segments")
+        if self.method == "trajectory":
+            self._check_teacher()
         first, last = self.intervals
         fits = 1 <= first <= last <= MOST_INTERVALS
         require(fits, f"must be 1 to {MOST_INTERVALS}, the first not above the last, got {first}, {last}", "intervals")
@@ -72,8 +75,13 @@ class DistillSettings(Settings):
         self._check_scales()
         if self.name:
             check_file_name(self.name, "name")
-        if not self.data.folder:
+        if not self.data.folder or self.method == "trajectory":
             check_pool(self.latent_pool, self.renew)
+
+    def _check_teacher(self) -> None:
+        steps, parts = self.teacher_steps, self.segments
+        require(1 <= steps <= MOST_TEACHER_STEPS, f"must be 1 to {MOST_TEACHER_STEPS}, got {steps}", "teacher_steps")
+        require(steps % parts == 0, f"must be a multiple of segments={parts}, got {steps}", "teacher_steps")
 
     def _check_scales(self) -> None:
         scale, scales = self.guidance_scale, self.guidance_range

@@ -19,10 +19,11 @@ from ldm.checkpoint.few_steps import KEY, MODEL_KEY
 from ldm.checkpoint.lora import write_lora_into
 from ldm.console import say
 from ldm.device import DTYPES, pick_device, sent
-from ldm.diffusion.denoiser import Predict, denoiser, training_loss
+from ldm.diffusion.denoiser import Predict, denoiser, sample, training_loss
 from ldm.diffusion.distillation import (
     Segments,
     consistency_loss,
+    crossing_loss,
     guided_teacher,
     intervals_at,
 )
@@ -37,7 +38,8 @@ from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
 from ldm.training.data import Batch, DrawnSet, ImageDataset, ImageSet, SceneSet, read_images
 from ldm.training.data.encoded import Encoders
-from ldm.training.distributed import current
+from ldm.training.data.trajectories import Crossing, Trajectories, captions_of
+from ldm.training.distributed import RowShard, current
 from ldm.training.finetuning.base_model import for_training, load_base, make_module
 from ldm.training.finetuning.prior import draw_images
 from ldm.training.loop import seeded
@@ -55,11 +57,14 @@ from ldm.training.stages.common import (
 from ldm.training.stages.export import save_whole
 
 SCALE_WIDTH = 256  # of the scale's embedding, as LCM has it
+TEACHERS_SAMPLER = "dpmpp_2m"  # of `trajectory`: it adds no noise, so that one noise leads to one image
 
 
 def open_stage(settings: DistillSettings, out: Path, images: ImageSet | SceneSet | DrawnSet) -> Distill:
     """The stage, ready to train: the model is read, images are drawn where captions alone are given, data encoded."""
     stage = Distill(settings, out)
+    if settings.method == "trajectory":
+        return stage.open_captions(images)
     if isinstance(images, DrawnSet):
         data, prompts = images.within(out), list(images.prompts)
         drawing = dataclasses.replace(settings.network, data=data)
@@ -94,6 +99,11 @@ class Distill:
         asked = {name: self.sampling[name] for name in ("sampler", "spacing", "num_inference_steps")}
         self.drawing = resolve({**size, **asked}, info)
         self.segments = Segments(self.model.schedule, self.drawing.runs[0].sigmas)
+        if s.method == "trajectory":  # the teacher's steps, of which every `stride`-th is one of the student's
+            self.stride = s.teacher_steps // s.segments
+            self.steps = self.model.schedule.sigmas(s.teacher_steps, TEACHERS_SAMPLER, self.drawing.spacing)
+        self.validation: list[tuple[Batch, Tensor, Tensor]] = []
+        self.held_out: list[Crossing] = []
         self._expected: Tensor | None = None  # the teacher's latents of the grid
 
     def original(self) -> Model:
@@ -108,19 +118,38 @@ class Distill:
         encoders = Encoders(model.vae, model.text, (model.hash, model.hash), self.device)
         self.data = ImageDataset(images, encoders, s.seed, s.batch_size, self.out, xl=self.xl)
         self.lines, self.inputs = self.data.lines, {**self.inputs, **self.data.inputs}
-        self.validation = fixed_samples(self.data, s.seed, self.device) if s.method == "guidance" else []
+        if s.method == "guidance":
+            self.validation = fixed_samples(self.data, s.seed, self.device)
         given = list(map(plain_text, s.validation_prompts))
         self.prompts = given or grid_captions(self.data, self.validation, s.samples)
+        return self
+
+    def open_captions(self, images: ImageSet | SceneSet | DrawnSet) -> Distill:
+        """Take the captions of these images, of which the teacher will draw; and draw those to validate on."""
+        s, vae = self.settings, self.model.vae
+        captions, held_out = captions_of(images, max(s.validation, s.samples))
+        shape = (vae.latent_channels, *[s.data.resolution // vae.factor] * 2)
+        known = (sorted(self.inputs.items()), self.scale, s.teacher_steps, s.segments, s.precision)
+        origin = " ".join(map(str, known))
+        self.trajectories = Trajectories(s, captions, self._described, self._ways, shape, self.out, origin)
+        self.lines = self.trajectories.lines
+        say("\n".join(self.lines))
+        self.held_out = self.trajectories.held_out(held_out[: s.validation])
+        self.prompts = list(map(plain_text, s.validation_prompts)) or held_out[: s.samples]
         return self
 
     def follow(self, ema: nn.Module) -> None:
         self.average = ema
 
     def batches(self, first_step: int) -> Iterator[Batch]:
+        if self.settings.method == "trajectory":
+            return self.trajectories.batches(first_step)
         return self.data.batches(first_step, self.settings.steps, self.settings.accumulation)
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
         s, schedule = self.settings, self.model.schedule
+        if isinstance(batch, Crossing):
+            return batch.weight * batch.part.mean(self._crossing_loss(self.module, batch))
         scales = sent(batch.part.of(self._scales(batch.part.size, step, micro)), self.device)
         student, teacher = self._student(self.module, batch, scales), self._teacher(batch, scales)
         if s.method == "guidance":
@@ -132,6 +161,30 @@ class Distill:
         how = {"mask": batch.mask}
         losses = consistency_loss(*(denoiser(one, schedule) for one in three), batch.latents, noise, sigmas, **how)
         return batch.weight * batch.part.mean(losses)
+
+    def _crossing_loss(self, unet: nn.Module, batch: Crossing) -> Tensor:
+        """(B,) fp32: how far from the teacher's way one step of the student ends."""
+        student = denoiser(self._student(unet, batch, torch.empty(0)), self.model.schedule)
+        sigmas = self.steps[:: self.stride]
+        return crossing_loss(student, batch.latents, batch.ends, sigmas[batch.which], sigmas[batch.which + 1])
+
+    def _described(self, latents: Tensor, captions: list[str], part: RowShard) -> Batch:
+        """A batch of these latents (B, C, h, w), of square images that fill the frame."""
+        side, count = self.settings.data.resolution, len(captions)
+        with torch.autocast(self.device.type, enabled=False):
+            cond = self.model.text.encode([caption or None for caption in captions])
+        ids = torch.tensor([(side, side, 0.0, 0.0, side, side)] * count, device=self.device) if self.xl else None
+        cond = cond.to(self.device, torch.float32)
+        return Batch(sent(latents, self.device), captions, cond, ids, captions if part.weight else [], part)
+
+    def _ways(self, batch: Batch) -> Tensor:
+        """x (n + 1, B, C, h, w) of the teacher where the segments begin and end, from the noise of a batch on."""
+        schedule, spacing, seen = self.model.schedule, self.drawing.spacing, []
+        teacher = denoiser(self._teacher(batch, torch.full((len(batch.latents),), self.scale)), schedule)
+        how = {"spacing": spacing, "callback": lambda i, x, x0: seen.append(x)}
+        sample(teacher, schedule, self.steps, batch.latents, TEACHERS_SAMPLER, **how)
+        start = schedule.initial(batch.latents, self.steps, TEACHERS_SAMPLER, spacing)
+        return torch.stack([start, *seen[self.stride - 1 :: self.stride]])
 
     def _scales(self, size: int, *place: int) -> Tensor:
         """The guidance of each row of a batch."""
@@ -162,6 +215,8 @@ class Distill:
         The loss is that of held-out samples, with the same noise and noise levels every time.
         """
         found, schedule, s = {}, self.model.schedule, self.settings
+        if self.held_out:
+            found["validation_loss"] = torch.cat([self._crossing_loss(ema, one) for one in self.held_out]).mean().item()
         if self.validation:
             losses = []
             for number, (batch, noise, u) in enumerate(self.validation):
@@ -256,7 +311,7 @@ def teacher_scale(settings: DistillSettings, info: ModelInfo) -> float:
 def sampling_of(settings: DistillSettings, teachers: Drawing, is_flow: bool) -> dict[str, Any]:
     """How the student is to be drawn with: generate's settings, which its file carries."""
     s = settings
-    if s.method == "consistency":
+    if s.method != "guidance":
         spacing = None if is_flow else "trailing"
         known = {"kind": "few-step", "sampler": "ddim", "spacing": spacing, "num_inference_steps": s.segments}
         return {**known, "guidance_scale": 1.0}

@@ -128,6 +128,7 @@ export function read(all = false) {
     put("hires_strength", Number($("hires-strength").value), HIRES_STRENGTH);
     if ($("hires-steps").value) fields.hires_steps = Number($("hires-steps").value);
   }
+  if ($("step-cache").value) fields.step_cache = Number($("step-cache").value);
   put("model", $("model").value, info.models[0].name);
   put("vae", $("vae").value, "");
   const loras = [...$("loras").querySelectorAll("input:checked")].map((box) =>
@@ -154,7 +155,7 @@ export function write(fields) {
   takeModel();
   const known = ["prompt", "negative_prompt", "num_images", "seed", "num_inference_steps", "guidance_scale", "sampler",
     "spacing", "model", "vae", "lora", "width", "height", "grid", "image", "mask_image", "outpaint", "strength",
-    "variation_seed", "variation_strength", "hires_scale", "hires_steps", "hires_strength"];
+    "variation_seed", "variation_strength", "hires_scale", "hires_steps", "hires_strength", "step_cache"];
   extra = Object.fromEntries(Object.entries(fields).filter(([name]) => !known.includes(name)));
   const set = (id, value, otherwise = "") => { $(id).value = value ?? otherwise; };
   set("prompt", fields.prompt);
@@ -177,6 +178,8 @@ export function write(fields) {
   set("hires", fields.hires_scale, 1);
   set("hires-strength", fields.hires_strength, HIRES_STRENGTH);
   set("hires-steps", fields.hires_steps);
+  set("step-cache", fields.step_cache);
+  $("speed-box").open ||= $("step-cache").value !== "";
   $("variation-box").open ||= $("variation").value !== "0";
   $("hires-box").open ||= $("hires").value !== "1";
   const weights = new Map((fields.lora ?? []).map((pair) => [pair[0], pair[1]]));
