@@ -8,6 +8,7 @@ examples:
   ldm generate "a dog" --model runs/unet/model --no-metadata
   ldm generate "a dog" --image cat.png --mask-image where.png
   ldm generate "a cat" --controlnet canny/ --control-image edges:photo.png
+  ldm generate "a cat" --model sd15/ --ip-adapter ip-adapter_sd15.safetensors --ip-adapter-image style.png
   ldm generate "a landscape" --image small.png --outpaint left=64,right=64
   ldm generate --from old.png                      draws that image again: by ldm, A1111 and its relatives
   ldm generate --from old.png --set steps=50 --set sampler=euler
@@ -27,13 +28,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm import console
-from ldm.cli.options import OF_CONTROL, OF_MODEL, SAMPLING, add_drawing, names_of, with_controls
+from ldm.cli.options import OF_CONTROL, OF_MODEL, PIPELINES, SAMPLING, add_drawing, names_of, with_controls
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS, *OF_CONTROL)
 TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_])")  # {a|b}, __name__
-FROM_PIPELINE = ("prompt", "negative_prompt", "controlnet", "fast", *OF_MODEL)
+FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *PIPELINES, *OF_MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ldm.diffusion.guidance.settings import GUIDANCES, SIGMA_INTERVALS, STEP_INTERVALS
 from ldm.errors import ConfigError
-from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS
+from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS, adapter_scales
 
 
 class HelpSamplers(argparse.Action):
@@ -147,6 +147,11 @@ CONTROL = [
     Option("control_guidance_start", "X,X,…", "from which part of the steps on, 0 to 1 (0)", {"type": _numbers}),
     Option("control_guidance_end", "X,X,…", "to which part of the steps (1)", {"type": _numbers}),
     Option("guess_mode", None, "act where the prompt does not guide", {"action": "store_true", "default": None}),
+    Option("ip_adapter", "FILE", "an IP-Adapter, which shows images; may be given several times", {"action": "append"}),
+    Option("image_encoder", "FOLDER", "the CLIP vision tower that it looks through (image_encoder/ beside it)"),
+    Option("ip_adapter_image", "IMAGE", "what it shows; may be given several times", {"action": "append"}),
+    Option("ip_adapter_scale", "X,X,…", "how much, one for each (1); or JSON of levels", {"type": adapter_scales}),
+    Option("ip_adapter_mask", "IMAGE", "where it acts: white; one for each image", {"action": "append"}),
 ]
 # What it is drawn with
 MODEL = [
@@ -167,7 +172,8 @@ MODEL = [
 NO_KEYWORDS = ("negative_prompt", "help_samplers", "guidance_preset")  # Pipeline's, or of the command line alone
 SAMPLING = tuple(one.name for one in DRAWING if one.name not in NO_KEYWORDS)
 OF_MODEL = tuple(one.name for one in MODEL if "dest" not in (one.more or {}))
-OF_CONTROL = tuple(one.name for one in CONTROL if one.name not in ("control", "controlnet"))
+PIPELINES = ("controlnet", "ip_adapter", "image_encoder")  # of CONTROL
+OF_CONTROL = tuple(one.name for one in CONTROL if one.name not in ("control", *PIPELINES))
 
 
 def with_controls(given: dict[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class TextCache:
     def __init__(self) -> None:
         self._states: Tensor | None = None
         self.made: dict[nn.Module, Any] = {}
+        self.beside: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (layer, q, mixed): see ldm.nn.ip_adapter
 
     def follow(self, states: Tensor) -> None:
         """Forget all that was made of other texts than these (B, S, D); texts are told apart by identity."""

@@ -63,6 +63,8 @@ class Attention(nn.Module):
         mixed = attention(q, k, v, self.num_heads, mask, self.backend)
         if perturb is not None:  # the map of attention is the identity in these rows (Ahn et al. 2024)
             mixed = torch.where(perturb[:, None, None], v, mixed)
+        if cache is not None and cache.beside is not None:
+            mixed = cache.beside(self, q, mixed)
         return self.to_out[0](mixed)
 
 

@@ -28,6 +28,7 @@ from ldm.diffusion.guidance.guided import step_at
 from ldm.errors import ConfigError
 from ldm.images import to_tensor
 from ldm.nn.controlnet import ControlNet, summed
+from ldm.nn.ip_adapter import unguided_rows
 from ldm.nn.offload import moved
 from ldm.pipeline.checks import check_bool, check_guidance
 from ldm.pipeline.sources import open_image
@@ -251,8 +252,7 @@ class Steering:
             if not acting:
                 return network(x, timesteps, states=states, **more)
             text = {"states": states, "mask": more.get("mask"), "pooled": more.get("pooled")}
-            parts = len(x) // self._batch - (more.get("perturb") is not None)
-            unguided = self._batch if parts == 2 else 0  # rows at the beginning, without the prompt
+            unguided = unguided_rows(len(x), self._batch, more)
             residuals = summed([self._residuals(i, x, timesteps, text, unguided) for i in acting])
             return network(x, timesteps, states=states, residuals=residuals, **more)
 

@@ -22,6 +22,7 @@ from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
+from ldm.nn.ip_adapter import ImageAttention
 from ldm.nn.mmdit import MMDiT
 from ldm.nn.step_cache import StepCache
 from ldm.nn.tiling import TILE
@@ -33,6 +34,7 @@ from ldm.pipeline.checks import check_bool
 from ldm.pipeline.control import ControlNets, Steering, listed_nets
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
+from ldm.pipeline.ip_adapter import IPAdapters, listed
 from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
@@ -59,6 +61,8 @@ class Engine:
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
         controlnet: Any = None,
+        ip_adapter: Any = None,
+        image_encoder: Any = None,
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.device, self.dtype = _place(model, device, dtype, offload)
@@ -76,6 +80,9 @@ class Engine:
         if dora_scaling not in DORA_SCALINGS:
             raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
         self.controlnets = None if controlnet is None else ControlNets(listed_nets(controlnet), self.info)
+        if ip_adapter is None and image_encoder is not None:
+            raise ConfigError("needs an ip_adapter", where="image_encoder")
+        self.ip_adapters = None if not listed(ip_adapter) else IPAdapters(listed(ip_adapter), image_encoder, self.info)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
@@ -128,6 +135,8 @@ class Engine:
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
             if self.controlnets is not None:
                 added["controlnet"] = self.controlnets.metadata
+            if self.ip_adapters is not None:
+                added |= self.ip_adapters.metadata
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added
@@ -155,8 +164,10 @@ class Engine:
                     requests, watch = [replace(one, latents=None) for one in requests], offset_steps(watch, s.runs[0])
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
                 noise, x = draw_noise(model.vae, requests, run, place.device)
+                shown = self.ip_adapters and self.ip_adapters.prompted(place, s, requests, run, model.dtype)
                 with place.on(model.unet) as unet:
-                    network = network_of(unet, run, requests, s.step_cache)
+                    beside = None if shown is None else ImageAttention(unet, shown, (x.shape[2], x.shape[3]))
+                    network = network_of(unet, run, requests, s.step_cache, beside)
                     network = network if start.masked is None else start.network(network)
                     steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
                     network = network if steering is None else steering.network(network)
@@ -195,7 +206,7 @@ class Engine:
         runs = [run.steps for run in settings.runs]
         chunks = cache(lambda prompts: [self._tokens.chunks(model.text, prompts, steps) for steps in runs])
         for row, request in enumerate(requests):
-            groups.setdefault((request.adapters, request.begins, *chunks(request.prompts)), []).append(row)
+            groups.setdefault((request.adapters, request.form, *chunks(request.prompts)), []).append(row)
         return [part for rows in groups.values() for part in batched(rows, size)]
 
     def _generate_in_fp32(self, settings: Settings, request: ImageRequest) -> Image.Image:
@@ -219,11 +230,16 @@ class Engine:
 
 
 def network_of(
-    unet: UNet | MMDiT, run: Run, requests: Sequence[ImageRequest], step_cache: int | None = None
+    unet: UNet | MMDiT,
+    run: Run,
+    requests: Sequence[ImageRequest],
+    step_cache: int | None = None,
+    beside: ImageAttention | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The network for one run of a batch; LCM's and FLUX.1-dev's gets the images' guidance scales. `step_cache`: as in
-    Settings."""
-    network: Callable[..., torch.Tensor] = prepared(unet, run) if isinstance(unet, UNet) else unet
+    Settings; `beside`: of IP-Adapters."""
+    network: Callable[..., torch.Tensor] = prepared(unet, run, beside) if isinstance(unet, UNet) else unet
+    network = network if beside is None else beside.network(network)
     if step_cache:
         network = partial(network, deep=StepCache(step_cache))
     if unet.config.embeds_guidance:
@@ -231,13 +247,15 @@ def network_of(
     return network
 
 
-def prepared(unet: UNetEncoder, run: Run) -> Callable[..., Any]:
+def prepared(unet: UNetEncoder, run: Run, beside: ImageAttention | None = None) -> Callable[..., Any]:
     """A U-Net or a ControlNet for one run; XL's gets the image's original size, its crop (none) and its target size."""
+    cache = unet.prepare()
+    cache.beside = beside
     if unet.config.addition_embed_type != "text_time":
-        return partial(unet, cache=unet.prepare())
+        return partial(unet, cache=cache)
     h, w = run.height, run.width
     time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
-    return partial(unet, cache=unet.prepare(), time_ids=time_ids)
+    return partial(unet, cache=cache, time_ids=time_ids)
 
 
 def told_scales(network: Callable[..., torch.Tensor], scales: Sequence[float]) -> Callable[..., torch.Tensor]:

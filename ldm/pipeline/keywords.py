@@ -5,6 +5,7 @@ Imports nothing heavy, so that the command line can print the tables in its help
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
 # generate's keywords for ControlNets.
 CONTROL_WORDS: tuple[str, ...] = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
 CONTROL_WORDS += ("control_guidance_end", "guess_mode")
+# generate's keywords for IP-Adapters.
+SHOWN_WORDS = ("ip_adapter_image", "ip_adapter_scale", "ip_adapter_mask")
 STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another
 DEFAULTS = {"model": "default", "negative_prompt": "", "device": "auto", "dtype": "auto"}  # of Pipeline(...)
 # What is known and refused: name -> (values that change nothing, what to tell whoever gives another).
@@ -62,7 +65,7 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "negative_prompt_embeds": ((None,), "embeddings in place of a prompt are not supported"),
     "cross_attention_kwargs": ((None,), "there are no attention processors to hand settings to"),
     "callback_on_step_end_tensor_inputs": ((None,), "callbacks are given (i, x, x0)"),
-    "ip_adapter_image": ((None,), "IP-Adapter is not supported"),
+    "ip_adapter_image_embeds": ((None,), "embeddings in place of ip_adapter_image are not supported"),
     "output_type": ((None, "pil"), "the result is always PIL images; ldm.images.to_tensor turns them into tensors"),
     "return_dict": ((None, True), "the result is always a sequence of images with .seeds and .metadata"),
     "scheduler": ((None,), "say sampler= for the solver and spacing= for its noise levels"),
@@ -91,6 +94,16 @@ def resolve_aliases(given: Mapping[str, Any], own: Mapping[str, Any], other: Seq
         if not any(value is item or (type(value) in (int, float, str) and value == item) for item in neutral):
             raise ConfigError(sentence, where=name)
     return settings
+
+
+def adapter_scales(text: str, where: str = "ip_adapter_scale") -> tuple[Any, ...]:
+    """One scale for each IP-Adapter from "0.6", "0.6,0.4", or JSON. Raises ConfigError."""
+    try:
+        value = json.loads(text if text.lstrip().startswith(("{", "[")) else f"[{text}]")
+    except ValueError:
+        what, hint = f"expected numbers, or levels as JSON, got {text!r:.80}", '0.6, or {"up": {"block_0": [0, 1, 0]}}'
+        raise ConfigError(what, where=where, hint=hint) from None
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def adapt_callback(function: Callable) -> Callable:

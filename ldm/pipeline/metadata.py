@@ -87,6 +87,11 @@ def _start(request: ImageRequest) -> dict[str, Any]:
     if request.controls:
         found["control_image"] = [image.name for image in request.controls]
         found["control_sha256"] = [image.sha256 for image in request.controls]
+    for word, kind in (("ip_adapter_image", "images"), ("ip_adapter_mask", "masks")):
+        files = [getattr(one, kind) for one in request.shown]  # of each adapter
+        if any(files):
+            found[word] = [[file.name for file in one] for one in files]
+            found[f"{word}_sha256"] = [[file.sha256 for file in one] for one in files]
     return found if request.source is None else {**found, **request.source.metadata}
 
 

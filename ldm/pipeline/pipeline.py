@@ -21,7 +21,7 @@ from ldm.pipeline.checks import check_bool, check_negative, check_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.inside import AttentionMaps, Denoiser, attention_maps, check_keywords, make_denoiser
-from ldm.pipeline.keywords import CONTROL_WORDS, EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
+from ldm.pipeline.keywords import CONTROL_WORDS, EDITING_WORDS, GUIDANCE_WORDS, SHOWN_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
 from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
 from ldm.pipeline.result import Images
@@ -29,11 +29,12 @@ from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
-OF_PIPELINE += ("controlnet", "dora_scaling", "prediction_type", "device", "dtype", "offload", "attention", "fast")
+OF_PIPELINE += ("controlnet", "ip_adapter", "image_encoder", "dora_scaling", "prediction_type", "device", "dtype")
+OF_PIPELINE += ("offload", "attention", "fast")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
-OF_GENERATE += (*GUIDANCE_WORDS, *EDITING_WORDS, *CONTROL_WORDS)
+OF_GENERATE += (*GUIDANCE_WORDS, *EDITING_WORDS, *CONTROL_WORDS, *SHOWN_WORDS)
 
 
 class Pipeline:
@@ -49,6 +50,9 @@ class Pipeline:
     vae              another VAE's folder or file in place of the model's own
     controlnet       a ControlNet's folder, file or hub id, or a list of them, or the name of a control that the model
                      comes with (edges)
+    ip_adapter       an IP-Adapter's .safetensors file, or a list of them, which show images to the model
+    image_encoder    the folder or hub id of the CLIP vision tower that they look through (the folder image_encoder
+                     beside them, or of the model)
     prediction_type  epsilon, v_prediction or sample, where the model does not say it or says it wrongly
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work; "blocks": a flow
@@ -74,6 +78,8 @@ class Pipeline:
         dora_scaling: str = "linear",
         vae: str | os.PathLike | None = None,
         controlnet: Any = None,
+        ip_adapter: Any = None,
+        image_encoder: str | os.PathLike | None = None,
         prediction_type: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -164,6 +170,9 @@ class Pipeline:
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
         guess_mode: bool = False,
+        ip_adapter_image: Any = None,
+        ip_adapter_scale: Any = None,
+        ip_adapter_mask: Any = None,
         vae_tiling: bool | str = "auto",
         latents: torch.Tensor | None = None,
         callback: Callable[[int, torch.Tensor, torch.Tensor], Any] | Listener | None = None,
@@ -202,6 +211,12 @@ class Pipeline:
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end  how much ControlNets do (1), and in
                     which part of the steps (0 to 1): one number, or one for each
         guess_mode  ControlNets act where the prompt does not guide
+        ip_adapter_image  what the IP-Adapter shows: an image, its file, or with one prompt a list of them; with several
+                    prompts a list has one for each, with several adapters one for each; each may be a list again
+        ip_adapter_scale  how much it does (1): a number, or a mapping of levels as diffusers has it, such as
+                    {"up": {"block_0": [0, 1, 0]}}, where what is not named is 0; one for each adapter, or a list of
+                    numbers for images with masks
+        ip_adapter_mask  where each image acts, as many as there are: white, not black
         vae_tiling  True, False or "auto": the VAE works in tiles (with auto above 1024x1024 pixels)
         latents     unit-variance starting noise (images, C, h, w) in place of the seeds'
         callback    called as (i, x, x0) after step i of each batch, x and x0 (B, C, h, w); where it returns True the
@@ -217,6 +232,8 @@ class Pipeline:
         info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
         if engine.controlnets is not None:
             given["controlnet"] = engine.controlnets.given
+        if engine.ip_adapters is not None:
+            given["ip_adapter"] = engine.ip_adapters.given
         call = check_request(given, len(self._prompts), info)
         requests = self._requests(call)
         with self._lock:
@@ -253,7 +270,8 @@ class Pipeline:
         latents = none if call.latents is None else call.latents
         sources = none if call.sources is None else call.sources.fitted(settings.height, settings.width)
         prompts = [one for one in zip(self._prompts, self._negatives, self._adapters) for _ in range(call.num_images)]
-        each = (settings.true_cfg_scale,) * len(call.seeds), call.controls or ((),) * len(call.seeds)
+        nothing: Sequence[Any] = ((),) * len(call.seeds)
+        each = (settings.true_cfg_scale,) * len(call.seeds), call.controls or nothing, call.shown or nothing
         own = zip(prompts, call.seeds, call.guidance_scales, latents, call.variations or none, sources, *each)
         requests = [ImageRequest(p, n, seed, scale, loras, *more) for (p, n, loras), seed, scale, *more in own]
         if self._engine.info.t5:

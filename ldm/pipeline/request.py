@@ -23,6 +23,7 @@ from ldm.nn.tiling import AUTO, TILE
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
 from ldm.pipeline.control import ControlImage, Controls, ControlSettings, check_controls
+from ldm.pipeline.ip_adapter import SCALE, ImagePrompts, Shown, Spec, check_image_prompts
 from ldm.pipeline.keywords import (
     BATCH,
     CONTROL_WORDS,
@@ -33,6 +34,7 @@ from ldm.pipeline.keywords import (
     MAX_IMAGES,
     MAX_SIZE,
     SAMPLER,
+    SHOWN_WORDS,
     STEPS,
 )
 from ldm.pipeline.sources import Source, Sources, check_sources
@@ -77,6 +79,7 @@ class Settings:
     hires_strength: float | None = None
     step_cache: int | None = None  # of a U-Net: deep features are computed in every n-th step alone; None: in each
     control: ControlSettings | None = None  # how ControlNets act; None: there are none
+    shown: tuple[Spec, ...] | None = None  # how much each IP-Adapter does; None: there are none
     vae_tiling: bool | None = None  # whether the VAE works in tiles; None: where the image is large
     runs: tuple[Run, ...] = field(default=(), compare=False)  # one, with hires-fix two
 
@@ -91,6 +94,8 @@ class Settings:
                 continue
             elif one.name == "control":
                 found |= {} if self.control is None else self.control.keywords()
+            elif one.name == "shown":
+                found |= {} if self.shown is None else {SCALE: self.shown}
             elif one.name != "runs":
                 found[one.name] = getattr(self, one.name)
         return found
@@ -107,6 +112,7 @@ def resolve(
     sources: Sources | None = None,
     latents: torch.Tensor | None = None,
     controls: Controls | None = None,
+    image_prompts: ImagePrompts | None = None,
 ) -> Settings:
     """generate's keywords (under our names; absent ones are None) with every default of the model filled in.
 
@@ -134,6 +140,7 @@ def resolve(
         found["eta"] = checks.check_eta(info.card["eta"], sampler)
     guidance = checks.make_guidance(given)
     found["control"] = None if controls is None else controls.settings
+    found["shown"] = None if image_prompts is None else image_prompts.scales
     settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
     _check_fit(settings, info)
     return dataclasses.replace(settings, runs=_runs(settings, info))
@@ -277,6 +284,7 @@ class Request:
     variations: tuple[tuple[int, float], ...] | None  # (seed, strength) of each image
     sources: Sources | None  # the initial images
     controls: tuple[tuple[ControlImage, ...], ...] | None  # of each image, one for each ControlNet
+    shown: tuple[tuple[Shown, ...], ...] | None  # of each image, what each IP-Adapter shows
     batch_size: int  # images that are denoised together; has no influence on the images
     callback: Callable | None
     strict: bool  # whether what would be a warning about a prompt is an error
@@ -288,7 +296,7 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
     Raises ConfigError naming the setting and the values that would do.
     """
     num_images, seeds = checks.check_seeds(given["num_images"], given["seed"], prompts)
-    variations = latents = sources = controls = callback = None
+    variations = latents = sources = controls = image_prompts = callback = None
     if checks.is_given(given, "variation_seed", "variation_strength"):
         variations = checks.check_variations(given, num_images, prompts)
     if variations and not isinstance(given["seed"], Sequence):
@@ -302,12 +310,15 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         sources = check_sources(given, prompts, num_images)
     if checks.is_given(given, "controlnet", *CONTROL_WORDS[:-1]) or given.get("guess_mode"):
         controls = check_controls(given, prompts, num_images)
-    settings = resolve(given, info, sources, latents, controls)
+    if checks.is_given(given, "ip_adapter", *SHOWN_WORDS):
+        image_prompts = check_image_prompts(given, prompts, num_images, info)
+    settings = resolve(given, info, sources, latents, controls, image_prompts)
     batch_size = BATCH if batch_size is None else checks.check_int(batch_size, "batch_size", 1, MAX_IMAGES)
     if checks.is_given(given, "callback"):
         callback = checks.check_callback(given["callback"])
     strict = checks.check_bool(given["strict"], "strict")
-    images = (latents, variations, sources, None if controls is None else controls.each)
+    shown = None if image_prompts is None else image_prompts.each
+    images = (latents, variations, sources, None if controls is None else controls.each, shown)
     return Request(settings, num_images, seeds, scales, *images, batch_size, callback, strict)
 
 
@@ -325,6 +336,7 @@ class ImageRequest:
     source: Source | None = None  # the initial image, in the size that is drawn
     true_cfg_scale: float | None = None  # the settings': in place of guidance_scale for CFG
     controls: tuple[ControlImage, ...] = ()  # one for each ControlNet
+    shown: tuple[Shown, ...] = ()  # one for each IP-Adapter
 
     @property
     def cfg_scale(self) -> float:
@@ -337,9 +349,11 @@ class ImageRequest:
         return self.prompt, self.negative_prompt if self.cfg_scale > 1 else EMPTY
 
     @property
-    def begins(self) -> tuple[bool, bool]:
-        """Whether at an initial image, and whether that has a mask: equal for all of a batch."""
-        return self.source is not None, self.source is not None and self.source.mask is not None
+    def form(self) -> tuple[Any, ...]:
+        """Whether it begins at an initial image, whether that has a mask, and how many images and masks each IP-Adapter
+        shows: equal for all of a batch."""
+        counts = [(len(one.images), len(one.masks)) for one in self.shown]
+        return self.source is not None, self.source is not None and self.source.mask is not None, *counts
 
 
 def check_plain_prompts(requests: Sequence[ImageRequest], settings: Settings) -> None:

@@ -51,6 +51,51 @@ CONTROLNETS = {  # likewise; every one has its base's settings but those of the 
     }
     for kind in ("sd15", "sd21", "xl")
 }
+IP_ADAPTERS = {  # the U-Net that each goes with
+    "ip_adapter_sd15": "sd15",
+    "ip_adapter_plus_sd15": "sd15",
+    "ip_adapter_full_sd15": "sd15",
+    "ip_adapter_xl": "xl",
+    "ip_adapter_plus_xl": "xl",
+}
+
+
+def resampler(width: int, out: int) -> dict[str, tuple[int, ...]]:
+    """What image_proj of a "plus" adapter holds: 16 tokens, 4 layers, of a tower of width 1280."""
+    block = {"0.norm1": (width,), "0.norm2": (width,), "1.0": (width,)}
+    block = {f"{name}.{kind}": shape for name, shape in block.items() for kind in ("weight", "bias")}
+    block |= {"0.to_q.weight": (width, width), "0.to_kv.weight": (2 * width, width), "0.to_out.weight": (width, width)}
+    block |= {"1.1.weight": (4 * width, width), "1.3.weight": (width, 4 * width)}
+    found = {"latents": (1, 16, width), "proj_in.weight": (width, 1280), "proj_in.bias": (width,)}
+    found |= {
+        "proj_out.weight": (out, width),
+        "proj_out.bias": (out,),
+        "norm_out.weight": (out,),
+        "norm_out.bias": (out,),
+    }
+    return found | {f"layers.{i}.{name}": shape for i in range(4) for name, shape in block.items()}
+
+
+def ip_adapter(kind: str) -> dict[str, tuple[int, ...]]:
+    """The file's names and shapes: image_proj by hand, ip_adapter in the order of diffusers' attention processors."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(CONFIGS[IP_ADAPTERS[kind]])
+    width, tower = (768, 1024) if IP_ADAPTERS[kind] == "sd15" else (2048, 1280)
+    norm = {"norm.weight": (width,), "norm.bias": (width,)}
+    shapes = {"proj.weight": (4 * width, tower), "proj.bias": (4 * width,), **norm}
+    if "full" in kind:
+        shapes = {"proj.0.weight": (1280, 1280), "proj.0.bias": (1280,), "proj.2.weight": (768, 1280)}
+        shapes |= {"proj.2.bias": (768,), "proj.3.weight": (768,), "proj.3.bias": (768,)}
+    elif "plus" in kind:
+        shapes = resampler(768 if width == 768 else 1280, width)
+    found = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    for i, name in enumerate(unet.attn_processors):
+        if ".attn2." in name:
+            out = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            found |= {f"ip_adapter.{i}.{part}.weight": (out, width) for part in ("to_k_ip", "to_v_ip")}
+    return found
 
 
 def fold(names: list[str]) -> list[str]:
@@ -101,13 +146,18 @@ def main() -> None:
         with torch.device("meta"):
             model = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
             state = model.from_config(config).state_dict()
-        by_shape: dict[str, list[str]] = {}
-        for name, tensor in state.items():
-            by_shape.setdefault("x".join(map(str, tensor.shape)), []).append(name)
-        lines = [f"{shape}: {' '.join(fold(names))}" for shape, names in by_shape.items()]
-        file_of(kind).write_text("\n".join(lines) + "\n")
-        assert read(kind) == {name: tuple(t.shape) for name, t in state.items()}, kind
-        print(kind, len(state))
+        write(kind, {name: tuple(t.shape) for name, t in state.items()})
+    for kind in IP_ADAPTERS:
+        write(kind, ip_adapter(kind))
+
+
+def write(kind: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    by_shape: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        by_shape.setdefault("x".join(map(str, shape)), []).append(name)
+    file_of(kind).write_text("\n".join(f"{s}: {' '.join(fold(names))}" for s, names in by_shape.items()) + "\n")
+    assert read(kind) == shapes, kind
+    print(kind, len(shapes))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """ControlNets in pipelines: images equal diffusers', with negative controls; batches, edits, bad input."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from ldm.checkpoint.controlnet import save_controlnet
 from ldm.cli import main
@@ -34,6 +36,17 @@ def loud(unet, seed=5, **settings):
         large = "controlnet_" in name and parameter.ndim > 1
         torch.nn.init.normal_(parameter, std=0.3 if large else 0.1)
     return net.requires_grad_(False)
+
+
+def lora_file(path, seed=0):
+    """Of attention in the tiny model's U-Net, in PEFT's layout, strong enough to move pixels."""
+    torch.manual_seed(seed)
+    blocks = [f"{block}.attentions.0.transformer_blocks.0" for block in ("down_blocks.0", "up_blocks.1")]
+    names = [f"unet.{block}.attn2.{part}" for block in blocks for part in ("to_v", "to_out.0")]
+    halves = (("A", (2, 32)), ("B", (32, 2)))
+    state = {f"{name}.lora_{half}.weight": 2 * torch.randn(shape) for name in names for half, shape in halves}
+    save_file(state, path)
+    return path
 
 
 def drawing(seed=0, side=SIDE):
@@ -130,6 +143,25 @@ def test_img2img_equals_diffusers(peer_parts, nets, tiny_folder):
     assert apart(pipe.generate(seed=7, image=init, **STEPS, **call)[0], theirs) <= 1
     assert apart(pipe.generate(seed=7, image=init, **STEPS, **{**call, "control_image": drawing(5)})[0], theirs) > 5
     assert apart(pipe.generate(seed=7, image=init, **STEPS, **{**call, "control_guidance_end": 1.0})[0], theirs) > 1
+
+
+def test_with_a_lora_equals_diffusers(peer_parts, nets, tiny_folder, tmp_path):
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    lora = lora_file(tmp_path / "lora.safetensors")
+    parts = {**peer_parts, "unet": copy.deepcopy(peer_parts["unet"])}
+    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=ControlNetModel.from_pretrained(nets / "a"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path, weight_name=lora.name)
+    more = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "guidance_scale": 3.0}
+    more["controlnet_conditioning_scale"] = 0.01  # else nothing else shows
+    theirs = pipe("a red cat", negative_prompt="a dog", image=drawing(), **more, **SIZE).images[0]
+    call = {"seed": 7, "control_image": drawing(), "controlnet_conditioning_scale": 0.01, **STEPS, **SIZE}
+    pipe = Pipeline("a red cat", tiny_folder, negative_prompt="a dog", controlnet=nets / "a", lora=lora)
+    assert apart(pipe.generate(**call)[0], theirs) <= 1
+    assert apart(pipe.generate(**{**call, "control_image": drawing(5)})[0], theirs) > 5
+    pipe = Pipeline("a red cat", tiny_folder, negative_prompt="a dog", controlnet=nets / "a")
+    assert apart(pipe.generate(**call)[0], theirs) > 5
 
 
 # Our own promises

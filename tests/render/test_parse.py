@@ -202,6 +202,7 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
     values |= dict.fromkeys(("image", "mask_image", "lora"), "x.png") | dict.fromkeys(("eta", "guidance_rescale"), "0")
     values |= {"variation_strength": "0.3", "hires_strength": "0.3", "dtype": "bf16", "guess_mode": "true"}
     values |= {"control_image": "x.png", "control": "edges:x.png:0.5"}
+    values |= dict.fromkeys(("ip_adapter", "ip_adapter_image", "ip_adapter_mask"), "x.png")
     value = values.get(name, {"strength": "0.8", "name": "cat", "model": "default"}.get(name, "3"))
     needs_image = name == "mask_image"
     rest = "" if name == "prompt" else "a cat "

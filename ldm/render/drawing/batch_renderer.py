@@ -46,7 +46,7 @@ class BatchRenderer:
         for window in windows(jobs):
             for group, members in groups(window, self._last):
                 self._last = group
-                held = {"image", "control_image"} & members[0].settings.keys()
+                held = {"image", "control_image", "ip_adapter_image"} & members[0].settings.keys()
                 size = IN_MEMORY if held else len(members)
                 for start in range(0, len(members), size):
                     self._draw_group(group, members[start : start + size])

@@ -17,7 +17,9 @@ from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
 from ldm.pipeline.control import Controls, check_controls, listed_nets
 from ldm.pipeline.engine import Engine
-from ldm.pipeline.keywords import CONTROL_WORDS
+from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
+from ldm.pipeline.ip_adapter import listed as listed_adapters
+from ldm.pipeline.keywords import CONTROL_WORDS, SHOWN_WORDS
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
@@ -25,7 +27,10 @@ from ldm.render.jobs.loaded_models import name_of_loaded
 from ldm.render.prompts.setting_table import IMAGE, SETTINGS, of_scope
 
 INITIAL = ("image", "mask_image", "outpaint")  # where an image begins; the size may come from it
-OF_IMAGE = of_scope(IMAGE) - {*INITIAL, "control_image"} | {"lora"}  # resolved by themselves, image by image
+FILES = ("image", "control_image", "ip_adapter_image", "ip_adapter_scale")  # of lines that are resolved each anew
+OF_IMAGE = of_scope(IMAGE) - {*INITIAL, "control_image", "ip_adapter_image", "ip_adapter_mask"} | {
+    "lora"
+}  # image by image
 OF_MODEL = ("model", "vae", "dtype")
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
 
@@ -86,6 +91,9 @@ class Resolver:
         hashes: dict[str, Any] = {"model": info.hash, **digests}
         if engine.controlnets is not None:
             hashes["controlnet"] = [one["hash"] for one in engine.controlnets.metadata]
+        if engine.ip_adapters is not None:
+            found = engine.ip_adapters.metadata
+            hashes["ip_adapter"] = [*(one["hash"] for one in found["ip_adapter"]), found["image_encoder"]["hash"]]
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
@@ -99,11 +107,15 @@ class Resolver:
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
-        key += (listed_nets(settings.get("controlnet")),)
+        key += (listed_nets(settings.get("controlnet")), listed_adapters(settings.get("ip_adapter")))
+        key += (settings.get("image_encoder"),)
         return _once(self._models, key, lambda: self._engine(*key))
 
-    def _engine(self, model: str, vae: str | None, dtype: str, controlnet: tuple) -> tuple[Engine, ModelInfo]:
+    def _engine(
+        self, model: str, vae: str | None, dtype: str, controlnet: tuple, ip_adapter: tuple, image_encoder: str | None
+    ) -> tuple[Engine, ModelInfo]:
         options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
+        options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder}
         if self._loaded is not None and model == self._default:
             return Engine(self._loaded, **options), describe(self._loaded)
         return Engine(model, **options), describe(model, vae, self._options.get("prediction_type"), hashed=True)
@@ -112,7 +124,8 @@ class Resolver:
         """The engine of a job's settings, and what it shares with all jobs that may be in its batch."""
         engine, info = self.model(settings)
         sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
-        return engine, resolve(settings, info, sources, controls=_controls(settings))
+        prompted = _image_prompts(settings, info)
+        return engine, resolve(settings, info, sources, controls=_controls(settings), image_prompts=prompted)
 
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
         """(the prompt without its tags, its LoRAs: the line's or the command's, then those of tags)."""
@@ -137,7 +150,7 @@ class Resolver:
         self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """`_resolved`, once for all lines that ask for the same; images are read each time."""
-        if any(asked.get(name) is not None for name in ("image", "control_image")):
+        if any(asked.get(name) is not None for name in FILES):
             return self._resolved(asked, adapters)
         key = (adapters, *sorted((name, _hashable(value)) for name, value in asked.items()))
         if key not in self._shared:
@@ -155,8 +168,9 @@ class Resolver:
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
         sources = check_sources(given, 1, 1)
         info = self.model(given)[1]
-        controls = _controls(given)
-        settings = resolve(given, with_few_steps(info, (adapters,)) if adapters else info, sources, controls=controls)
+        controls, prompted = _controls(given), _image_prompts(given, info)
+        fitting = with_few_steps(info, (adapters,)) if adapters else info
+        settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
         of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)
@@ -164,6 +178,12 @@ class Resolver:
             of_model["controlnet"] = [str(name) for name in listed_nets(given["controlnet"])]
             initial["control_image"] = [str(name) for name in listed_nets(given["control_image"])]
             digests["control_image"] = [image.sha256 for image in controls.each[0]]
+        if prompted is not None:
+            of_model["ip_adapter"] = [str(name) for name in listed_adapters(given["ip_adapter"])]
+            of_model |= {"image_encoder": str(given["image_encoder"])} if given.get("image_encoder") else {}
+            initial |= {name: given[name] for name in ("ip_adapter_image", "ip_adapter_mask") if name in given}
+            pairs = [([f.sha256 for f in one.images], [f.sha256 for f in one.masks]) for one in prompted.each[0]]
+            digests["ip_adapter_image"] = [list(pair) for pair in pairs]
         return {**of_model, **changed_settings(settings), **initial}, digests
 
 
@@ -191,6 +211,8 @@ def image_request(settings: Mapping[str, Any]) -> ImageRequest:
         (request["source"],) = sources.fitted(settings["height"], settings["width"])
     if (controls := _controls(settings)) is not None:
         (request["controls"],) = controls.each
+    if (prompted := _image_prompts(settings)) is not None:
+        (request["shown"],) = prompted.each
     return ImageRequest(**request)
 
 
@@ -204,6 +226,13 @@ def _controls(settings: Mapping[str, Any]) -> Controls | None:
     if all(settings.get(name) is None for name in ("controlnet", *CONTROL_WORDS)):
         return None
     return check_controls(settings, 1, 1)
+
+
+def _image_prompts(settings: Mapping[str, Any], info: ModelInfo | None = None) -> ImagePrompts | None:
+    """What IP-Adapters show for a line or a job, which is one image."""
+    if all(settings.get(name) is None for name in ("ip_adapter", "image_encoder", *SHOWN_WORDS)):
+        return None
+    return check_image_prompts(settings, 1, 1, info)
 
 
 def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:

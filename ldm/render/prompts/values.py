@@ -20,6 +20,7 @@ from ldm.errors import ConfigError
 from ldm.files import spelt_alike
 from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
 from ldm.pipeline.keywords import MAX_IMAGES
+from ldm.pipeline.keywords import adapter_scales as parse_scales
 
 MAX_SEED = 2**63 - 1 - MAX_IMAGES  # image k of a line has seed + k
 Parser = Callable[[Any, str, Path], Any]
@@ -165,6 +166,25 @@ def control(value: Any, word: str, folder: Path) -> tuple[tuple[Any, ...], ...]:
 def controlnets(value: Any, word: str, folder: Path) -> tuple[str, ...]:
     """ControlNets, one or a list, each as `model`."""
     return tuple(model(item, word, folder) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def paths(value: Any, word: str, folder: Path) -> tuple[str, ...]:
+    """Files, one or a list, each as `path`."""
+    return tuple(path(item, word, folder) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def image_lists(value: Any, word: str, folder: Path) -> tuple[Any, ...]:
+    """Images, one or a list, of which each may be a list again."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(
+        paths(one, word, folder) if isinstance(one, (list, tuple)) else path(one, word, folder) for one in items
+    )
+
+
+def adapter_scales(value: Any, word: str, folder: Path) -> tuple[Any, ...]:
+    """How much each IP-Adapter does, from 0.6, "0.6,0.4", a list, or a mapping of levels, which may be JSON."""
+    value = parse_scales(value, word) if isinstance(value, str) else value
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def numbers(value: Any, word: str, folder: Path) -> tuple[float, ...]:

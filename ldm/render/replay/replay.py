@@ -37,7 +37,8 @@ LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # What our metadata holds beside settings: `differences` compares it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload")
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
-COMPARED = {**DIGESTS, "control_image": "control_sha256"}
+COMPARED = {**DIGESTS, "control_image": "control_sha256", "ip_adapter_image": "ip_adapter_image_sha256"}
+COMPARED |= {"ip_adapter_mask": "ip_adapter_mask_sha256"}
 REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "inexact", "job")
 SHOWN = 5  # notes on what is not repeated
 
@@ -217,7 +218,7 @@ def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) ->
             settings[name] = None  # with XL other than ""
         elif name == "latents" and value is not None:
             raise DataError("was drawn from given latents, which are not in the file", where=name)
-        elif name in COMPARED and "given" in (value if isinstance(value, list) else [value]):
+        elif name in COMPARED and "given" in _flat(value):
             hint = f"--set {name}=FILE"
             raise DataError("was drawn from an image that has no file", where=name, hint=hint)
         elif value is not None:
@@ -238,11 +239,18 @@ def _add(settings: dict[str, Any], notes: list[str], name: str, value: Any, fold
         settings |= parse_settings([(name, _as_in_lines(name, value))], folder)
 
 
+def _flat(value: Any) -> list[Any]:
+    """The items of lists within lists."""
+    return [item for one in value for item in _flat(one)] if isinstance(value, (list, tuple)) else [value]
+
+
 def _as_in_lines(name: str, value: Any) -> Any:
     """A recorded value as prompt lines have it."""
     if name == "clip_skip" and isinstance(value, int):
         return value + 1  # lines count as A1111 does
-    if name == "controlnet" and isinstance(value, (list, tuple)):
+    if name == "image_encoder" and isinstance(value, Mapping):
+        return value.get("path")
+    if name in ("controlnet", "ip_adapter") and isinstance(value, (list, tuple)):
         return [item.get("path") if isinstance(item, Mapping) else item for item in value]
     if name == "lora" and isinstance(value, (list, tuple)):
         return [_lora_in_lines(item) if isinstance(item, Mapping) else item for item in value]
