@@ -38,12 +38,12 @@ HINT, HINT_DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.c
 RELATIVES = {  # a part of a name -> what has such names, beside a ControlNet's
     "lora_controlnet": "a Control-LoRA, which is not supported",
     "difference": "a ControlNet as the difference to its base model, which is not supported",
-    "control_add_embedding.": "a ControlNet Union, which is not supported",
+    "control_add_embedding.": "a ControlNet Union, which is read from its diffusers folder",
 }
 OTHERS = {  # likewise, without a ControlNet's
     "lllite": "a ControlNet-LLLite, which is not supported",
-    "adapter.": "a T2I-Adapter, which is not supported",
-    "image_proj.": "an IP-Adapter, which is not supported",
+    "adapter.": "a T2I-Adapter, which is read from its diffusers folder",
+    "image_proj.": "an IP-Adapter, which has its own option (--ip-adapter)",
     "controlnet_x_embedder.": "a ControlNet for FLUX, which is not supported",
     "pos_embed.": "a ControlNet for Stable Diffusion 3, which is not supported",
     "lora_": "a LoRA, which goes with a model (--lora)",
@@ -80,7 +80,7 @@ def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:
     """
     if not isinstance(info.unet, UNetConfig):
         raise ModelError(f"ControlNets steer U-Nets, and {info.name} has none", where=name)
-    path = _place(name)
+    path = place_of(name)
     config, files = None, (path,)
     if path.is_dir():
         config = _config(read_json(path / CONFIG), path / CONFIG)
@@ -91,7 +91,7 @@ def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:
     if config is None and KEY in headers[0].metadata:
         config = _config(_stored(headers[0].metadata[KEY], path), path)
     config = config or _of_base(shapes, info, path)
-    _check_base(config, info, path)
+    check_base(config, info, path)
     names = _names(config, shapes, path)
     on_files = {new: torch.empty(shapes[old], device="meta") for old, new in names.items()}
     check_keys(on_meta(lambda: ControlNet(config)), on_files, path)
@@ -106,7 +106,7 @@ def hash_of_controlnet(path: Path) -> str:
     return digest_of({file.name: sha256(file) for file in files})
 
 
-def _place(name: str | os.PathLike) -> Path:
+def place_of(name: str | os.PathLike) -> Path:
     """Its folder (also of a pipeline's folder or a run that holds one), its file, or the hub's copy."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ConfigError(f"expected a folder, a file or a hub id, got {name!r:.80}", where="controlnet")
@@ -138,8 +138,8 @@ def _config(settings: Mapping[str, Any], where: Path) -> ControlNetConfig:
         raise ModelError(f"is of class {kind!r:.80}, and a ControlNet is {CLASS}", where=where)
     try:
         return ControlNetConfig.from_diffusers(settings, where)
-    except LdmError:
-        raise
+    except LdmError as error:
+        raise (ModelError(error.what, where=where, hint=error.hint) if error.where is None else error) from None
     except Exception as error:  # whatever a damaged file makes of it
         raise ModelError(f"the settings cannot be used ({type(error).__name__}: {error})"[:200], where=where) from None
 
@@ -198,7 +198,7 @@ def _check_width(width: int, info: ModelInfo, path: Path) -> None:
         raise ModelError(f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}", where=path)
 
 
-def _check_base(config: ControlNetConfig, info: ModelInfo, path: Path) -> None:
+def check_base(config: ControlNetConfig, info: ModelInfo, path: Path) -> None:
     """Raise ModelError where a ControlNet's outputs, or its inputs, are not those of the model's U-Net."""
     _check_width(config.unet.cross_attention_dim, info, path)
     mine = {"latent channels": config.unet.in_channels, "pixels per latent": config.factor}

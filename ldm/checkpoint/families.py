@@ -148,6 +148,8 @@ OTHERS = {  # a part of a name -> what has such names and is none of these
     "lora": "a LoRA, which goes with a model (--lora)",
     "control_model.": "a ControlNet, which goes with a model (--controlnet)",
     "controlnet_cond_embedding.": "a ControlNet, which goes with a model (--controlnet)",
+    "ip_adapter.": "an IP-Adapter, which goes with a model (--ip-adapter)",
+    "adapter.body.": "a T2I-Adapter, whose folder goes with a model (--controlnet)",
     "joint_blocks.": "a single file of Stable Diffusion 3, which is not supported (its diffusers folder is)",
     "double_blocks.": "a single file of FLUX, which is not supported (its diffusers folder is)",
     "emb_params": "a textual inversion, which is not supported",

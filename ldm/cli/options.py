@@ -40,6 +40,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r:.80}") from None
 
 
+def _modes(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if number.strip() == "-" else int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r:.80}") from None
+
+
 class Preset(argparse.Action):
     """A name for an interval of steps or of sigmas in which guidance is on."""
 
@@ -141,11 +148,12 @@ EDITING = [
 # What steers it
 CONTROL = [
     Option("control", "KIND:IMAGE[:X]", "edges:photo.png:0.8: a condition that is made here", {"action": "append"}),
-    Option("controlnet", "PATH", "a ControlNet's folder or file; may be given several times", {"action": "append"}),
+    Option("controlnet", "PATH", "of a ControlNet or T2I-Adapter; may be given several times", {"action": "append"}),
     Option("control_image", "IMAGE", "what it looks at, one for each; or KIND:IMAGE", {"action": "append"}),
     Option("controlnet_conditioning_scale", "X,X,…", "how much it does, 0 and up (1)", {"type": _numbers}),
     Option("control_guidance_start", "X,X,…", "from which part of the steps on, 0 to 1 (0)", {"type": _numbers}),
     Option("control_guidance_end", "X,X,…", "to which part of the steps (1)", {"type": _numbers}),
+    Option("control_mode", "N,N,…", "what a ControlNet Union looks at; - for others", {"type": _modes}),
     Option("guess_mode", None, "act where the prompt does not guide", {"action": "store_true", "default": None}),
     Option("ip_adapter", "FILE", "an IP-Adapter, which shows images; may be given several times", {"action": "append"}),
     Option("image_encoder", "FOLDER", "the CLIP vision tower that it looks through (image_encoder/ beside it)"),

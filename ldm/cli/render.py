@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", metavar="KEY=A,B,…", action="append", default=[], help=axis)
     add("--gallery", action="store_true", help="write DIR/index.html: all images, with search and settings")
     add("--contact-sheet", action="store_true", help="write DIR/contact/page-001.jpg, …: all images, small")
+    kept = "write what ControlNets saw beside the images: DIR/conditions/NAME.png"
+    add("--keep-conditions", action="store_true", help=kept)
     add_drawing(parser)
 
 

@@ -173,6 +173,9 @@ class ControlNet(Encoder):
         factors = torch.logspace(-1, 0, len(outputs)).tolist() if guess else [1.0] * len(outputs)
         return [output * (factor * scale) for output, factor in zip(outputs, factors)]
 
+    def _embed_condition(self, image: Tensor) -> Tensor:  # (N, 3, f H, f W) -> (N, C, H, W)
+        return self.controlnet_cond_embedding(image)
+
     def _embed_image(self, image: Tensor, x: Tensor, rows: int) -> Tensor:
         """Images (N, 3, f H, f W) -> (B, C, H, W) for all rows of x, of which the first `rows` are asked for."""
         size = tuple(side * self.control.factor for side in x.shape[2:])
@@ -180,8 +183,8 @@ class ControlNet(Encoder):
             raise ModelError(f"ControlNet: images {tuple(image.shape)} do not fit latents {tuple(x.shape)}")
         image = image.flip(1) if self.control.channel_order == "bgr" else image
         if self.training or not image.is_cpu:
-            return self.controlnet_cond_embedding(image.to(x.dtype)).repeat(rows // len(image), 1, 1, 1)
-        embedded = in_blocks(self.controlnet_cond_embedding, image.to(x.dtype), 2)
+            return self._embed_condition(image.to(x.dtype)).repeat(rows // len(image), 1, 1, 1)
+        embedded = in_blocks(self._embed_condition, image.to(x.dtype), 2)
         return pad_to_even_batch(embedded.repeat(rows // len(image), 1, 1, 1))[0]
 
 

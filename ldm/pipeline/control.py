@@ -10,34 +10,33 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ldm.checkpoint.controlnet import find_controlnet, hash_of_controlnet
+from ldm.checkpoint.controlnet import hash_of_controlnet
+from ldm.checkpoint.controls import find_control
 from ldm.checkpoint.describe import ModelInfo
 from ldm.config import require
 from ldm.control import ALIASES, KINDS, condition_of
-from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.guidance.guided import step_at
 from ldm.errors import ConfigError
-from ldm.images import to_tensor
-from ldm.nn.controlnet import ControlNet, summed
-from ldm.nn.ip_adapter import unguided_rows
+from ldm.nn.controlnet import ControlNet
 from ldm.nn.offload import moved
-from ldm.pipeline.checks import check_bool, check_guidance
+from ldm.nn.t2i_adapter import T2IAdapter
+from ldm.pipeline.checks import check_bool, check_guidance, check_int
 from ldm.pipeline.sources import open_image
 
 if TYPE_CHECKING:
     from ldm.pipeline.placement import Placement
-    from ldm.pipeline.request import ImageRequest, Run
+    from ldm.pipeline.request import Settings
 
 SCALE, START, END = "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"
+MODE = "control_mode"
+Network = ControlNet | T2IAdapter
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class ControlSettings:
     starts: tuple[float, ...]  # fractions of the steps
     ends: tuple[float, ...]
     guess_mode: bool = False  # they act on the answer with the prompt alone, and less at high resolutions
+    modes: tuple[int | None, ...] = ()  # of a ControlNet Union: the kind of its condition
 
     def keywords(self) -> dict[str, Any]:
         """generate's, without those that change nothing."""
@@ -56,6 +56,8 @@ class ControlSettings:
             found[START] = self.starts
         if set(self.ends) != {1.0}:
             found[END] = self.ends
+        if self.modes:
+            found[MODE] = self.modes
         return {**found, "guess_mode": True} if self.guess_mode else found
 
     def acting(self, step: int, steps: int) -> list[int]:
@@ -111,7 +113,7 @@ def check_controls(given: Mapping[str, Any], prompts: int, num_images: int) -> C
     """
     nets, value = listed_nets(given.get("controlnet")), given.get("control_image")
     if value is None:
-        for word in (SCALE, START, END, "guess_mode"):
+        for word in (SCALE, START, END, MODE, "guess_mode"):
             require(given.get(word) in (None, False), f"{word} needs a control_image", word)
         require(not nets, "a ControlNet needs an image to look at", "control_image")
         return None
@@ -168,7 +170,17 @@ def _settings(given: Mapping[str, Any], nets: int) -> ControlSettings:
         good = 0 <= start < end <= 1
         require(good, f"{start:g} to {end:g} is no part of the steps: 0 to 1, the end above the start", START)
     guess = given.get("guess_mode")
-    return ControlSettings(scales, starts, ends, guess is not None and check_bool(guess, "guess_mode"))
+    guess = guess is not None and check_bool(guess, "guess_mode")
+    return ControlSettings(scales, starts, ends, guess, _modes(given.get(MODE), nets))
+
+
+def _modes(value: Any, nets: int) -> tuple[int | None, ...]:
+    """One number for each network, None for one that has no kinds; () where none is given."""
+    if value is None:
+        return ()
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * nets
+    require(len(values) == nets, f"{len(values)} numbers for {nets} ControlNets", MODE)
+    return tuple(one if one is None else check_int(one, MODE, 0, 1000) for one in values)
 
 
 def _numbers(given: Mapping[str, Any], where: str, default: float, nets: int) -> tuple[float, ...]:
@@ -187,10 +199,10 @@ class ControlNets:
 
     given: tuple[Any, ...]
     info: ModelInfo
-    _loaded: dict[torch.dtype, list[ControlNet]] = field(default_factory=dict, init=False)
+    _loaded: dict[torch.dtype, list[Network]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.files = [find_controlnet(_own(name, self.info), self.info) for name in self.given]
+        self.files = [find_control(_own(name, self.info), self.info) for name in self.given]
 
     @functools.cached_property
     def metadata(self) -> list[dict[str, str]]:
@@ -200,12 +212,25 @@ class ControlNets:
             {"path": name, "hash": hash_of_controlnet(file.path)} for name, file in zip(names, self.files, strict=True)
         ]
 
-    def at_work(self, place: Placement, dtype: torch.dtype) -> list[ControlNet]:
+    def check(self, settings: Settings) -> None:
+        """Raise ConfigError where a kind is missing, has no meaning, or a size cannot be."""
+        assert settings.control is not None  # as images and networks are as many
+        for file, mode in zip(self.files, settings.control.modes or (None,) * len(self.files)):
+            kinds, cell = getattr(file, "kinds", 0), getattr(file, "cell", 1)
+            named = f"{file.path.name} knows {kinds} kinds of condition: give one from 0 to {kinds - 1}"
+            require(not kinds or (mode is not None and mode < kinds), named, MODE)
+            require(bool(kinds) or mode is None, f"{file.path.name} is no ControlNet Union and has no kinds", MODE)
+            for run in settings.runs:
+                fits, size = run.height % cell == run.width % cell == 0, f"{run.width}x{run.height}"
+                require(fits, f"{file.path.name} needs multiples of {cell}, not {size}", "width, height")
+
+    def at_work(self, place: Placement, dtype: torch.dtype) -> list[Network]:
         """On the device, in this dtype. Raises ModelError as loading does."""
         if dtype not in self._loaded:
             self._loaded[dtype] = [file.load(place.home, dtype) for file in self.files]
             for net in self._loaded[dtype]:
-                net.set_attention(place.attention)
+                if isinstance(net, ControlNet):
+                    net.set_attention(place.attention)
         nets = self._loaded[dtype]
         return [moved(net, place.device) for net in nets] if place.offload else nets
 
@@ -219,69 +244,3 @@ def _own(name: Any, info: ModelInfo) -> Any:
         hint = "give a ControlNet that was trained for it: --controlnet FOLDER, or train one: ldm finetune --control"
         raise ConfigError(f"{info.name} has no control {name!r} of its own", where="controlnet", hint=hint)
     return folder
-
-
-class Steering:
-    """The ControlNets of one batch in one run."""
-
-    def __init__(
-        self,
-        networks: Sequence[Callable[..., list[Tensor]]],
-        pooled: Sequence[bool],
-        settings: ControlSettings,
-        requests: Sequence[ImageRequest],
-        run: Run,
-        device: torch.device,
-    ):
-        self._networks, self._pooled, self._settings = networks, pooled, settings
-        self._levels, self._step, self._batch = run.sigmas[:-1].tolist(), 0, len(requests)
-        known: dict[int, Tensor] = {}
-        for image in (image for request in requests for image in request.controls):
-            if id(image) not in known:
-                known[id(image)] = (to_tensor(image.condition(run.height, run.width)) / 2 + 0.5).to(device)
-        columns = zip(*(request.controls for request in requests))
-        self._images = [torch.cat([known[id(image)] for image in column]) for column in columns]
-        self._whole: Tensor | None = None
-        self._part: dict[str, Tensor | None] = {}
-
-    def network(self, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The U-Net with the residuals of the ControlNets that act at the step."""
-
-        def steered(x: Tensor, timesteps: Tensor, *, states: Tensor, **more: Any) -> Tensor:
-            acting = self._settings.acting(self._step, len(self._levels))
-            if not acting:
-                return network(x, timesteps, states=states, **more)
-            text = {"states": states, "mask": more.get("mask"), "pooled": more.get("pooled")}
-            unguided = unguided_rows(len(x), self._batch, more)
-            residuals = summed([self._residuals(i, x, timesteps, text, unguided) for i in acting])
-            return network(x, timesteps, states=states, residuals=residuals, **more)
-
-        return steered
-
-    def following(self, denoise: Denoise) -> Denoise:
-        """`denoise`, of which it is known at which step it is called."""
-
-        def at_step(x: Tensor, sigma: Tensor) -> Tensor:
-            self._step = step_at(float(sigma[0]), self._levels)
-            return denoise(x, sigma)
-
-        return at_step
-
-    def _residuals(
-        self, i: int, x: Tensor, timesteps: Tensor, text: Mapping[str, Tensor | None], unguided: int
-    ) -> list[Tensor]:
-        """Of one ControlNet for R rows; in guess mode zeros for the first `unguided` of them."""
-        guess = self._settings.guess_mode or self._pooled[i]
-        skip = unguided if guess else 0
-        if skip:
-            text, x, timesteps = self._later_rows(text, skip), x[skip:], timesteps[skip:]
-        scale = self._settings.scales[i]
-        found = self._networks[i](x, timesteps, **text, image=self._images[i], scale=scale, guess=guess)
-        return [torch.cat([one.new_zeros(skip, *one.shape[1:]), one]) for one in found] if skip else found
-
-    def _later_rows(self, text: Mapping[str, Tensor | None], skip: int) -> dict[str, Tensor | None]:
-        """The text of the rows from `skip` on; the same tensors as long as the text is the same."""
-        if self._whole is not text["states"]:
-            self._whole = text["states"]
-            self._part = {name: None if t is None else t[skip:] for name, t in text.items()}
-        return self._part

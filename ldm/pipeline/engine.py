@@ -31,13 +31,14 @@ from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
 from ldm.pipeline.checks import check_bool
-from ldm.pipeline.control import ControlNets, Steering, listed_nets
+from ldm.pipeline.control import ControlNets, listed_nets
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
 from ldm.pipeline.ip_adapter import IPAdapters, listed
 from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
+from ldm.pipeline.steering import Steering
 
 DECODED_AT_ONCE = 4 * 64 * 64  # latents (h * w, of all images) that a GPU decodes in one call: four images of 512x512
 
@@ -166,10 +167,11 @@ class Engine:
                 noise, x = draw_noise(model.vae, requests, run, place.device)
                 shown = self.ip_adapters and self.ip_adapters.prompted(place, s, requests, run, model.dtype)
                 with place.on(model.unet) as unet:
+                    steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
+                    unet = unet if steering is None else steering.unet(unet)
                     beside = None if shown is None else ImageAttention(unet, shown, (x.shape[2], x.shape[3]))
                     network = network_of(unet, run, requests, s.step_cache, beside)
                     network = network if start.masked is None else start.network(network)
-                    steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
                     network = network if steering is None else steering.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
                     denoise = denoise if steering is None else steering.following(denoise)
@@ -194,9 +196,8 @@ class Engine:
         """The ControlNets at work for one run of a batch."""
         assert self.controlnets is not None and settings.control is not None  # as the request was checked
         nets = self.controlnets.at_work(self.placement, dtype)
-        pooled = [net.control.global_pool_conditions for net in nets]
-        networks = [prepared(net, run) for net in nets]
-        return Steering(networks, pooled, settings.control, requests, run, self.placement.device)
+        ready = partial(prepared, run=run)
+        return Steering(nets, ready, settings.control, requests, run, self.placement.device)
 
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int

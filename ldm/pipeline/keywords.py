@@ -37,6 +37,8 @@ ALIASES: dict[str, str] = {
     "hr_scale": "hires_scale",
     "hr_second_pass_steps": "hires_steps",
     "hires_denoising_strength": "hires_strength",
+    "adapter_conditioning_scale": "controlnet_conditioning_scale",
+    "adapter_conditioning_factor": "control_guidance_end",
     "W": "width",
     "w": "width",
     "H": "height",
@@ -54,7 +56,7 @@ EDITING_WORDS: tuple[str, ...] = ("image", "mask_image", "strength", "outpaint",
 EDITING_WORDS += ("hires_scale", "hires_steps", "hires_strength", "vae_tiling")
 # generate's keywords for ControlNets.
 CONTROL_WORDS: tuple[str, ...] = ("control_image", "controlnet_conditioning_scale", "control_guidance_start")
-CONTROL_WORDS += ("control_guidance_end", "guess_mode")
+CONTROL_WORDS += ("control_guidance_end", "control_mode", "guess_mode")
 # generate's keywords for IP-Adapters.
 SHOWN_WORDS = ("ip_adapter_image", "ip_adapter_scale", "ip_adapter_mask")
 STRENGTH, HIRES_STRENGTH, MAX_HIRES = 0.8, 0.7, 8  # the first two: where nobody says another

@@ -48,8 +48,8 @@ class Pipeline:
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     dora_scaling     how weights act on a DoRA: linear (A1111, ComfyUI) or peft (inside its norm, as PEFT has it)
     vae              another VAE's folder or file in place of the model's own
-    controlnet       a ControlNet's folder, file or hub id, or a list of them, or the name of a control that the model
-                     comes with (edges)
+    controlnet       the folder, file or hub id of a ControlNet or T2I-Adapter, or a list of them, or the name of a
+                     control that the model comes with (edges)
     ip_adapter       an IP-Adapter's .safetensors file, or a list of them, which show images to the model
     image_encoder    the folder or hub id of the CLIP vision tower that they look through (the folder image_encoder
                      beside them, or of the model)
@@ -169,6 +169,7 @@ class Pipeline:
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
+        control_mode: int | Sequence[int | None] | None = None,
         guess_mode: bool = False,
         ip_adapter_image: Any = None,
         ip_adapter_scale: Any = None,
@@ -210,6 +211,7 @@ class Pipeline:
                     pixels as the model was trained on where nothing else decides it
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end  how much ControlNets do (1), and in
                     which part of the steps (0 to 1): one number, or one for each
+        control_mode  what a ControlNet Union looks at, by its number: one for each, None for those without kinds
         guess_mode  ControlNets act where the prompt does not guide
         ip_adapter_image  what the IP-Adapter shows: an image, its file, or with one prompt a list of them; with several
                     prompts a list has one for each, with several adapters one for each; each may be a list again
@@ -235,6 +237,8 @@ class Pipeline:
         if engine.ip_adapters is not None:
             given["ip_adapter"] = engine.ip_adapters.given
         call = check_request(given, len(self._prompts), info)
+        if engine.controlnets is not None:
+            engine.controlnets.check(call.settings)
         requests = self._requests(call)
         with self._lock:
             if call.strict:
@@ -315,6 +319,8 @@ class Pipeline:
         `.encode(image)` and `.decode(latents)` make an image of it step by step. Raises as generate does.
         """
         check_keywords(settings)
+        if self._engine.controlnets is not None or self._engine.ip_adapters is not None:
+            raise ConfigError("a denoiser has no ControlNets and IP-Adapters", where="denoiser", hint="leave them out")
         given = resolve_aliases(settings, dict.fromkeys(OF_GENERATE), OF_PIPELINE) | {"strict": False}
         info = with_few_steps(self._engine.info, self._adapters) if any(self._adapters) else self._engine.info
         call = check_request(given, len(self._prompts), info)

@@ -137,6 +137,8 @@ def test_what_does_not_fit_is_one_line_before_weights_are_read(tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "_class_name": "T2IAdapter"}))
     assert "is of class 'T2IAdapter'" in refused(folder)
+    (folder / "config.json").write_text(json.dumps({**settings, "controlnet_conditioning_channel_order": "gbr"}))
+    assert "is neither rgb nor bgr" in (said := refused(folder)) and str(folder) in said
 
 
 def test_a_changed_weight_changes_the_hash_and_a_damaged_one_is_found(tmp_path):

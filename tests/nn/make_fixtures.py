@@ -51,6 +51,21 @@ CONTROLNETS = {  # likewise; every one has its base's settings but those of the 
     }
     for kind in ("sd15", "sd21", "xl")
 }
+T2I_ADAPTERS = {  # TencentARC's; sketch and canny for 1.5 see grey images
+    "t2i_adapter_sd15": {"_class_name": "T2IAdapter", "in_channels": 1},
+    "t2i_adapter_xl": {"_class_name": "T2IAdapter", "adapter_type": "full_adapter_xl", "downscale_factor": 16},
+    "t2i_adapter_light": {"_class_name": "T2IAdapter", "adapter_type": "light_adapter", "channels": [320, 640, 1280]},
+}
+T2I_ADAPTERS["t2i_adapter_light"] |= {"num_res_blocks": 4}
+UNIONS = {  # of the first six kinds, and of eight (promax)
+    f"controlnet_union_xl{name}": {
+        **CONTROLNETS["controlnet_xl"],
+        "_class_name": "ControlNetUnionModel",
+        "num_control_type": kinds,
+        "conditioning_embedding_out_channels": [16, 32, 96, 256],
+    }
+    for name, kinds in (("", 6), ("_promax", 8))
+}
 IP_ADAPTERS = {  # the U-Net that each goes with
     "ip_adapter_sd15": "sd15",
     "ip_adapter_plus_sd15": "sd15",
@@ -142,7 +157,7 @@ def main() -> None:
     import diffusers
 
     FOLDER.mkdir(exist_ok=True)
-    for kind, config in {**CONFIGS, **TRANSFORMERS, **CONTROLNETS}.items():
+    for kind, config in {**CONFIGS, **TRANSFORMERS, **CONTROLNETS, **T2I_ADAPTERS, **UNIONS}.items():
         with torch.device("meta"):
             model = getattr(diffusers, config.get("_class_name", "UNet2DConditionModel"))
             state = model.from_config(config).state_dict()

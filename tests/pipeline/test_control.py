@@ -365,3 +365,28 @@ def test_prompt_files_draw_the_same(files, tiny_folder):
     assert before["finished_before"] == 3 and before["rendered"] == 0
     drawing(9).save("other.png")  # another image is another job
     assert render("p.txt", "out", **settings).counts["rendered"] == 1
+
+
+def test_render_keeps_conditions_on_request(files, tiny_folder):
+    net, folder = str(files / "a"), Path("out")
+    lines = [
+        {
+            "prompt": "a cat",
+            "name": "one",
+            "controlnet": net,
+            "control_image": "edges:photo.png",
+            "width": 32,
+            "height": 64,
+        },
+        {"prompt": "a cat", "name": "two", "controlnet": [net, net], "control_image": ["photo.png", "blur:other.png"]},
+        {"prompt": "a dog", "name": "plain"},
+    ]
+    settings = {"model": str(tiny_folder), "num_inference_steps": 1, "keep_conditions": True}
+    render(lines, folder, **{**settings, "keep_conditions": False})
+    assert not (folder / "conditions").exists()
+    assert render(lines, folder, **settings).counts["rendered"] == 0
+    kept = sorted(path.relative_to(folder).as_posix() for path in folder.glob("conditions*/*"))
+    assert kept == ["conditions-2/two.png", "conditions/one.png", "conditions/two.png"]
+    made = edges(drawing().resize((32, 64), Image.Resampling.LANCZOS))
+    assert Image.open(folder / "conditions" / "one.png").tobytes() == made.tobytes()
+    assert Image.open(folder / "conditions-2" / "two.png").size == Image.open(folder / "two.png").size

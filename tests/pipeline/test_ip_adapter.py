@@ -187,6 +187,15 @@ def test_beside_a_lora_a_controlnet_and_an_initial_image(model, files, tmp_path)
     assert np.array_equal(np.asarray(one)[:, SIDE // 2 :], np.asarray(drawing(2))[:, SIDE // 2 :])
 
 
+def test_parts_that_are_lent(tiny_folder, files):
+    call = {"seed": 1, "ip_adapter_image": photo(0), **STEPS}
+    one, other = (
+        Pipeline("a cat", tiny_folder, ip_adapter=files / "plus.safetensors", offload=lent).generate(**call)[0]
+        for lent in (False, True)
+    )
+    assert one.tobytes() == other.tobytes()
+
+
 def test_metadata_and_the_tower_that_is_found(model, files, tmp_path):
     photo(0).save(tmp_path / "photo.png")
     call = {"seed": 1, "ip_adapter_image": str(tmp_path / "photo.png"), "ip_adapter_scale": 0.5, **STEPS}
@@ -201,6 +210,8 @@ def test_metadata_and_the_tower_that_is_found(model, files, tmp_path):
         0.5,
     )
     assert len(said["ip_adapter_image_sha256"][0][0]) == 64 and "ip_adapter_mask" not in said
+    with pytest.raises(ConfigError, match="a denoiser has no ControlNets and IP-Adapters"):
+        named.denoiser(seed=1)
     assert "ip_adapter_scale" not in Pipeline("a cat", model).generate(seed=1, **STEPS).metadata[0]
 
 
@@ -245,6 +256,7 @@ def test_what_is_given_without_an_adapter_or_a_tower(model, files, tmp_path):
 @pytest.fixture
 def here(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    files = shutil.copytree(files, tmp_path / "files")
     for i in range(3):
         photo(i).save(f"{i}.png")
     half(SIDE, True).save("left.png")
@@ -269,6 +281,9 @@ def test_the_command_and_its_replay(here, tiny_folder, capsys):
     photo(5).save("0.png")
     assert main(["generate", "--from", "one.png", "--model", str(tiny_folder), "-o", "third.png"]) == 0
     assert "ip_adapter_image is another image" in capsys.readouterr().err
+    adapter_file(build_tiny_model().unet, here / "plus.safetensors", "plus", seed=8)
+    assert main(["generate", "--from", "one.png", "--model", str(tiny_folder), "-o", "fourth.png"]) == 0
+    assert "ip_adapter is another file" in capsys.readouterr().err
     for wrong in (["--ip-adapter-image", "0.png"], shown[:2], [*shown, "--image-encoder", "nothing"]):
         assert main([*words, *wrong]) in (2, 3)
         assert len(capsys.readouterr().err.strip().splitlines()) == 1

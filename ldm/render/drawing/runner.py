@@ -24,6 +24,7 @@ from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Shard, short
 from ldm.render.jobs.resolve import Resolver
 from ldm.render.jobs.scan import Run, Scan, scan
+from ldm.render.output.conditions import write_conditions
 from ldm.render.output.lines import DONE, is_inside, read_manifest
 from ldm.render.output.manifest import Manifest, Report
 from ldm.render.prompts.entry import Prompts
@@ -80,6 +81,7 @@ def render(
     grid: Sequence[str] = (),
     gallery: bool = False,
     contact_sheet: bool = False,
+    keep_conditions: bool = False,
     **settings: Any,
 ) -> Rendered:
     """Draw every image of a prompt file into the folder `output`, and return what became of it.
@@ -101,6 +103,7 @@ def render(
     grid        up to three axes, ["steps=4,8,16", "sampler=euler,ddim"]: every prompt with every combination, and a
                 sheet of them in output/grids
     gallery     whether to write output/index.html; contact_sheet: output/contact/page-001.jpg, …
+    keep_conditions  whether to write what ControlNets saw: output/conditions/NAME.png, conditions-2/NAME.png, …
     settings    Pipeline's and generate's, under everybody's names: model (or a loaded one), vae, lora, lora_dir,
                 device, dtype, … and, for lines that leave them out, num_images, num_inference_steps,
                 guidance_scale, negative_prompt, sampler, spacing, width, height, …
@@ -136,6 +139,10 @@ def render(
         result = print_plan(run, strict)
         return _rendered(run, result, result.counts())
     rendered = _render(run, strict, axes)
+    if keep_conditions:
+        console.say(
+            f"conditions: {write_conditions(rendered.folder, rendered.keys)} in {rendered.folder / 'conditions'}"
+        )
     if gallery:
         console.say(f"gallery: {write_gallery(rendered.folder)}")
     if contact_sheet:

@@ -167,10 +167,12 @@ class Resolver:
         if unknown := given.keys() - SETTINGS.keys():
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
         sources = check_sources(given, 1, 1)
-        info = self.model(given)[1]
+        engine, info = self.model(given)
         controls, prompted = _controls(given), _image_prompts(given, info)
         fitting = with_few_steps(info, (adapters,)) if adapters else info
         settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
+        if engine.controlnets is not None:
+            engine.controlnets.check(settings)
         of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)

@@ -46,6 +46,7 @@ SETTINGS: dict[str, Setting] = {
     "controlnet_conditioning_scale": Setting(BATCH, values.numbers),
     "control_guidance_start": Setting(BATCH, values.numbers),
     "control_guidance_end": Setting(BATCH, values.numbers),
+    "control_mode": Setting(BATCH, values.modes),
     "guess_mode": Setting(BATCH, values.switch),
     "ip_adapter": Setting(BATCH, values.paths),
     "image_encoder": Setting(BATCH, values.model),

@@ -193,6 +193,13 @@ def numbers(value: Any, word: str, folder: Path) -> tuple[float, ...]:
     return tuple(factor(part, word, folder) for part in parts)
 
 
+def modes(value: Any, word: str, _folder: Path) -> tuple[int | None, ...]:
+    """Kinds of condition, from 3, "3,-" or [3, None]; None (or -) is for a ControlNet without kinds."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    return tuple(None if part in (None, "-") else check_int(number(part), word, 0, 1000) for part in parts)
+
+
 def switch(value: Any, word: str, _folder: Path) -> bool:
     """True or False, from any spelling; a word without a value is true."""
     known = {"true": True, "": True, "false": False}

@@ -39,6 +39,7 @@ OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "a
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
 COMPARED = {**DIGESTS, "control_image": "control_sha256", "ip_adapter_image": "ip_adapter_image_sha256"}
 COMPARED |= {"ip_adapter_mask": "ip_adapter_mask_sha256"}
+NETWORKS = ("controlnet", "ip_adapter", "image_encoder")  # settings whose files have a hash
 REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "inexact", "job")
 SHOWN = 5  # notes on what is not repeated
 
@@ -209,7 +210,7 @@ def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) ->
     """(settings, notes, source) of an `ldm` chunk or of a manifest's settings; paths are looked up from `folder`."""
     settings, notes = {}, []
     compared = (*OF_THE_MODEL, *OF_THE_MACHINE, *COMPARED.values())
-    source = {name: metadata[name] for name in compared if metadata.get(name) is not None}
+    source = {name: metadata[name] for name in (*compared, *NETWORKS) if metadata.get(name) is not None}
     no_settings = {*compared, *REMARKS} - {"lora"}
     for name, value in metadata.items():
         if name in changes.names or name in no_settings:
@@ -304,6 +305,10 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
     for word, name in COMPARED.items():
         if name in source and name in metadata and source[name] != metadata[name]:
             lines.append(f"{word} is another image than the one that was drawn from: it will differ")
+    for name in NETWORKS:
+        was, now = (_hashes(values.get(name)) for values in (source, metadata))
+        if was and now and was != now:
+            lines.append(f"{name} is another file than the one that was drawn with: it will differ")
     for name in OF_THE_MACHINE:
         old, new = (values.get(name) for values in (source, metadata))
         if name == "versions":
@@ -312,6 +317,11 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
         if old is not None and new is not None and old != new:
             lines.append(f"{name} was {old}, is {new}: the last bits may differ")
     return lines
+
+
+def _hashes(value: Any) -> list[str]:
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [str(one.get("hash")) for one in listed if isinstance(one, Mapping)]
 
 
 def _other_loras(source: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
