@@ -203,7 +203,8 @@ def check_base(config: ControlNetConfig, info: ModelInfo, path: Path) -> None:
     _check_width(config.unet.cross_attention_dim, info, path)
     mine = {"latent channels": config.unet.in_channels, "pixels per latent": config.factor}
     wanted: dict[str, Any] = {"latent channels": info.latent_channels, "pixels per latent": info.factor}
-    for name in ("block_out_channels", "layers_per_block", "addition_embed_type"):
+    mine["block_out_channels"], wanted["block_out_channels"] = config.outputs, info.unet.block_out_channels
+    for name in ("layers_per_block", "addition_embed_type"):
         mine[name], wanted[name] = getattr(config.unet, name), getattr(info.unet, name)
     mine["projection"] = config.unet.projection_class_embeddings_input_dim
     wanted["projection"] = info.unet.projection_class_embeddings_input_dim
@@ -240,9 +241,12 @@ def _names(config: ControlNetConfig, shapes: Mapping[str, Any], path: Path) -> d
     return {key: name for key, name in names.items() if name is not None}
 
 
-def save_controlnet(net: ControlNet, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> Path:
+def save_controlnet(
+    net: ControlNet, path: str | os.PathLike, dtype: torch.dtype = torch.float16, readme: str | None = None
+) -> Path:
     """Write diffusers' folder, or a file of the original names where `path` ends with .safetensors; atomically.
 
+    `readme`: the text of the folder's README.md.
     Raises ModelError for weights that are not finite in `dtype`, ResourceError where it cannot be written.
     """
     path, config = Path(path), net.control.to_diffusers()
@@ -254,6 +258,8 @@ def save_controlnet(net: ControlNet, path: str | os.PathLike, dtype: torch.dtype
     with atomic_folder(path) as new:
         write_json(new / CONFIG, {**config, "_diffusers_version": version("diffusers")})
         write_shards(new, STEM, net.state_dict(), dtype, 5_000_000_000)
+        if readme is not None:
+            (new / "README.md").write_text(readme, encoding="utf-8")
         write_manifest(new)
     return path
 

@@ -11,7 +11,7 @@ from ldm.control.colours import blur, palette, segmentation, tile
 from ldm.control.edges import edges, lineart, soft_edges
 from ldm.errors import ConfigError, nearest
 
-__all__ = ["ALIASES", "KINDS", "condition_of"]
+__all__ = ["ALIASES", "GREY", "KINDS", "condition_of"]
 
 KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "edges": edges,
@@ -22,6 +22,7 @@ KINDS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "blur": blur,
     "segmentation": segmentation,
 }
+GREY = ("edges", "soft-edges", "lineart")  # whose three channels are equal
 ALIASES = {"canny": "edges", "softedge": "soft-edges", "line-art": "lineart", "color": "palette", "colour": "palette"}
 ALIASES |= {"gaussian": "blur", "seg": "segmentation"}
 

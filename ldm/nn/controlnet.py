@@ -9,6 +9,7 @@ Shapes:  B batch   N images, of which B is a multiple   H, W latent size   f pix
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ OWN: dict[str, Any] = {
     "conditioning_embedding_out_channels": (16, 32, 96, 256),
     "controlnet_conditioning_channel_order": "rgb",
     "global_pool_conditions": False,
+    "unet_block_out_channels": None,  # ours alone: of the U-Net, where these levels are narrower
 }
 NOT_ITS: tuple[str, ...] = ("out_channels", "sample_size", "up_block_types")  # of a U-Net's settings
 # What UNet2DConditionModel has settings for and ControlNetModel has not
@@ -49,6 +51,7 @@ class ControlNetConfig:
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)  # each but the first halves the size
     channel_order: str = "rgb"  # or bgr: what it was trained on
     global_pool_conditions: bool = False  # outputs are averaged over the image, as "shuffle" was trained
+    unet_block_out_channels: tuple[int, ...] | None = None  # the base's widths, where `unet` has others: see `of_unet`
 
     def __post_init__(self) -> None:
         if self.channel_order not in ORDERS:
@@ -58,11 +61,55 @@ class ControlNetConfig:
         widths = self.conditioning_embedding_out_channels
         if not widths or min(widths) < 1 or self.conditioning_channels < 1:
             raise ConfigError("conditioning_channels and conditioning_embedding_out_channels have to be at least 1")
+        if len(self.outputs) != len(self.unet.block_out_channels) or min(self.outputs) < 1:
+            what = f"{self.outputs} are not one width for each of {len(self.unet.block_out_channels)} levels"
+            raise ConfigError(what, where="unet_block_out_channels")
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The widths of the base's levels, which its outputs have."""
+        return self.unet_block_out_channels or self.unet.block_out_channels
 
     @property
     def factor(self) -> int:
         """Pixels per latent."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    @classmethod
+    def of_unet(
+        cls,
+        unet: UNetConfig,
+        factor: int = 8,
+        channels: int = 4,
+        widths: Sequence[int] | None = None,
+        embedding: Sequence[int] | None = None,
+    ) -> ControlNetConfig:
+        """Of a ControlNet for a U-Net with these settings, `factor` pixels per latent and latents of `channels`.
+
+        widths: of its levels where they are not the U-Net's, with groups and heads that divide them: a smaller
+        ControlNet, which diffusers cannot load. embedding: widths of the image's embedding, each but the first of which
+        halves the size (16, 32, 96, 256, …). Raises ConfigError for lengths that do not fit.
+        """
+        settings = {**unet.to_diffusers(), "in_channels": channels, "time_cond_proj_dim": None}
+        wide = unet.block_out_channels
+        if widths is not None and tuple(widths) != wide:
+            if len(widths) != len(wide) or min(widths) < 1:
+                raise ConfigError(f"{list(widths)} are not one width for each of the U-Net's {len(wide)} levels")
+            heads = [math.gcd(heads, width) for heads, width in zip(unet.num_heads, widths)]
+            groups = math.gcd(unet.norm_num_groups, *widths)
+            narrow = {"block_out_channels": list(widths), "norm_num_groups": groups, "attention_head_dim": heads}
+            settings |= narrow
+        usual = [16, 32, 96, *[256] * factor.bit_length()][: factor.bit_length()]
+        made = cls(
+            UNetConfig.from_diffusers(settings),
+            3,
+            tuple(usual if embedding is None else embedding),
+            unet_block_out_channels=wide if tuple(settings["block_out_channels"]) != wide else None,
+        )
+        if made.factor != factor:
+            steps = factor.bit_length()
+            raise ConfigError(f"an image's embedding of {factor} pixels per latent has {steps} widths, not {embedding}")
+        return made
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any], where: object = None) -> ControlNetConfig:
@@ -77,14 +124,16 @@ class ControlNetConfig:
             tuple(own["conditioning_embedding_out_channels"]),
             own["controlnet_conditioning_channel_order"],
             bool(own["global_pool_conditions"]),
+            tuple(wide) if (wide := own["unet_block_out_channels"]) is not None else None,
         )
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The config.json of a ControlNetModel with the same weights."""
+        """The config.json of a ControlNetModel with the same weights; with narrower levels, ours alone."""
         shared = {key: value for key, value in self.unet.to_diffusers().items() if key not in NOT_ITS}
         values = (self.conditioning_channels, list(self.conditioning_embedding_out_channels))
         own = dict(zip(OWN, (*values, self.channel_order, self.global_pool_conditions)))
-        return {**shared, **own, "_class_name": "ControlNetModel"}
+        narrow = {} if (wide := self.unet_block_out_channels) is None else {"unet_block_out_channels": list(wide)}
+        return {**shared, **own, **narrow, "_class_name": "ControlNetModel"}
 
 
 class ConditionEmbedding(nn.Module):
@@ -107,6 +156,12 @@ class ConditionEmbedding(nn.Module):
         return self.conv_out(h)
 
 
+def skip_widths(widths: Sequence[int], layers: int) -> list[int]:
+    """The channels of what a U-Net with levels of these widths hands across, from the highest resolution down."""
+    levels = [[width] * (layers + 1) for width in widths]  # its resnets, and what makes it smaller
+    return [widths[0], *itertools.chain(*levels)][:-1]  # the last level is made no smaller
+
+
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     """A layer that begins as zeros, so that training begins with what the U-Net can do."""
     for parameter in layer.parameters():
@@ -121,21 +176,30 @@ class ControlNet(Encoder):
         super().__init__(config.unet)
         self.control = config
         self.controlnet_cond_embedding = ConditionEmbedding(config)
-        self.controlnet_down_blocks = nn.ModuleList(zeroed(Pointwise(width, width)) for width in self.skip_channels)
-        self.controlnet_mid_block = zeroed(Pointwise(self.skip_channels[-1], self.skip_channels[-1]))
+        outputs = skip_widths(config.outputs, config.unet.layers_per_block)
+        widths = zip(self.skip_channels, outputs, strict=True)
+        self.controlnet_down_blocks = nn.ModuleList(zeroed(Pointwise(own, wide)) for own, wide in widths)
+        self.controlnet_mid_block = zeroed(Pointwise(self.skip_channels[-1], outputs[-1]))
 
     @classmethod
-    def from_unet(cls, unet: UNet, factor: int = 8, channels: int = 4) -> ControlNet:
+    def from_unet(
+        cls,
+        unet: UNet,
+        factor: int = 8,
+        channels: int = 4,
+        widths: Sequence[int] | None = None,
+        embedding: Sequence[int] | None = None,
+    ) -> ControlNet:
         """One to be trained for a U-Net: with copies of its weights, zeros at its ends.
 
         `factor`: pixels per latent, a power of 2; `channels`: of the latents, of an inpainting U-Net's the first ones.
+        `widths`, `embedding`: see ControlNetConfig.of_unet; levels of other widths begin with random weights.
         """
-        widths = [16, 32, 96, *[256] * factor.bit_length()][: factor.bit_length()]
-        settings = {**unet.config.to_diffusers(), "in_channels": channels, "time_cond_proj_dim": None}
-        net = cls(ControlNetConfig(UNetConfig.from_diffusers(settings), 3, tuple(widths)))
-        state, own = unet.state_dict(), net.state_dict()
-        state["conv_in.weight"] = state["conv_in.weight"][:, :channels]
-        net.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
+        net = cls(ControlNetConfig.of_unet(unet.config, factor, channels, widths, embedding))
+        if net.control.unet_block_out_channels is None:
+            state, own = unet.state_dict(), net.state_dict()
+            state["conv_in.weight"] = state["conv_in.weight"][:, :channels]
+            net.load_state_dict({**own, **{name: state[name] for name in own if name in state}})
         return net
 
     def forward(

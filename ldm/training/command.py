@@ -14,6 +14,7 @@ from ldm.training.distributed import processes
 from ldm.training.run import run
 from ldm.training.settings import (
     OFF,
+    ControlSettings,
     DistillSettings,
     FinetuneSettings,
     Settings,
@@ -45,12 +46,12 @@ def train(
 ) -> Path:
     """Run one training stage and return the folder of its model, `out/model`.
 
-    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet, emoji/small) or a settings file;
-    `overrides` are KEY=VALUE strings; `resume` is None, "latest", "best" or a checkpoint's folder; `allow_changed`
-    names settings that may differ from those of the run that is resumed. With `dry_run` the settings are only checked
-    and printed. Raises LdmError for bad settings before any work, Interrupted after a signal (state saved),
-    NumericsError when the loss stays non-finite, ProcessGone where torchrun started several processes for it and one of
-    them is missing.
+    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet, emoji/small, emoji/edges) or a settings
+    file; `overrides` are KEY=VALUE strings; `resume` is None, "latest", "best" or a checkpoint's folder;
+    `allow_changed` names settings that may differ from those of the run that is resumed. With `dry_run` the settings
+    are only checked and printed. Raises LdmError for bad settings before any work, Interrupted after a signal (state
+    saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun started several processes for it
+    and one of them is missing.
     """
     with processes() as group:
         settings = group.on_all(lambda: read_settings(config, overrides))
@@ -66,12 +67,18 @@ def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | Scene
     """What the stage is trained on, counted and checked. Raises DataError, ConfigError."""
     from ldm.data.cache.prepared import is_prepared
     from ldm.training.data import PreparedSet, SceneSet, read_images, read_prompts, read_training_images
+    from ldm.training.data.conditions import with_conditions
     from ldm.training.finetuning.checks import check_export, check_run_folder
 
+    if isinstance(settings, ControlSettings) and not settings.data.folder:
+        return SceneSet.of(settings, settings.data)
     if isinstance(settings, FinetuneSettings):
-        check_run_folder(settings.data, out, settings.train != "full" and not settings.name)
+        names_file = settings.train in ("lora", "dora") and not settings.name
+        check_run_folder(settings.data, out, names_file)
         prior = settings.data.for_prior(settings.prior) if settings.prior else None
         images = read_training_images(settings.data, prior)
+        if settings.control is not None:
+            images = with_conditions(images, settings.control)
         check_export(settings, images)
         return images
     if isinstance(settings, DistillSettings) and settings.train == "lora" and not settings.name:

@@ -23,9 +23,9 @@ def print_dry_run(
         say(f"would resume {checkpoint.name}: {max(0, settings.steps - done)} of {settings.steps} steps are left")
     lines = [f"{name}: {value}" for name, value in flatten(as_dict(settings)).items()]
     left = max(0, settings.steps - done)
-    if not isinstance(settings, FinetuneSettings):
+    if settings.stage != "finetune":
         lines += images.lines
-    elif left and isinstance(images, ImageSet):
+    elif left and isinstance(settings, FinetuneSettings) and isinstance(images, ImageSet):
         lines += measure(dataclasses.replace(settings, steps=left), out, images).lines  # which prints its own counts
     if isinstance(settings, UNetSettings) and left:
         lines += forecast_lines(settings, left)

@@ -45,11 +45,12 @@ def run(
 
         if group.world > 1:
             group.on_all(lambda: check_lock(out))
-        if not isinstance(settings, FinetuneSettings):
+        if settings.stage != "finetune":
             from ldm.training.data.samples import lost_workers
 
             stack.enter_context(lost_workers(out))
-        module = import_module(f"ldm.training.stages.{settings.stage}")  # imports no more than its stage needs
+        name = "control" if getattr(settings, "control", None) else settings.stage
+        module = import_module(f"ldm.training.stages.{name}")  # imports no more than its stage needs
         stage = group.on_all(lambda: module.open_stage(settings, out, images))
         return fit(stage, settings, out, checkpoint, allow_changed)
 

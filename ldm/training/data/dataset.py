@@ -36,6 +36,7 @@ class Batch:
     ids: list[str]  # of the samples, for messages
     part: RowShard  # which rows of the whole batch these are, where several processes share it
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1], of what is learned; None: all of it
+    control: Tensor | None = None  # (B, 3, H, W) in [0, 1]: what a ControlNet sees
     prior: Batch | None = None  # of images of what the model is to keep, trained in the same step
     weight: float = 1.0  # of its mean loss in that of the step's batches, where these differ in size
 
@@ -135,6 +136,10 @@ class ImageDataset:
         """The batches of held-out images, always the same: the posterior's mean, the first caption, none dropped."""
         return [self._batch(rows, RowShard(len(rows))) for rows in self._reader.held_out()]
 
+    def examples(self, count: int) -> list[tuple[str, Tensor]]:
+        """(caption, its condition in [0, 1] (3, H, W)) of so many squares, of held-out images where there are some."""
+        return [(caption, made.expand(3, -1, -1) / 255) for caption, made in self._reader.examples(count)]
+
     def held_out_pixels(self, count: int) -> list[Tensor]:
         """uint8 (3, H, W) of so many held-out images, or of all if there are fewer."""
         return self._reader.held_out_pixels(count)
@@ -152,6 +157,7 @@ class ImageDataset:
         captions, device = [row.caption for row in rows], self._encoders.device
         time_ids = torch.tensor([row.time_ids for row in rows], dtype=torch.float32) if self.xl else None
         masks = [row.mask for row in rows if row.mask is not None]  # of all or of none
+        controls = [row.control.expand(3, -1, -1) for row in rows if row.control is not None]
         return Batch(
             sent(torch.stack([row.latents for row in rows]), device),
             captions,
@@ -160,6 +166,7 @@ class ImageDataset:
             [row.id for row in rows if part.weight],
             part,
             sent(torch.stack(masks), device, torch.float32) if masks else None,
+            sent(torch.stack(controls), device, torch.float32) / 255 if controls else None,
         )
 
     def _embedded(self, captions: list[str]) -> Conditioning:

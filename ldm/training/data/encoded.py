@@ -29,6 +29,7 @@ class Row(NamedTuple):
     caption: str
     time_ids: tuple[int, ...]  # original size, crop, target size
     mask: Tensor | None = None  # (1, h, w) in [0, 1], of what is learned
+    control: Tensor | None = None  # uint8 (3 or 1, H, W): what a ControlNet sees
 
 
 class Encoders:

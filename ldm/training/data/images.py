@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from ldm.training.data.conditions import ControlFolder
+
 FEWEST, MOST = 8, 64  # of so many different images at least one is held out; and at most so many are held out
 LISTED = 6  # buckets in a line
 MUCH = 0.3  # share of an image's pixels; whoever loses more is named
@@ -44,11 +46,13 @@ class Item:
     repeats: int  # times an epoch
     profile: str = ""  # name of the ICC profile from which its colours are converted to sRGB
     mask: str = ""  # sha256 of the file beside it, or ALPHA; "" where there is none, or masks are not asked for
+    control: str = ""  # sha256 of its condition's file, where a ControlNet is trained with one
 
     @property
     def pixels(self) -> str:
         """What its pixels, and what is learned of them, are made from."""
-        return f"{self.digest}{' in sRGB' * bool(self.profile)}{f' under {self.mask}' if self.mask else ''}"
+        mask, control = f" under {self.mask}" if self.mask else "", f" by {self.control}" if self.control else ""
+        return f"{self.digest}{' in sRGB' * bool(self.profile)}{mask}{control}"
 
 
 class ImageSet:
@@ -59,6 +63,7 @@ class ImageSet:
         self._reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
         self.prior: ImageSet | None = None  # of what the model is to keep
+        self.control: str | ControlFolder | None = None  # what a ControlNet sees: a kind of condition, or files
         self.lost: dict[str, LdmError] = {}  # images that became unreadable after they were counted, by id
 
     @property

@@ -112,6 +112,9 @@ class Prepared:
             batches.append([self._row(rows, i, rows.mean[i].float(), c) for i, c in enumerate(captions)])
         return batches
 
+    def examples(self, count: int) -> list[tuple[str, Tensor]]:
+        return []
+
     def held_out_pixels(self, count: int) -> list[Tensor]:
         return []
 

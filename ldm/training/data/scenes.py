@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.config import require
 from ldm.console import progress
 from ldm.data.transforms import choose_caption, to_float
 from ldm.device import fast_bf16
+from ldm.training.data.conditions import condition_pixels, control_kind
 from ldm.training.data.encoded import Embedding, Encoders, Row
 from ldm.training.data.samples import EmojiSamples, stream
 from ldm.training.distributed import RowShard, current
@@ -25,6 +28,7 @@ from ldm.training.settings import PIECE, DataSettings, Settings
 
 SEED_OFFSET = 1_000_003  # from the seed of the scenes that are trained on to that of the held-out ones
 ENCODED_AT_ONCE = 32  # images
+POOL: dict[str, Any] = {"latent_pool": 0, "renew": 0, "control": None}  # settings that some stages have
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class SceneSet:
     workers: int  # processes that draw
     accumulation: int  # batches of a step
     validation: int  # held-out scenes
+    control: str | None = None  # what a ControlNet sees of them: a kind of condition
 
     @classmethod
     def of(cls, settings: Settings, data: DataSettings) -> SceneSet:
         """Those of a stage's settings, and of its data. Raises ConfigError."""
         s = settings
-        size, renew = getattr(s, "latent_pool", 0), getattr(s, "renew", 0)
-        made = cls(data, s.seed, size, renew, s.workers, s.accumulation, getattr(s, "validation", 1))
+        size, renew, control = (getattr(s, name, default) for name, default in POOL.items())
+        kind = None if control is None else control_kind(control)
+        what = f"{control} is a folder, and drawn scenes have no names: give a kind, such as edges"
+        require(control is None or kind is not None, what, "control")
+        made = cls(data, s.seed, size, renew, s.workers, s.accumulation, getattr(s, "validation", 1), kind)
         made.samples()
         return made
 
@@ -69,6 +77,7 @@ class Scenes:
         self._stream: Iterator[tuple[Tensor, list[str]]] | None = None
         self._at = 0  # the number of the scene or batch that the stream gives next
         self._latents: Tensor | None = None  # (N, C, h, w) fp32
+        self._controls: Tensor | None = None  # uint8 (N, C, H, W), where a ControlNet is trained
         self._captions: list[str] = [""] * scenes.size
         self._embedded: dict[str, Embedding] = {}
         side = scenes.data.resolution
@@ -88,7 +97,9 @@ class Scenes:
         for row in part.own or (0,):
             slot = slots[row]
             caption = choose_caption((self._captions[slot],), s.data.caption_dropout, s.seed, number, row)
-            rows.append(Row(self._captions[slot], self._latents[slot], caption, self._time_ids))
+            control = None if self._controls is None else self._controls[slot]
+            row_text, latents = self._captions[slot], self._latents[slot]
+            rows.append(Row(row_text, latents, caption, self._time_ids, control=control))
         return rows, part
 
     def _fill(self, oldest: int) -> None:
@@ -109,12 +120,17 @@ class Scenes:
     def _make(self, piece: int) -> None:
         assert self._stream is not None and self._encoders is not None
         images, captions = next(self._stream)
-        latents = self._encoded(images.permute(0, 3, 1, 2))
+        images = images.permute(0, 3, 1, 2)
+        latents = self._encoded(images)
         if self._latents is None:
             self._latents = latents.new_empty((self.scenes.size, *latents.shape[1:]))
         place = piece % self._pieces * PIECE
         old = Counter(self._captions[place : place + PIECE])
         self._latents[place : place + PIECE] = latents
+        if (made := self._conditions(images)) is not None:
+            if self._controls is None:
+                self._controls = made.new_empty((self.scenes.size, *made.shape[1:]))
+            self._controls[place : place + PIECE] = made
         self._captions[place : place + PIECE] = captions
         if self._texts:
             in_use = set(self._captions)
@@ -123,6 +139,11 @@ class Scenes:
             new = self._encoders.embed_rows(sorted(set(captions) - self._embedded.keys()))
             for caption, tensors in new.items():  # copies, which do not keep what was embedded beside them
                 self._embedded[caption] = tuple(None if t is None else t.clone() for t in tensors)
+
+    def _conditions(self, images: Tensor) -> Tensor | None:
+        """uint8 (B, 3, H, W) -> (B, C, H, W); None where no ControlNet is trained."""
+        kind = self.scenes.control
+        return None if kind is None else torch.stack([condition_pixels(kind, image) for image in images])
 
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> Tensor:
@@ -149,9 +170,19 @@ class Scenes:
         batches = []
         for start in range(0, len(found), ENCODED_AT_ONCE):
             part = found[start : start + ENCODED_AT_ONCE]
-            latents = self._encoded(torch.stack([_pixels(samples, index) for _, index in part]))
-            batches.append([Row(text, z, text, self._time_ids) for (text, _), z in zip(part, latents)])
+            images = torch.stack([_pixels(samples, index) for _, index in part])
+            latents, controls = self._encoded(images), self._conditions(images)
+            seen = [None] * len(part) if controls is None else list(controls)
+            rows = zip(part, latents, seen)
+            batches.append([Row(text, z, text, self._time_ids, control=made) for (text, _), z, made in rows])
         return batches
+
+    def examples(self, count: int) -> list[tuple[str, Tensor]]:
+        """(caption, condition uint8 (C, H, W)) of held-out scenes."""
+        samples = self.scenes.samples(held_out=True)
+        chosen = list(distinct(samples, count).items())
+        controls = self._conditions(torch.stack([_pixels(samples, index) for _, index in chosen]))
+        return [] if controls is None else [(text, made) for (text, _), made in zip(chosen, controls)]
 
     def held_out_pixels(self, count: int) -> list[Tensor]:
         samples = self.scenes.samples(held_out=True)

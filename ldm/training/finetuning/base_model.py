@@ -18,6 +18,7 @@ from ldm.errors import ConfigError, ModelError
 from ldm.nn.lora import LowRank, attach, layers_of, meant, new_updates
 from ldm.training.distributed import current
 from ldm.training.finetuning.continued import continued_updates
+from ldm.training.finetuning.controlnet import make_controlnet
 from ldm.training.finetuning.text_encoder import require_clip
 from ldm.training.loop import seeded
 from ldm.training.settings import FinetuneSettings
@@ -49,7 +50,7 @@ def frozen_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtyp
     """What the U-Net's own weights are kept in; fp32 on a CPU, whose bits stay, where they are trained, and for FSDP2,
     which wants one dtype in a layer."""
     half = half_dtype(settings.precision, device)
-    frozen = settings.train != "full" and device.type != "cpu" and not current().sharded
+    frozen = settings.train in ("lora", "dora") and device.type != "cpu" and not current().sharded
     return half if half is not None and frozen else torch.float32
 
 
@@ -78,10 +79,13 @@ def schedule_for(settings: FinetuneSettings, schedule: Schedule) -> Schedule:
 def make_module(settings: FinetuneSettings, model: Model) -> tuple[nn.Module, dict[str, str]]:
     """What is trained, inside of `model`, and the sha256 of the LoRA that it continues.
 
-    The U-Net alone; with text encoders a ModuleDict of all networks, by their names in LoRA files. Changes `model`.
+    The U-Net alone; with text encoders a ModuleDict of all networks, by their names in LoRA files; or a ControlNet
+    beside them. Changes `model`.
     Raises ConfigError for targets that do not exist, ModelError for a LoRA that does not fit.
     """
     s, inputs = settings, {}
+    if s.train == "control":
+        return make_controlnet(s, model)
     parts = networks(model)
     trained = parts if s.text_encoder else {"unet": parts["unet"]}
     if s.train == "full":

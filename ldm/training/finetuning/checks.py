@@ -15,6 +15,7 @@ from ldm.nn.attention import check_backend
 from ldm.training.data import ImageSet
 from ldm.training.finetuning.base_model import chosen_layers, schedule_for
 from ldm.training.finetuning.continued import check_init
+from ldm.training.finetuning.controlnet import check_controlnet
 from ldm.training.settings import OFF, FinetuneData, FinetuneSettings, check_file_name
 
 
@@ -36,6 +37,9 @@ def check_finetune(s: FinetuneSettings) -> None:
             schedule_for(s, describe(s.model, s.vae).schedule)
     if s.text_encoder and not info.clip_layers:
         raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
+    if s.train == "control":
+        check_controlnet(s, info)
+        return
     target = target_at(s.model, prediction_type)
     if s.init is not None:
         check_init(s, target)

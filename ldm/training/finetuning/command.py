@@ -94,8 +94,9 @@ def read_arguments(
             raise ConfigError(f"{key} is given twice, and differs")
     given |= assigned
     from_file = resolve_aliases(file, where=str(config))
-    if {**from_file, **given}.get("train") == "full":
-        _check_lora_only(given, from_file)
+    both = {**from_file, **given}
+    if both.get("train") == "full" or both.get("control") is not None:
+        _check_lora_only(given, from_file, "control" if both.get("control") is not None else "train=full")
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
         if other in given:
             from_file.pop(key, None)
@@ -123,11 +124,12 @@ def _texts(value: Any, name: str) -> list[str]:
     return list(texts)
 
 
-def _check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings of a LoRA where all weights are trained."""
+def _check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any], other: str) -> None:
+    """Raise ConfigError for settings of a LoRA where all weights are trained, or a ControlNet."""
+    trains = "trains all weights" if other == "train=full" else "trains a ControlNet"
     for name, usual in LORA_ONLY.items():
         if given.get(name) is not None or from_file.get(name) not in usual:
-            what = f"{name} is for LoRA, and train=full trains all weights"
+            what = f"{name} is for LoRA, and {other} {trains}"
             raise ConfigError(what, hint="leave one of them out")
 
 
@@ -147,15 +149,20 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     the run. Raises ConfigError, DataError, ModelError, CheckpointError.
     """
     from ldm.training.data import read_training_images
+    from ldm.training.data.conditions import control_kind, with_conditions
     from ldm.training.finetuning import presets
     from ldm.training.finetuning.checks import check_export, check_run_folder
     from ldm.training.finetuning.plan import make_plan
 
     plan = make_plan(asked.settings, _settings_before(asked))
     data, settings = plan.data, plan.settings
-    check_run_folder(data, asked.out, settings.get("train") != "full" and not settings.get("name"))
+    check_run_folder(data, asked.out, settings.get("train") not in ("full", "control") and not settings.get("name"))
+    control = presets.text_of(settings, "control")
+    if control is not None:
+        control_kind(control)  # before images are read
     prior = presets.text_of(settings, "prior")
     images = read_training_images(data, data.for_prior(prior) if prior else None)
+    images = images if control is None else with_conditions(images, control)
     settings = plan.complete(images)
     built = plan.build(settings)
     check_export(built, images)

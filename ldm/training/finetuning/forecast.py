@@ -16,6 +16,7 @@ from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
 from ldm.training.loop.estimate import Estimate, estimate
 from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.control import Control
 from ldm.training.stages.finetune import Finetune
 
 CAPTION = "an image of a thing"
@@ -28,7 +29,7 @@ def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = Non
     Raises ModelError, ResourceError out of memory.
     """
     try:
-        stage = Finetune(settings, out)
+        stage = (Finetune if settings.control is None else Control)(settings, out)
         for image_set, kind in ((images, ""), (images and images.prior, "prior: ")):
             if image_set is not None:
                 image_set.cut = stage.model.text.truncated
@@ -51,6 +52,9 @@ def trial_batch(stage: Finetune) -> Batch:
     sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
     ids = sizes.to(stage.device) if stage.xl else None
     made = Batch(latents.to(stage.device), captions, cond, ids, captions, RowShard(count))
+    if s.control is not None:
+        image = torch.zeros((count, 3, s.data.resolution, s.data.resolution), device=stage.device)
+        return dataclasses.replace(made, control=image)
     return dataclasses.replace(made, prior=made) if s.prior or s.prior_images else made
 
 

@@ -24,6 +24,12 @@ PRESETS: dict[tuple[str, bool], dict[str, Any]] = {
     ("xl", False): {"learning_rate": 1e-4, "lora_rank": 16, "targets": ["attention"]},
     ("xl", True): {"learning_rate": 1e-5},
 }
+# Of ControlNets, beside what train=full has: diffusers' script and the authors take 1e-5 for Stable Diffusion.
+CONTROL: dict[str, dict[str, Any]] = {
+    "small": {"train": "control", "learning_rate": 5e-4},
+    "sd": {"train": "control", "learning_rate": 1e-5},
+    "xl": {"train": "control", "learning_rate": 1e-5},
+}
 # (size, device): micro-batch, accumulation, gradient checkpointing; on a GPU with its memory in GB.
 BATCHES = {
     ("small", "cpu"): (4, 1, False),

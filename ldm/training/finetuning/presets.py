@@ -13,7 +13,7 @@ from typing import Any
 from ldm.config import require
 from ldm.errors import ModelError
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
-from ldm.training.finetuning.preset_tables import BATCHES, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
+from ldm.training.finetuning.preset_tables import BATCHES, CONTROL, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
 
 LATENT_SIZE = 64  # of models that do not say at which size they draw
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
@@ -46,11 +46,13 @@ def apply_presets(given: Mapping[str, Any], facts: Facts, buckets: Sequence[int]
 
 def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """`given` with the presets that depend on the model and the hardware alone."""
-    full = given.get("train") == "full"
+    full = _is_whole(given)
     settings = {"data.resolution": facts.side, **given}
     settings |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
     settings |= PRESETS[facts.size, full] | (facts.init or {})
-    if facts.default and given.get("prior") is None and given.get("prior_images") != 0:
+    control = given.get("control") is not None
+    settings |= CONTROL[facts.size] if control else {}
+    if facts.default and not control and given.get("prior") is None and given.get("prior_images") != 0:
         settings |= PRIOR if full else PRIOR | {"prior_target": "model"}
     batch_size, accumulation, checkpointing = BATCHES[facts.size, "cpu" if facts.device == "cpu" else "gpu"]
     if facts.memory is not None and facts.memory < ROOMY.get((facts.size, full), 0):
@@ -71,7 +73,7 @@ def for_images(
     if "batch_size" not in given:
         settings["batch_size"] = max(1, min(settings["batch_size"], sum(buckets)))
     settings = in_steps(settings, given, buckets)
-    passes, least, most = LENGTHS[facts.size, settings.get("train") == "full"]
+    passes, least, most = LENGTHS[facts.size, _is_whole(settings)]
     settings.setdefault("steps", min(max(round(passes * _epoch(settings, buckets)), least), most))
     steps = _positive(settings["steps"])
     presets = {
@@ -82,6 +84,11 @@ def for_images(
         "log_every": max(1, min(20, steps // 20)),
     }
     return settings | {name: value for name, value in presets.items() if name not in settings}
+
+
+def _is_whole(settings: Mapping[str, Any]) -> bool:
+    """Whether a whole network is trained: the U-Net, or a ControlNet."""
+    return settings.get("train") == "full" or settings.get("control") is not None
 
 
 def in_steps(settings: Mapping[str, Any], given: Mapping[str, Any], buckets: Sequence[int]) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def command(settings: Mapping[str, Any], out: str | Path) -> str:
         option = f"--{names[key].replace('_', '-')}" if key in names else ""
         if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
             continue
-        if (value is None and key not in SHARED) or (key in LORA_ONLY and settings.get("train") == "full"):
+        if (value is None and key not in SHARED) or (key in LORA_ONLY and _is_whole(settings)):
             continue  # as where it is not given
         if key == "validation_prompts":
             for prompt in value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,6 +48,35 @@ Weights are the exponential moving average of the training weights, in {dtype}.
 ## Scores
 
 {scores}
+"""
+CONTROL_CARD = """---
+{head}
+---
+
+# A ControlNet for {base}
+
+It sees conditions of the kind {kind}: {parameters}. It goes with that model and its fine-tunings; the model's licence
+applies.
+{narrow}
+```
+ldm generate "…" --controlnet this/folder --control-image {kind}
+```
+
+## Data
+
+{data}
+
+## Recipe
+
+{recipe}
+
+## Scores
+
+{scores}
+"""
+NARROW = """
+Its levels are narrower than the U-Net's (`unet_block_out_channels` in config.json), which diffusers' ControlNetModel
+cannot be: this folder is for `ldm` alone.
 """
 RUNS = "The last run that made it; `init` names the one before, `vae` and `text` those of the other two stages.\n\n"
 
@@ -93,6 +122,32 @@ def finetune_card(
         data=FOLDER.format(name_of(str(s.data.folder))),
         parts=_parts(modules),
         dtype=s.save_dtype or "bf16",
+        recipe=_recipe(s),
+        scores=_scores(scores),
+    )
+
+
+def control_card(
+    settings: FinetuneSettings,
+    base: Model,
+    device: str,
+    parameters: int,
+    lines: Sequence[str],
+    scores: Mapping[str, float],
+) -> str:
+    """README.md of a ControlNet: what it sees, what it was trained for and on."""
+    s = settings
+    base_hash = f" (sha256 {base.hash[:12]})" if base.hash else ""
+    kind = f"`{name_of(str(s.control))}`"
+    narrow = NARROW if s.control_channels else ""
+    data = FOLDER.format(name_of(str(s.data.folder))) if s.data.folder else EMOJI
+    return CONTROL_CARD.format(
+        head=_head(device),
+        kind=kind,
+        base=f"`{name_of(str(s.model))}`{base_hash}",
+        narrow=narrow,
+        parameters=f"{parameters / 1e6:.2f} M parameters, {s.save_dtype or 'bf16'}",
+        data=f"{data} ({lines[-1]})",
         recipe=_recipe(s),
         scores=_scores(scores),
     )

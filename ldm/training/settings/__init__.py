@@ -1,6 +1,7 @@
 """The settings of training runs: frozen dataclasses, one for each stage, read from YAML and KEY=VALUE."""
 
 from ldm.training.settings.base import Settings, as_dict, flat
+from ldm.training.settings.control import ControlSettings
 from ldm.training.settings.distill import DistillSettings
 from ldm.training.settings.finetune import KINDS, MAX_SAMPLES, FinetuneSettings, check_file_name, lora_name
 from ldm.training.settings.finetune_data import OFF, DataSettings, FinetuneData
@@ -22,6 +23,7 @@ __all__ = [
     "PIECE",
     "SETTINGS",
     "AutoencoderSettings",
+    "ControlSettings",
     "DataSettings",
     "DistillSettings",
     "FinetuneData",

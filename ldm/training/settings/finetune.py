@@ -41,7 +41,11 @@ class FinetuneSettings(Settings):
     model: str = "default"  # "default", a diffusers folder, a single file, a hub id
     vae: str | None = None  # another autoencoder's folder or file
     init: str | None = None  # a LoRA or DoRA to continue; its ranks, alphas and layers are used
-    train: Literal["lora", "dora", "full"] = "lora"  # full: every weight of the U-Net
+    train: Literal["lora", "dora", "full", "control"] = "lora"  # full: every weight of the U-Net
+    control: str | None = None  # train=control: what a ControlNet sees, a kind of ldm.control or a folder of images
+    control_init: str | None = None  # a ControlNet to go on from; None: the U-Net's own way down
+    control_channels: tuple[int, ...] | None = None  # widths of its levels; None: the U-Net's, with its weights
+    control_embedding: tuple[int, ...] | None = None  # widths of what reads the control image; None: 16, 32, 96, 256
     lora_rank: int = 16
     lora_alpha: float | None = None  # None: the rank; the update is scaled by alpha / rank
     targets: tuple[str, ...] = ("attention",)  # names of layers or their ends, or words of ldm.nn.lora.TARGETS
@@ -87,6 +91,7 @@ class FinetuneSettings(Settings):
         require(not (full and self.init), "is a LoRA: it cannot be continued with train=full", "init")
         require(full or not self.zero_terminal_snr, FULL_ONLY, "zero_terminal_snr")
         require(full or self.prediction_type != "flow", FULL_ONLY, "prediction_type")
+        self._check_control()
         twice = self.prediction_type == "flow" and self.zero_terminal_snr
         require(not twice, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
 
@@ -100,6 +105,21 @@ class FinetuneSettings(Settings):
         require(self.train != "full" or self.prior_target == "images", TEACHER_ONLY, "prior_target")
         known = self.prior_prompt is not None or self.model == "default" or not self.prior_images
         require(known, 'needs a prompt for the images, such as prior_prompt="a dog"', "prior_images")
+
+    def _check_control(self) -> None:
+        if self.train != "control":
+            require(self.control is None, f"trains a ControlNet, and train is {self.train}: leave that out", "control")
+            for name in ("control_init", "control_channels", "control_embedding"):
+                require(getattr(self, name) is None, "needs control=KIND or control=FOLDER", name)
+            return
+        require(bool(self.control), "is needed for train=control: a kind such as edges, or a folder", "control")
+        for name in ("control_channels", "control_embedding"):
+            widths = getattr(self, name)
+            require(widths is None or (widths and min(widths) > 0), f"must be widths, got {widths}", name)
+            new = self.control_init is None or widths is None
+            require(new, "is that of the ControlNet to go on from: leave it out", name)
+        for name in ("init", "text_encoder", "prior", "prior_images", "prediction_type", "zero_terminal_snr"):
+            require(not getattr(self, name), "changes the model, which stays as it is beside a ControlNet", name)
 
     @property
     def alpha(self) -> float:

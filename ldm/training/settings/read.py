@@ -12,20 +12,21 @@ from ldm.config import build
 from ldm.errors import ConfigError, nearest
 from ldm.settings_files import load, override
 from ldm.training.settings.base import Settings, as_dict
+from ldm.training.settings.control import ControlSettings
 from ldm.training.settings.distill import DistillSettings
 from ldm.training.settings.finetune import FinetuneSettings
 from ldm.training.settings.renamed import with_new_names
 from ldm.training.settings.stages import AutoencoderSettings, TextSettings, UNetSettings
 
 SETTINGS: dict[str, type[Settings]] = {"autoencoder": AutoencoderSettings, "text": TextSettings, "unet": UNetSettings}
-SETTINGS |= {"finetune": FinetuneSettings, "distill": DistillSettings}
+SETTINGS |= {"finetune": FinetuneSettings, "distill": DistillSettings, "control": ControlSettings}
 # Settings that may differ between a run and its continuation without --allow-changed.
 FREE = {"steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr", "workers", "device"}
 FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", "log_every", "keep"}
 FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
 FREE |= {"export", "save_dtype", "name"}
 FREE_DATA = {"cache", "max_bad", "workers"}  # the same, within `data`
-PATHS = {"model", "vae", "text", "text_2", "init", "prior"}  # equal where both lead to the same place
+PATHS = {"model", "vae", "text", "text_2", "init", "prior", "control", "control_init"}  # equal if at one place
 
 
 def packaged_configs() -> Path:

@@ -24,7 +24,7 @@ from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
 from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
-from ldm.training.data import Batch, ImageDataset, ImageSet, read_images
+from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet, read_images
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
 from ldm.training.distributed.single import is_sharded
@@ -82,7 +82,7 @@ class Finetune:
         self.guidance_scale = card_scale(info) if s.guidance_scale is None else s.guidance_scale
         self.prior: ImageDataset | None = None
 
-    def open(self, images: ImageSet) -> Finetune:
+    def open(self, images: ImageSet | SceneSet) -> Finetune:
         """Encode the images, and those of their prior. Raises DataError."""
         s, model = self.settings, self.model
         for prompt in dict.fromkeys(s.validation_prompts):
@@ -91,7 +91,7 @@ class Finetune:
         encoders = Encoders(model.vae, model.text, (model.hash, model.hash), self.device)
         self.data = self._dataset(images, encoders)
         self.lines, self.inputs = self.data.lines, {**self.inputs, **self.data.inputs}
-        if images.prior is not None:
+        if isinstance(images, ImageSet) and images.prior is not None:
             say(f"of the prior {images.prior.data.folder}:")
             self.prior = self._dataset(images.prior, encoders)
             self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
@@ -110,9 +110,10 @@ class Finetune:
         priors = self.prior.batches(first_step, s.steps, s.accumulation)
         return (dataclasses.replace(batch, prior=prior) for batch, prior in zip(batches, priors))
 
-    def _dataset(self, images: ImageSet, encoders: Encoders) -> ImageDataset:
+    def _dataset(self, images: ImageSet | SceneSet, encoders: Encoders) -> ImageDataset:
         s = self.settings
-        images.cut = self.model.text.truncated
+        if isinstance(images, ImageSet):
+            images.cut = self.model.text.truncated
         return ImageDataset(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:

@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
         "targets": ("NAME,…", "attention, transformer, all-linear, all, or names of layers or their ends"),
         "text_encoder": (None, "train the text encoder too (CLIP alone)"),
         "init": ("FILE", "a LoRA or DoRA to continue"),
+        "control": ("KIND", "train a ControlNet instead: edges, lineart, segmentation, … or a folder of conditions"),
+        "control_init": ("NET", "the ControlNet to go on from (the U-Net's own way down)"),
+        "control_channels": ("N,…", "widths of its levels, for a smaller one than the U-Net's (the U-Net's)"),
+        "control_embedding": ("N,…", "widths of what reads the control image (16,32,96,256)"),
     },
     "how long": {
         "steps": ("N", "optimizer steps (from the number of images)"),
@@ -101,5 +105,13 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
 }
 SWITCHES = frozenset(name for group in OPTIONS.values() for name, (value, _) in group.items() if value is None)
 TEXTS = ("model", "vae", "init", "prior", "captions", "split", "cache", "validation_prompts", "prompts_file", "name")
-TEXTS += ("data", "prior_prompt", "layout", "exclude")  # values that are never read as numbers
-PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder")
+TEXTS += (
+    "data",
+    "prior_prompt",
+    "layout",
+    "exclude",
+    "control",
+    "control_init",
+)  # never read as numbers
+PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder", "control")
+PATHS += ("control_init",)

@@ -48,6 +48,12 @@ def _betas(value: Any, name: str) -> Any:
         return value
 
 
+def _widths(value: Any, name: str) -> Any:
+    """48,96 is [48, 96]."""
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
+    return [int(part) for part in parts] if parts and all(p.isdecimal() and len(p) < 9 for p in parts) else value
+
+
 def _parts(value: Any, name: str) -> Any:
     """attn,conv is ["attn", "conv"]."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -76,6 +82,8 @@ READERS: dict[str, Callable[[Any, str], Any]] = {
     "exclude": _patterns,
     "resolution": _resolution,
     "betas": _betas,
+    "control_channels": _widths,
+    "control_embedding": _widths,
 }
 
 
