@@ -8,7 +8,7 @@ examples:
 
   ldm evaluate --fast                                  the shipped few-step LoRA on the shipped model, in its steps
   ldm evaluate --lora runs/fast --steps 2              another LoRA
-
+  ldm evaluate --control edges                         drawn by the edges of true scenes: are their contours followed?
   ldm evaluate --text -n 2000                          what a linear reader can tell from the text encoder's states
 
 It prints how often all that a prompt asks for is the judge's first guess among the 849 objects, how often it is among
@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import argparse
 
-FROM_CALL = ("seed", "n", "batch_size", "controls", "font")
+FROM_CALL = ("seed", "n", "batch_size", "controls", "control", "font")
 SETTINGS = ("num_inference_steps", "guidance_scale", "sampler", "spacing", "lora", "fast", "vae", "device", "dtype")
+SETTINGS += ("controlnet",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="images drawn together; changes no image")
     add("--lora", metavar="FILE", help="a LoRA, or the run that made it")
     add("--fast", action="store_true", default=None, help="with the shipped few-step LoRA of the shipped model")
+    add("--control", metavar="KIND", help="draw each by this condition of its true scene, such as edges")
+    add("--controlnet", metavar="NET", help="with --control: another ControlNet than the model's own")
     add("--vae", metavar="FOLDER", help="another VAE")
     add("--device", metavar="NAME", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", help="auto, fp32, bf16, fp16")
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from ldm.evaluation import evaluate, evaluate_text
 
     settings = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    require(args.control is not None or args.controlnet is None, "needs --control KIND", "controlnet")
+    require(args.control is None or not args.text, "is for images: leave it out with --text", "control")
     if args.text:
         device, n = settings.pop("device", "auto"), 10_000 if args.n is None else args.n
         require(not settings, "is for images: leave it out with --text", next(iter(settings), None))

@@ -15,6 +15,7 @@ from ldm import console
 from ldm.checkpoint import Model, load_model
 from ldm.data.emoji import Scene
 from ldm.errors import ConfigError
+from ldm.evaluation.contours import conditions_of, contours, line
 from ldm.evaluation.judge import shared_judge
 from ldm.evaluation.judged import Judged, judge_by, judge_images
 from ldm.evaluation.lists import Prompt, open_list
@@ -25,7 +26,7 @@ from ldm.images import encode, to_pil, to_tensor
 from ldm.nn.vae import VAE
 from ldm.pipeline.pipeline import Pipeline
 
-PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "fast", "vae", "device", "dtype")  # the rest goes to `generate`
+PIPELINE_ARGUMENTS = ("negative_prompt", "lora", "fast", "controlnet", "vae", "device", "dtype")  # the rest: `generate`
 
 Renderer = Callable[[list[str], list[int]], Sequence[Image.Image | np.ndarray]]
 
@@ -40,6 +41,7 @@ def evaluate(
     batch_size: int | None = None,
     renderer: Renderer | None = None,
     controls: bool = True,
+    control: str | None = None,
     font: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -54,6 +56,8 @@ def evaluate(
     batch_size  images that are denoised together
     renderer    replaces the model: (texts, seeds) -> images
     controls    also judge true scenes of the prompts, the same against shuffled prompts, and reconstructed by the VAE
+    control     a kind of ldm.control ("edges"): each image is drawn with the condition of its prompt's true scene, by
+                the model's own ControlNet of that name or by controlnet=…; the report then has `contours`
     font        the font's file, if it is not in a usual place
     settings    go to Pipeline and generate: num_inference_steps, guidance_scale, sampler, dtype, device, …
 
@@ -68,16 +72,24 @@ def evaluate(
     if out is not None:
         require_writable(out)
     seeds = [seed + i for i in range(1, len(entries) + 1)]
-    draw = renderer or pipeline_renderer(model, [e.text for e in entries], batch_size, settings)
+    asked, scenes = settings, None
+    if control is not None:
+        if not all(entry.objects for entry in entries):
+            raise ConfigError(f"the list {name} has prompts without a true scene to follow", where="control")
+        scenes = real_images(entries, seeds, font)
+        asked = {"controlnet": control, **settings, "control_image": conditions_of(control, scenes)}
+    draw = renderer or pipeline_renderer(model, [e.text for e in entries], batch_size, asked)
     shared_judge(font)  # a missing font is an error before anything is drawn
     images = list(draw([e.text for e in entries], seeds))
     judged = judge_images(images, entries, font=font)
     report = {"list": name, "model": str(getattr(model, "name", model)), "n": len(entries), "seed": seed}
     report |= {"settings": settings, "score": summary(judged), "groups": by_group(judged)}
+    if scenes is not None:
+        report |= {"control": control, "contours": contours(images, scenes)}
     if controls:
-        report |= control(entries, seeds, font, None if renderer else _vae(model, settings))
+        report |= true_scenes(entries, seeds, font, None if renderer else _vae(model, settings))
     report["images"] = [{"line": i, "seed": s, **j.as_json()} for i, (s, j) in enumerate(zip(seeds, judged), 1)]
-    print(table(report), flush=True)
+    print("\n".join([table(report), *([line(report["contours"])] if scenes is not None else [])]), flush=True)
     if out is not None:
         _write(Path(out), report, images, judged)
     return report
@@ -126,7 +138,7 @@ def _vae(model: Any, settings: dict[str, Any]) -> VAE:
     return load_model(model, **{key: settings[key] for key in ("vae", "device", "dtype") if key in settings}).vae
 
 
-def control(
+def true_scenes(
     prompts: Sequence[Prompt], seeds: Sequence[int], font: str | Path | None = None, vae: VAE | None = None
 ) -> dict[str, Any]:
     """Scores of true scenes by their own prompts (`real`) and by prompts of other classes (`shuffled`).
