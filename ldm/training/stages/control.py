@@ -66,12 +66,12 @@ class Control(Finetune):
 
     def _steered(self, module: nn.Module, image: Tensor, time_ids: Tensor | None = None) -> Callable[..., Tensor]:
         """The frozen U-Net with the residuals of the ControlNet `module`, which sees image (N, 3, H, W) in [0, 1]."""
-        net = self.network if module is self.module else module
+        net, unet = (self.network, self.base) if module is self.module else (module, self.model.unet)  # not compiled
 
         def network(x: Tensor, timesteps: Tensor, *, states: Tensor, **text: Tensor | None) -> Tensor:
             ids = None if time_ids is None else time_ids.expand(len(x), -1)
             residuals = net(x, timesteps, states, image=image, time_ids=ids, **text)
-            return self.base(x, timesteps, states, time_ids=ids, residuals=residuals, **text)
+            return unet(x, timesteps, states, time_ids=ids, residuals=residuals, **text)
 
         return network
 
