@@ -5,6 +5,7 @@ examples:
   ldm finetune images/ -o runs/mine --lora-rank 8 --steps 2000 --learning-rate 5e-4
   ldm finetune images/ -o runs/mine --model stable-diffusion-xl-base-1.0/ --dry-run
   ldm finetune images/ -o runs/mine --train full --epochs 20
+  ldm finetune images/ -o runs/edges --control edges
   ldm finetune images/ -o runs/mine --resume
   ldm finetune --config runs/mine/settings.json -o runs/again seed=1
   ldm generate "my thing on the beach" --lora runs/mine

@@ -1,4 +1,4 @@
-"""Train one stage of a model: autoencoder, text or unet.
+"""Train one stage of a model, autoencoder, text or unet, or a ControlNet for one on drawn scenes.
 
 examples:
   ldm train emoji/autoencoder -o runs/vae
@@ -9,6 +9,7 @@ examples:
   ldm train tiny/128 -o runs/tiny data=images/ vae=default text=models/clip --dry-run   (parameters, memory, time)
   ldm train sd/256 -o runs/sd data=images/ vae=stabilityai/sd-vae-ft-mse text=openai/clip-vit-large-patch14
   ldm train emoji/small -o runs/small vae=weights/default text=weights/default snr_gamma=5   (two minutes, to compare)
+  ldm train emoji/edges -o runs/edges                                                   (a ControlNet, docs/control.md)
 
 The finished model is RUN/model, a diffusers folder. Ctrl-C saves the state and stops; --resume goes on exactly there.
 """
