@@ -21,7 +21,7 @@ from ldm.diffusion.denoiser import Predict
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.prompts import plain_text
-from ldm.training.data import Batch, ImageSet, SceneSet
+from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet
 from ldm.training.distributed import current
 from ldm.training.finetuning.base_model import frozen_dtype, load_base
 from ldm.training.loop.loop import ask_for_space
@@ -40,6 +40,8 @@ def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet | SceneSe
 
 class Control(Finetune):
     """The ControlNet is the module; the model's networks are frozen, and in no checkpoint."""
+
+    data: ImageDataset
 
     def __init__(self, settings: FinetuneSettings, out: Path, model: Model | None = None):
         super().__init__(settings, out, model or load_base(settings, torch.device("cpu")))
