@@ -26,7 +26,7 @@ def object_mask(image: Image.Image | np.ndarray) -> np.ndarray:
     """Where an image shows no background, with what that encloses: bool (128, 128)."""
     pixels = to_array(image)
     far = np.linalg.norm(pixels.astype(np.float32) - background_of(pixels).rgb, axis=2) > SAME
-    walls = Image.fromarray(np.pad(far, 1).astype(np.uint8) * 255)
+    walls = Image.fromarray(np.pad(far, 1).astype(np.uint8) * 255).copy()  # else it cannot be written into
     ImageDraw.floodfill(walls, (0, 0), 128)  # the background, from the border on
     return np.asarray(walls)[1 : FRAME + 1, 1 : FRAME + 1] != 128
 
