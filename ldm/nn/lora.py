@@ -27,8 +27,12 @@ from ldm.errors import ConfigError, ModelError, nearest
 
 Layer = nn.Linear | nn.Conv2d
 Module = TypeVar("Module", bound=nn.Module)
-ATTENTION = re.compile(r"(^|\.)(to_q|to_k|to_v|to_out\.0|self_attn\.(q|k|v|out)_proj)$")  # of U-Nets, of CLIP
-TRANSFORMER = re.compile(r"(^|\.)(attentions|layers)\.")
+ATTENTION = re.compile(
+    r"(^|\.)(to_q|to_k|to_v|to_out\.0"  # of U-Nets and flow transformers
+    r"|add_q_proj|add_k_proj|add_v_proj|to_add_out"  # of the text in flow transformers
+    r"|self_attn\.(q|k|v|out)_proj)$"  # of CLIP
+)
+TRANSFORMER = re.compile(r"(^|\.)(attentions|layers|transformer_blocks|single_transformer_blocks)\.")
 TARGETS = {  # words for many layers at once: (layer's name, dimensions of its weight) -> whether it is meant
     "attention": lambda name, dimensions: bool(ATTENTION.search(name)),
     "transformer": lambda name, dimensions: bool(TRANSFORMER.search(name)),

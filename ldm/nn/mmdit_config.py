@@ -118,6 +118,11 @@ class MMDiTConfig:
         return self.pooled_projection_dim
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether sizes are an input: of U-Nets alone."""
+        return False
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the scale of the guidance is an input."""
         return self.guidance_embeds

@@ -153,6 +153,11 @@ class UNetConfig:
         return (self.projection_class_embeddings_input_dim or 0) - 6 * (self.addition_time_embed_dim or 0)
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether original size, crop and target size are inputs (XL)."""
+        return self.addition_embed_type == "text_time"
+
+    @property
     def embeds_guidance(self) -> bool:
         """Whether the scale of the guidance is an input."""
         return self.time_cond_proj_dim is not None

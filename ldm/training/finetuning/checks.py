@@ -29,14 +29,18 @@ def check_finetune(s: FinetuneSettings) -> None:
     prediction_type = None if s.prediction_type == "flow" else s.prediction_type
     info = describe(s.model, s.vae, prediction_type)
     if (takes := info.unet.in_channels) != (gives := info.unet.out_channels):
-        what = f"its U-Net takes {takes} channels, and gives {gives}: an inpainting model, perhaps"
+        what = f"its network takes {takes} channels, and gives {gives}: an inpainting model, perhaps"
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
+    if info.transformer and s.data.buckets.step % info.multiple:
+        what = f"{s.data.buckets.step} is no multiple of {info.multiple}, as the sides of this model's images are"
+        raise ConfigError(what, where="bucket_step", hint=f"set bucket_step={info.multiple}, or a multiple of it")
     schedule_for(s, info.schedule)
     if prediction_type is not None and s.train != "full":
         with suppress(ModelError):  # a single file that does not tell its own
             schedule_for(s, describe(s.model, s.vae).schedule)
-    if s.text_encoder and not info.clip_layers:
-        raise ConfigError("is for CLIP alone, and this model has T5", where="text_encoder", hint="leave it out")
+    if s.text_encoder and (info.transformer or not info.clip_layers):
+        has = "is a flow transformer, whose text encoders stay as they are" if info.transformer else "has T5"
+        raise ConfigError(f"is for CLIP alone, and this model {has}", where="text_encoder", hint="leave it out")
     if s.train == "control":
         check_controlnet(s, info)
         return

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
-from ldm.errors import ModelError
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
-from ldm.training.finetuning.preset_tables import BATCHES, CONTROL, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
+from ldm.training.finetuning.preset_tables import BATCHES, CONTROL, FLOW, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
+from ldm.training.settings.finetune_data import FINE_STEP, FINE_UP_TO
 
 LATENT_SIZE = 64  # of models that do not say at which size they draw
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
 SMALL_WIDTH = 256  # channels of the first level, below which a model is small
+SMALL_TRANSFORMER = 768  # width below which a flow transformer is small: SD3-medium's is 1536
+MAY_BE_NONE = (*SHARED, "timestep_shift")  # whose preset may be another
 LORA_ONLY = ("lora_rank", "lora_alpha", "targets", "init")  # settings without a meaning for train=full
 
 
@@ -25,7 +27,7 @@ LORA_ONLY = ("lora_rank", "lora_alpha", "targets", "init")  # settings without a
 class Facts:
     """What is known of model and hardware before a weight or an image is read."""
 
-    width: int  # channels of the U-Net's first level
+    width: int  # channels of the U-Net's first level, or of the flow transformer
     xl: bool
     side: int  # pixels that the model draws at
     flow: bool
@@ -33,9 +35,13 @@ class Facts:
     memory: int | None = None  # bytes of the GPU
     init: Mapping[str, Any] | None = None  # settings that the LoRA to continue has
     default: bool = False  # the model that ships, which can draw what it was trained on
+    transformer: bool = False  # a flow transformer in place of a U-Net
+    multiple: int = 8  # pixels that divide the sides of images
 
     @property
     def size(self) -> str:
+        if self.transformer:
+            return "small" if self.width < SMALL_TRANSFORMER else "flow"
         return "small" if self.width < SMALL_WIDTH else "xl" if self.xl else "sd"
 
 
@@ -49,9 +55,11 @@ def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     full = _is_whole(given)
     settings = {"data.resolution": facts.side, **given}
     settings |= {name: value for name, value in SHARED.items() if name != "snr_gamma" or not facts.flow}
-    settings |= PRESETS[facts.size, full] | (facts.init or {})
+    settings |= PRESETS[facts.size, full] | (FLOW if facts.transformer else {}) | (facts.init or {})
+    if FINE_STEP % facts.multiple and _positive(settings["data.resolution"]) <= FINE_UP_TO:
+        settings["data.bucket_step"] = facts.multiple
     control = given.get("control") is not None
-    settings |= CONTROL[facts.size] if control else {}
+    settings |= CONTROL.get(facts.size, {}) if control else {}
     if facts.default and not control and given.get("prior") is None and given.get("prior_images") != 0:
         settings |= PRIOR if full else PRIOR | {"prior_target": "model"}
     batch_size, accumulation, checkpointing = BATCHES[facts.size, "cpu" if facts.device == "cpu" else "gpu"]
@@ -122,18 +130,18 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
     model, vae, init, device, prediction_type = (text_of(given, name) for name in names)
     device = pick_device(device or "auto")
     info = describe(model or "default", vae, None if prediction_type == "flow" else prediction_type)
-    if info.transformer:
-        what = "is a flow transformer (SD3, FLUX), and fine-tuning it is not supported"
-        raise ModelError(what, where=model, hint="choose a model with a U-Net")
+    transformer = info.transformer
     return Facts(
-        width=info.unet.block_out_channels[0],
-        xl=info.unet.addition_embed_type == "text_time",
+        width=transformer.width if transformer else info.unet.block_out_channels[0],
+        xl=info.unet.takes_sizes,
         side=(info.unet.sample_size or LATENT_SIZE) * info.factor,
         flow=info.schedule.is_flow,
         device=device.type,
         memory=total_memory(device) if device.type == "cuda" else None,
         default=model in (None, "default"),
         init=None if init is None else _continued(init),
+        transformer=transformer is not None,
+        multiple=info.multiple,
     )
 
 
@@ -159,8 +167,10 @@ def command(settings: Mapping[str, Any], out: str | Path) -> str:
         option = f"--{names[key].replace('_', '-')}" if key in names else ""
         if key in ("data.folder", "stage") or (value == [] and key != "report_to"):
             continue
-        if (value is None and key not in SHARED) or (key in LORA_ONLY and _is_whole(settings)):
+        if value is None and key not in MAY_BE_NONE:
             continue  # as where it is not given
+        if key in LORA_ONLY and _is_whole(settings):
+            continue
         if key == "validation_prompts":
             for prompt in value:
                 parts += _with_value(option, str(prompt))

@@ -16,6 +16,8 @@ DIFFUSERS_NAME = "pytorch_lora_weights"  # of the LoRA's file for diffusers
 SUFFIX = ".safetensors"
 MAX_NAME = 255 - len(SUFFIX)  # bytes
 FULL_ONLY = "a LoRA cannot change what the model was trained for: use train=full"
+POSITIVE = ("lora_alpha", "timestep_shift", "embedded_guidance", "snr_gamma", "prior_weight", "guidance_scale")
+POSITIVE += ("sample_steps",)
 TEACHER_ONLY = "model is for LoRA and DoRA, beside which the original weights are still there: use images"
 
 
@@ -53,7 +55,8 @@ class FinetuneSettings(Settings):
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None  # None: the model's
     zero_terminal_snr: bool = False  # rescale the schedule (train=full), so that the last timestep is pure noise
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    timestep_shift: float = 1.0  # above 1: more often at high noise
+    timestep_shift: float | None = 1.0  # above 1: more often at high noise; None: the flow model's own, by image size
+    embedded_guidance: float = 1.0  # what a model is told in training that has the guidance's scale as an input
     snr_gamma: float | None = None  # min-SNR weighting of the loss; 5 is usual
     noise_offset: float = 0.0  # of a number that each channel's noise is shifted by; 0.05 is usual
     prior: str | None = None  # captioned images of what the model knows, trained in each step so that it is kept
@@ -76,7 +79,7 @@ class FinetuneSettings(Settings):
         super().__post_init__()
         require(bool(self.model), "is empty: name a folder, or leave it out", "model")
         require(self.lora_rank >= 1, f"must be at least 1, got {self.lora_rank}", "lora_rank")
-        for name in ("lora_alpha", "timestep_shift", "snr_gamma", "prior_weight", "guidance_scale", "sample_steps"):
+        for name in POSITIVE:
             value = getattr(self, name)
             require(value is None or value > 0, f"must be positive, got {value}", name)
         require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")

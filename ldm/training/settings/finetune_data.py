@@ -12,6 +12,7 @@ from ldm.data.transforms import TransformConfig
 
 OFF = "off"  # as the cache's folder: nothing is cached
 MAX_SIDE = 8192  # pixels
+FINE_STEP, FINE_UP_TO = 8, 256  # pixels: the step of buckets up to this resolution
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class FinetuneData:
 
     @property
     def buckets(self) -> BucketConfig:
-        step = self.bucket_step or (8 if self.resolution <= 256 else 64)
+        step = self.bucket_step or (FINE_STEP if self.resolution <= FINE_UP_TO else 64)
         low, high = (self.resolution, self.resolution) if self.square else (self.min_side, self.max_side)
         return BucketConfig(self.resolution, step, low, high, self.upscale)
 

@@ -12,8 +12,10 @@ from ldm.console import say
 from ldm.device import sent
 from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
 from ldm.diffusion.schedule import Schedule
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.text import Conditioning
 from ldm.nn.tiling import AUTO, TILE
+from ldm.nn.unet_config import UNetConfig
 from ldm.nn.vae import VAE
 from ldm.training.data import Batch, ImageDataset
 from ldm.training.distributed import RowShard, current
@@ -36,15 +38,17 @@ def conditioned(
     time_ids: tuple[float, ...] | Tensor | None = None,
     guidance: Tensor | None = None,
 ) -> Network:
-    """The U-Net as network(x, timesteps, cond); XL's is told `time_ids`, (B, 6) or the same six for every image.
+    """A U-Net or flow transformer as network(x, timesteps, cond).
 
-    guidance (B,): the scale, of a U-Net that has it as an input.
+    XL's is told `time_ids`, (B, 6) or the same six for every image. guidance (B,): the scale, of one that has it as an
+    input.
     """
     more = {} if guidance is None else {"guidance": guidance}
 
     def network(x: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         ids = x.new_tensor([time_ids] * len(x)) if isinstance(time_ids, tuple) else time_ids
-        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, time_ids=ids, **more)
+        sizes = {} if ids is None else {"time_ids": ids}
+        return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, **sizes, **more)
 
     return network
 
@@ -54,6 +58,13 @@ def shape_timesteps(u: Tensor, timesteps: str, shift: float) -> Tensor:
     if timesteps == "logit_normal":
         u = torch.sigmoid(torch.special.ndtri(u.double().clamp(1e-6, 1 - 1e-6))).float()
     return shift * u / (1 + (shift - 1) * u)  # Esser et al. 2024, eq. 23
+
+
+def model_shift(schedule: Schedule, config: UNetConfig | MMDiTConfig, latents: Tensor) -> float:
+    """The shift that a flow model is drawn with: for some a function of the tokens of latents (B, C, h, w)."""
+    patch = config.patch_size if isinstance(config, MMDiTConfig) else 1
+    height, width = latents.shape[-2:]
+    return schedule.shift_at((height // patch) * (width // patch))
 
 
 def timesteps_at(schedule: Schedule, u: Tensor) -> Tensor:
@@ -99,13 +110,14 @@ def diffusion_loss(
     teacher: Predict | None = None,
     contrast: float = 0.0,
     weights: ErrorWeights | None = None,
+    shift: float = 1.0,  # of the noise levels, where the settings leave it to the model
 ) -> Tensor:
     """The mean loss of a batch, a scalar; noise and noise levels are keyed by (seed, step, micro)."""
     s, x0, part = settings, batch.latents, batch.part
     noise, u = noise_and_levels(s, batch, step, micro, kind)
     other = _other_targets(x0, noise, part) if contrast else None
     noise = sent(part.of(noise), x0.device)
-    u = shape_timesteps(u, s.timesteps, s.timestep_shift)
+    u = shape_timesteps(u, s.timesteps, shift if s.timestep_shift is None else s.timestep_shift)
     timesteps = timesteps_at(schedule, part.of(u))
     more = {"contrast": contrast, "mask": batch.mask, "other": other}
     losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, **more)

@@ -22,6 +22,7 @@ from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import folded, updates_of, without_updates
 from ldm.nn.text import TextEncoder, known_words
+from ldm.pipeline.engine import told_scales
 from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
 from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet, read_images
@@ -41,6 +42,7 @@ from ldm.training.stages.common import (
     draw_grid,
     fixed_samples,
     grid_captions,
+    model_shift,
     networks_of,
     validation_scores,
 )
@@ -60,7 +62,8 @@ def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finet
 
 
 class Finetune:
-    """The U-Net of a model (and its CLIP, where that is asked for), trained as a whole or by updates of its layers.
+    """The U-Net or flow transformer of a model (and a U-Net's CLIP, where that is asked for), trained as a whole or by
+    updates of its layers.
 
     `open` encodes the data, which may take long; until then the stage can be measured, and not trained. `model` is the
     model of the settings, where it is loaded already; it is changed.
@@ -74,7 +77,8 @@ class Finetune:
         self.inputs["model"] = self.model.hash
         unet = networks_of(self.module)["unet"]
         self.network: Callable[..., Tensor] = torch.compile(unet) if s.compile else unet
-        self.xl = self.model.unet.config.addition_embed_type == "text_time"
+        self.config = self.model.unet.config
+        self.xl = self.config.takes_sizes
         side = s.data.resolution
         asked = {"num_inference_steps": s.sample_steps, "height": side, "width": side, "sampler": s.sampler}
         info = describe(self.model)
@@ -123,9 +127,10 @@ class Finetune:
         return loss + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
 
     def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
-        s, predict = self.settings, self._predict(self.module, batch)
+        s, schedule, predict = self.settings, self.model.schedule, self._predict(self.module, batch)
         teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
-        return diffusion_loss(predict, self.model.schedule, s, batch, step, micro, kind, teacher)
+        shift = model_shift(schedule, self.config, batch.latents)
+        return diffusion_loss(predict, schedule, s, batch, step, micro, kind, teacher, shift=shift)
 
     def _teacher(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
         """The prediction of the model without its updates."""
@@ -133,10 +138,12 @@ class Finetune:
             return self._predict(self.module, batch)(x, timesteps)
 
     def _predict(self, module: nn.Module, batch: Batch) -> Predict:
-        """The U-Net of `module` under the batch's captions, which its text encoders read where they are trained."""
+        """The network of `module` under the batch's captions, which its text encoders read where they are trained."""
         cond = batch.cond if batch.cond is not None else encode(self._text(module), batch.captions)
         unet = self.network if module is self.module else networks_of(module)["unet"]
-        network = conditioned(unet, batch.time_ids)
+        told = self.settings.embedded_guidance
+        guidance = batch.latents.new_full((len(batch.latents),), told) if self.config.embeds_guidance else None
+        network = conditioned(unet, batch.time_ids, guidance)
         return lambda x, timesteps: network(x, timesteps, cond)
 
     def _text(self, module: nn.Module) -> TextEncoder:
@@ -172,6 +179,8 @@ class Finetune:
         if self.xl:  # original size, crop, target size
             network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
         schedule, sigmas, guidance = self.model.schedule, drawing.runs[0].sigmas, Guidance(scale=self.guidance_scale)
+        if self.config.embeds_guidance:
+            network, guidance = told_scales(network, [self.guidance_scale]), Guidance(scale=1.0)
         drawn = []
         for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))

@@ -20,7 +20,7 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
     "what is trained": {
         "model": ("MODEL", "a diffusers folder, a .safetensors file or a hub id (the shipped model)"),
         "vae": ("PATH", "another VAE's folder or file"),
-        "train": ("KIND", "lora, dora or full: the whole U-Net (lora)"),
+        "train": ("KIND", "lora, dora or full: the whole network (lora)"),
         "lora_rank": ("N", "(16)"),
         "lora_alpha": ("X", "the update is scaled by alpha / rank (the rank)"),
         "targets": ("NAME,…", "attention, transformer, all-linear, all, or names of layers or their ends"),
@@ -48,7 +48,8 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
         "snr_gamma": ("X", "min-SNR weighting; null: none (5)"),
         "noise_offset": ("X", "(0)"),
         "timesteps": ("NAME", "uniform or logit_normal (uniform)"),
-        "timestep_shift": ("X", "above 1: train more often at high noise (1)"),
+        "timestep_shift": ("X", "above 1: train more often at high noise; null: as the model is drawn with (1)"),
+        "embedded_guidance": ("X", "the guidance scale that FLUX.1-dev is told in training (1)"),
         "zero_terminal_snr": (None, "rescale the schedule, with --train full"),
         "prior": ("FOLDER", "captioned images of what the model must keep, trained in each step"),
         "prior_images": ("N", "instead: N images that the model draws itself before training"),
