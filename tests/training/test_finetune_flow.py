@@ -10,15 +10,18 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from ldm.checkpoint import load_model
+from ldm.checkpoint.folder import read_layout
 from ldm.checkpoint.lora import match_layers, read_lora, target_at, with_loras
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, ResourceError
 from ldm.nn.lora import updates_of
+from ldm.training.finetuning import base_model, memory
+from ldm.training.finetuning.memory import weight_bytes
 from ldm.training.finetuning.presets import Facts, command, for_model, read_facts
 from ldm.training.loop import seeded
 from tests.children import in_child, status_of
 from tests.flow_models import SHIFTS, TOKENS, build, packed
 from tests.training.conftest import threads
-from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, run, stage_of
+from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, resolved, run, stage_of
 from tests.training.test_finetune_resume import final, killed_at
 
 STEPS = 3
@@ -161,13 +164,7 @@ def test_a_lora_is_read_by_diffusers_and_under_kohyas_names(kind, pipes, data, t
 def test_a_killed_run_goes_on_to_the_same_bits(pipes, data, tmp_path, one_thread):
     _, folder = pipes("flux_dev")
     words = {"steps": 4, "save_every": 2, "accumulation": 2, "caption_dropout": 0.5, "held_out": 0.3, "samples": 1}
-    words |= {
-        "sample_steps": 2,
-        "optimizer": "adamw",
-        "ema": 0.8,
-        "validate_every": 2,
-        "cache": str(tmp_path / "cache"),
-    }
+    words |= {"sample_steps": 2, "optimizer": "adamw", "ema": 0.8, "validate_every": 2, "cache": str(tmp_path / "c")}
     words |= {"gradient_checkpointing": True, "name": "mine"}
 
     def go(out, **more):
@@ -202,3 +199,34 @@ def test_presets_of_large_transformers(pipes):
     assert settings["data.cache_dtype"] == "bf16" and settings["gradient_checkpointing"]
     assert "data.bucket_step" not in settings and for_model({"data.resolution": 256}, flux)["data.bucket_step"] == 16
     assert "--timestep-shift null" in command(settings, "run")
+
+
+def test_a_frozen_base_in_16_bits_learns_the_same(pipes, data, tmp_path, monkeypatch):
+    """As on a GPU: network and text encoders in bf16, the autoencoder and the updates in fp32."""
+    _, folder = pipes("flux_dev")
+    words = {"steps": 2, "optimizer": "sgd", "weight_decay": 0.0, "learning_rate": 0.02, "train": "lora"}
+    run(data, tmp_path / "plain", folder, **words)
+    monkeypatch.setattr(base_model, "frozen_dtype", lambda *_: torch.bfloat16)
+    run(data, tmp_path / "half", folder, **words, precision="bf16")
+    stage, exact = stage_of(tmp_path / "half"), load_model(folder, "cpu", "fp32")
+    assert stage.model.unet.proj_out.weight.dtype == stage.model.text.dtype == torch.bfloat16
+    assert apart(stage.model.vae.module.state_dict(), exact.vae.module.state_dict()) == 0
+    assert all(p.dtype == torch.float32 for p in stage.module.parameters() if p.requires_grad)
+    first, second = (last_tensors(tmp_path / name) for name in ("plain", "half"))
+    assert {name for name, tensor in second.items() if tensor.dtype != torch.float32} == set()
+    assert 0 < apart(second, first) < 0.1
+
+
+def test_the_memory_of_the_weights_is_said_and_checked_before_work(pipes, data, tmp_path, monkeypatch, capsys):
+    pipe, folder = pipes("sd35")
+    count = sum(p.numel() for p in pipe.transformer.parameters()) + pipe.transformer.pos_embed.pos_embed.numel()
+    words = {"train": "full", "resolution": 32, "device": "cpu"}
+    settings, _ = resolved(data, tmp_path / "run", folder, **words)
+    found = weight_bytes(settings, read_layout(folder), torch.device("cpu"))
+    assert found["transformer"] == 20 * count
+    assert found["VAE"] == 4 * sum(p.numel() for p in pipe.vae.parameters())
+    run(data, tmp_path / "run", folder, steps=1)
+    assert "memory: the weights take" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "total_memory", lambda _: 1000)
+    with pytest.raises(ResourceError, match=r"the weights need .* GB, and cpu has"):
+        run(data, tmp_path / "other", folder, steps=1)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import Model, load_model
+from ldm.checkpoint.describe import describe
 from ldm.checkpoint.lora import networks
+from ldm.checkpoint.parts import find_vae
 from ldm.config import require
 from ldm.device import half_dtype
 from ldm.diffusion.schedule import Schedule
@@ -29,17 +31,23 @@ LORA_KEEPS = "the model was trained for {}, and a LoRA cannot change that: leave
 def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
     """The model of the settings in fp32, read for this run alone. Raises ConfigError and ModelError.
 
-    On a GPU a U-Net that stays as it is beside its updates is kept in the 16 bits that it computes in. For FSDP2 all is
-    on the CPU, whatever the device (unless a prior is drawn with it first): the U-Net goes from there in shards.
+    On a GPU a network that stays as it is beside its updates is kept in the 16 bits that it computes in; of SD3 and
+    FLUX, whose parts are large, the text encoders too, and nothing is in fp32 on the way. For FSDP2 all is on the CPU,
+    whatever the device (unless a prior is drawn with it first): the network goes from there in shards.
     """
     s = settings
     asked = None if s.prediction_type == "flow" else s.prediction_type
     there = torch.device("cpu") if current().sharded and not s.prior_images else device
-    model = load_model(s.model, there, torch.float32, s.vae, cache=False, prediction_type=asked)
-    model.unet.to(frozen_dtype(s, device))
+    frozen = frozen_dtype(s, device)
+    large = frozen != torch.float32 and describe(s.model, s.vae).transformer is not None
+    first = frozen if large else torch.float32
+    model = load_model(s.model, there, first, s.vae, cache=False, prediction_type=asked)
+    if large:
+        model.vae = find_vae(s.vae or s.model).load().to(there)
+    model.unet.to(frozen)
     have, need = model.unet.config.in_channels, model.vae.latent_channels
     if have != need:
-        what = f"its U-Net takes {have} channels, the autoencoder has {need}: an inpainting model, perhaps"
+        what = f"its network takes {have} channels, the autoencoder has {need}: an inpainting model, perhaps"
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
     if s.text_encoder:
         require_clip(model.text)

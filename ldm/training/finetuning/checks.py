@@ -16,6 +16,7 @@ from ldm.training.data import ImageSet
 from ldm.training.finetuning.base_model import chosen_layers, schedule_for
 from ldm.training.finetuning.continued import check_init
 from ldm.training.finetuning.controlnet import check_controlnet
+from ldm.training.finetuning.memory import check_memory
 from ldm.training.settings import OFF, FinetuneData, FinetuneSettings, check_file_name
 
 
@@ -50,6 +51,8 @@ def check_finetune(s: FinetuneSettings) -> None:
     elif s.train != "full" and target is not None:
         shapes = {part: layers for part, layers in target.shapes.items() if s.text_encoder or part == "unet"}
         chosen_layers(shapes, s.targets, s.lora_rank)
+    if info.transformer:
+        check_memory(s, pick_device(s.device))
 
 
 def check_run_folder(data: FinetuneData, out: Path, names_file: bool) -> None:
