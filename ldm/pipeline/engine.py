@@ -165,7 +165,8 @@ class Engine:
                     requests, watch = [replace(one, latents=None) for one in requests], offset_steps(watch, s.runs[0])
                 cond, uncond = self._encoder_of(model).conditions(requests, run.steps, s.clip_skip, s.emphasis)
                 noise, x = draw_noise(model.vae, requests, run, place.device)
-                shown = self.ip_adapters and self.ip_adapters.prompted(place, s, requests, run, model.dtype)
+                adapters = self.ip_adapters
+                shown = None if adapters is None else adapters.prompted(place, s, requests, run, model.dtype)
                 with place.on(model.unet) as unet:
                     steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
                     unet = unet if steering is None else steering.unet(unet)

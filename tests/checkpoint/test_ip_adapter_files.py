@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.checkpoint.describe import describe
 from ldm.checkpoint.ip_adapter import _config, find_ip_adapter, find_vision
 from ldm.cli import main
 from ldm.errors import ConfigError, LdmError, ModelError
@@ -80,6 +81,8 @@ def test_what_does_not_fit_is_one_line_before_weights_are_read(base, file, tmp_p
     torch.save({"image_proj": {}, "ip_adapter": {}}, tmp_path / "ip-adapter_sd15.bin")
     assert "pickle" in refused(tmp_path / "ip-adapter_sd15.bin")
     other = tmp_path / "other.safetensors"
+    with pytest.raises(ModelError, match=r"is an IP-Adapter, which goes with a model \(--ip-adapter\)"):
+        describe(file)
     save_file({"lora_unet_x.weight": torch.ones(1)}, other)
     assert "holds no IP-Adapter" in refused(other)
     assert "FaceID" in refused(

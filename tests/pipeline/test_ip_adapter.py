@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint.controlnet import save_controlnet
 from ldm.cli import main
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, LdmError
 from ldm.images import read_metadata
 from ldm.nn.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from ldm.pipeline import Pipeline
@@ -322,5 +322,16 @@ def test_prompt_files_draw_the_same(here, tiny_folder):
     assert [Image.open(path).tobytes() for path in again] == [Image.open(path).tobytes() for path in drawn]
     before = render("p.txt", "out", **settings).counts
     assert before["finished_before"] == 4 and before["rendered"] == 0
+    lines = [
+        {"prompt": "a cat", "ip_adapter_image": "0.png", "seed": 1},
+        {"prompt": "a cat", "ip_adapter_scale": {"up": 1}},
+    ]
+    shared = render(lines, "shared", ip_adapter=plain, ip_adapter_scale=0.6, **settings)  # the images are the lines'
+    assert shared.paths[0].read_bytes() and shared.counts["bad_lines"] == 1
+    assert Image.open(shared.paths[0]).tobytes() == expected[0][0].tobytes()
+    with pytest.raises(LdmError, match="does not exist"):
+        render(lines, "shared", ip_adapter="none.safetensors", **settings)
+    with pytest.raises(LdmError, match=r"1\.png"):
+        render(lines, "shared", ip_adapter="1.png", **settings)
     photo(7).save("2.png")  # another image is another job
     assert render("p.txt", "out", **settings).counts["rendered"] == 1

@@ -14,7 +14,7 @@ from ldm import console
 from ldm.device import check_dtype
 from ldm.errors import ConfigError, Interrupted, ResourceError
 from ldm.pipeline.checks import check_int
-from ldm.pipeline.keywords import ALIASES, MAX_IMAGES
+from ldm.pipeline.keywords import ALIASES, CONTROL_WORDS, MAX_IMAGES, SHOWN_WORDS
 from ldm.pipeline.result import Target
 from ldm.render.drawing.batch_renderer import BatchRenderer
 from ldm.render.drawing.dry_run import dry_run as print_plan
@@ -39,6 +39,9 @@ from ldm.render.sheets.contact import write_contact_sheets
 from ldm.render.sheets.gallery import write_gallery
 from ldm.render.sheets.grid_sheet import write_sheets
 
+# What is not tried out before there are lines, which may give the images for it.
+SHOWN_TO = {"control_image": ("controlnet", *CONTROL_WORDS)}
+SHOWN_TO |= {"ip_adapter_image": ("ip_adapter", "image_encoder", *SHOWN_WORDS)}
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
@@ -183,7 +186,9 @@ def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolve
     defaults = parse_settings([(name, value) for name, value in given.items() if name not in as_given], Path())
     defaults |= {name: _plain(given[name]) for name in as_given}
     resolver = Resolver(**of_run)
-    resolver({**{name: value for name, value in defaults.items() if name != "num_images"}, "prompt": "", "seed": 0})
+    resolver.model(defaults)  # with its ControlNets and IP-Adapters
+    left = {"num_images", *(word for image, words in SHOWN_TO.items() if image not in defaults for word in words)}
+    resolver({**{name: value for name, value in defaults.items() if name not in left}, "prompt": "", "seed": 0})
     return resolver, defaults
 
 
