@@ -140,7 +140,7 @@ EDITING = [
     Option("variation_strength", "X", "0 to 1: how much of it", FLOAT),
     Option("hires_scale", "X", "draw, make X times larger, and draw on", FLOAT),
     Option("hires_steps", "N", "of the second time (as many as of the first)", INT),
-    Option("hires_strength", "X", "0 to 1: how much of these is run (0.7)", FLOAT),
+    Option("hires_strength", "X", "0 to 1: how much of these is run (the model's, or 0.7)", FLOAT),
     Option(
         "vae_tiling", "WHEN", "whether the VAE works in tiles: yes, no, auto (auto: above 1024x1024)", {"type": _tiling}
     ),

@@ -17,7 +17,6 @@ from ldm.diffusion.guidance import Guidance
 from ldm.errors import ConfigError, nearest
 from ldm.pipeline.keywords import (
     GUIDANCE_WORDS,
-    HIRES_STRENGTH,
     MAX_GUIDANCE,
     MAX_HIRES,
     MAX_IMAGES,
@@ -156,7 +155,7 @@ def check_strength(given: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def check_hires(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of hires-fix: hires_scale, hires_steps, hires_strength (0.7), all None without a scale."""
+    """Of hires-fix: hires_scale, hires_steps, hires_strength, all None without a scale."""
     scale, steps, strength = (given.get(name) for name in ("hires_scale", "hires_steps", "hires_strength"))
     if scale is None:
         for name, value in (("hires_steps", steps), ("hires_strength", strength)):
@@ -169,7 +168,7 @@ def check_hires(given: Mapping[str, Any]) -> dict[str, Any]:
         steps = check_int(steps, "hires_steps", 1, MAX_STEPS)
         explicit = next((name for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
         require(explicit is None, f"does not go with explicit {explicit}", "hires_steps")
-    strength = HIRES_STRENGTH if strength is None else check_part(strength, "hires_strength")
+    strength = None if strength is None else check_part(strength, "hires_strength")
     return {"hires_scale": scale, "hires_steps": steps, "hires_strength": strength}
 
 

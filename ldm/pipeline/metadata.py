@@ -95,13 +95,6 @@ def _start(request: ImageRequest) -> dict[str, Any]:
     return found if request.source is None else {**found, **request.source.metadata}
 
 
-def too_large(side: int, settings: Settings) -> str:
-    """A line about a size of more pixels than the model was trained on; hires-fix begins small for that reason."""
-    size = f"{settings.width}x{settings.height}"
-    hint = "; try hires_scale" if settings.strength is None else ""
-    return f"{size} is more than the {side}x{side} that the model was trained on: it may repeat itself{hint}"
-
-
 def text_reports(encoder: TextEncoder, settings: Settings, requests: Sequence[ImageRequest]) -> list[dict[str, Any]]:
     """What the model does not see of each request's prompts: what is cut off, words it was never shown, remarks."""
     report = functools.cache(functools.partial(_text_report, encoder, settings.runs[0].steps))

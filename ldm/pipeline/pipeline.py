@@ -22,8 +22,8 @@ from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.inside import AttentionMaps, Denoiser, attention_maps, check_keywords, make_denoiser
 from ldm.pipeline.keywords import CONTROL_WORDS, EDITING_WORDS, GUIDANCE_WORDS, SHOWN_WORDS, resolve_aliases
-from ldm.pipeline.metadata import make_metadata, text_reports, too_large, warnings_of
-from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request
+from ldm.pipeline.metadata import make_metadata, text_reports, warnings_of
+from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request, size_warnings
 from ldm.pipeline.result import Images
 from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
@@ -203,8 +203,8 @@ class Pipeline:
         outpaint    {"left": 64, …}: how many pixels the image grows at left, right, top and bottom
         variation_seed, variation_strength  above 0 to 1: how far the first noise is mixed with that of another seed;
                     then every image of a prompt has the same seed, and image k has variation_seed + k
-        hires_scale draw, make the image so many times larger, and draw on for hires_strength (0.7) of hires_steps
-                    (as many as before)
+        hires_scale draw, make the image so many times larger, and draw on for hires_strength (the model's, or
+                    0.7) of hires_steps (as many as before)
         control_image  what each ControlNet looks at: an image, its file, or "edges:photo.png" for a condition that is
                     made here (ldm.control.KINDS); with one ControlNet a list has one for each prompt, with several one
                     for each ControlNet. It is resized to the size that is drawn, which has its proportions and as many
@@ -291,9 +291,8 @@ class Pipeline:
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        side = (self._engine.info.unet.sample_size or 0) * self._engine.info.factor
-        if side and settings.height * settings.width > side**2:
-            self._warn_once(too_large(side, settings))
+        for line in size_warnings(settings, self._engine.info):
+            self._warn_once(line)
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

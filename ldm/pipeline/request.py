@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -41,6 +42,7 @@ from ldm.pipeline.sources import Source, Sources, check_sources
 from ldm.prompts import Prompt
 
 EMPTY = Prompt.parse("")
+LEAST_AREA = 0.75  # of the pixels that a U-Net was trained on: with fewer its shapes suffer (96x96 instead of 128x128)
 MAX_AREA = 16  # times the pixels that the model was trained on: more only where a size is given
 
 
@@ -55,6 +57,14 @@ class Run:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,8 @@ def resolve(
     elif "eta" in info.card and sampler == info.card.get("sampler"):
         found["eta"] = checks.check_eta(info.card["eta"], sampler)
     guidance = checks.make_guidance(given)
+    if found.get("hires_scale") and found["hires_strength"] is None:
+        found["hires_strength"] = _hires_strength(info, found["hires_steps"] or found["num_inference_steps"])
     found["control"] = None if controls is None else controls.settings
     found["shown"] = None if image_prompts is None else image_prompts.scales
     settings = Settings(guidance=guidance, height=height, width=width, sampler=sampler, spacing=spacing, **found)
@@ -240,13 +252,34 @@ def _hires_run(s: Settings, scale: float, info: ModelInfo) -> Run:
     if info.transformer:
         info.transformer.check_size(height // info.factor, width // info.factor)
     sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps, info.tokens(height, width))
-    return Run(height, width, img2img_sigmas(sigmas, s.hires_strength or HIRES_STRENGTH, "hires_strength"))
+    return Run(height, width, img2img_sigmas(sigmas, s.hires_strength, "hires_strength"))
 
 
 def _sigmas(settings: Settings, info: ModelInfo, steps: int, tokens: int | None) -> torch.Tensor:
     if settings.timesteps or settings.sigmas:
         return info.schedule.given(settings.sampler, settings.timesteps, settings.sigmas)
     return info.schedule.sigmas(steps, settings.sampler, settings.spacing, tokens)
+
+
+def size_warnings(settings: Settings, info: ModelInfo) -> list[str]:
+    """Lines about sizes that the model was not trained on, where they are likely to spoil the image.
+
+    The hires_strength of a model's card says how much of the steps may be run at a larger size.
+    """
+    side = (info.unet.sample_size or 0) * info.factor
+    kept = card_hires_strength(info) if "hires_strength" in info.card else None
+    trained, found = f"the {side}x{side} that the model was trained on", []
+    (first, *second), strength = settings.runs, settings.strength or 1.0
+    if side and first.area > side**2 and (kept is None or strength > kept):
+        hint = "" if settings.strength else "; try hires_scale"
+        hint = f"; a strength up to {kept:g} keeps shapes" if kept is not None and strength < 1 else hint
+        found.append(f"{first.size} is more than {trained}: it may repeat itself{hint}")
+    if first.area < LEAST_AREA * side**2 and not info.transformer:
+        found.append(f"{first.size} is less than {trained}: shapes may fall apart; draw it larger and shrink the image")
+    if second and kept is not None and settings.hires_strength > kept and second[0].area > side**2:
+        what = f"{second[0].size} is more than {trained}"
+        found.append(f"{what}: shapes may fall apart; a hires_strength up to {kept:g} keeps them")
+    return found
 
 
 def check_scales(scales: Sequence[float], info: ModelInfo) -> None:
@@ -262,11 +295,21 @@ def card_scale(info: ModelInfo) -> float:
     return _card_number(info, "guidance_scale", float, GUIDANCE)
 
 
-def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any) -> Any:
+def card_hires_strength(info: ModelInfo) -> float:
+    """How much of its steps a larger second run is run, as the model's card says, or 0.7. Raises ConfigError."""
+    return _card_number(info, "hires_strength", float, HIRES_STRENGTH, most=1)
+
+
+def _hires_strength(info: ModelInfo, steps: int) -> float:
+    """The card's, or what is left of so few steps: one."""
+    return max(card_hires_strength(info), math.ceil(1000 / steps) / 1000)
+
+
+def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any, most: float = 1000) -> Any:
     """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
     value = info.card.get(name, default)
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if 0 < kind(value) <= 1000:
+        if 0 < kind(value) <= most:
             return kind(value)
     hint = f"mend the card (README.md), or give {name} yourself"
     raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)

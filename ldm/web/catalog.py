@@ -19,7 +19,7 @@ from ldm.checkpoint.lora.read import FILE
 from ldm.diffusion import names
 from ldm.errors import ConfigError, nearest
 from ldm.nn.text import TextEncoder
-from ldm.pipeline.request import card_scale, resolve
+from ldm.pipeline.request import card_hires_strength, card_scale, resolve
 
 LOADING = threading.Lock()  # held while parts are built: two threads at once cannot first import transformers' modules
 
@@ -93,6 +93,7 @@ class Catalog:
             "factor": info.factor,
             "steps": own.num_inference_steps if own else 25,
             "guidance_scale": card_scale(info),
+            "hires_strength": card_hires_strength(info),
             "sampler": own.sampler if own else "dpmpp_2m",
             "samplers": [{"name": name, "label": names.SAMPLER_NAMES[name][0]} for name in samplers],
             "spacings": [] if flow else [{"name": n, "label": ls[0]} for n, ls in names.SPACING_NAMES.items()],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -449,3 +450,44 @@ def test_sizes_above_the_models_own_are_warned_of_once(pipe, capsys):
     assert capsys.readouterr().err.count("more than the 32x32 that the model was trained on") == 1
     pipe.generate(seed=1, hires_scale=2.0, **FAST)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def one_size(model, tmp_path):
+    """The model as if its card said that it knows one size."""
+    info = {**model.info, "ldm": {"hires_strength": 0.3}}
+    return Pipeline("a red cat", model=dataclasses.replace(model, info=info))
+
+
+def test_a_card_says_how_much_of_the_larger_run_is_run(pipe, one_size, capsys):
+    with_card, usual = (one.generate(seed=1, hires_scale=2.0, **FAST) for one in (one_size, pipe))
+    assert (with_card.metadata[0]["hires_strength"], usual.metadata[0]["hires_strength"]) == (0.3, 0.7)
+    said = one_size.generate(seed=1, hires_scale=2.0, hires_strength=0.3, **FAST)
+    assert pixels(said) == pixels(with_card) != pixels(usual)
+    few = one_size.generate(seed=1, hires_scale=2.0, hires_steps=2, **FAST)  # 0.3 of 2 would leave no step
+    assert few.metadata[0]["hires_strength"] == 0.5
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"width": 64}, "64x32 is more than the 32x32 that the model was trained on: it may repeat itself; try hires"),
+        ({"width": 24, "height": 24}, "24x24 is less than the 32x32 that the model was trained on: shapes may fall"),
+        ({"width": 24}, ""),
+        ({"hires_scale": 2.0, "hires_strength": 0.5}, "64x64 is more than .*; a hires_strength up to 0.3 keeps them"),
+        ({"image": picture(1, 64, 64), "strength": 0.5}, "64x64 is more than .*; a strength up to 0.3 keeps shapes"),
+        ({"image": picture(1, 64, 64), "strength": 0.3}, ""),
+        ({"image": picture(), "outpaint": {"left": 32}}, "64x32 is more than .* on: it may repeat itself$"),
+    ],
+)
+def test_sizes_that_spoil_an_image_are_warned_of(one_size, settings, line, capsys):
+    one_size.generate(seed=1, **settings, **FAST)
+    said = capsys.readouterr().err.strip()
+    assert re.search(line, said) if line else not said
+
+
+def test_a_card_with_an_impossible_number_is_one_line(model):
+    wrong = dataclasses.replace(model, info={**model.info, "ldm": {"hires_strength": 1.5}})
+    with pytest.raises(ConfigError, match="hires_strength: the model's card says 1.5"):
+        Pipeline("a red cat", model=wrong).generate(seed=1, hires_scale=2.0, **FAST)

@@ -20,7 +20,7 @@ from ldm.pipeline.engine import Engine
 from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
 from ldm.pipeline.ip_adapter import listed as listed_adapters
 from ldm.pipeline.keywords import CONTROL_WORDS, SHOWN_WORDS
-from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve
+from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve, size_warnings
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
 from ldm.render.jobs.loaded_models import name_of_loaded
@@ -173,6 +173,7 @@ class Resolver:
         settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
         if engine.controlnets is not None:
             engine.controlnets.check(settings)
+        self._warn(size_warnings(settings, info))
         of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)

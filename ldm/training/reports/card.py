@@ -78,6 +78,7 @@ NARROW = """
 Its levels are narrower than the U-Net's (`unet_block_out_channels` in config.json), which diffusers' ControlNetModel
 cannot be: this folder is for `ldm` alone.
 """
+ONE_SIZE = 0.3  # hires_strength of a model that knows one size: with more its shapes fall apart at twice the size
 RUNS = "The last run that made it; `init` names the one before, `vae` and `text` those of the other two stages.\n\n"
 
 
@@ -86,8 +87,10 @@ def unet_card(
 ) -> str:
     """README.md of a complete model: front matter with `trained_on` and the defaults of Pipeline, then the text."""
     s = settings
+    defaults = {"sampler": s.sampler, "num_inference_steps": s.sample_steps, "guidance_scale": s.guidance_scale}
+    defaults["hires_strength"] = ONE_SIZE
     return CARD.format(
-        head=_head(device, sampler=s.sampler, num_inference_steps=s.sample_steps, guidance_scale=s.guidance_scale),
+        head=_head(device, **defaults),
         title="A latent text-to-image model trained by `ldm train`",
         prompt="a cat",
         origin=_origin(model),
@@ -164,6 +167,9 @@ def distill_card(
     """README.md of a model that was distilled as a whole, with the settings to draw with."""
     s, base_hash = settings, f" (sha256 {base.hash[:12]})" if base.hash else ""
     defaults = {name: value for name, value in sampling.items() if name != "kind" and value is not None}
+    taught = base.info.get("ldm")
+    if isinstance(taught, dict) and "hires_strength" in taught:
+        defaults["hires_strength"] = taught["hires_strength"]
     return CARD.format(
         head=_head(device, **defaults),
         title=f"{base.name or 'A model'}, {sampling['kind']}",

@@ -4,7 +4,6 @@ import { $, later, make, store } from "./dom.js";
 import { call } from "./api.js";
 
 const AXES = { steps: "Steps", cfg: "Guidance", sampler: "Sampler", seed: "Seed", prompt: "Prompt", spacing: "Spacing" };
-const HIRES_STRENGTH = 0.7; // generate's own
 let info = null;
 let extra = {}; // settings of a restored image that have no field here
 let source = () => ({});
@@ -52,6 +51,7 @@ function takeModel() {
   $("spacing").disabled = !one.spacings.length;
   $("steps").value = one.steps;
   $("guidance").value = one.guidance_scale;
+  $("hires-strength").value = one.hires_strength;
   for (const side of ["width", "height"]) {
     $(side).value = one[side];
     $(side).step = $(side).min = one.factor;
@@ -125,7 +125,7 @@ export function read(all = false) {
   if (fields.variation_strength && $("variation-seed").value.trim() !== "") fields.variation_seed = Number($("variation-seed").value);
   if ($("hires").value !== "1") {
     fields.hires_scale = Number($("hires").value);
-    put("hires_strength", Number($("hires-strength").value), HIRES_STRENGTH);
+    put("hires_strength", Number($("hires-strength").value), one.hires_strength);
     if ($("hires-steps").value) fields.hires_steps = Number($("hires-steps").value);
   }
   if ($("step-cache").value) fields.step_cache = Number($("step-cache").value);
@@ -176,7 +176,7 @@ export function write(fields) {
   set("variation", fields.variation_strength, 0);
   set("variation-seed", Array.isArray(fields.variation_seed) ? fields.variation_seed[0] : fields.variation_seed);
   set("hires", fields.hires_scale, 1);
-  set("hires-strength", fields.hires_strength, HIRES_STRENGTH);
+  set("hires-strength", fields.hires_strength, model().hires_strength);
   set("hires-steps", fields.hires_steps);
   set("step-cache", fields.step_cache);
   $("speed-box").open ||= $("step-cache").value !== "";
