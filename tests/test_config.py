@@ -10,6 +10,7 @@ import pytest
 from ldm.config import build, require
 from ldm.errors import ConfigError
 from ldm.settings_files import load, override
+from tests.anew import write_anew
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read(tmp_path):
 
     def read(text, suffix=".yaml"):
         path = tmp_path / f"settings{suffix}"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        write_anew(path, text if isinstance(text, bytes) else text.encode())
         return load(path)
 
     return read

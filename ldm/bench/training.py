@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ldm.bench.timing import Timing, alternate, own_process
 from ldm.config import build, require
 from ldm.console import hushed
-from ldm.data.cache.prepared import FORMAT, INFO, TEXT, PartWriter, Row, list_shards, read_shard
+from ldm.data.cache.prepared import FORMAT, TEXT, PartWriter, Row, list_shards, read_shard
+from ldm.data.sources.walk import PREPARED
 from ldm.device import check_dtype, fast_bf16, keep_memory, pick_device
 from ldm.diffusion.denoiser import target
 from ldm.diffusion.schedule import Schedule
@@ -114,14 +115,14 @@ def write_cache(case: Case, count: int) -> int:
     """A prepared dataset of so many random images in the case's folder; returns the parameters of the U-Net."""
     root = Path(case.folder)
     root.mkdir()
-    (root / INFO).write_text("{}")
+    (root / PREPARED).write_text("{}")
     s = case.settings
     vae, text = vae_part(s), text_parts(s)
     unet, side = unet_config(s, vae, text), s.data.resolution // vae.factor
     require(unet.addition_embed_type is None, "of XL is not measured: choose one with one text encoder", "config")
     info = {"format": FORMAT, "source": "random numbers", "images": count, "resolution": s.data.resolution}
     info |= {"vae": s.vae, "vae_hash": vae.fingerprint, "embeddings": True, "text_hash": text.fingerprints}
-    (root / INFO).write_text(json.dumps(info))
+    (root / PREPARED).write_text(json.dumps(info))
     draw, real = torch.Generator().manual_seed(0), text.load().encode(["a cat"])
     kind, sizes = torch.bfloat16, (s.data.resolution,) * 2
     with PartWriter(root / "part-1-of-1") as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ldm.diffusion.guidance.settings import GUIDANCES, SIGMA_INTERVALS, STEP_INTERVALS
@@ -186,10 +187,11 @@ OF_CONTROL = tuple(one.name for one in CONTROL if one.name not in ("control", *P
 
 def with_controls(given: dict[str, Any]) -> dict[str, Any]:
     """Options as keywords: every --control becomes an image, its weight and, without --controlnet, a ControlNet."""
-    controls = given.get("control")
-    given = {name: value for name, value in given.items() if name != "control"}
-    if not controls:
-        return given
+    controls, given = given.get("control"), {name: value for name, value in given.items() if name != "control"}
+    return _from_controls(controls, given) if controls else given
+
+
+def _from_controls(controls: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     for name in ("control_image", "controlnet_conditioning_scale"):
         if given.get(name) is not None:
             raise ConfigError("is said by --control already", where=f"--{name.replace('_', '-')}", hint="leave it out")

@@ -125,8 +125,11 @@ def read_stepping(config: Mapping[str, Any]) -> tuple[dict[str, str], str | None
     if name in FLOW_MATCH:
         return {"sampler": "euler" if name == FLOW_MATCH[0] else "heun_flow"}, None
     special = {key: config[key] for key in STEPPING if key in config and config[key] not in STEPPING[key]}
-    if not special and name not in NEW_WAYS:
-        return {}, None
+    return _stepping(config, name, special) if special or name in NEW_WAYS else ({}, None)
+
+
+def _stepping(config: Mapping[str, Any], name: str, special: dict[str, Any]) -> tuple[dict[str, str], str | None]:
+    """As read_stepping, of a config that steps in its own way; `special` are the settings that say so."""
     found = {"sampler": SAMPLERS.get(name, "")}
     if name == "DPMSolverMultistepScheduler":
         found["sampler"] = ALGORITHMS.get(special.pop("algorithm_type", "dpmsolver++"), "")

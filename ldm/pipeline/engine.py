@@ -339,15 +339,22 @@ def decode(vae: VAE, latents: torch.Tensor, tile: int | None = None) -> torch.Te
 def _decoded(vae: VAE, latents: torch.Tensor, tile: int | None) -> torch.Tensor:
     try:
         return vae.decode(latents, tile).float().cpu()
-    except NumericsError:  # one image's failure is not the batch's
-        if len(latents) == 1:
-            h, w = latents.shape[2:]
-            return torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan"))
+    except NumericsError:
+        finite = False
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or (len(latents) == 1 and tile is not None):
             raise
-        if len(latents) == 1:
-            console.warn("out of memory in decoding an image: decoding it in tiles")
-            tile = TILE
+        finite = True
+    return _decoded_by_parts(vae, latents, tile, finite)
+
+
+def _decoded_by_parts(vae: VAE, latents: torch.Tensor, tile: int | None, finite: bool) -> torch.Tensor:
+    """One by one, as one image's failure is not the batch's; one alone as NaN, or in tiles where memory ran out."""
+    if len(latents) == 1 and not finite:
+        h, w = latents.shape[2:]
+        return torch.full((1, 3, h * vae.factor, w * vae.factor), float("nan"))
+    if len(latents) == 1:
+        console.warn("out of memory in decoding an image: decoding it in tiles")
+        tile = TILE
     let_go()
     return torch.cat([_decoded(vae, one, tile) for one in latents.split(1)])

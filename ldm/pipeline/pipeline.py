@@ -242,9 +242,7 @@ class Pipeline:
         requests = self._requests(call)
         with self._lock:
             if call.strict:
-                encoder = text_without_weights(engine.model, engine.prediction_type)
-                for line in warnings_of(text_reports(encoder, call.settings, requests)):
-                    raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
+                self._refuse_unseen(call, requests)
             metadata = make_metadata(engine.load(), engine.placement, call.settings, requests)
             if info.few is not None:
                 metadata = [{**one, "few_steps": info.few.kind} for one in metadata]
@@ -281,6 +279,12 @@ class Pipeline:
         if self._engine.info.t5:
             check_plain_prompts(requests, settings)
         return requests
+
+    def _refuse_unseen(self, call: Request, requests: Sequence[ImageRequest]) -> None:
+        """Raise ConfigError for what the model does not see of the prompts."""
+        encoder = text_without_weights(self._engine.model, self._engine.prediction_type)
+        for line in warnings_of(text_reports(encoder, call.settings, requests)):
+            raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
 
     def _warn(self, call: Request, metadata: Sequence[dict]) -> None:
         """Warn of what the model does not see of the prompts and, once, of sizes that it was not trained on."""

@@ -10,7 +10,8 @@ from typing import Any
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
-from ldm.data.cache.prepared import is_prepared, read_info
+from ldm.data.cache.prepared import read_info
+from ldm.data.sources.walk import is_prepared
 from ldm.errors import ConfigError, DataError, ModelError, nearest
 from ldm.training.parts import text_parts, unet_config, vae_part
 from ldm.training.settings import (

@@ -65,7 +65,7 @@ def train(
 
 def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | SceneSet | DrawnSet:
     """What the stage is trained on, counted and checked. Raises DataError, ConfigError."""
-    from ldm.data.cache.prepared import is_prepared
+    from ldm.data.sources.walk import is_prepared
     from ldm.training.data import PreparedSet, SceneSet, read_images, read_prompts, read_training_images
     from ldm.training.data.conditions import with_conditions
     from ldm.training.finetuning.checks import check_export, check_run_folder

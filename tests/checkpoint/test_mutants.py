@@ -16,6 +16,7 @@ from ldm.checkpoint.model import load_vae
 from ldm.checkpoint.parts import save_parts
 from ldm.checkpoint.safety import ITEM_BYTES
 from ldm.errors import ModelError
+from tests.anew import write_anew
 
 FILE = "diffusion_pytorch_model.safetensors"
 MUTATIONS = []
@@ -242,7 +243,7 @@ def test_mutants_with_a_manifest_are_all_refused_and_without_one_sound_or_one_li
     original, reasons, loaded, loadable = tensors(with_manifest), set(), 0, 0
     assert whole(with_manifest)
     for number, (kind, mutant) in enumerate(mutants(raw, count)):
-        (without / FILE).write_bytes(mutant)
+        write_anew(without / FILE, mutant)
         assert outcome(whole, with_manifest)[1], kind
         ours, line = outcome(tensors, without)
         if line:

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from ldm.checkpoint.safety import MAX_HEADER, read_header, read_json, refuse_pickle
 from ldm.errors import ModelError
+from tests.anew import write_anew
 
 GOOD = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((), np.int64)}, {"format": "pt"})
 
@@ -74,7 +75,7 @@ def test_mutants_are_refused_in_one_line_or_sound(tmp_path):
         raw = bytearray(GOOD)
         for _ in range(random.integers(1, 4)):
             raw[random.integers(len(raw) - 32)] = random.integers(256)  # the last 32 bytes are numbers
-        path.write_bytes(raw[: random.integers(len(raw) // 2, 2 * len(raw))])
+        write_anew(path, raw[: random.integers(len(raw) // 2, 2 * len(raw))])
         try:
             read_header(path)
         except ModelError as error:

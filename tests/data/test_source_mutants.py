@@ -10,6 +10,7 @@ from PIL import Image
 
 from ldm.data.sources import open_source
 from ldm.errors import DataError
+from tests.anew import write_anew
 
 COUNT = 200  # of each layout
 
@@ -107,7 +108,7 @@ def test_damaged_files_give_samples_that_add_up_or_one_line(tmp_path, layout):
     path, data = layout(tmp_path)
     draw, outcomes = random.Random(0), {"read": 0, "refused": 0}
     for _ in range(COUNT):
-        path.write_bytes(mutant(draw, data))
+        write_anew(path, mutant(draw, data))
         try:
             source = open_source(tmp_path)
             samples = [sample for sample, _ in source.validate()]

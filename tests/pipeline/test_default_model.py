@@ -37,11 +37,12 @@ BF16 = pytest.param("bf16", marks=() if fast_bf16(torch.device("cpu")) else pyte
 def test_an_image_is_the_same_in_batches_of_1_to_17(dtype):
     prompts = [PROMPTS[i % 4] for i in range(17)]
 
-    def draw(count):
+    def draw(count, decoded=True):
         found = []
 
         def last(i, x, x0):
             found.extend(x.clone())
+            return not decoded  # the VAE takes one image at a time: equal latents are equal images
 
         pipe = Pipeline(prompts[:count], dtype=dtype)
         images = pipe.generate(seed=list(range(count)), batch_size=count, num_inference_steps=1, callback=last)
@@ -50,9 +51,9 @@ def test_an_image_is_the_same_in_batches_of_1_to_17(dtype):
     latents, pictures = draw(17)
     assert len(set(pictures)) == 17
     for count in range(1, 17):
-        again, drawn = draw(count)
+        again, drawn = draw(count, decoded=count in (1, 2, 16))
         assert torch.equal(again, latents[:count]), f"a batch of {count}"
-        assert drawn == pictures[:count]
+        assert drawn in ([], pictures[:count])
 
 
 # Those of diffusers' schedulers that its StableDiffusionPipeline can use with a flow model.
@@ -80,10 +81,10 @@ def test_diffusers_draws_the_same_picture(sampler, in_diffusers):
 
     scheduler = getattr(diffusers, SCHEDULERS[sampler])
     in_diffusers.scheduler = scheduler.from_config(in_diffusers.scheduler.config)
-    latents = latents_of(range(4), in_diffusers.unet.config.in_channels)
-    call = {"num_inference_steps": 20, "guidance_scale": 4.0}
-    theirs = in_diffusers(PROMPTS, latents=latents, output_type="np", **call).images
-    ours = Pipeline(PROMPTS, dtype="fp32").generate(latents=latents, sampler=sampler, **call)
+    latents = latents_of(range(2), in_diffusers.unet.config.in_channels)
+    call = {"num_inference_steps": 16, "guidance_scale": 4.0}  # below 15 diffusers' last step is of a lower order
+    theirs = in_diffusers(PROMPTS[2:], latents=latents, output_type="np", **call).images
+    ours = Pipeline(PROMPTS[2:], dtype="fp32").generate(latents=latents, sampler=sampler, **call)
     ours = np.stack([np.asarray(image) for image in ours]).astype(float)
     assert theirs.std() > 0.05
     assert np.abs(ours - np.round(theirs * 255)).max() <= 1

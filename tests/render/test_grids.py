@@ -174,6 +174,11 @@ def test_smaller_pictures_are_centred_and_missing_ones_grey(tmp_path):
     assert sheet.getpixel((first[0] + 2 * 68 + 5, first[1] + 60)) == (225, 225, 225)
 
 
+def test_a_sheet_has_the_pages_words():
+    axes = read_axes(["cfg=4,6", "num_inference_steps=8,9", "sampler=euler,ddim"])
+    assert [axis.label(0) for axis in axes] == ["guidance 4", "steps 8", "sampler euler"]
+
+
 def test_each_prompt_gets_its_sheet_with_its_own_pictures(tmp_path):
     entries = list(read_entries(["a cat --d 1", "a dog --s x", "a cat --d 1", "a bird"]))
     axes = read_axes(["steps=1,2,3", "cfg=1,2"])

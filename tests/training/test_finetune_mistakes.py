@@ -19,6 +19,7 @@ from ldm.nn.text import T5Text
 from ldm.nn.unet import UNet
 from ldm.training.finetuning.checks import check_finetune
 from ldm.training.finetuning.command import finetune
+from tests.anew import write_anew
 from tests.checkpoint.conftest import tiny_model
 from tests.checkpoint.lora_cases import pair
 from tests.checkpoint.test_families_folders import build, networks
@@ -249,7 +250,7 @@ def try_mangled_settings(root, chance, number):
     if number % 2:
         text = mutated_text(text, chance)
     path = root / f"mutant{suffix}"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    write_anew(path, text.encode("utf-8", "surrogatepass"))
     try:
         settings, _ = resolved(root / "data", root / "new", root / "tiny", config=path)
         check_finetune(settings)
@@ -262,7 +263,7 @@ def try_mangled_settings(root, chance, number):
 def try_mangled_metadata(root, chance, number):
     rows = [{"file_name": f"{i}.png", "text": f"a cat {i}"} for i in range(4)]
     text = mutated_text("\n".join(map(json.dumps, rows)) + "\n", chance)
-    (root / "rows" / "metadata.jsonl").write_bytes(text.encode("utf-8", "surrogatepass"))
+    write_anew(root / "rows" / "metadata.jsonl", text.encode("utf-8", "surrogatepass"))
     try:
         resolved(root / "rows", root / "new", root / "tiny", max_bad=0.5, **GOOD)
         return "good"

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm import files
 from ldm.console import progress, warn
+from ldm.data.sources.walk import PREPARED
 from ldm.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
-INFO, FORMAT = "prepared.json", 1
+FORMAT = 1
 SHARD_BYTES = 32 << 20  # of a shard at most: some of them are in memory at a time
 ROWS = 4096  # of a shard at most
 SECONDS = 300.0  # of work that a kill can cost: then shards are written, full or not
@@ -59,14 +60,9 @@ class Row:
     mask: torch.Tensor | None = None  # uint8 (1, h, w): how much each latent is learned, 255 wholly
 
 
-def is_prepared(folder: str | Path | None) -> bool:
-    """Whether this is the folder of a prepared dataset."""
-    return bool(folder) and Path(str(folder), INFO).is_file()
-
-
 def read_info(folder: str | Path) -> dict[str, Any]:
     """What a prepared dataset was made of. Raises DataError."""
-    path = Path(folder, INFO)
+    path = Path(folder, PREPARED)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         if info["format"] != FORMAT:

@@ -40,7 +40,7 @@ class FolderSource(Source):
 
 def open_folder(path: Path, listing: Listing, captions: str, split: str | None, layout: str) -> FolderSource:
     """The source of a folder of image files. Raises DataError for metadata that is damaged or leads out of it."""
-    listing.skipped += disguised(listing)
+    listing.skipped += disguised(listing) if listing.others else []
     counts = Counts(found=len(listing.images) + len(listing.skipped))
     names, doubt = _of_split(listing, split, counts)
     if layout == "metadata" and not listing.metadata:

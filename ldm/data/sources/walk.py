@@ -25,6 +25,7 @@ FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".p
 FOREIGN += (".arw", ".cr3", ".raf", ".orf", ".rw2", ".pef", ".srw", ".nrw", ".3fr", ".iiq")  # cameras' own
 FOREIGN += (".j2k", ".jpx", ".pgm", ".pnm", ".dds", ".hdr", ".avifs", ".heics", ".xcf", ".kra", ".clip", ".ai", ".eps")
 SYSTEM = ("lost+found",)  # folders of the file system, which may be unreadable
+PREPARED = "prepared.json"  # in the folder of a prepared dataset (ldm.data.cache.prepared)
 MASK = "-mask.png"  # ends the name of the mask beside an image
 MOST = 100_000  # files that are looked at behind a link to a folder
 
@@ -217,3 +218,8 @@ def is_saved(folder: Path) -> bool:
     """Whether `datasets` wrote this folder."""
     single = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
     return single or (folder / "dataset_dict.json").is_file()
+
+
+def is_prepared(folder: str | Path | None) -> bool:
+    """Whether `ldm data cache` wrote this folder."""
+    return bool(folder) and Path(str(folder), PREPARED).is_file()

@@ -28,12 +28,12 @@ from ldm.render.output.conditions import write_conditions
 from ldm.render.output.lines import DONE, is_inside, read_manifest
 from ldm.render.output.manifest import Manifest, Report
 from ldm.render.prompts.entry import Prompts
-from ldm.render.prompts.files import open_prompts
+from ldm.render.prompts.files import is_infotext_file, open_prompts
 from ldm.render.prompts.line_settings import parse_settings
 from ldm.render.prompts.setting_table import OF_RUN, SETTINGS
 from ldm.render.prompts.templates import NO_WILDCARDS, Wildcards
 from ldm.render.prompts.values import MAX_SEED
-from ldm.render.replay.replay import is_infotext_file, replayed
+from ldm.render.replay.replay import replayed
 from ldm.render.sheets.axes import Axis, check_grid, gridded
 from ldm.render.sheets.contact import write_contact_sheets
 from ldm.render.sheets.gallery import write_gallery

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError
 from ldm.render.prompts.csv_table import EXCEL, read_csv
@@ -21,6 +21,7 @@ from ldm.render.prompts.entry import Entry, Lines, Prompts, is_blank, make_entry
 from ldm.render.prompts.json_toml import read_json, read_toml
 from ldm.render.prompts.line_parser import is_comment, pairs_of_json, pairs_of_line, pairs_of_value
 from ldm.render.prompts.line_settings import WORDS, find_word
+from ldm.render.replay.a1111_text import FIRST_FIELD, MAX_TEXT, read_infotexts
 
 FOREIGN = {  # how files begin that are no list of prompts -> (what they are, what to do)
     "<!doctype": ("HTML or XML", "save the prompts as plain text"),
@@ -74,6 +75,17 @@ def open_prompts(prompts: str | os.PathLike | Iterable) -> Prompts:
     if first is None:
         raise ConfigError("holds no prompts", where=name)
     return Prompts(name, itertools.chain([first], entries))
+
+
+def is_infotext_file(path: Any) -> bool:
+    """Whether this is a text with an image's settings, which A1111 writes beside it, and no list of prompts."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).lower().endswith(".txt"):
+        return False
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    return FIRST_FIELD in data and bool(read_infotexts(data))
 
 
 def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entry]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ldm.errors import DataError
 
 MAX_TEXT = 1 << 20  # characters
+FIRST_FIELD = b"Steps:"
 NEGATIVE = "Negative prompt:"
 # The last line holds fields if it has at least three, as in A1111, and one of these; otherwise it is prompt.
 FIELDS_NEEDED, TELLING = 3, frozenset({"Steps", "Sampler", "CFG scale", "Seed", "Size"})
@@ -61,14 +61,12 @@ def read_infotext(text: str) -> Infotext:
     return Infotext(*("\n".join(prompts[key]).strip() for key in (False, True)), tuple(fields), tuple(rest))
 
 
-def read_infotexts(path: Path) -> list[str]:
+def read_infotexts(data: bytes) -> list[str]:
     """The texts in a file that A1111 writes beside images, each with its line of fields; [] for any other file.
 
     A prompt file is any other file: no line of it begins with `Steps:` and has A1111's fields.
     """
-    with path.open("rb") as handle:
-        data = handle.read(MAX_TEXT + 1)
-    if len(data) > MAX_TEXT or b"Steps:" not in data:
+    if len(data) > MAX_TEXT or FIRST_FIELD not in data:
         return []
     texts: list[str] = []
     lines: list[str] = []

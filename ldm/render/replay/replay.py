@@ -29,7 +29,7 @@ from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import parse_settings
 from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
 from ldm.render.replay.a1111_settings import a1111_settings, not_repeated
-from ldm.render.replay.a1111_text import read_infotext, read_infotexts
+from ldm.render.replay.a1111_text import MAX_TEXT, read_infotext, read_infotexts
 from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
 
@@ -91,13 +91,6 @@ def fitted_to(replay: Replay, model: Any, changes: Sequence[str] = ()) -> Replay
     return Replay(replace(entry, settings=settings), (*replay.notes, note))
 
 
-def is_infotext_file(path: Any) -> bool:
-    """Whether this is a text with an image's settings, which A1111 writes beside it, and no list of prompts."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path).lower().endswith(".txt"):
-        return False
-    return os.path.isfile(path) and bool(read_infotexts(Path(path)))
-
-
 def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str], model: Any = "default") -> Prompts:
     """The entries of images, manifests and folders to be drawn again, by `model` where they do not name one at hand.
 
@@ -155,7 +148,8 @@ def _of_manifest(path: Path, changes: Changes) -> Iterator[Replay]:
 
 def _of_text(path: Path, changes: Changes) -> Iterator[Replay]:
     """A replay for each image that a text beside images describes, as A1111 writes it."""
-    texts = read_infotexts(path)
+    with path.open("rb") as file:
+        texts = read_infotexts(file.read(MAX_TEXT + 1))
     if not texts:
         hint = "a list of prompts is drawn by ldm render FILE, without --from"
         raise ConfigError("holds no settings as A1111 writes them beside images", where=path, hint=hint)

@@ -29,6 +29,7 @@ from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, SETTINGS, of_sco
 from ldm.render.replay.overrides import Changes
 
 MAX_AXES, MAX_CELLS = 3, 1000  # cells: images of one prompt
+SHOWN = {"guidance_scale": "guidance", "num_inference_steps": "steps"}  # on sheets, as on the page
 _NUMBER = r"(\d{1,19}(?:\.\d{1,9})?)"
 _RANGE = re.compile(rf"\s*{_NUMBER}\s*-\s*{_NUMBER}\s*(?::\s*{_NUMBER})?\s*")
 _REPLACE = re.compile(r'\s*("(?:[^"]|"")*"|[^",]*?)\s*->(.*)', re.DOTALL)
@@ -50,7 +51,8 @@ class Axis:
 
     def label(self, i: int) -> str:
         """What stands beside the i-th value's images."""
-        return f"{self.word} {self.labels[i] or '(nothing)'}"
+        word = SHOWN.get(WORDS.get(find_word(self.word) or "", ""), self.word)
+        return f"{word} {self.labels[i] or '(nothing)'}"
 
 
 def check_grid(items: str | Sequence[str], shard: str | None, num_images: int | None) -> tuple[Axis, ...]:

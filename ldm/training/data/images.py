@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from ldm.config import require
 from ldm.console import warn
 from ldm.data.buckets import Size, bucket_of, cropped, histogram
-from ldm.data.cache.prepared import is_prepared
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.masks import ALPHA, read_mask, whole_mask
 from ldm.data.sources import Sample, Source, open_source
+from ldm.data.sources.walk import is_prepared
 from ldm.data.transforms import View, draw
 from ldm.errors import DataError, LdmError
 from ldm.training.settings import OFF, FinetuneData

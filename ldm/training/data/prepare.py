@@ -22,10 +22,11 @@ from ldm.checkpoint.parts import TextParts, VaePart, find_text, find_vae
 from ldm.config import require
 from ldm.console import StopRequest, progress, say, warn
 from ldm.data.buckets import Size, bucket_of, resized
-from ldm.data.cache.prepared import FORMAT, INFO, PartWriter, Row, read_info
+from ldm.data.cache.prepared import FORMAT, PartWriter, Row, read_info
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.masks import read_mask
 from ldm.data.sources import Sample, Source, open_source
+from ldm.data.sources.walk import PREPARED
 from ldm.data.transforms import TransformConfig, View, draw, fixed_views, pixels, to_float
 from ldm.device import DTYPES, fast_bf16, pick_device
 from ldm.errors import ConfigError, DataError, Interrupted, LdmError, NumericsError
@@ -182,7 +183,7 @@ class _Preparing:
         info |= {"channels": s.vae.latent_channels, "parts": s.shard.of, "embeddings": embedded}
         info["masks"] = s.data.masks
         info["text_hash"] = s.text.fingerprints if s.text is not None and embedded else None
-        if (self.out / INFO).is_file():
+        if (self.out / PREPARED).is_file():
             before = read_info(self.out)
             for name, value in info.items():
                 if before.get(name) != value:
@@ -191,7 +192,7 @@ class _Preparing:
         elif self.out.is_dir() and any(path for path in self.out.iterdir() if not path.name.startswith(".")):
             raise ConfigError("holds something else than a cache", where=self.out, hint="choose a new folder")
         else:
-            files.atomic_write(self.out / INFO, json.dumps(info, indent=1) + "\n")
+            files.atomic_write(self.out / PREPARED, json.dumps(info, indent=1) + "\n")
 
     def _make(self, missing: Sequence[int], writer: PartWriter, embedded: bool, stop: StopRequest) -> None:
         waiting: dict[Size, list[Loaded]] = {}

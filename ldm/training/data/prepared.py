@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm.data.cache.prepared import INFO, list_shards, read_info
+from ldm.data.cache.prepared import list_shards, read_info
 from ldm.data.cache.sequence import WINDOW_BYTES, Rows, ShardSequence
+from ldm.data.sources.walk import PREPARED
 from ldm.data.transforms import choose_caption
 from ldm.errors import DataError
 from ldm.training.data.encoded import EMBEDDED, Embedding, Encoders, Row
@@ -46,9 +47,9 @@ class PreparedSet:
         """Raise DataError unless the fingerprints of the autoencoder and the text encoder are those of the set."""
         told = "was made with another {}; give that one, or make the cache again"
         if self.info["vae_hash"] != ids[0]:
-            raise DataError(told.format(f"autoencoder ({self.info['vae']})"), where=self.folder / INFO)
+            raise DataError(told.format(f"autoencoder ({self.info['vae']})"), where=self.folder / PREPARED)
         if self.info["embeddings"] and texts and " ".join(self.info["text_hash"]) != ids[1]:
-            raise DataError(told.format("text encoder"), where=self.folder / INFO)
+            raise DataError(told.format("text encoder"), where=self.folder / PREPARED)
 
 
 class Prepared:

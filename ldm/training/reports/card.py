@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ldm.checkpoint import Model
 from ldm.checkpoint.folder import T5_LAYOUT
 from ldm.nn.text import T5Text, XLText
 from ldm.training.settings import DistillSettings, FinetuneSettings, Settings, UNetSettings, as_dict
+from ldm.training.settings.base import name_of
 
 EMOJI = """Scenes that this package draws from the font Noto Color Emoji (SIL Open Font License 1.1), with captions from
 Unicode's names and CLDR's keywords (Unicode licence). Every combination whose sha256 modulo 10 is 0 is held out."""
@@ -223,13 +223,6 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_paths(item) for item in value]
     return name_of(value) if isinstance(value, str) else value
-
-
-def name_of(path: str) -> str:
-    """The last name of a path; a hub id, a text and a plain name stay."""
-    if path.startswith(("/", "~", "./", "../")) or (path and os.path.exists(path)):
-        return os.path.basename(path.rstrip("/")) or path
-    return path
 
 
 def _scores(scores: Mapping[str, float]) -> str:

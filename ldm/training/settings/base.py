@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,3 +78,10 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) and value else {above + name: value}
     return found
+
+
+def name_of(path: str) -> str:
+    """The last name of a path; a hub id, a text and a plain name stay."""
+    if path.startswith(("/", "~", "./", "../")) or (path and os.path.exists(path)):
+        return os.path.basename(path.rstrip("/")) or path
+    return path
