@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,17 +54,25 @@ def module_of(path: Path, package: Path = PACKAGE) -> str:
 
 def walk_tree(node: ast.AST, type_checking: bool) -> Iterator[ast.AST]:
     """Every node; without `type_checking` the bodies of `if TYPE_CHECKING:` are left out."""
-    yield node
-    for child in ast.iter_child_nodes(node):
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
         only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        if type_checking or not (only_types and child in node.body):
-            yield from walk_tree(child, type_checking)
+        left_out = node.body if only_types and not type_checking else []
+        waiting += [child for child in ast.iter_child_nodes(node) if child not in left_out][::-1]
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
 def imports(source: str, module: str, is_package: bool, type_checking: bool = True) -> list[tuple]:
     """(line, module, name or None) of every import in a file, those inside functions too; relative ones resolved."""
     found = []
-    for node in walk_tree(ast.parse(source), type_checking):
+    for node in walk_tree(parsed(source), type_checking):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -108,7 +117,7 @@ def faults_of_floors(source: str, module: str, is_package: bool) -> list[str]:
 
 def uses(source: str, library: str) -> list[tuple[int, str]]:
     """(line, name) of what is taken from `import library`: library.name, or "?" where the name is not written out."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     is_it = {id(node) for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == library}
     taken = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node.value) in is_it]
     plain = is_it - {id(node.value) for node in taken}
