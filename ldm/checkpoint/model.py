@@ -82,19 +82,24 @@ def load_model(
 
 def _in_room(read: Callable[[], Model], name: str, device: torch.device) -> Model:
     """What `read` returns; where memory runs out it is called once more without the other models of the cache."""
-    while True:
-        try:
-            return read()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        with _lock:
-            others = len(_cache)
-            _cache.clear()
-        let_go()
-        if not others:
-            hint = "use offload, a smaller dtype or another device"
-            raise ResourceError(f"out of memory in loading {name} to {device}", where="model", hint=hint)
+    try:
+        return read()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    _make_room(name, device)
+    return _in_room(read, name, device)
+
+
+def _make_room(name: str, device: torch.device) -> None:
+    """Let the models of the cache go. Raises ResourceError where there are none."""
+    with _lock:
+        others = len(_cache)
+        _cache.clear()
+    let_go()
+    if not others:
+        hint = "use offload, a smaller dtype or another device"
+        raise ResourceError(f"out of memory in loading {name} to {device}", where="model", hint=hint)
 
 
 def clear_cache() -> None:
