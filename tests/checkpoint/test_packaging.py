@@ -39,6 +39,8 @@ def checkout(tmp_path_factory, saved):
     shutil.copytree(saved, root / "weights/default")
     (root / "weights/fast").mkdir()
     (root / "weights/fast/pytorch_lora_weights.safetensors").write_text("a few-step LoRA")
+    (root / "weights/default/controlnets/edges").mkdir(parents=True)
+    (root / "weights/default/controlnets/edges/config.json").write_text("{}")
     (root / "weights/.cache").mkdir()
     (root / "weights/.cache/partial").write_text("not for others")
     (root / "configs/emoji").mkdir(parents=True)
@@ -68,6 +70,7 @@ def test_the_wheel_holds_the_default_model_and_the_configs(checkout, saved, tmp_
     model = {f"ldm/_weights/default/{p.relative_to(saved).as_posix()}" for p in saved.rglob("*") if p.is_file()}
     others = {"ldm/_configs/emoji/unet.yaml", "ldm/_prompts/everyday-30.tsv"}
     others.add("ldm/_weights/fast/pytorch_lora_weights.safetensors")
+    others.add("ldm/_weights/default/controlnets/edges/config.json")
     assert shipped_names == model | others
     assert {"ldm/checkpoint/clip_merges.txt.xz", "ldm/checkpoint/LICENSE-CLIP.txt"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "weights", "configs", "docs"))]
