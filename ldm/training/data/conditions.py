@@ -110,15 +110,17 @@ def _content(path: Path) -> bytes:
 
 
 class Conditions:
-    """The conditions of a set's views, in memory as far as it reaches."""
+    """The conditions of a set's views, in memory as far as it reaches; `memory` is None where no view comes again."""
 
-    def __init__(self, images: ImageSet, memory: Memory):
+    def __init__(self, images: ImageSet, memory: Memory | None):
         self.images, self.memory = images, memory
 
     def of(self, place: int, view: View) -> Tensor | None:
         """uint8 (C, H, W); None where no ControlNet is trained. Raises DataError where a file is gone or changed."""
         if self.images.control is None:
             return None
+        if self.memory is None:
+            return self._make(place, view)
         key = (self.images.items[place].pixels, "control", view)
         return self.memory.get(key, lambda: (self._make(place, view),))[0]
 

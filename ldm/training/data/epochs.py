@@ -39,7 +39,7 @@ class Epochs:
     ):
         self.images, self.data, self.seed, self.batch_size = images, images.data, seed, batch_size
         self._encoders, self._latents = encoders, self._opened(encoders, memory, out, texts)
-        self._conditions = Conditions(images, memory)
+        self._conditions = Conditions(images, memory if self.data.crop == "center" else None)
         self._places = images.trained
         if not self._places:
             raise DataError("no image is left to train on", where=self.data.folder)
