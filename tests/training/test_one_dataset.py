@@ -29,7 +29,7 @@ def test_all_stages_import_one_dataset_class(stage):
     assert module.ImageDataset is ImageDataset
     source = Path(module.__file__).read_text()
     readers = re.findall(r"from ldm\.(?:training\.data\.|data\.(?!transforms))(\w+)", source)
-    assert set(readers) <= {"encoded", "emoji"}  # of which the text stage takes synonyms to judge by
+    assert set(readers) <= {"encoded", "emoji", "trajectories"}  # synonyms to judge text by, and a teacher's ways
 
 
 @pytest.fixture(scope="module")
