@@ -83,7 +83,8 @@ class Engine:
         self.controlnets = None if controlnet is None else ControlNets(listed_nets(controlnet), self.info)
         if ip_adapter is None and image_encoder is not None:
             raise ConfigError("needs an ip_adapter", where="image_encoder")
-        self.ip_adapters = None if not listed(ip_adapter) else IPAdapters(listed(ip_adapter), image_encoder, self.info)
+        none = ip_adapter in (None, (), [])
+        self.ip_adapters = None if none else IPAdapters(listed(ip_adapter), image_encoder, self.info)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
