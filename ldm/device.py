@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,23 @@ def keep_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes of a block; more is not taken
     mallopt(M_TRIM_THRESHOLD, 1 << 29)  # free bytes at the end of the heap: what is kept counts as taken
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Without Python's garbage collector while the block imports libraries: what they make stays.
+
+    Else it looks through all of them again and again. Measured (one thread, processor time of a cold `ldm generate`
+    over that of importing torch, transformers' CLIP and diffusers' autoencoder, medians of 4 in alternation): 1.38
+    without this, 1.14 with this and no last collection when the command ends, 1.21 with the latter alone.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

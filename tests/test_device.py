@@ -1,5 +1,6 @@
 """Where and how precisely to compute, on machines that this one is not."""
 
+import gc
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ldm.device import (
     is_out_of_memory,
     pick_device,
     pick_dtype,
+    without_collector,
 )
 from ldm.errors import ConfigError
 
@@ -207,3 +209,27 @@ def test_every_spelling_of_a_dtype_is_taken(name):
 def test_names_of_dtypes():
     assert [dtype_name(t) for t in (torch.float32, torch.half, torch.bfloat16)] == ["fp32", "fp16", "bf16"]
     assert dtype_name(torch.float64) == "torch.float64"
+
+
+def test_the_collector_is_off_inside_and_then_as_it_was():
+    with pytest.raises(ValueError), without_collector():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_loaded_without_the_collector(tiny_folder, monkeypatch):
+    from ldm.checkpoint import load_model, model
+
+    seen, load = [], model._load
+    monkeypatch.setattr(model, "_load", lambda *args: seen.append(gc.isenabled()) or load(*args))
+    monkeypatch.setattr(model, "_cache", type(model._cache)())
+    load_model(tiny_folder, "cpu", "fp32")
+    assert seen == [False] and gc.isenabled()

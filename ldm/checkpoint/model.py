@@ -18,7 +18,7 @@ from ldm.checkpoint.hub import forget, snapshot
 from ldm.checkpoint.safety import read_header, read_json
 from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
-from ldm.device import is_out_of_memory, let_go, pick_device, pick_dtype, total_memory
+from ldm.device import is_out_of_memory, let_go, pick_device, pick_dtype, total_memory, without_collector
 from ldm.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _cached(folder: Path, name: str, device, dtype, vae: Path | None, override: 
     with _lock:
         key = (source, layouts.identity(folder), vae and layouts.identity(vae))
         if key not in _cache:
-            loaded = _load(folder, name, device, dtype, vae, override)
+            with without_collector():
+                loaded = _load(folder, name, device, dtype, vae, override)
             for old in [old for old in _cache if old[0] == source]:
                 del _cache[old]
             _cache[key] = loaded

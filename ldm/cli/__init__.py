@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import os
 import signal
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     before = console.level
     debug = "--debug" in words
+    atexit.register(gc.freeze)  # else Python looks through all objects once more as it ends
     try:
         args = parse(words)
         console.level = -1 if args.quiet else args.verbose

@@ -29,6 +29,7 @@ from typing import Any
 
 from ldm import console
 from ldm.cli.options import OF_CONTROL, OF_MODEL, PIPELINES, SAMPLING, add_drawing, names_of, with_controls
+from ldm.device import without_collector
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
 
@@ -60,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ldm.pipeline.pipeline import Pipeline
-    from ldm.pipeline.result import Images, Target
+    with without_collector():
+        from ldm.pipeline.pipeline import Pipeline
+        from ldm.pipeline.result import Images, Target
 
     own, call, original = _settings(args)
     target = Target.of(args.output, args.format).check()
