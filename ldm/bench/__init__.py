@@ -1,6 +1,6 @@
 """Benchmarks: against diffusers, images compared first and then timed in alternation; and all samplers compared."""
 
-_LAZY = {"bench": "report", "BENCHES": "report", "alternate": "timing", "Timing": "timing"}
+_LAZY = {"bench": "report", "BENCHES": "report", "ROWS": "report", "alternate": "timing", "Timing": "timing"}
 
 
 def __getattr__(name: str):

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
+from datetime import datetime
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -94,15 +96,41 @@ def _shown(value: Any) -> Any:
 
 
 def _cpu() -> dict[str, Any]:
-    facts = _proc("/proc/cpuinfo", ":")
-    present = (facts.get("flags") or facts.get("Features") or "").split()
+    read = _proc("/proc/cpuinfo", ":")
+    present = (read.get("flags") or read.get("Features") or "").split()
     return {
-        "name": facts.get("model name") or platform.processor() or platform.machine(),
+        "name": _cpu_name(read),
         "cores": os.cpu_count(),
         "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "flags": [flag for flag in FLAGS if flag in present],
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _cpu_name(read: Mapping[str, str]) -> str:
+    """With family and model where these are told: clouds shorten the name."""
+    name = read.get("model name") or platform.processor() or platform.machine()
+    kind = [f"{word} {read[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in read]
+    return f"{name} ({', '.join(kind)})" if kind else name
+
+
+def facts() -> dict[str, Any]:
+    """What a measurement depends on: when, on what, with which packages, by which command."""
+    packages = {name: _version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    found = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "ldm": ldm.__version__, "cpu": _cpu()}
+    found |= {"gpu": _gpu(), "memory": _memory()["total"], "threads": torch.get_num_threads(), "packages": packages}
+    return {**found, "system": platform.system(), "command": " ".join(["ldm", *sys.argv[1:]])}
+
+
+def facts_line(found: Mapping[str, Any]) -> str:
+    """The facts as one line."""
+    cpu, packages = found["cpu"], [f"{name} {version}" for name, version in found["packages"].items() if version]
+    parts = [
+        f"{cpu['name']}, {cpu['usable']} of {cpu['cores']} cores ({' '.join(cpu['flags'])})",
+        f"threads {found['threads']}",
+    ]
+    gpu = found["gpu"] if isinstance(found["gpu"], list) else []
+    return ", ".join([*parts, f"memory {found['memory']}", *gpu, *packages, found["date"][:10]])
 
 
 def _proc(path: str, mark: str) -> dict[str, str]:

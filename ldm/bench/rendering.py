@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from ldm.bench.timing import Timing, alternate, own_process
-from ldm.bench.warm import MAX_DIFFERENCE, peer, require_peer, resolve_device
-from ldm.console import hushed
-from ldm.errors import NumericsError
+from ldm.bench.timing import OURS, PEER, Row, Side, Work, new_folder
+from ldm.bench.warm import MAX_DIFFERENCE, check_steps, peer, pixels, placed
 from ldm.render.drawing.runner import render
 
 OBJECTS = ("cat", "dog", "red apple", "car", "tree", "fish", "house", "rocket")
 BACKGROUNDS = ("red", "blue", "yellow", "green")
 NEGATIVE = "a clock"
+ONE_BY_ONE = "diffusers one by one"
 
 
-def rendering(
-    repeats: int = 3,
+def render_row(
     model: str = "default",
     steps: int = 25,
     sampler: str = "dpmpp_2m",
@@ -33,44 +27,24 @@ def rendering(
     device: str = "cpu",
     images: int = 16,
     batch_size: int = 8,
-) -> Timing:
-    """Time a file of `images` lines in alternation; folder, noise, sampler, steps, dtype and threads are equal.
+    quick: bool = False,
+) -> Row:
+    """A file of `images` lines; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Each side has a process with the model in memory, because `ldm.render` changes how its process allocates memory,
-    which would help diffusers too. Every line has a seed, every other line a negative prompt. All sides write PNGs.
-    Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no folder, and
-    NumericsError where images in fp32 differ by more than 2 levels of 255.
+    Every line has a seed, every other line a negative prompt. diffusers draws in batches of as many, and one by one.
+    Raises as `warm_row`.
     """
-    require_peer(sampler)
-    device, dtype = resolve_device(device, dtype)
-    lines = _lines(images)
-    call = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    peer_arguments = (model, dtype, device, sampler)
-    with (
-        tempfile.TemporaryDirectory() as root,
-        hushed(),
-        own_process() as ldm_process,
-        own_process() as diffusers_process,
-    ):
-        diffusers_process(_render_diffusers, peer_arguments, (), Path(root), 1, call)  # only loads the pipeline
-        given = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
-
-        def loop(size: int) -> Callable[[], Path]:
-            return lambda: diffusers_process(_render_diffusers, peer_arguments, lines, _folder(root), size, call)
-
-        sides: dict[str, Callable[[], Path]] = {
-            "ldm.render": lambda: ldm_process(_render_ldm, lines, _folder(root), given),
-            f"diffusers in batches of {batch_size}": loop(batch_size),
-            "diffusers one by one": loop(1),
-        }
-        difference = _largest_difference([draw() for draw in sides.values()], MAX_DIFFERENCE[dtype])
-        seconds = alternate(sides, repeats, warmup=0)  # each has run once
+    device, dtype, needs = placed(model, sampler, device, dtype)
+    images, batch_size = (min(images, 4), min(batch_size, 4)) if quick else (images, batch_size)
+    call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
+    given = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
+    lines, arguments = _lines(images), (model, dtype, device, sampler)
+    sides = {OURS: Side(render_ldm, (lines, given), needs)}
+    sides[PEER] = Side(render_diffusers, (arguments, lines, call, batch_size), needs)
+    sides[ONE_BY_ONE] = Side(render_diffusers, (arguments, lines, call, 1), needs)
     settings = {"model": model, "images": images, "batch_size": batch_size, "sampler": sampler, **call, "dtype": dtype}
     settings |= {"device": device, "threads": torch.get_num_threads()}
-    timing = Timing("render", seconds, settings, {"largest difference of 255": difference})
-    ours, batches, one_by_one = timing.medians.values()
-    faster = {"times as fast as one by one": one_by_one / ours, "times as fast as in batches": batches / ours}
-    return Timing("render", seconds, settings, {**timing.agreement, **faster})
+    return Row("render", "a prompt file", sides, settings, MAX_DIFFERENCE[dtype], device=device)
 
 
 def _lines(count: int) -> list[dict[str, Any]]:
@@ -79,50 +53,33 @@ def _lines(count: int) -> list[dict[str, Any]]:
     return [line | ({"negative_prompt": NEGATIVE} if i % 2 else {}) for i, line in enumerate(lines)]
 
 
-def _folder(root: str) -> Path:
-    """A new folder for a run."""
-    return Path(tempfile.mkdtemp(dir=root))
+def render_ldm(lines: Sequence[dict[str, Any]], settings: dict[str, Any]) -> Work:
+    return _into_folders(lines, lambda folder: render(lines, folder, **settings))
 
 
-def _render_ldm(lines: Sequence[dict[str, Any]], folder: Path, settings: dict[str, Any]) -> Path:
-    with hushed():
-        render(lines, folder, **settings)
-    return folder
-
-
-def _render_diffusers(
-    peer_arguments: tuple[str, ...], lines: Sequence[dict[str, Any]], folder: Path, size: int, call: dict[str, Any]
-) -> Path:
+def render_diffusers(
+    peer_arguments: tuple[str, ...], lines: Sequence[dict[str, Any]], call: dict[str, Any], size: int
+) -> Work:
     """The usual loop: one call for every `size` lines, then their images are saved."""
-    pipe = _pipe(*peer_arguments)
-    for start in range(0, len(lines), size):
-        batch = lines[start : start + size]
-        output = pipe(
-            [line["prompt"] for line in batch],
-            negative_prompt=[line.get("negative_prompt", "") for line in batch],
-            generator=[torch.Generator("cpu").manual_seed(line["seed"]) for line in batch],
-            **call,
-        )
-        for line, image in zip(batch, output.images):
-            image.save(folder / f"{line['name']}.png")
-    return folder
+    pipe = peer(*peer_arguments)
+
+    def draw(folder: Path) -> None:
+        for start in range(0, len(lines), size):
+            batch = lines[start : start + size]
+            output = pipe(
+                [line["prompt"] for line in batch],
+                negative_prompt=[line.get("negative_prompt", "") for line in batch],
+                generator=[torch.Generator("cpu").manual_seed(line["seed"]) for line in batch],
+                **call,
+            )
+            for line, image in zip(batch, output.images):
+                image.save(folder / f"{line['name']}.png")
+
+    return _into_folders(lines, draw)
 
 
-@functools.cache
-def _pipe(*peer_arguments: str) -> Any:
-    with hushed():
-        return peer(*peer_arguments)
-
-
-def _largest_difference(folders: Sequence[Path], limit: float) -> float:
-    """The largest difference between the first folder's images and the others', in levels of 255.
-
-    Raises NumericsError above the limit.
-    """
-    largest = 0.0
-    for path in sorted(folders[0].glob("*.png")):
-        first, *others = (np.asarray(Image.open(folder / path.name)).astype(float) for folder in folders)
-        largest = max(largest, *(float(np.abs(first - pixels).max()) for pixels in others))
-    if largest > limit:
-        raise NumericsError(f"the images differ by {largest:.0f} of 255", where="render")
-    return largest
+def _into_folders(lines: Sequence[dict[str, Any]], draw: Callable[[Path], object]) -> Work:
+    """Every call draws into a new folder; what is compared is the first one's images."""
+    first = new_folder()
+    paths = [first / f"{line['name']}.png" for line in lines]
+    return Work(lambda: draw(new_folder()), lambda: pixels(lambda: draw(first), paths))

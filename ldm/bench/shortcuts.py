@@ -11,8 +11,8 @@ import torch
 from ldm import console
 from ldm.bench.samplers import MAX_PROMPTS, PROMPTS, rms_difference
 from ldm.bench.timing import Timing, alternate
-from ldm.bench.warm import resolve_device
 from ldm.checkpoint.describe import describe
+from ldm.device import dtype_name, pick_device, pick_dtype
 from ldm.diffusion.guidance.settings import SIGMA_INTERVALS, STEP_INTERVALS
 from ldm.pipeline.checks import check_int
 from ldm.pipeline.pipeline import Pipeline
@@ -35,7 +35,8 @@ def shortcuts(
     levels of 255, mean over the images. Each image is drawn alone, with the model's settings (or `steps`).
     """
     texts = [PROMPTS[i % len(PROMPTS)] for i in range(check_int(prompts, "prompts", 1, MAX_PROMPTS))]
-    device, dtype = resolve_device(device, dtype)
+    place = pick_device(device)
+    device, dtype = str(place), dtype_name(pick_dtype(dtype, place))
     pipe = Pipeline(texts, model=model, dtype=dtype, device=device)
     is_unet = describe(model).transformer is None
     ways: dict[str, dict[str, Any]] = {f"step_cache {n}": {"step_cache": n} for n in STEP_CACHES if is_unet}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ldm.bench.timing import Timing, alternate
+from ldm.bench.networks import with_compiled
+from ldm.bench.timing import OURS, PEER, Row, Side, Work, new_folder
 from ldm.checkpoint import check_model
+from ldm.checkpoint.describe import describe
 from ldm.device import dtype_name, pick_device, pick_dtype
-from ldm.errors import ConfigError, ModelError, NumericsError, one_line
+from ldm.errors import ConfigError, ModelError, one_line
+from ldm.pipeline.checks import check_int
 from ldm.pipeline.pipeline import Pipeline
 
 PEERS = {"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
@@ -24,96 +26,94 @@ MAX_DIFFERENCE = {"fp32": 2.0, "bf16": 255.0, "fp16": 255.0}  # levels of 255; i
 PROMPT, SEED = "a cat on a red background", 7
 
 
-def warm(
-    repeats: int = 5,
+def warm_row(
     model: str = "default",
     steps: int = 25,
     sampler: str = "dpmpp_2m",
     guidance_scale: float = 4.0,
     dtype: str = "fp32",
     device: str = "cpu",
-    profile: bool = False,
-) -> Timing:
-    """Time our pipeline and diffusers' in alternation; folder, noise, sampler, steps, dtype and threads are equal.
+    quick: bool = False,
+) -> Row:
+    """An image by our pipeline and diffusers'; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Both write PNGs. Raises ConfigError for a sampler that diffusers does not have, ModelError where `model` is no
-    folder, and NumericsError where the two images in fp32 differ by more than 2 levels of 255.
+    Both write PNGs. Raises ConfigError for a sampler that diffusers does not have, ModelError for the model.
     """
-    require_peer(sampler)
-    device, dtype = resolve_device(device, dtype)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"ldm": Path(folder) / "ours.png", "diffusers": Path(folder) / "theirs.png"}
-        pipe = Pipeline(PROMPT, model=model, dtype=dtype, device=device)
-
-        def draw_ldm() -> None:
-            pipe.generate(seed=SEED, sampler=sampler, **settings).save(files["ldm"])
-
-        draw_diffusers = _diffusers_call(files["diffusers"], model, dtype, device, sampler, settings)
-        draw_ldm(), draw_diffusers()
-        ldm_pixels, diffusers_pixels = (np.asarray(Image.open(path)).astype(float) for path in files.values())
-        difference = np.abs(ldm_pixels - diffusers_pixels)
-        if difference.max() > MAX_DIFFERENCE[dtype]:
-            raise NumericsError(f"the images differ by {difference.max():.0f} of 255", where=f"{sampler}, {dtype}")
-        seconds = alternate({"ldm": draw_ldm, "diffusers": draw_diffusers}, repeats)
-        if profile:
-            print(_profile(draw_ldm, device))
-    agreement = {
-        "largest difference of 255": float(difference.max()),
-        "mean difference of 255": float(difference.mean()),
-    }
-    report_settings = {"model": model, "sampler": sampler, **settings, "dtype": dtype, "device": device}
-    return Timing("warm", seconds, {**report_settings, "threads": torch.get_num_threads()}, agreement)
+    device, dtype, needs = placed(model, sampler, device, dtype)
+    call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
+    given = (PROMPT, model, dtype, device, sampler, call)
+    sides = {OURS: Side(draw_ldm, given, needs), PEER: Side(draw_diffusers, (*given, False), needs)}
+    settings = {"model": model, "sampler": sampler, **call, "dtype": dtype, "device": device}
+    settings["threads"] = torch.get_num_threads()
+    row = Row("warm", "an image, models in memory", sides, settings, MAX_DIFFERENCE[dtype], device=device, warmup=1)
+    return with_compiled(row, Side(draw_diffusers, (*given, True), needs), quick)
 
 
-def require_peer(sampler: str) -> None:
-    """Raise ConfigError for a sampler that diffusers does not have."""
+def check_steps(steps: object) -> int:
+    """Raise ConfigError unless this is one number of steps."""
+    return check_int(steps, "num_inference_steps", 1, 1000)
+
+
+def placed(model: str, sampler: str, device: str, dtype: str) -> tuple[str, str, float]:
+    """The names of the device and the dtype, `auto` resolved once for all sides, and the bytes of the model.
+
+    Raises ConfigError for a sampler that diffusers does not have at all or for the model, ModelError for the model.
+    """
     if sampler not in PEERS:
         raise ConfigError(f"diffusers has no equal of {sampler!r}", where="sampler", hint=f"one of {', '.join(PEERS)}")
-
-
-def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """The names of the device and the dtype, `auto` resolved once for both sides. Raises ConfigError."""
     torch_device = pick_device(device)
-    return str(torch_device), dtype_name(pick_dtype(dtype, torch_device))
+    kind = pick_dtype(dtype, torch_device)
+    folder = check_model(model)
+    if describe(model).schedule.is_flow and sampler not in FLOW_PEERS:
+        hint = f"one of {', '.join(FLOW_PEERS)}"
+        raise ConfigError(f"diffusers' {PEERS[sampler]} does not work with flow models", where="sampler", hint=hint)
+    files = [folder] if folder is None or folder.is_file() else folder.rglob("*.safetensors")
+    size = sum(path.stat().st_size for path in files if path is not None)
+    return str(torch_device), dtype_name(kind), size * (3 if dtype == "fp32" else 2)  # files have 16 bits mostly
 
 
-def _diffusers_call(
-    path: Path, model: str, dtype: str, device: str, sampler: str, settings: dict[str, Any]
-) -> Callable:
-    pipe = peer(model, dtype, device, sampler)
+def draw_ldm(prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any]) -> Work:
+    pipe, path = Pipeline(prompt, model=model, dtype=dtype, device=device), new_folder() / "image.png"
 
     def draw() -> None:
-        generator = torch.Generator("cpu").manual_seed(SEED)
-        pipe(PROMPT, generator=generator, **settings).images[0].save(path)
+        pipe.generate(seed=SEED, sampler=sampler, **call).save(path)
 
-    return draw
+    return Work(draw, lambda: pixels(draw, [path]))
+
+
+def draw_diffusers(
+    prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any], compiled: bool
+) -> Work:
+    pipe, path = peer(model, dtype, device, sampler), new_folder() / "image.png"
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet)
+
+    def draw() -> None:
+        pipe(prompt, generator=torch.Generator("cpu").manual_seed(SEED), **call).images[0].save(path)
+
+    return Work(draw, lambda: pixels(draw, [path]))
+
+
+def pixels(draw: Any, paths: list[Path]) -> Tensor:
+    """Call `draw`, and read the images that it has written: (N, H, W, 3) in levels of 255."""
+    draw()
+    return torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB"), np.float32) for path in paths]))
 
 
 def peer(model: str, dtype: str, device: str, sampler: str) -> Any:
-    """diffusers' pipeline of a model's folder, with its own version of our sampler.
-
-    Raises ModelError if it cannot read the folder, ConfigError if its sampler does not go with the model.
-    """
+    """diffusers' pipeline of a model's folder, with its own version of our sampler. Raises ModelError."""
     import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):  # no bars and no notes between the results
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     folder = check_model(model)
     try:
         kind = pick_dtype(dtype, torch.device(device))
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=kind, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"diffusers cannot read it ({one_line(str(error))[:120]})", where=model) from None
-    if pipe.scheduler.config.get("use_flow_sigmas") and sampler not in FLOW_PEERS:
-        hint = f"one of {', '.join(FLOW_PEERS)}"
-        raise ConfigError(f"diffusers' {PEERS[sampler]} does not work with flow models", where="sampler", hint=hint)
     pipe.to(device).set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, PEERS[sampler]).from_config(pipe.scheduler.config)
     return pipe
-
-
-def _profile(call: Callable, device: str) -> str:
-    """The operators that take longest on the device, as a table of torch's profiler."""
-    with torch.profiler.profile() as profile:
-        call()
-    by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    return profile.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=40)

@@ -17,20 +17,15 @@ from typing import Any
 import torch
 import yaml
 
+from ldm.bench.networks import SD15, XL, unet_diffusers, unet_ldm
 from ldm.config import build
 from ldm.device import is_out_of_memory, let_go
-from ldm.nn.unet import UNet, UNetConfig
-from ldm.training.forecast import Trial, inputs_of
+from ldm.nn.unet import UNetConfig
+from ldm.training.forecast import Trial
 from ldm.training.loop.step import prepare, take_step
 from ldm.training.settings import UNetSettings
 
 EMOJI = Path(__file__).parents[2] / "configs" / "emoji" / "unet.yaml"
-SD15 = {"block_out_channels": (320, 640, 1280, 1280), "transformer_layers": (1, 1, 1, 0), "num_heads": (8, 8, 8, 8)}
-SD15 |= {"cross_attention_dim": 768, "sample_size": 64}
-XL = {"block_out_channels": (320, 640, 1280), "transformer_layers": (0, 2, 10), "num_heads": (5, 10, 20)}
-XL |= {"cross_attention_dim": 2048, "sample_size": 128, "use_linear_projection": True}
-XL |= {"mid_transformer_layers": 10, "addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-XL |= {"projection_class_embeddings_input_dim": 2816}
 TINY = {"block_out_channels": (32, 64), "transformer_layers": (1, 0), "num_heads": (4, 4), "norm_num_groups": 8}
 TINY |= {"cross_attention_dim": 32, "sample_size": 8, "layers_per_block": 1}
 
@@ -85,28 +80,10 @@ def training(device: torch.device, batch: int, steps: int, tiny: bool) -> dict[s
 
 def network(device: torch.device, shape: dict[str, Any], ours: bool, count: int) -> dict[str, float]:
     """Evaluations with guidance (two rows) of one image."""
-    config = UNetConfig(**shape)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        unet = (UNet(config) if ours else theirs(config)).to(dtype).eval()
-    inputs = inputs_of(config, lambda *size: torch.randn(size, device=device, dtype=dtype), 2)
-    side = config.sample_size or 0
-    x = torch.randn(2, config.in_channels, side, side, device=device, dtype=dtype)
-    t, states = torch.full((2,), 500.0, device=device), inputs.pop("states")
-    if ours:
-        call = lambda: unet(x, t, states, cache=cache, **inputs)  # noqa: E731
-        cache = unet.prepare()
-    else:
-        added = {"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]} if inputs else None
-        call = lambda: unet(x, t, states, added_cond_kwargs=added, return_dict=False)  # noqa: E731
-    with torch.inference_mode():
-        return {"it/s": 1 / timed(call, count, device)}
-
-
-def theirs(config: UNetConfig) -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config(config.to_diffusers())
+    config, dtype = UNetConfig(**shape), "bf16" if device.type == "cuda" else "fp32"
+    name = str(device)
+    work = unet_ldm(config, dtype, name) if ours else unet_diffusers(config, dtype, name, compiled=False)
+    return {"it/s": 1 / timed(work.call, count, device)}
 
 
 def plan(tiny: bool) -> dict[str, Callable[[torch.device], dict[str, float]]]:
