@@ -139,7 +139,7 @@ def measure(row: Row, repeats: int, profile: bool = False) -> Timing:
     left_out = {**too_large, **row.left_out}
     answers: dict[str, Tensor | None] = {}
     memory: dict[str, int] = {}
-    with ExitStack() as stack, console.hushed():
+    with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-bench-"))
         ask = {name: stack.enter_context(own_process(scratch)) for name in built}
         futures = {name: ask[name](_build, row.sides[name]) for name in built}
