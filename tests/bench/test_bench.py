@@ -190,7 +190,7 @@ def test_the_autoencoder_of_both_sides_agrees(small, in_this_process):
 def test_bytes_are_estimated_before_anything_is_built(small, monkeypatch):
     """SD 1.5 has 0.86 billion weights, in 16 bits."""
     lora = lora_row("sd15", "bf16")
-    assert lora.sides[PEER].needs > 1.5 * unet_row("sd15", "bf16").sides[PEER].needs
+    assert lora.sides[PEER].needs > unet_row("sd15", "bf16").sides[PEER].needs
     monkeypatch.setattr(networks, "SIZES", {"sd15": ("SD 1.5", networks.SD15)})
     large = unet_row("sd15", "bf16")
     assert 1.8e9 < large.sides[OURS].needs < 2.4e9 and large.settings["size"] == "512x512"
