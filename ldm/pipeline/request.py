@@ -251,6 +251,7 @@ def _hires_run(s: Settings, scale: float, info: ModelInfo) -> Run:
     require(max(height, width) <= MAX_SIZE, f"more than {MAX_SIZE} a side", "hires_scale")
     if info.transformer:
         info.transformer.check_size(height // info.factor, width // info.factor)
+    assert s.hires_strength is not None  # `resolve` has filled it in
     sigmas = _sigmas(s, info, s.hires_steps or s.num_inference_steps, info.tokens(height, width))
     return Run(height, width, img2img_sigmas(sigmas, s.hires_strength, "hires_strength"))
 
@@ -276,7 +277,7 @@ def size_warnings(settings: Settings, info: ModelInfo) -> list[str]:
         found.append(f"{first.size} is more than {trained}: it may repeat itself{hint}")
     if first.area < LEAST_AREA * side**2 and not info.transformer:
         found.append(f"{first.size} is less than {trained}: shapes may fall apart; draw it larger and shrink the image")
-    if second and kept is not None and settings.hires_strength > kept and second[0].area > side**2:
+    if second and kept is not None and (settings.hires_strength or 0) > kept and second[0].area > side**2:
         what = f"{second[0].size} is more than {trained}"
         found.append(f"{what}: shapes may fall apart; a hires_strength up to {kept:g} keeps them")
     return found
