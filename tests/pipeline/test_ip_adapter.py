@@ -122,7 +122,10 @@ CASES = {  # adapters, their images, scale, masks
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG = ("several", "levels", "side", "weighed")  # of which "two" and "masks" have the most
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES])
 def test_images_equal_diffusers(case, peer_parts, files, tiny_folder):
     kinds, images, scale, masks = CASES[case]
     theirs = of_peer(peer_parts, files, kinds, images, scale, masks)
@@ -157,12 +160,9 @@ def test_the_same_bits_in_any_batch_and_a_list_for_each_prompt(model, files):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"guidance": "pag"},
-        {"guidance_interval": (0.3, 0.8)},
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 1.0, "guidance": "pag"},
-        {"step_cache": 2},
-        {"hires_scale": 2.0},
+        {"guidance": "pag", "guidance_interval": (0.3, 0.8)},
+        {"guidance_scale": 1.0, "guidance": "pag", "step_cache": 2},
+        {"guidance_scale": 1.0, "hires_scale": 2.0},
     ],
 )
 def test_every_guidance_and_sampler_of_two_evaluations(model, files, settings):
