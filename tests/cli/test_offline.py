@@ -83,7 +83,7 @@ RUN = {
     "data check": "data check {data} --model {model}",
     "data cache": "data cache {data} -o {out}/c --vae {model} --text {model} --resolution 32 -q",
     "evaluate": "evaluate {model} --prompts everyday -n 1 --no-controls --steps 1 -q",
-    "bench": "bench warm --repeats 1 --steps 2 -q",
+    "bench": "bench warm --quick --steps 2 -q",
     "web": "web -o {out}/w --model {model} --no-open -q",
 }
 CODES = {"data check": 3, "web": 130}  # few images; ended by Ctrl-C
