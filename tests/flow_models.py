@@ -5,6 +5,7 @@ import torch
 from tests.checkpoint.test_families_folders import text_encoder
 from tests.checkpoint.test_t5 import encoder as t5_encoder
 from tests.checkpoint.test_t5 import tokenizer as t5_tokenizer
+from tests.comparing.inputs import random_vae
 
 KINDS = ("sd3", "sd35", "sd3_without_t5", "flux_dev", "flux_schnell")
 TOKENS, SIDE, CHANNELS = 12, 64, 16  # of T5, pixels, of the latents
@@ -12,40 +13,25 @@ WIDTH, POOLED = 96, 24  # of T5's states, of a projected text
 SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def vae():
+def vae(**settings):
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False, "latent_channels": CHANNELS}
+    return random_vae(**{**plain, "scaling_factor": 1.5305, "shift_factor": 0.0609, **settings})
+
+
+def transformer(kind, standard=False):
+    """`standard`: of heads and widths from whose shapes all settings can be told."""
     import diffusers
 
-    torch.manual_seed(2)
-    made = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=SIDE,
-        latent_channels=CHANNELS,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
-    made.decoder.conv_out.weight.data *= 2
-    return made
-
-
-def transformer(kind):
-    import diffusers
-
-    common = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": WIDTH}
+    common = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 192 if standard else WIDTH}
     torch.manual_seed(1)
     if kind.startswith("flux"):
         made = diffusers.FluxTransformer2DModel(
             **common,
             in_channels=4 * CHANNELS,
             num_single_layers=2,
-            attention_head_dim=16,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 6, 6),
+            attention_head_dim=32 if standard else 16,
+            pooled_projection_dim=64 if standard else 32,
+            axes_dims_rope=(4, 14, 14) if standard else (4, 6, 6),
             guidance_embeds=kind == "flux_dev",
         )
     else:
@@ -53,12 +39,12 @@ def transformer(kind):
         made = diffusers.SD3Transformer2DModel(
             **common,
             **new,
-            attention_head_dim=16,
+            attention_head_dim=64 if standard else 16,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
-            caption_projection_dim=32,
-            pooled_projection_dim=2 * POOLED,
-            sample_size=16,
+            caption_projection_dim=128 if standard else 32,
+            pooled_projection_dim=192 if standard else 2 * POOLED,
+            sample_size=128 if standard else 16,
             pos_embed_max_size=24,
         )
     for name, tensor in made.named_parameters():
@@ -73,6 +59,40 @@ def scheduler(kind):
     if kind == "flux_dev":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **SHIFTS)
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0 if kind == "flux_schnell" else 3.0)
+
+
+def standard_clip(act, width, projected):
+    """A random CLIP with its own vocabulary and heads of 64, as the published ones, and its tokenizer."""
+    import transformers
+
+    from ldm.checkpoint.vocabulary import clip_tokenizer
+
+    torch.manual_seed(width)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 64}
+    ids = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0 if act == "gelu" else 49407}
+    config = transformers.CLIPTextConfig(
+        vocab_size=49408, num_hidden_layers=2, hidden_act=act, projection_dim=width, **sizes, **ids
+    )
+    made = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config).eval()
+    if projected:
+        made.text_projection.weight.data.copy_(torch.eye(width) * (2 if act == "gelu" else 1))  # CLIP-L's is dropped
+    return made, clip_tokenizer("!" if act == "gelu" else "<|endoftext|>")
+
+
+def build_standard(kind):
+    """As `build`, of sizes from which single files without settings can be read."""
+    import diffusers
+
+    flux = kind.startswith("flux")
+    first, tokenizer = standard_clip("quick_gelu", 64, projected=not flux)
+    t5, words, network = t5_encoder(192), t5_tokenizer(TOKENS), transformer(kind, standard=True)
+    sizes = {"block_out_channels": [32, 32], "norm_num_groups": 32, "sample_size": 1024}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    if flux:
+        coder = vae(**sizes, **blocks, scaling_factor=0.3611, shift_factor=0.1159)
+        return diffusers.FluxPipeline(scheduler(kind), coder, first, tokenizer, t5, words, network)
+    texts = (first, tokenizer, *standard_clip("gelu", 128, projected=True), t5, words)
+    return diffusers.StableDiffusion3Pipeline(network, scheduler(kind), vae(**sizes, **blocks), *texts)
 
 
 def build(kind):

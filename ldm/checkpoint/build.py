@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.folder import OTHER_TOWERS, T5, WORDS, Layout, check_digest, read_json
 from ldm.checkpoint.safety import Advance, read_tensors, silent
+from ldm.console import say
 from ldm.errors import LdmError, ModelError
 
 if TYPE_CHECKING:
@@ -78,18 +79,36 @@ def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]])
 
 
 def _flow_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]]) -> FlowText:
-    from ldm.nn.text import FlowText
+    texts: list[Any] = []
+    for part in layout.texts():
+        if layout.text_class(part) in T5:
+            where = layout.folder / part
+            texts.append(t5_text(layout.configs[part], states[part], layout.tokenizer(part), where))
+        else:
+            texts.append(_build_clip(layout, part, states[part]))
+    return _checked(lambda: flow_text(network_config(layout), texts), layout.folder)
+
+
+def flow_text(config: Any, texts: Sequence[ClipText | T5Text]) -> FlowText:
+    """The text encoders of SD3 or FLUX (`config` is the transformer's) as one. Raises ModelError."""
+    from ldm.nn.text import FlowText, T5Text
     from ldm.nn.text.flow import DEV_TOKENS, SCHNELL_TOKENS, SD3_TOKENS
 
-    config: Any = network_config(layout)
-    parts = {part: layout.text_class(part) in T5 for part in layout.texts()}
-    clips = [_build_clip(layout, part, states[part]) for part, t5 in parts.items() if not t5]
-    t5 = None
-    for part in (part for part, is_t5 in parts.items() if is_t5):
-        t5 = t5_text(layout.configs[part], states[part], layout.tokenizer(part), layout.folder / part)
+    clips: list[Any] = [text for text in texts if not isinstance(text, T5Text)]
+    t5 = next((text for text in texts if isinstance(text, T5Text)), None)
     tokens = SD3_TOKENS if not config.is_flux else DEV_TOKENS if config.guidance_embeds else SCHNELL_TOKENS
     first, second = clips if len(clips) > 1 else (*clips, None)
-    return _checked(lambda: FlowText(first, second, t5, config.text_width, tokens), layout.folder)
+    return FlowText(first, second, t5, config.text_width, tokens)
+
+
+def t5_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of T5 in a model of this one: its feed-forward layers overflow in fp16, so bf16 then; this is said."""
+    import torch
+
+    if dtype != torch.float16:
+        return dtype
+    say("T5 is kept in bf16: in fp16 it overflows")
+    return torch.bfloat16
 
 
 def _build_clip(layout: Layout, part: str, state: Mapping[str, torch.Tensor]) -> ClipText:
@@ -208,8 +227,13 @@ def check_fit(
 def read_part(
     layout: Layout, part: str, dtype, device, digests: dict[str, str], advance: Advance = silent
 ) -> dict[str, torch.Tensor]:
-    """All tensors of one component, each file checked against the manifest; adds the files' sha256 to `digests`."""
+    """All tensors of one component, each file checked against the manifest; adds the files' sha256 to `digests`.
+
+    T5 may get another dtype (see `t5_dtype`).
+    """
     state: dict[str, torch.Tensor] = {}
+    if part in layout.texts() and layout.text_class(part) in T5:
+        dtype = t5_dtype(dtype)
     for path in layout.shards(part):
         tensors, digest = read_tensors(path, dtype, device, advance)
         name = path.relative_to(layout.folder).as_posix()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ldm import console
 from ldm.checkpoint import folder as layouts
@@ -29,13 +30,15 @@ def convert(
     dtype: str | None = None,
     prediction_type: str | None = None,
     vae: str | Path | None = None,
+    text_encoders: Any = None,
 ) -> Path:
     """Write `model` (a folder, a single file, a hub id) as `out`: a single file if that ends with .safetensors, else a
     diffusers folder. Returns its path.
 
-    `dtype` (fp32, fp16, bf16, or torch's names) is the weights' own by default. `prediction_type` and `vae` are as in
-    load_model; the model card is copied. Raises ConfigError and ModelError before any weight is read: for a model that
-    cannot be used, and an `out` that exists and is no model; ResourceError where it cannot be written.
+    `dtype` (fp32, fp16, bf16, or torch's names) is the weights' own by default. `prediction_type`, `vae` and
+    `text_encoders` are as in load_model; the model card is copied. Raises ConfigError and ModelError before any weight
+    is read: for a model that cannot be used, and an `out` that exists and is no model; ResourceError where it cannot be
+    written.
     """
     import torch
 
@@ -47,14 +50,15 @@ def convert(
         )
     dtype = check_dtype(dtype or "auto")
     (single.check_target if to_single else refuse_foreign)(out)
-    check_model(model, vae, prediction_type)
+    check_model(model, vae, prediction_type, text_encoders)
     source = resolve(model)
     if out.exists() and out.samefile(source):
         raise ModelError("is the model itself", where=out, hint="choose another name")
     if dtype == "auto":
-        dtype = stored_dtype(source, () if vae is None else ("vae",))
+        dtype = stored_dtype(source, () if vae is None else ("vae",), single.listed_texts(text_encoders))
     weights_dtype = getattr(torch, DTYPES[dtype])
-    loaded = load_model(model, "cpu", weights_dtype, vae, cache=False, prediction_type=prediction_type)
+    options = {"cache": False, "prediction_type": prediction_type, "text_encoders": text_encoders}
+    loaded = load_model(model, "cpu", weights_dtype, vae, **options)
     for group, count in loaded.info.get("ignored_keys", {}).items():
         console.say(f"left out: {count} of {group}")
     modules = (loaded.unet, loaded.vae.module, *loaded.text.modules)
@@ -65,10 +69,11 @@ def convert(
         return save_model(loaded, out, weights_dtype, MAX_SHARD_MB, card_of(loaded), bar.update)
 
 
-def stored_dtype(path: Path, skip: tuple[str, ...] = ()) -> str:
+def stored_dtype(path: Path, skip: tuple[str, ...] = (), texts: tuple[Path, ...] = ()) -> str:
     """fp32, fp16 or bf16: the smallest that holds every weight of a model's folder or file without loss."""
     if is_single(path):
-        stored = _kinds(read_header(path), single.plan_of(path, "epsilon", skip).destinations)
+        files = single.plan_of(path, "epsilon", skip, texts=texts).files
+        stored = set().union(*(_kinds(header, destinations) for _, header, destinations in files))
     else:
         layout = layouts.read_layout(path, skip)
         headers = [read_header(path) for part in layout.weights for path in layout.shards(part)]

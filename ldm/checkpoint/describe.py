@@ -14,12 +14,13 @@ import torch
 from ldm.checkpoint import build, few_steps, single
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.folder import is_hub_id
-from ldm.checkpoint.model import is_single, resolve, vae_settings
+from ldm.checkpoint.model import is_single, refuse_texts, resolve, vae_settings
 from ldm.checkpoint.safety import read_header
-from ldm.checkpoint.single.read import named, text_on_meta
+from ldm.checkpoint.single.plan import named, network_of
+from ldm.checkpoint.single.read import text_on_meta
 from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
-from ldm.diffusion.diffusers_config import read_scheduler, read_stepping
+from ldm.diffusion.diffusers_config import read_stepping
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, ModelError
 from ldm.files import sha256
@@ -69,20 +70,27 @@ def describe(
     vae: str | os.PathLike | None = None,
     prediction_type: str | None = None,
     hashed: bool = False,
+    text_encoders: Any = None,
 ) -> ModelInfo:
     """A description of the model after every check that needs no weight; only the settings of a hub id are fetched.
 
-    `vae` and `prediction_type` replace the model's. `hashed` adds the loaded model's hash (without another VAE), from
-    the manifest or by reading all weights. Raises ModelError as loading does.
+    `vae` and `prediction_type` replace the model's; `text_encoders` are those that a single file lacks. `hashed` adds
+    the loaded model's hash (without another VAE), from the manifest or by reading all weights. Raises ModelError as
+    loading does.
     """
     if isinstance(model, Model):
+        refuse_texts(text_encoders, model.path)
         return _of_loaded(model)
     override = None if prediction_type is None else check_prediction_type(prediction_type)
     skip = ("vae",) if vae is not None else ()
     path = resolve(model, weights=hashed)
     if is_single(path):
-        name, configs, card, unet, schedule, header = _of_single(path, override, skip)
+        plan = single.plan_of(path, override, skip, texts=single.listed_texts(text_encoders))
+        name, configs, card, header = path.stem, plan.configs, plan.card, plan.header.metadata
+        with named(path):
+            unet, schedule = network_of(plan), build.schedule_of(configs["scheduler"], configs[plan.network])
     else:
+        refuse_texts(text_encoders, path)
         hub = str(model) != "default" and is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
@@ -114,7 +122,7 @@ def describe(
         factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
         clip_layers=tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in _skippable(unet, clips)),
         card={**_usual(unet), **stepping, **(few.defaults if few else {}), **drawing},
-        hash=_hash(path, skip) if hashed else "",
+        hash=_hash(path, skip, single.listed_texts(text_encoders)) if hashed else "",
         notes=tuple(notes),
         doubts=(found.line,) if found and found.doubtful else (),
         few=few,
@@ -135,22 +143,16 @@ def _usual(config: UNetConfig | MMDiTConfig) -> Mapping[str, Any]:
     return {"sampler": "euler", "guidance_scale": scale, "num_inference_steps": steps}
 
 
-def _of_single(path: Path, override: str | None, skip: tuple[str, ...]) -> tuple[Any, ...]:
-    """Name, configs, card, U-Net's settings, schedule and the header's metadata of a single file."""
-    plan = single.plan_of(path, override, skip)
-    with named(path):
-        unet = UNetConfig.from_diffusers(plan.configs["unet"], path)
-        schedule = read_scheduler(dict(plan.configs["scheduler"]))
-        return path.stem, plan.configs, plan.card, unet, schedule, plan.header.metadata
-
-
-def text_without_weights(model: str | os.PathLike | Model, prediction_type: str | None = None) -> TextEncoder:
+def text_without_weights(
+    model: str | os.PathLike | Model, prediction_type: str | None = None, text_encoders: Any = None
+) -> TextEncoder:
     """A model's text encoder that can tokenize and not encode: for checks of prompts. Raises ModelError."""
     if isinstance(model, Model):
         return model.text
     place = resolve(model)
     if is_single(place):
-        return text_on_meta(single.plan_of(place, prediction_type, ("vae",)))
+        texts = single.listed_texts(text_encoders)
+        return text_on_meta(single.plan_of(place, prediction_type, ("vae",), texts=texts))
     layout = layouts.read_layout(place, ("vae",))
     headers = {part: [read_header(path).tensors for path in layout.shards(part)] for part in layout.texts()}
     states = {
@@ -182,12 +184,14 @@ def _drawing_settings(card: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, Mapping) else {}
 
 
-def _hash(root: Path, skip: tuple[str, ...]) -> str:
-    """The hash of the loaded model: a file's sha256, or one over all files of a folder that loading reads."""
+def _hash(root: Path, skip: tuple[str, ...], texts: tuple[Path, ...] = ()) -> str:
+    """The hash of the loaded model: a file's sha256 (of several files one), or one over all files of a folder that
+    loading reads."""
     if is_single(root):
-        size = root.stat().st_size
+        files = [one.path for one in single.plan_of(root, "epsilon", skip, strict=False, texts=texts).files]
+        size = sum(path.stat().st_size for path in files)
         with progress(total=size, desc=f"hashing {root.name}", unit="B", disable=size < LARGE) as bar:
-            return sha256(root, bar.update)
+            return single.hash_of_files([sha256(path, bar.update) for path in files])
     layout = layouts.read_layout(root, skip)
     weights = [path for part in layout.weights for path in layout.shards(part)]
     names = [*layout.settings(), *(path.relative_to(root).as_posix() for path in weights)]

@@ -5,7 +5,6 @@ No weights are read except a LoRA's alphas: single numbers beside its matrices.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -23,10 +22,12 @@ from ldm.checkpoint.lora.target import target_for
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.header import KEY
 from ldm.checkpoint.single.names import UNET
+from ldm.checkpoint.single.plan import fp8_kinds
 from ldm.errors import ModelError
 from ldm.nn.mmdit_config import FLUX, SD3, MMDiTConfig
 
-SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+BARE = ("double_blocks.0.", "joint_blocks.0.")  # beginnings of names in BFL's and Stability AI's transformers alone
+SHORT = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
 UNKNOWN_FAMILY = "sizes of no known family"
 COMPONENTS = {  # class in a component's config.json -> (kind, the component's name)
     "AutoencoderKL": ("autoencoder", "vae"),
@@ -44,7 +45,6 @@ ENCODERS = {  # a part of a key -> what a file of such keys is
 }
 VERSIONS = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "xl"}  # beginnings of ss_base_model_version
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "xl"}  # of the text that a U-Net attends to
-SHOWN = 50  # lines of metadata in the text
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
@@ -147,14 +147,18 @@ def _file(path: Path) -> dict[str, Any]:
         refuse_pickle(path)
         raise ModelError("is neither a model folder nor a weight file", where=path)
     header = read_header(path)
-    if single.stored_settings(header, path) or any(key.startswith(UNET) for key in header.tensors):
+    stored, lora = single.stored_settings(header, path), any("lora" in key for key in header.tensors)
+    if stored is None and not lora and any(key.removeprefix(UNET).startswith(BARE) for key in header.tensors):
+        try:
+            return _single(path, header)
+        except ModelError as error:  # a relative of FLUX, or quantised weights
+            return _other(header, error.what)
+    if stored is not None or any(key.startswith(UNET) for key in header.tensors):
         return _single(path, header)
-    if any("lora" in key for key in header.tensors):
+    if lora:
         return _lora(path, header)
     if any(key.startswith("model_ema.") for key in header.tensors):
-        what = "holds averaged weights (model_ema) and no U-Net under its own names"
-        info = {"kind": "other", "format": "single file", "what": what, "metadata": dict(header.metadata)}
-        return {**info, **_total({"all": _part(header.tensors.values(), None)})}
+        return _other(header, "holds averaged weights (model_ema) and no U-Net under its own names")
     info = {**_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
     try:
@@ -168,8 +172,14 @@ def _file(path: Path) -> dict[str, Any]:
     return {"kind": "other", "format": "single file", "what": what, **info}
 
 
+def _other(header: Header, what: str) -> dict[str, Any]:
+    """A sound file that is nothing of ours."""
+    info = {"kind": "other", "format": "single file", "what": what, "metadata": dict(header.metadata)}
+    return {**info, **_total({"all": _part(header.tensors.values(), None)})}
+
+
 def _single(path: Path, header: Header) -> dict[str, Any]:
-    """A whole model in one file; `unapplied` and `notes` list what loading would refuse."""
+    """A whole model in one file; `unapplied` and `notes` list what loading would refuse, or what has to be given."""
     try:
         plan, notes = single.plan_of(path, strict=False), []
     except ModelError as error:  # most often: the prediction type is unknown
@@ -179,15 +189,18 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
         keys = [key for key, destination in plan.destinations.items() if destination.part == part]
         parts[part] = _part((header.tensors[key] for key in keys), None)
     scheduler = plan.configs["scheduler"]
-    found = None if plan.card else few_steps.of_model(path.stem, scheduler, plan.configs["unet"], header.metadata)
+    network, flow = plan.configs[plan.network], plan.network == "transformer"
+    found = None if plan.card or flow else few_steps.of_model(path.stem, scheduler, network, header.metadata)
     missing = [part for part, entry in parts.items() if not entry["tensors"]]
-    notes += [f"holds no {part}" for part in missing]
+    unsure = bool(notes)
+    notes += [f"holds no {part}" for part in (plan.absent if flow else missing)]
+    notes += [f"weights in {kind} are read as 16 or 32 bits" for kind in sorted(fp8_kinds(plan))]
     return {
         "kind": "model",
         "format": "single file" + (" with our settings" if KEY in header.metadata else ""),
-        **_named(FAMILIES.get(plan.family)),
-        "prediction_type": None if notes[: len(notes) - len(missing)] else scheduler.get("prediction_type"),
-        **_sizes(plan.configs["unet"], plan.configs["vae"]),
+        **(_flow_family(network) if flow else _named(FAMILIES.get(plan.family))),
+        "prediction_type": "flow" if _flow(scheduler) else None if unsure else scheduler.get("prediction_type"),
+        **_sizes(network, plan.configs["vae"]),
         **_total({part: entry for part, entry in parts.items() if part not in missing}),
         "ignored": dict(plan.ignored),
         "metadata": {key: value for key, value in header.metadata.items() if key != KEY},
@@ -207,8 +220,7 @@ def _lora(path: Path, header: Header) -> dict[str, Any]:
     try:
         adapter = lora.read_lora_header(path)
     except ModelError as error:
-        what = {"kind": "other", "format": "single file", "what": error.what}
-        return {**what, **_total({"all": _part(header.tensors.values(), None)}), "metadata": dict(header.metadata)}
+        return _other(header, error.what)
     family = None if _flow_lora(adapter) else _lora_family(adapter)
     ranks = Counter(entry.rank for entry in adapter.entries.values())
     alphas = Counter(entry.alpha for entry in adapter.entries.values())
@@ -359,39 +371,3 @@ def _total(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         dtypes.update(part["dtypes"])
     totals = {key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")}
     return {**totals, "dtypes": dict(dtypes.most_common()), **({} if "all" in parts else {"parts": dict(parts)})}
-
-
-def as_text(info: Mapping[str, Any]) -> str:
-    """The result of `inspect` as lines to read; long lists and texts are cut."""
-    lines = [("", info["path"])]
-    for key in ("kind", "what", "format", "title", "prediction_type", "base_model", "resolution", "run"):
-        if info.get(key):
-            lines.append((key.replace("_", " ").replace("title", "family"), info[key]))
-    for key, value in info.get("lora", {}).items():
-        lines.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
-    if few := info.get("few_steps"):
-        lines.append(("few steps", ", ".join(f"{name} {value}" for name, value in few.items())))
-    lines.append(("parameters", f"{info['parameters']:,} ({_list(info['dtypes'])})"))
-    for part, entry in info.get("parts", {}).items():
-        lines.append(
-            (f"  {part}", f"{entry['parameters']:,} {entry.get('class', '')} {_list(entry.get('dtypes', {}))}")
-        )
-    for key, value in list(info.get("metadata", {}).items())[:SHOWN]:
-        text = value if isinstance(value, str) else json.dumps(value)
-        lines.append((f"  {key}", text if len(text) <= 100 else f"{text[:100]}… ({len(text):,} characters)"))
-    for note in info.get("notes", ()):
-        lines.append(("note", note))
-    unapplied = info.get("unapplied", [])
-    if unapplied:
-        lines.append(("unapplied", f"{len(unapplied)} keys would not be applied"))
-    for entry in unapplied[:10]:
-        lines.append((f"  {entry['key']}", entry["why"]))
-    return "\n".join(_printable(f"{name:<16} {value}" if name else str(value)) for name, value in lines)
-
-
-def _list(dtypes: Mapping[str, int]) -> str:
-    return ", ".join(dtypes)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "·" for c in " ".join(text.split("\n"))).rstrip()

@@ -33,7 +33,10 @@ _lock = threading.RLock()
 
 
 def check_model(
-    model: str | Path | Model = "default", vae: str | Path | None = None, prediction_type: str | None = None
+    model: str | Path | Model = "default",
+    vae: str | Path | None = None,
+    prediction_type: str | None = None,
+    text_encoders: Any = None,
 ) -> Path | None:
     """The model's folder or file, after every check that needs no weight: a few milliseconds, no torch.
 
@@ -46,8 +49,9 @@ def check_model(
     if is_hub_id(str(model)):
         layouts.check_index(path)
     elif is_single(path):
-        single.plan_of(path, override, skip)
+        single.plan_of(path, override, skip, texts=single.listed_texts(text_encoders))
     else:
+        refuse_texts(text_encoders, path)
         layouts.read_layout(path, skip)
     if vae is not None and is_single(Path(vae)):
         single.vae_facts(Path(vae))
@@ -61,23 +65,33 @@ def load_model(
     vae: str | os.PathLike | VAE | None = None,
     cache: bool = True,
     prediction_type: str | None = None,
+    text_encoders: Any = None,
 ) -> Model:
     """A model in eval mode, without gradients: "default", a diffusers folder, a single file or a hub id.
 
     `vae` replaces the autoencoder: a folder or file of one or of a whole model, or a loaded one. `prediction_type`
-    (epsilon, v_prediction, sample) overrides the model's. Calls with equal (path, file identity, dtype, device) share
-    one model; `cache=False` loads a separate one, to be trained. Raises ModelError.
+    (epsilon, v_prediction, sample) overrides the model's. `text_encoders` are files and folders with what a single file
+    of SD3 or FLUX lacks: CLIP-L, CLIP-G, T5, T5's tokenizer. Calls with equal (path, file identity, dtype, device)
+    share one model; `cache=False` loads a separate one, to be trained. Raises ModelError.
     """
     if isinstance(model, Model):
+        refuse_texts(text_encoders, model.path)
         return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
     path, file = resolve(model), vae if isinstance(vae, str | os.PathLike) else None
     override = None if prediction_type is None else check_prediction_type(prediction_type)
     read = _cached if cache else _load
-    other = None if file is None else _resolve_vae(file)
-    loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override), str(model), device)
+    other, texts = None if file is None else _resolve_vae(file), single.listed_texts(text_encoders)
+    loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override, texts), str(model), device)
     return loaded if vae is file else _with_vae(loaded, vae, device, dtype)
+
+
+def refuse_texts(text_encoders: Any, where: Any) -> None:
+    """Raise ModelError for text encoders that are given to a model with text encoders of its own."""
+    if text_encoders:
+        what = "has text encoders already; others can be given for a single file of SD3 or FLUX"
+        raise ModelError(what, where=where, hint="leave --text-encoders out")
 
 
 def _in_room(read: Callable[[], Model], name: str, device: torch.device) -> Model:
@@ -109,14 +123,17 @@ def clear_cache() -> None:
         _cache.clear()
 
 
-def _cached(folder: Path, name: str, device, dtype, vae: Path | None, override: str | None) -> Model:
+def _cached(
+    folder: Path, name: str, device, dtype, vae: Path | None, override: str | None, texts: tuple[Path, ...]
+) -> Model:
     """The model from the cache, loaded once for all threads; older versions of the same files are dropped."""
-    source = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), override)
+    source = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), override, texts)
     with _lock:
-        key = (source, layouts.identity(folder), vae and layouts.identity(vae))
+        files = [path for path in (folder, vae, *texts) if path is not None]
+        key = (source, *(layouts.identity(path) for path in files))
         if key not in _cache:
             with without_collector():
-                loaded = _load(folder, name, device, dtype, vae, override)
+                loaded = _load(folder, name, device, dtype, vae, override, texts)
             for old in [old for old in _cache if old[0] == source]:
                 del _cache[old]
             _cache[key] = loaded
@@ -152,16 +169,19 @@ def is_single(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() == ".safetensors"
 
 
-def _load(path: Path, name: str, device, dtype, vae: Path | None, override: str | None) -> Model:
+def _load(
+    path: Path, name: str, device, dtype, vae: Path | None, override: str | None, texts: tuple[Path, ...] = ()
+) -> Model:
     """The model with another autoencoder and prediction type, where these are given."""
     import torch
 
     from ldm.nn.batch_invariant import layout
 
     if is_single(path):
-        plan = single.plan_of(path, override, ("vae",) if vae else ())
+        plan = single.plan_of(path, override, ("vae",) if vae else (), texts=texts)
         loaded = single.read_single(path, device, dtype, plan)
     else:
+        refuse_texts(texts, path)
         loaded = _load_folder(path, name, device, dtype, vae)
     loaded.unet.to(memory_format=layout(device, dtype))
     if override is not None and override != loaded.schedule.prediction_type:
@@ -181,7 +201,7 @@ def settings_of(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
         return {}
     try:
         if is_single(path):
-            return single.plan_of(path, "epsilon", ("vae",)).configs
+            return single.plan_of(path, "epsilon", ("vae",), strict=False).configs
         names = {"vae": "vae/config.json", "scheduler": "scheduler/scheduler_config.json"}
         paths = {part: path / name for part, name in names.items() if (path / name).is_file()}
         return {part: read_json(file) for part, file in (paths or {"vae": path / "config.json"}).items()}

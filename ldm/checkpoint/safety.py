@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -214,8 +214,11 @@ def read_tensors(
     device: torch.device | str,
     advance: Advance = silent,
     names: Container[str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of one safetensors file (all, or those in `names`), floating ones as `dtype` on `device`; its sha256.
+
+    `dtypes` has other dtypes for some.
 
     Raises ModelError for a malformed header before any tensor is read, and for a tensor that is not finite in `dtype`.
     """
@@ -225,7 +228,8 @@ def read_tensors(
         digest.update(raw)
         for name, entry in header.tensors.items():
             if names is None or name in names:
-                tensors[name] = placed_tensor(name, _read_tensor(handle, entry, digest, path), dtype, device, path)
+                own = dtype if dtypes is None else dtypes.get(name, dtype)
+                tensors[name] = placed_tensor(name, _read_tensor(handle, entry, digest, path), own, device, path)
             else:
                 _pass_over(handle, entry.size, digest, path)
             advance(entry.size)

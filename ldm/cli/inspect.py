@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from ldm.checkpoint.inspect import as_text, inspect
+    from ldm.checkpoint.inspect import inspect
+    from ldm.checkpoint.inspect_text import as_text
 
     info = inspect(args.path)
     print(json.dumps(info, indent=1) if args.json else as_text(info))

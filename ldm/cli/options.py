@@ -102,7 +102,7 @@ def _guidance_options() -> list[Option]:
 INT, FLOAT, INTERVAL, ENDS = {"type": int}, {"type": float}, {"type": float, "nargs": 2}, ("FROM", "TO")
 PRESETS = ", ".join(f"{name} ({low:g} {high:g})" for name, (low, high) in STEP_INTERVALS.items())
 PRESETS += ", ".join(f", {name} (sigmas {low:g} {high:g})" for name, (low, high) in SIGMA_INTERVALS.items())
-SWITCH, AUTO = {"action": "store_true"}, {"default": "auto"}
+SWITCH, AUTO, SEVERAL = {"action": "store_true"}, {"default": "auto"}, {"action": "append"}
 BLOCKS = {"action": "store_const", "const": "blocks", "dest": "offload"}
 SHIPPED = {"default": "default"}
 # How an image is drawn
@@ -166,6 +166,7 @@ CONTROL = [
 MODEL = [
     Option("model", "MODEL", "a diffusers folder, a .safetensors file or a hub id (the shipped model)", SHIPPED),
     Option("vae", "PATH", "another VAE's folder or file"),
+    Option("text_encoders", "PATH", "what a file of SD3 or FLUX lacks of CLIP and T5; several times", SEVERAL),
     Option("prediction_type", "NAME", "epsilon, v_prediction, sample (what the model says)"),
     Option("lora", "FILE[:WEIGHT]", "a LoRA or DoRA; may be given several times", {"type": _lora, "action": "append"}),
     Option("lora_dir", "FOLDER", "where <lora:name:0.8> in the prompt finds name.safetensors"),

@@ -49,7 +49,9 @@ class Adapters:
     _fitted: set[Path] = field(default_factory=set)
     _last: tuple[Model, tuple[Adapter, ...], Model] | None = None
 
-    def check(self, adapters: Iterable[Adapter], model: Any, prediction_type: str | None = None) -> None:
+    def check(
+        self, adapters: Iterable[Adapter], model: Any, prediction_type: str | None = None, text_encoders: Any = None
+    ) -> None:
         """Read the header of each file and fit it to `model`, where that is at hand. Raises ModelError in one line.
 
         Says, once a file, where alpha is taken to be the rank, which keys are left out, and what it wants to be drawn
@@ -59,7 +61,7 @@ class Adapters:
         from ldm.checkpoint.lora import match_layers, read_lora_header, target_at, unapplied_line
 
         headers = [read_lora_header(path) for path in dict.fromkeys(adapter.path for adapter in adapters)]
-        target = target_at(model, prediction_type) if headers else None
+        target = target_at(model, prediction_type, text_encoders) if headers else None
         for header in headers:
             found = match_layers(header, target, self._allow) if target else None
             self._fitted |= {header.path} if found else set()

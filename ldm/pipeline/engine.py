@@ -64,13 +64,15 @@ class Engine:
         controlnet: Any = None,
         ip_adapter: Any = None,
         image_encoder: Any = None,
+        text_encoders: Any = None,
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
+        self.text_encoders = text_encoders
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention)
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
-        self.info = describe(model, vae, prediction_type)
+        self.info = describe(model, vae, prediction_type, text_encoders=text_encoders)
         if offload == "blocks" and self.info.transformer is None:
             what = "blocks of a U-Net cannot be lent one at a time"
             raise ConfigError(what, where="offload", hint="use offload without blocks")
@@ -92,14 +94,15 @@ class Engine:
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise ModelError where a LoRA does not fit the model; reads headers alone."""
-        self._adapters.check(adapters, self.model, self.prediction_type)
+        self._adapters.check(adapters, self.model, self.prediction_type, self.text_encoders)
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
         """The model, from the cache of loaded ones where it is there."""
         if isinstance(self.model, Model):
             return self.model
         place, dtype = self.placement.home, dtype or self.dtype
-        return load_model(self.model, place, dtype, vae=self.vae, prediction_type=self.prediction_type)
+        options = {"prediction_type": self.prediction_type, "text_encoders": self.text_encoders}
+        return load_model(self.model, place, dtype, vae=self.vae, **options)
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""

@@ -30,7 +30,7 @@ from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
 OF_PIPELINE += ("controlnet", "ip_adapter", "image_encoder", "dora_scaling", "prediction_type", "device", "dtype")
-OF_PIPELINE += ("offload", "attention", "fast")
+OF_PIPELINE += ("offload", "attention", "fast", "text_encoders")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
@@ -48,6 +48,7 @@ class Pipeline:
     allow_unapplied  whether keys of a LoRA that have no place in the model are a warning instead of an error
     dora_scaling     how weights act on a DoRA: linear (A1111, ComfyUI) or peft (inside its norm, as PEFT has it)
     vae              another VAE's folder or file in place of the model's own
+    text_encoders    what a single file of SD3 or FLUX lacks of CLIP-L, CLIP-G, T5 and T5's tokenizer: files, folders
     controlnet       the folder, file or hub id of a ControlNet or T2I-Adapter, or a list of them, or the name of a
                      control that the model comes with (edges)
     ip_adapter       an IP-Adapter's .safetensors file, or a list of them, which show images to the model
@@ -77,6 +78,7 @@ class Pipeline:
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
         vae: str | os.PathLike | None = None,
+        text_encoders: Any = None,
         controlnet: Any = None,
         ip_adapter: Any = None,
         image_encoder: str | os.PathLike | None = None,
@@ -282,7 +284,7 @@ class Pipeline:
 
     def _refuse_unseen(self, call: Request, requests: Sequence[ImageRequest]) -> None:
         """Raise ConfigError for what the model does not see of the prompts."""
-        encoder = text_without_weights(self._engine.model, self._engine.prediction_type)
+        encoder = text_without_weights(self._engine.model, self._engine.prediction_type, self._engine.text_encoders)
         for line in warnings_of(text_reports(encoder, call.settings, requests)):
             raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
 

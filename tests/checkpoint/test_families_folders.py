@@ -13,6 +13,7 @@ from ldm.checkpoint import load_model, save_model
 from ldm.checkpoint.parts import load_text_from
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.text import XLText
+from tests.comparing.inputs import random_vae
 from tests.conftest import MAX_LENGTH, tiny_tokenizer
 
 PROMPTS, NEGATIVES = ["a red cat", "a dog and a blue dog"], ["blue", "a dog on red"]
@@ -71,17 +72,7 @@ def networks(**settings):
         if name.endswith(("attn2.to_v", "attn2.to_out.0")):
             module.weight.data *= 4
     unet.conv_out.weight.data *= 3
-    vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=SIZE,
-        scaling_factor=0.18215,
-    ).eval()
-    vae.decoder.conv_out.weight.data *= 2
-    return unet, vae
+    return unet, random_vae()
 
 
 def build(family):

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.few_steps import KEY, KINDS, Sampling, named, of_lora, of_model, read_key
-from ldm.checkpoint.inspect import as_text, inspect
+from ldm.checkpoint.inspect import inspect
+from ldm.checkpoint.inspect_text import as_text
 from ldm.checkpoint.lora import read_lora_header
 from ldm.errors import ModelError
 

@@ -58,7 +58,7 @@ def kohya(rank=4, alpha=None, width=768, layer=f"lora_unet_{ATTENTION}", out=640
 
 
 def lines(found):
-    from ldm.checkpoint.inspect import as_text
+    from ldm.checkpoint.inspect_text import as_text
 
     return as_text(found)
 

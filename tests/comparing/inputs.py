@@ -128,20 +128,14 @@ def _unet(**settings: Any) -> Any:
     return unet
 
 
-def _vae() -> Any:
-    """A random autoencoder of factor 4."""
+def random_vae(**settings: Any) -> Any:
+    """A random autoencoder of factor 4, which the tests use too; `settings` are diffusers' that differ."""
     import diffusers
 
     torch.manual_seed(2)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[8, 8, 8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=SIDE,
-        scaling_factor=0.18215,
-    ).eval()
+    sizes = {"block_out_channels": [8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": SIDE}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = diffusers.AutoencoderKL(**{**blocks, **sizes, "scaling_factor": 0.18215, **settings}).eval()
     vae.decoder.conv_out.weight.data *= 2
     return vae
 
@@ -165,7 +159,7 @@ def write_model(name: str, folder: Path) -> None:
     """A tiny random model as a diffusers folder."""
     import diffusers
 
-    vae, scheduler = _vae(), diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
+    vae, scheduler = random_vae(), diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False)
     if name == "xl":
         (first, tokenizer), (second, tokenizer_2) = _clip(32, 2), _clip(48, 3, "gelu", projected=True)
         tokenizer_2.pad_token = "!"

@@ -17,7 +17,8 @@ from ldm.checkpoint.families import Family
 from ldm.checkpoint.folder import T5, Layout, default_folder, read_layout
 from ldm.checkpoint.lora.names import PARTS
 from ldm.checkpoint.safety import read_header
-from ldm.checkpoint.single import plan_of
+from ldm.checkpoint.single import listed_texts, plan_of
+from ldm.checkpoint.single.plan import network_of
 from ldm.checkpoint.types import Model
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
@@ -51,7 +52,7 @@ def target_of(model: Model) -> Target:
     return Target(shapes, model.unet.config)
 
 
-def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
+def target_at(model: Any, prediction_type: str | None = None, text_encoders: Any = None) -> Target | None:
     """The layers of a model's folder or file, or of a loaded model; None where weights would have to be fetched."""
     if not isinstance(model, (str, os.PathLike)):
         return target_of(model)
@@ -60,9 +61,13 @@ def target_at(model: Any, prediction_type: str | None = None) -> Target | None:
         return target_in(read_layout(path, skip=("vae",)))
     if not path.is_file():
         return None
-    plan = plan_of(path, prediction_type, skip=("vae",))
-    shapes = {part: _layers(plan.shapes(part).items()) for part in PARTS if part in plan.configs}
-    return Target(shapes, UNetConfig.from_diffusers(plan.configs["unet"], path))
+    plan = plan_of(path, prediction_type, ("vae",), texts=listed_texts(text_encoders))
+    inside = {part: plan.network if part == "unet" else part for part in PARTS}
+    if plan.network == "transformer":  # T5 stays as it is
+        t5 = {part for part, config in plan.configs.items() if config.get("model_type") == "t5"}
+        inside = {part: name for part, name in inside.items() if name not in t5}
+    shapes = {part: _layers(plan.shapes(name).items()) for part, name in inside.items() if name in plan.configs}
+    return Target(shapes, network_of(plan))
 
 
 def target_in(layout: Layout) -> Target:

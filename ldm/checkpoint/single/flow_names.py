@@ -1,4 +1,4 @@
-"""The original names of SD3's and FLUX's layers, which kohya's and ComfyUI's files use, and diffusers'. No torch.
+"""The original names of SD3's and FLUX's tensors, in single files and in LoRAs, and diffusers'. No torch.
 
 Sources: mmditx.py of Stability AI's sd3.5, model.py and layers.py of Black Forest Labs' flux.
 """
@@ -10,6 +10,43 @@ from ldm.nn.mmdit_config import MMDiTConfig
 QKV, ADDED_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 EMBEDDERS = {"in_layer": "linear_1", "out_layer": "linear_2"}  # of FLUX
 SD3_EMBEDDERS = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
+MLP_RATIO = 4  # of the hidden width of a single block's feed-forward layer to the network's
+LAST = "adaLN_modulation.1"  # of layers whose halves, shift and scale, diffusers has in the other order
+
+
+def flow_modules(config: MMDiTConfig) -> dict[str, tuple[str, ...]]:
+    """Original name of a module or of a whole tensor -> diffusers' names of what is stacked in it; of all a network."""
+    table = {**flow_layers(config), f"final_layer.{LAST}": ("norm_out.linear",)}
+    if config.is_flux:
+        for i in range(config.num_layers):
+            for side, added in (("img", ""), ("txt", "added_")):
+                for one, short in (("query", "q"), ("key", "k")):
+                    new = f"transformer_blocks.{i}.attn.norm_{added}{short}.weight"
+                    table[f"double_blocks.{i}.{side}_attn.norm.{one}_norm.scale"] = (new,)
+        for i in range(config.num_single_layers):
+            for one, short in (("query", "q"), ("key", "k")):
+                new = f"single_transformer_blocks.{i}.attn.norm_{short}.weight"
+                table[f"single_blocks.{i}.norm.{one}_norm.scale"] = (new,)
+        return table
+    table["pos_embed"] = ("pos_embed.pos_embed",)
+    last = config.num_layers - 1
+    table[f"joint_blocks.{last}.context_block.{LAST}"] = (f"transformer_blocks.{last}.norm1_context.linear",)
+    for i in range(config.num_layers if config.qk_norm else 0):
+        sides = {"x_block.attn": "attn.norm_", "context_block.attn": "attn.norm_added_"}
+        sides |= {"x_block.attn2": "attn2.norm_"} if i in config.dual_attention_layers else {}
+        for old, new in sides.items():
+            table |= {f"joint_blocks.{i}.{old}.ln_{x}": (f"transformer_blocks.{i}.{new}{x}",) for x in "qk"}
+    return table
+
+
+def has_halves_swapped(module: str, config: MMDiTConfig) -> bool:
+    """Whether a module of `flow_modules` holds shift and scale, and diffusers' the scale first."""
+    return module in (f"final_layer.{LAST}", f"joint_blocks.{config.num_layers - 1}.context_block.{LAST}")
+
+
+def shares(names: tuple[str, ...]) -> tuple[int, ...]:
+    """How many parts of a stack belong to each of its layers: a single block's feed-forward layer has more."""
+    return tuple(MLP_RATIO if ".proj_mlp" in name else 1 for name in names)
 
 
 def flow_layers(config: MMDiTConfig) -> dict[str, tuple[str, ...]]:

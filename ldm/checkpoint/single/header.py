@@ -15,6 +15,7 @@ from ldm.checkpoint.folder import beside
 from ldm.checkpoint.safety import MAX_JSON, Header
 from ldm.checkpoint.types import PREDICTION_TYPES
 from ldm.errors import ConfigError, ModelError
+from ldm.nn.mmdit_config import FLUX, SD3
 from ldm.settings_files import load
 
 KEY, FORMAT = "ldm", 1
@@ -22,6 +23,7 @@ V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"  # empty tensors: their names are the me
 # metadata whose value is the prediction type
 NAMED_BY = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
+FLOWS = {SD3: "stable-diffusion-3", FLUX: "flux-1-{}"}
 UNKNOWN = "its prediction type is not in the file: epsilon and v models have the same names"
 HINT = "give --prediction-type epsilon (2.x base, 512 pixels) or v_prediction (2.x, 768 pixels)"
 
@@ -33,7 +35,8 @@ def stored_settings(header: Header, where: object) -> dict[str, Any] | None:
     try:
         settings = json.loads(header.metadata[KEY])
         parts = set(settings["configs"])
-        complete = isinstance(settings["configs"], dict) and {"unet", "vae", "text_encoder", "scheduler"} <= parts
+        complete = isinstance(settings["configs"], dict) and {"vae", "text_encoder", "scheduler"} <= parts
+        complete &= "unet" in parts or "transformer" in parts
         complete &= settings["format"] == FORMAT and set(settings["tokenizers"]) <= parts
     except (ValueError, LookupError, TypeError, RecursionError):
         complete = False
@@ -98,16 +101,19 @@ def zero_snr(header: Header) -> bool:
 def metadata_of(settings: Mapping[str, Any], title: str) -> dict[str, str]:
     """The header's metadata: our table, and what other tools read (ModelSpec 1.0.0)."""
     configs = settings["configs"]
-    scheduler, size = configs["scheduler"], configs["unet"].get("sample_size")
+    network = configs.get("unet") or configs["transformer"]
+    scheduler, size = configs["scheduler"], network.get("sample_size")
     metadata = {"format": "pt", KEY: json.dumps(settings, ensure_ascii=False, sort_keys=True), "modelspec.title": title}
     metadata |= {"modelspec.sai_model_spec": "1.0.0", "modelspec.implementation": "ldm"}
-    v = scheduler["prediction_type"] == "v_prediction"
+    v = scheduler.get("prediction_type") == "v_prediction"
     architecture = {"sd1": "v1", "sd2": "v2-768-v" if v else "v2-512", "xl": "xl-v1-base"}
     name, _, inpainting = (settings["family"] or "").partition("-")
     if name in architecture:
         suffix = "-inpainting" if inpainting else ""
         metadata["modelspec.architecture"] = f"stable-diffusion-{architecture[name]}{suffix}"
-    if scheduler["prediction_type"] in ("epsilon", "v_prediction"):
+    if flow := FLOWS.get(network.get("_class_name")):
+        metadata["modelspec.architecture"] = flow.format("dev" if network.get("guidance_embeds") else "schnell")
+    if scheduler.get("prediction_type") in ("epsilon", "v_prediction"):
         metadata["modelspec.prediction_type"] = "v" if v else "epsilon"
     if size:
         side = size * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)

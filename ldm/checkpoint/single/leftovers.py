@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ldm.checkpoint.single.names import UNET, VAE
+from ldm.checkpoint.single.names import FLUX_VAE, UNET, VAE
 from ldm.errors import ModelError
 
 SHOWN = 5  # names of keys that a message lists
@@ -28,7 +28,9 @@ QUANTISED = {  # what marks weights that need their scales -> its name
 # What a network computes with: a tensor of this kind without a place means a network of another shape.
 INSIDE = re.compile(
     rf"{re.escape(UNET)}.*(weight|bias)$"
-    rf"|{re.escape(VAE)}(encoder|decoder|quant_conv|post_quant_conv)\."
+    r"|(double|single|joint)_blocks\.\d+\."
+    rf"|({re.escape(VAE)}|{re.escape(FLUX_VAE)})(encoder|decoder|quant_conv|post_quant_conv)\."
+    r"|text_encoders\.(?!.*vision).*(layers|block)\.\d+\..*(weight|bias)$"
     r"|(cond_stage_model|conditioner)\.(?!.*vision).*(layers|resblocks)\.\d+\..*(weight|bias)$"
 )
 

@@ -6,15 +6,18 @@ a module (or a whole name) of the file to that of the folder; the rest of a name
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from ldm.checkpoint.folder import OTHER_TOWERS
+from ldm.checkpoint.single.flow_names import flow_modules, has_halves_swapped, shares
+from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
 
 Config = Mapping[str, Any]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+FLUX_VAE = "vae."
 QKV = ("q_proj", "k_proj", "v_proj")  # the order in which OpenCLIP stacks them as in_proj
 RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2"}
 RESNET |= {"out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
@@ -28,14 +31,22 @@ BLOCK = {
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of the VAE
 
 
+class Stack(NamedTuple):
+    """One module of a flow transformer's original code."""
+
+    names: tuple[str, ...]  # of the modules in the folder that are stacked in it
+    swapped: bool = False  # whether its halves are in the other order
+
+
 @dataclass(frozen=True)
 class Part:
     """One component of a model inside a single file."""
 
-    name: str  # unet, vae, text_encoder, text_encoder_2
+    name: str  # unet or transformer, vae, text_encoder, text_encoder_2, text_encoder_3
     prefixes: tuple[str, ...]  # of its tensors in a file; the first one is written
     modules: Mapping[str, str]  # module in the file -> module in the folder; {} for equal names
     form: str = "same"  # how tensors differ: same, vae (1x1 convolutions in attention), open_clip (stacked q, k, v)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)  # of a flow transformer: module in the file -> what it is
     unused: tuple[str, ...] = ()  # beginnings of names that a file may have and a folder has not
 
     def inner(self, key: str) -> str | None:
@@ -46,30 +57,49 @@ class Part:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a tensor of a single file goes: its name in the folder, or three names for stacked q, k, v."""
+    """Where a tensor of a single file goes: its name in the folder, or several names for stacked q, k, v."""
 
     part: str
     names: tuple[str, ...]
-    change: str = ""  # transposed, flat (a 1x1 convolution as a matrix), or nothing
+    change: str = ""  # transposed, flat (a 1x1 convolution as a matrix), swapped (its halves), or nothing
+    shares: tuple[int, ...] = (1,)  # of the stack's rows, for each name
+
+    def rows(self, total: int) -> list[int] | None:
+        """How many of so many rows each name gets; None where they cannot be shared out."""
+        whole = sum(self.shares)
+        return None if total % whole else [total // whole * share for share in self.shares]
 
 
 def destination_of(part: Part, key: str) -> Destination | None:
     """Where one tensor of a file goes; None for a name that `part` does not have."""
+    if part.stacks:
+        return _of_stack(part, part.inner(key) or "")
     name = translated(part.inner(key) or "", part.modules)
     if name is None:
         return None
     module, _, tensor_name = name.rpartition(".")
     if part.form == "open_clip" and tensor_name in ("in_proj_weight", "in_proj_bias"):
-        return Destination(part.name, tuple(f"{module}.{proj}.{tensor_name.removeprefix('in_proj_')}" for proj in QKV))
+        names = tuple(f"{module}.{proj}.{tensor_name.removeprefix('in_proj_')}" for proj in QKV)
+        return Destination(part.name, names, shares=(1, 1, 1))
     if part.form == "open_clip" and name == "text_projection.weight":
         return Destination(part.name, (name,), "transposed")
     flat = part.form == "vae" and ".attentions." in name and tensor_name == "weight" and "group_norm" not in name
     return Destination(part.name, (name,), "flat" if flat else "")
 
 
+def _of_stack(part: Part, key: str) -> Destination | None:
+    module, tail = _split(key, part.stacks)
+    if module is None:
+        return None
+    stack = part.stacks[module]
+    change = "swapped" if stack.swapped else ""
+    return Destination(part.name, tuple(name + tail for name in stack.names), change, shares(stack.names))
+
+
 def originals(part: Part, names: Iterable[str]) -> Iterator[tuple[str, Destination | None]]:
     """(key in the file, where it goes) for a component's tensors; (name, None) where the file has no such name."""
     back, prefix, done = {new: old for old, new in part.modules.items()}, part.prefixes[0], set()
+    back |= {new: old for old, stack in part.stacks.items() for new in stack.names}
     for name in names:
         old = translated(name, back)
         if old is not None and part.form == "open_clip":
@@ -86,17 +116,25 @@ def translated(name: str, modules: Mapping[str, str]) -> str | None:
     """`name` with the longest module at its beginning replaced; None where no module matches."""
     if not modules:
         return name or None
+    module, tail = _split(name, modules)
+    return None if module is None else modules[module] + tail
+
+
+def _split(name: str, modules: Container[str]) -> tuple[str | None, str]:
+    """(the longest of the modules at the beginning of a name, the rest of the name)."""
     head, tail = name, ""
     while head:
         if head in modules:
-            return modules[head] + tail
+            return head, tail
         head, dot, last = head.rpartition(".")
         tail = dot + last + tail
-    return None
+    return None, name
 
 
 def parts_of(configs: Mapping[str, Config]) -> dict[str, Part]:
     """The components of a model with these settings (component -> config.json), as a single file holds them."""
+    if "transformer" in configs:
+        return _flow_parts(configs)
     unet = UNetConfig.from_diffusers(configs["unet"])
     parts = {"unet": Part("unet", (UNET,), unet_modules(unet)), "vae": vae_part(configs["vae"])}
     for name in ("text_encoder", "text_encoder_2"):
@@ -105,9 +143,33 @@ def parts_of(configs: Mapping[str, Config]) -> dict[str, Part]:
     return parts
 
 
-def vae_part(config: Config, prefix: str = VAE) -> Part:
+def _flow_parts(configs: Mapping[str, Config]) -> dict[str, Part]:
+    """The components of SD3 or FLUX as ComfyUI's files hold them; the transformer may have no prefix (BFL's files)."""
+    config = MMDiTConfig.from_diffusers(configs["transformer"])
+    parts = {"vae": vae_part(configs["vae"], *((FLUX_VAE, VAE) if config.is_flux else (VAE, FLUX_VAE)))}
+    for name, short in flow_texts(config.is_flux).items():
+        if name in configs:
+            projects = _projects(configs[name]) or short == "t5xxl"
+            unused = ("text_model.embeddings.position_ids", *(() if projects else ("text_projection.weight",)))
+            parts[name] = Part(name, (text_prefix(short),), {}, unused=unused)
+    stacks = {old: Stack(new, has_halves_swapped(old, config)) for old, new in flow_modules(config).items()}
+    return {**parts, "transformer": Part("transformer", (UNET, ""), {}, stacks=stacks)}  # the last: "" fits all keys
+
+
+def flow_texts(flux: bool) -> dict[str, str]:
+    """The text encoders of FLUX or SD3 -> what files and people call them."""
+    names = ("clip_l", "t5xxl") if flux else ("clip_l", "clip_g", "t5xxl")
+    return dict(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), names))
+
+
+def text_prefix(short: str) -> str:
+    """Of a text encoder's tensors in ComfyUI's whole files of SD3 and FLUX."""
+    return f"text_encoders.{short}.transformer."
+
+
+def vae_part(config: Config, *prefixes: str) -> Part:
     unused = ("loss.", "model_ema.")
-    return Part("vae", (prefix,), vae_modules(config), "vae", unused)
+    return Part("vae", prefixes or (VAE,), vae_modules(config), "vae", unused=unused)
 
 
 def text_part(name: str, config: Config, unet: UNetConfig) -> Part:
@@ -124,7 +186,7 @@ def text_part(name: str, config: Config, unet: UNetConfig) -> Part:
     )
     unused = ["logit_scale", "attn_mask", f"transformer.resblocks.{config['num_hidden_layers']}."]
     unused += [] if _projects(config) else ["text_projection"]
-    return Part(name, inside, open_clip_modules(config), "open_clip", tuple(unused))
+    return Part(name, inside, open_clip_modules(config), "open_clip", unused=tuple(unused))
 
 
 def _projects(config: Config) -> bool:

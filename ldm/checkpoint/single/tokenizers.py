@@ -1,7 +1,8 @@
 """Tokenizers inside a single file's header: CLIP's as its pad token alone, every other one with its files.
 
 The table has `pad_token` and `model_max_length` (CLIP's), or `files` (name -> content, as in a model's folder); and
-`words`, the words that the text encoder was trained on, where these are known.
+`words`, the words that the text encoder was trained on, where these are known. In memory it may have `folder` instead,
+where the files are.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ def stored(text: ClipText | T5Text, files: Path) -> dict[str, Any]:
 
 
 def clips(stored: Mapping[str, Any], files: Path) -> Any:
-    """CLIP's standard tokenizer, or the stored one; `files` is a folder for temporary files."""
-    if "files" not in stored:
+    """CLIP's standard tokenizer, the stored one, or that of a folder; `files` is a folder for temporary files."""
+    if "files" not in stored and "folder" not in stored:
         return clip_tokenizer(stored["pad_token"], stored.get("model_max_length", LENGTH))
 
     return of_folder(unpack(stored, files))
 
 
 def unpack(stored: Mapping[str, Any], files: Path) -> Path:
-    """Write the stored files into a folder."""
+    """Write the stored files into a folder, or name the folder where they are."""
+    if "folder" in stored:
+        return Path(stored["folder"])
     files.mkdir(parents=True)
     for name in KEPT:
         (files / name).write_text(json.dumps(stored["files"][name], ensure_ascii=False), encoding="utf-8")

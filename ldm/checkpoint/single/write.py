@@ -18,6 +18,7 @@ from ldm.checkpoint.tensors import Source, source, write_tensors
 from ldm.checkpoint.types import Model
 from ldm.errors import LdmError, ModelError
 from ldm.files import atomic_write, require_space
+from ldm.nn.mmdit_config import MMDiTConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +36,8 @@ def save_single(
     the number of bytes written. Raises ModelError for weights that are not finite in `dtype` and parts that do not
     belong together, ResourceError where the file cannot be written.
     """
-    from ldm.nn.text import FlowText
-
     path = Path(path)
     check_target(path)
-    if isinstance(model.text, FlowText):
-        raise ModelError("a flow transformer cannot be written as a single file", where=path, hint="name a folder")
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)
     settings, states = _settings(model, card), _states(model)
     sources: dict[str, Source] = {}
@@ -73,7 +70,7 @@ def _settings(model: Model, card: str | None) -> dict[str, Any]:
     from ldm.diffusion.diffusers_config import write_scheduler
     from ldm.nn.text import XLText
 
-    configs = {"unet": model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
+    configs = {_network(model): model.unet.config.to_diffusers(), "vae": vae_config(model.vae)}
     configs["scheduler"] = write_scheduler(model.schedule)
     tokenizers = {}
     with TemporaryDirectory() as files:
@@ -87,7 +84,13 @@ def _settings(model: Model, card: str | None) -> dict[str, Any]:
     return settings if card is None else {**settings, "card": card}
 
 
+def _network(model: Model) -> str:
+    return "transformer" if isinstance(model.unet.config, MMDiTConfig) else "unet"
+
+
 def _family(model: Model) -> str | None:
+    if _network(model) == "transformer":
+        return None
     try:
         return family_of({name: tuple(tensor.shape) for name, tensor in model.unet.state_dict().items()}).name
     except ModelError:
@@ -95,7 +98,7 @@ def _family(model: Model) -> str | None:
 
 
 def _states(model: Model) -> dict[str, dict[str, torch.Tensor]]:
-    states = {"unet": model.unet.state_dict(), "vae": model.vae.module.state_dict()}
+    states = {_network(model): model.unet.state_dict(), "vae": model.vae.module.state_dict()}
     return states | {f"text_encoder{suffix}": text_state(text) for suffix, text in encoders(model.text).items()}
 
 
@@ -105,7 +108,7 @@ def _sources(part: Part, state: Mapping[str, torch.Tensor], dtype: torch.dtype, 
     def one(key: str, destination: Destination) -> Source:
         pieces = [source(state[name], dtype, key, path) for name in destination.names]
         first = pieces[0]
-        shape = (len(pieces) * first.shape[0], *first.shape[1:])
+        shape = (sum(piece.shape[0] for piece in pieces), *first.shape[1:]) if first.shape else ()
         shape = {"transposed": shape[::-1], "flat": (*shape, 1, 1)}.get(destination.change, shape)
         return Source(first.dtype, shape, lambda: _joined([piece.make() for piece in pieces], shape, destination))
 
@@ -118,10 +121,12 @@ def _sources(part: Part, state: Mapping[str, torch.Tensor], dtype: torch.dtype, 
 
 
 def _joined(tensors: list[torch.Tensor], shape: tuple[int, ...], destination: Destination) -> torch.Tensor:
-    """The folder's tensors in the file's form: q, k and v stacked, transposed, or as a 1x1 convolution."""
+    """The folder's tensors in the file's form: q, k and v stacked, transposed, halves swapped, or a 1x1 convolution."""
     import torch
 
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if destination.change == "swapped":
+        return whole.roll(len(whole) // 2, 0)
     return whole.t() if destination.change == "transposed" else whole.reshape(shape)
 
 
@@ -129,6 +134,6 @@ def _flags(scheduler: Mapping[str, Any]) -> dict[str, Source]:
     """Empty tensors that mark a v-prediction model, and one with zero terminal SNR, for other programs."""
     import torch
 
-    v = scheduler["prediction_type"] == "v_prediction"
+    v = scheduler.get("prediction_type") == "v_prediction"
     names = [V_KEY] * v + [ZERO_SNR_KEY] * (v and bool(scheduler.get("rescale_betas_zero_snr")))
     return {name: Source(torch.float32, (0,), lambda: torch.zeros(0)) for name in names}

@@ -40,7 +40,7 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, prediction_type, allow_unapplied,
+    engine    Engine's other keywords: device, offload, attention, prediction_type, text_encoders, allow_unapplied,
               dora_scaling
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
@@ -118,7 +118,8 @@ class Resolver:
         options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder}
         if self._loaded is not None and model == self._default:
             return Engine(self._loaded, **options), describe(self._loaded)
-        return Engine(model, **options), describe(model, vae, self._options.get("prediction_type"), hashed=True)
+        prediction_type, texts = self._options.get("prediction_type"), self._options.get("text_encoders")
+        return Engine(model, **options), describe(model, vae, prediction_type, hashed=True, text_encoders=texts)
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:
         """The engine of a job's settings, and what it shares with all jobs that may be in its batch."""

@@ -81,6 +81,7 @@ SETTINGS: dict[str, Setting] = {
     "offload": Setting(RUN),
     "attention": Setting(RUN),
     "prediction_type": Setting(RUN),
+    "text_encoders": Setting(RUN),
     "allow_unapplied": Setting(RUN),
     "dora_scaling": Setting(RUN),
     "lora_dir": Setting(RUN),
