@@ -19,6 +19,7 @@ from ldm.checkpoint.families import FAMILIES, Family, family_of
 from ldm.checkpoint.folder import default_folder, weight_files
 from ldm.checkpoint.lora.read import FILE as LORA_FILE
 from ldm.checkpoint.lora.target import target_for
+from ldm.checkpoint.memory import memory_of
 from ldm.checkpoint.safety import PICKLES, Header, Tensor, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.header import KEY
 from ldm.checkpoint.single.names import UNET
@@ -103,6 +104,7 @@ def _model(layout: layouts.Layout) -> dict[str, Any]:
         "prediction_type": "flow" if _flow(scheduler) else scheduler.get("prediction_type", "epsilon"),
         **_sizes(unet, layout.configs["vae"]),
         **_total(parts),
+        **_memory({part: {name: one.shape for name, one in found.items()} for part, found in tensors.items()}),
         "manifest": bool(layout.manifest),
         **(
             {}
@@ -112,6 +114,11 @@ def _model(layout: layouts.Layout) -> dict[str, Any]:
         "metadata": {key: value for key, value in card.items() if isinstance(value, str | int | float | dict)},
         "unapplied": [],
     }
+
+
+def _memory(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """`memory` of a flow transformer's whole model; {} for others."""
+    return {"memory": memory_of(shapes)} if "transformer" in shapes else {}
 
 
 def _flow(scheduler: Mapping[str, Any]) -> bool:
@@ -202,6 +209,7 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
         "prediction_type": "flow" if _flow(scheduler) else None if unsure else scheduler.get("prediction_type"),
         **_sizes(network, plan.configs["vae"]),
         **_total({part: entry for part, entry in parts.items() if part not in missing}),
+        **_memory({} if plan.absent else {part: plan.shapes(part) for part in parts}),
         "ignored": dict(plan.ignored),
         "metadata": {key: value for key, value in header.metadata.items() if key != KEY},
         "unapplied": _unapplied(dict.fromkeys(plan.unknown, "belongs to no part of the model")),

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.checkpoint.memory import memory_lines
+
 SHOWN = 50  # lines of metadata
 
 
@@ -24,6 +26,8 @@ def as_text(info: Mapping[str, Any]) -> str:
         lines.append(
             (f"  {part}", f"{entry['parameters']:,} {entry.get('class', '')} {_list(entry.get('dtypes', {}))}")
         )
+    if memory := info.get("memory"):
+        lines += memory_lines(memory)
     for key, value in list(info.get("metadata", {}).items())[:SHOWN]:
         text = value if isinstance(value, str) else json.dumps(value)
         lines.append((f"  {key}", text if len(text) <= 100 else f"{text[:100]}… ({len(text):,} characters)"))

@@ -55,8 +55,10 @@ class Conditioning:
     def cat(cls, parts: Iterable[Conditioning]) -> Conditioning:
         """One after the other; shorter states are padded with zeros that the mask leaves out. Raises ModelError."""
         parts = list(parts)
-        if len({part.states.shape[-1] for part in parts}) != 1 or len({part.pooled is None for part in parts}) != 1:
+        if len({part.states.shape[-1] for part in parts}) != 1:
             raise ModelError("texts of different encoders cannot be put together")
+        if len({part.pooled is None for part in parts}) != 1:
+            raise ModelError("some of the texts have pooled text and others have none: they cannot be put together")
         longest = max(part.states.shape[1] for part in parts)
         padded = [one if one.states.shape[1] == longest else one._padded(longest) for one in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]  # of all or of none
