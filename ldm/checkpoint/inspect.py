@@ -209,7 +209,7 @@ def _single(path: Path, header: Header) -> dict[str, Any]:
         "prediction_type": "flow" if _flow(scheduler) else None if unsure else scheduler.get("prediction_type"),
         **_sizes(network, plan.configs["vae"]),
         **_total({part: entry for part, entry in parts.items() if part not in missing}),
-        **_memory({} if plan.absent else {part: plan.shapes(part) for part in parts}),
+        **_memory({part: plan.shapes(part) for part in parts if part not in missing}),
         "ignored": dict(plan.ignored),
         "metadata": {key: value for key, value in header.metadata.items() if key != KEY},
         "unapplied": _unapplied(dict.fromkeys(plan.unknown, "belongs to no part of the model")),

@@ -41,7 +41,7 @@ def memory_lines(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     text = sum(size for part, size in memory["parts"].items() if part.startswith("text_encoder"))
     lent = f"one block and what is around them {gigabytes(memory['around'] + memory['block'])}"
     return [
-        ("memory", f"weights in 16 bits, without activations: {gigabytes(device['all'])} on the GPU"),
+        ("memory", f"weights of these parts in 16 bits, without activations: {gigabytes(device['all'])} on the GPU"),
         ("  --offload", f"{gigabytes(device['offload'])} on the GPU at once, {total} in main memory"),
         (
             "  --offload-blocks",
