@@ -66,7 +66,7 @@ def build_text(layout: Layout, states: Mapping[str, Mapping[str, torch.Tensor]])
     """The folder's text encoders with these tensors (component -> name -> tensor) and tokenizers. Raises ModelError."""
     from ldm.nn.text import XLText
 
-    if layout.network == "transformer":
+    if layout.network == "transformer" and len(layout.texts()) > 1:
         return _flow_text(layout, states)
     if layout.text_class("text_encoder") in T5:
         config, where = layout.configs["text_encoder"], layout.folder / "text_encoder"
@@ -180,7 +180,7 @@ def t5_text(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], tokeni
 def text_widths(layout: Layout) -> tuple[int, int | None]:
     """Widths of the text's states and of the pooled text, from the configs; T5 has no pooled text."""
     configs = [layout.configs[part] for part in layout.texts()]
-    if layout.network == "transformer":
+    if layout.network == "transformer" and len(configs) > 1:
         t5 = [layout.configs[part] for part in layout.texts() if layout.text_class(part) in T5]
         clips = configs[: len(configs) - len(t5)]
         pooled = sum(one.get("projection_dim" if len(clips) > 1 else "hidden_size", 512) for one in clips)

@@ -26,6 +26,8 @@ INDEX = "model_index.json"
 CARD = "README.md"  # not in the manifest, so that it can be edited
 T5_PIPELINE = "LdmT5Pipeline"  # diffusers layout, our class: diffusers has none of this name and refuses the folder
 T5_MODULE = ["ldm.nn.text", "T5Text"]  # in model_index.json; its StableDiffusionPipeline would drop the text's mask
+CLIP_PIPELINE = "LdmTransformerPipeline"  # as well: a flow transformer that reads with one CLIP
+CLIP_LAYOUT = "diffusers layout, our class: diffusers has no pipeline for a flow transformer with one CLIP"
 T5_LAYOUT = "diffusers layout, our class: diffusers has no pipeline for T5 with this U-Net"
 ONE = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TWO = (*ONE, "text_encoder_2", "tokenizer_2")
@@ -42,6 +44,7 @@ PIPELINES = {  # what is supported, and the components of each
     "StableDiffusionXLImg2ImgPipeline": TWO,
     "StableDiffusionXLInpaintPipeline": TWO,
     T5_PIPELINE: ONE,
+    CLIP_PIPELINE: ("transformer", *ONE[1:]),
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusion3Img2ImgPipeline": SD3,
     "StableDiffusion3InpaintPipeline": SD3,

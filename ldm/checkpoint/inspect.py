@@ -100,7 +100,7 @@ def _model(layout: layouts.Layout) -> dict[str, Any]:
     return {
         "kind": "model",
         "format": f"{layout.index['_class_name']} folder{variant}",
-        **(_named(family) if layout.network == "unet" else _flow_family(unet)),
+        **(_named(family) if layout.network == "unet" else _flow_family(unet, layout.index["_class_name"])),
         "prediction_type": "flow" if _flow(scheduler) else scheduler.get("prediction_type", "epsilon"),
         **_sizes(unet, layout.configs["vae"]),
         **_total(parts),
@@ -326,8 +326,10 @@ def _named(family: Family | None) -> dict[str, Any]:
     return {"family": family and family.name, "title": family.title if family else UNKNOWN_FAMILY}
 
 
-def _flow_family(transformer: Mapping[str, Any]) -> dict[str, Any]:
+def _flow_family(transformer: Mapping[str, Any], pipeline: str = "") -> dict[str, Any]:
     config = MMDiTConfig.from_diffusers(transformer)
+    if pipeline == layouts.CLIP_PIPELINE:
+        return {"family": None, "title": "a flow transformer with one CLIP"}
     if config.is_flux:
         name = "dev" if config.guidance_embeds else "schnell"
         return {"family": f"flux-{name}", "title": f"FLUX.1 ({name})"}

@@ -248,7 +248,8 @@ def _load_folder(folder: Path, name: str, device, dtype, vae_path: Path | None) 
         module.requires_grad_(False)
     ignored = [part for part in layouts.IGNORED if layout.index.get(part) not in (None, [None, None])]
     hub, t5 = name != "default" and is_hub_id(name), layout.text_class("text_encoder") in layouts.T5
-    known = {"ignored": ignored, "layout": t5 and layouts.T5_LAYOUT, "commit": hub and folder.name}
+    ours = (t5 and layouts.T5_LAYOUT) or (layout.index["_class_name"] == layouts.CLIP_PIPELINE and layouts.CLIP_LAYOUT)
+    known = {"ignored": ignored, "layout": ours, "commit": hub and folder.name}
     info = layouts.card_settings(layouts.read_card(folder) or "")
     if stepping := read_stepping(layout.configs["scheduler"])[0]:
         info["ldm"] = {**stepping, **(info["ldm"] if isinstance(info.get("ldm"), Mapping) else {})}

@@ -89,12 +89,16 @@ def encoders(text: TextEncoder) -> dict[str, ClipText | T5Text]:
 
 
 def _index(model: Model, scheduler: str) -> dict[str, Any]:
-    """model_index.json; the text encoders and the U-Net's inputs decide the pipeline."""
-    from ldm.nn.text import FlowText, T5Text, XLText
+    """model_index.json; the text encoders and the network's inputs decide the pipeline."""
+    from ldm.nn.mmdit import MMDiT
+    from ldm.nn.text import ClipText, FlowText, T5Text, XLText
 
     if isinstance(model.text, T5Text):
         texts = {"text_encoder": layouts.T5_MODULE, "tokenizer": ["transformers", "PreTrainedTokenizerFast"]}
         return layouts.index_for(layouts.T5_PIPELINE, texts, scheduler)
+    if isinstance(model.unet, MMDiT) and isinstance(model.text, ClipText):
+        clip = {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        return layouts.index_for(layouts.CLIP_PIPELINE, clip, scheduler)
     pipeline, texts = "StableDiffusion", {}
     if isinstance(model.text, FlowText):
         pipeline = "Flux" if model.text.is_flux else "StableDiffusion3"

@@ -75,6 +75,13 @@ class FeedForward(nn.Module):
         return x + gate * self.net(modulated(x, shift, scale))
 
 
+class HeadNorm(nn.RMSNorm):
+    """In the dtype of its weight, also where autocast hands it 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Of one sequence, or of image and text, each with its own projections, as one sequence.
 
@@ -96,7 +103,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def _head_norms(config: MMDiTConfig) -> tuple[nn.Module, nn.Module]:
-        make = partial(nn.RMSNorm, config.attention_head_dim, eps=1e-6) if config.qk_norm else nn.Identity
+        make = partial(HeadNorm, config.attention_head_dim, eps=1e-6) if config.qk_norm else nn.Identity
         return make(), make()
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ldm.config import build, require
 from ldm.data.cache.prepared import read_info
 from ldm.data.sources.walk import is_prepared
 from ldm.errors import ConfigError, DataError, ModelError, nearest
-from ldm.training.parts import text_parts, unet_config, vae_part
+from ldm.training.parts import is_mmdit, network_config, text_parts, vae_part
 from ldm.training.settings import (
     AutoencoderSettings,
     DistillSettings,
@@ -80,15 +80,18 @@ def _check_unet(settings: UNetSettings) -> None:
     from ldm.diffusion import names
     from ldm.diffusion.samplers import SAMPLERS
     from ldm.diffusion.schedule import Schedule
+    from ldm.nn.mmdit_config import MMDiTConfig
     from ldm.nn.unet import UNetConfig
 
-    _known_names(settings.model, [field.name for field in dataclasses.fields(UNetConfig)], "model")
+    kind = MMDiTConfig if is_mmdit(settings) else UNetConfig
+    _known_names(settings.model, ["type", *(field.name for field in dataclasses.fields(kind))], "model")
+    require(kind is UNetConfig or not settings.init, "is for U-Nets: leave it out", "init")
     _known_names([settings.sampler], SAMPLERS, "sampler")
     schedule = build(Schedule, settings.schedule, "schedule")
     names.check(settings.sampler, schedule.prediction_type)
     schedule.sigmas(settings.sample_steps, settings.sampler)
     vae, text = vae_part(settings), text_parts(settings)
-    unet_config(settings, vae, text)
+    network_config(settings, vae, text)
     text.check()
 
 

@@ -46,8 +46,8 @@ def train(
 ) -> Path:
     """Run one training stage and return the folder of its model, `out/model`.
 
-    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet, emoji/small, emoji/edges) or a settings
-    file; `overrides` are KEY=VALUE strings; `resume` is None, "latest", "best" or a checkpoint's folder;
+    `config` is a packaged name (emoji/autoencoder, emoji/text, emoji/unet, emoji/small, emoji/edges, …) or a
+    settings file; `overrides` are KEY=VALUE strings; `resume` is None, "latest", "best" or a checkpoint's folder;
     `allow_changed` names settings that may differ from those of the run that is resumed. With `dry_run` the settings
     are only checked and printed. Raises LdmError for bad settings before any work, Interrupted after a signal (state
     saved), NumericsError when the loss stays non-finite, ProcessGone where torchrun started several processes for it

@@ -1,4 +1,4 @@
-"""What training a U-Net from nothing will take: parameters, FLOPs, memory, images a second, time and disk.
+"""What training a network from nothing will take: parameters, FLOPs, memory, images a second, time and disk.
 
 Steps are tried on random latents and texts where they fit into memory and into a minute; else their time is estimated
 from the FLOPs and the speed of a matrix product here, and the lines say so.
@@ -23,13 +23,14 @@ from ldm.config import build
 from ldm.device import is_out_of_memory, pick_device
 from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.schedule import Schedule
-from ldm.nn.unet import UNet, UNetConfig
+from ldm.nn.mmdit_config import MMDiTConfig
+from ldm.nn.unet_config import UNetConfig
 from ldm.training.data.encoded import available
 from ldm.training.distributed import RowShard
 from ldm.training.loop.estimate import estimate
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.step import precision
-from ldm.training.parts import text_parts, unet_config, vae_part
+from ldm.training.parts import network_config, new_network, text_parts, vae_part
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import timesteps_at
 
@@ -38,22 +39,25 @@ SHARE = 0.6  # of the free memory that a tried step may take: others use the mac
 TOKENS = 77  # of a caption
 
 
+Config = UNetConfig | MMDiTConfig
+
+
 class TrialBatch(NamedTuple):
     """Random rows."""
 
     latents: Tensor  # (B, C, h, w)
-    inputs: dict[str, Tensor]  # keywords of UNet.forward
+    inputs: dict[str, Tensor]  # keywords of the network
     part: RowShard
 
 
 class Trial:
-    """The U-Net of the settings on random rows: as the stage, without its parts and its data."""
+    """The network of the settings on random rows: as the stage, without its parts and its data."""
 
-    def __init__(self, settings: UNetSettings, config: UNetConfig, count: int, device: torch.device):
+    def __init__(self, settings: UNetSettings, config: Config, count: int, device: torch.device):
         self.schedule = build(Schedule, settings.schedule, "schedule")
         self.config, self.count, self.device = config, count, device
         with torch.random.fork_rng(devices=[]):
-            self.module = UNet(config)
+            self.module = new_network(config)
 
     def batches(self, first_step: int) -> Iterator[TrialBatch]:
         draw = torch.Generator().manual_seed(0)
@@ -88,23 +92,22 @@ class Trial:
         return folder
 
 
-def inputs_of(config: UNetConfig, normal: Callable[..., Tensor], count: int) -> dict[str, Tensor]:
-    """Random texts, and for XL pooled ones and sizes, as keywords of UNet.forward."""
-    inputs = {"states": normal(count, TOKENS, config.cross_attention_dim)}
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs |= {"pooled": normal(count, width), "time_ids": normal(count, 6)}
-    return inputs
+def inputs_of(config: Config, normal: Callable[..., Tensor], count: int) -> dict[str, Tensor]:
+    """Random texts, for XL and transformers pooled ones, for XL sizes, as keywords of the network."""
+    inputs = {"states": normal(count, TOKENS, config.text_width)}
+    if config.pooled_width is not None:
+        inputs["pooled"] = normal(count, config.pooled_width)
+    return inputs | ({"time_ids": normal(count, 6)} if config.takes_sizes else {})
 
 
-def costs(config: UNetConfig, checkpointing: bool) -> tuple[int, int, int]:
+def costs(config: Config, checkpointing: bool) -> tuple[int, int, int]:
     """(parameters, FLOPs of a training step, bytes that its backward pass keeps) of one image, on no device.
 
     FLOPs are those of convolutions, matrix products and attention: forward once (twice with gradient checkpointing),
     and twice that for the backward pass. Bytes are fp32 and without gradient checkpointing.
     """
     with torch.device("meta"):
-        unet, side = UNet(config), config.sample_size or 0
+        unet, side = new_network(config), config.sample_size or 0
 
         def normal(*shape: int) -> Tensor:
             return torch.empty(shape)
@@ -132,17 +135,18 @@ def costs(config: UNetConfig, checkpointing: bool) -> tuple[int, int, int]:
 def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     """The lines of a dry run, for so many remaining steps."""
     vae, text = vae_part(settings), text_parts(settings)
-    config = unet_config(settings, vae, text)
+    config = network_config(settings, vae, text)
     device = pick_device(settings.device)
     parameters, flops, kept = costs(config, settings.gradient_checkpointing)
     with torch.device("meta"):
-        disk = checkpoint_bytes(settings, UNet(config))
+        disk = checkpoint_bytes(settings, new_network(config))
     state = disk + 4 * parameters  # weights, their average, moments; and gradients
     activations = settings.batch_size * kept * (0.2 if settings.gradient_checkpointing else 1)
     parts = sum(_numbers(path) for path in (*vae.files, *text.files)) * 4
     count = settings.batch_size * settings.accumulation
+    kind = "transformer" if isinstance(config, MMDiTConfig) else "U-Net"
     lines = [
-        f"U-Net: {_short(parameters)} parameters, {flops / 1e12:.3g} TFLOPs to train on one image",
+        f"{kind}: {_short(parameters)} parameters, {flops / 1e12:.3g} TFLOPs to train on one image",
         f"{steps} steps of {count} images ({_short(steps * count)} in all)",
     ]
     room, peak = _room(device), state + activations
@@ -165,7 +169,7 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
 
 
 def _measured(
-    settings: UNetSettings, config: UNetConfig, device: torch.device, seconds: float, most: int
+    settings: UNetSettings, config: Config, device: torch.device, seconds: float, most: int
 ) -> tuple[float, str] | None:
     """(seconds of a step, how they were found) from two tried steps; None where they take too long, or do not fit.
 

@@ -1,4 +1,4 @@
-"""The autoencoder and text encoder that a U-Net is trained with, and the U-Net's settings that follow from them."""
+"""The autoencoder and text encoder that a network is trained with, and its settings that follow from them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 from ldm.checkpoint.parts import Place, TextParts, VaePart, find_text, find_vae
 from ldm.config import build, require
 from ldm.errors import ConfigError
+from ldm.nn.mmdit import MMDiT, MMDiTConfig
+from ldm.nn.mmdit_init import new_mmdit
+from ldm.nn.unet import UNet
 from ldm.nn.unet_config import UNetConfig
 from ldm.training.settings import Settings, TextSettings, UNetSettings
 
+TYPES = ("unet", "mmdit")  # of networks that are trained from nothing
 TIME_DIM = 256  # XL's width of each of the six sizes
 
 
@@ -48,12 +52,55 @@ def fingerprints(settings: Settings) -> dict[str, str]:
     return found
 
 
+def network_config(settings: UNetSettings, vae: VaePart, text: TextParts) -> UNetConfig | MMDiTConfig:
+    """The settings of the network: of a U-Net, or with `type: mmdit` of a flow transformer.
+
+    Raises ConfigError where the user's contradict the parts.
+    """
+    return mmdit_config(settings, vae, text) if is_mmdit(settings) else unet_config(settings, vae, text)
+
+
+def new_network(config: UNetConfig | MMDiTConfig) -> UNet | MMDiT:
+    """The network of these settings with random weights."""
+    return new_mmdit(config) if isinstance(config, MMDiTConfig) else UNet(config)
+
+
+def is_mmdit(settings: UNetSettings) -> bool:
+    """Whether the settings ask for a flow transformer. Raises ConfigError for an unknown type."""
+    kind = settings.model.get("type", "unet")
+    require(kind in TYPES, f"unknown type {kind!r:.80}: choose from {', '.join(TYPES)}", "model.type")
+    return kind == "mmdit"
+
+
+def mmdit_config(settings: UNetSettings, vae: VaePart, text: TextParts) -> MMDiTConfig:
+    """The flow transformer's settings: those of the user, and what the parts decide. It reads with one CLIP.
+
+    Raises ConfigError where the user's contradict the parts, and for a schedule that is not SD3's kind of flow.
+    """
+    s, given = settings, {name: value for name, value in settings.model.items() if name != "type"}
+    require(not s.text_2 and len(text.encoders) == 1, "a transformer is trained with one text encoder", "text_2")
+    require(text.encoders[0].form != "t5", "a transformer needs pooled text, and T5 has none: give CLIP", "text")
+    asked = s.schedule.get("prediction_type") == "flow" and s.schedule.get("whole_timesteps", True) is False
+    what = "a transformer is told exact times of a flow: {prediction_type: flow, whole_timesteps: false}"
+    require(asked, what, "schedule")
+    channels, side = vae.latent_channels, s.data.resolution // vae.factor
+    patch = given.get("patch_size", 2)
+    require(isinstance(patch, int) and patch > 0 and side % patch == 0, f"has to divide {side}", "model.patch_size")
+    fixed = {"in_channels": channels, "out_channels": channels}
+    fixed |= {"joint_attention_dim": text.width, "pooled_projection_dim": text.width}
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            what = f"asks for {given[name]}, but {s.vae} and {_texts(s)} make it {value}"
+            raise ConfigError(what, where=f"model.{name}", hint="leave it out")
+    return build(MMDiTConfig, {"sample_size": side, "pos_embed_max_size": side // patch, **given, **fixed}, "model")
+
+
 def unet_config(settings: UNetSettings, vae: VaePart, text: TextParts) -> UNetConfig:
     """The U-Net's settings: those of the user, and what the parts decide.
 
     Raises ConfigError where the user's contradict the parts.
     """
-    s, given = settings, settings.model
+    s, given = settings, {name: value for name, value in settings.model.items() if name != "type"}
     channels, side = vae.latent_channels, s.data.resolution // vae.factor
     fixed: dict[str, tuple[Any, str]] = {  # setting -> (value, where it comes from)
         "in_channels": (channels, f"the autoencoder {s.vae} has {channels} latent channels"),

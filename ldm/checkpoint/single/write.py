@@ -36,8 +36,12 @@ def save_single(
     the number of bytes written. Raises ModelError for weights that are not finite in `dtype` and parts that do not
     belong together, ResourceError where the file cannot be written.
     """
+    from ldm.nn.text import ClipText
+
     path = Path(path)
     check_target(path)
+    if isinstance(model.unet.config, MMDiTConfig) and isinstance(model.text, ClipText):
+        raise ModelError("a flow transformer with one CLIP has no single-file form", where=path, hint="name a folder")
     check_fit(model.unet.config, model.vae.latent_channels, model.text.width, path)
     settings, states = _settings(model, card), _states(model)
     sources: dict[str, Source] = {}

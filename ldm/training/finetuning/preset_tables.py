@@ -33,6 +33,7 @@ CONTROL: dict[str, dict[str, Any]] = {
     "small": {"train": "control", "learning_rate": 5e-4},
     "sd": {"train": "control", "learning_rate": 1e-5},
     "xl": {"train": "control", "learning_rate": 1e-5},
+    "flow": {"train": "control", "learning_rate": 1e-5},  # refused where the model is known
 }
 # Of every flow transformer: the noise levels of SD3's paper (Esser et al. 2024, section 3.1), with the shift that the
 # model is drawn with. Text embeddings of T5 are long, up to 4 MB in 16 bits; the encoders give no more than 16 bits of

@@ -59,7 +59,7 @@ def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     if FINE_STEP % facts.multiple and _positive(settings["data.resolution"]) <= FINE_UP_TO:
         settings["data.bucket_step"] = facts.multiple
     control = given.get("control") is not None
-    settings |= CONTROL.get(facts.size, {}) if control else {}
+    settings |= CONTROL[facts.size] if control else {}
     if facts.default and not control and given.get("prior") is None and given.get("prior_images") != 0:
         settings |= PRIOR if full else PRIOR | {"prior_target": "model"}
     batch_size, accumulation, checkpointing = BATCHES[facts.size, "cpu" if facts.device == "cpu" else "gpu"]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ldm.device import fast_bf16
 from ldm.nn.lora import LoraLayer
 
-ENDS = ("conv_in", "conv_out")  # they touch the data, not a hidden layer: Muon's authors leave such to AdamW
+# What touches the data, and no hidden layer: Muon's authors leave such to AdamW. Of U-Nets; of flow transformers.
+ENDS = ("conv_in", "conv_out")
+OUTER = ("pos_embed.proj", "x_embedder", "proj_out")
 MOMENTUM, ROUNDS = 0.95, 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Newton and Schulz's iteration: Jordan et al. 2024
 SMALLEST = 1e-7  # norm that is divided by
@@ -91,7 +93,8 @@ def hidden_names(module: nn.Module) -> set[str]:
     """The names of the matrices that Muon moves: weights of hidden layers, and the low-rank factors of updates."""
     names = set()
     for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.rpartition(".")[2] not in ENDS:
+        outer = name.rpartition(".")[2] in ENDS or name.removeprefix("unet.") in OUTER
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not outer:
             names.add(f"{name}.weight")
         elif isinstance(layer, LoraLayer):
             names |= {f"{name}.down", f"{name}.up"}

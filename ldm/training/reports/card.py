@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoint import Model
-from ldm.checkpoint.folder import T5_LAYOUT
+from ldm.checkpoint.folder import CLIP_LAYOUT, T5_LAYOUT
+from ldm.nn.mmdit import MMDiT
 from ldm.nn.text import T5Text, XLText
 from ldm.training.settings import DistillSettings, FinetuneSettings, Settings, UNetSettings, as_dict
 from ldm.training.settings.base import name_of
@@ -106,6 +107,8 @@ def _origin(model: Model) -> str:
     """Which pipeline of diffusers loads the folder too."""
     if isinstance(model.text, T5Text):
         return f" ({T5_LAYOUT})."
+    if isinstance(model.unet, MMDiT):
+        return f" ({CLIP_LAYOUT})."
     name = "StableDiffusionXLPipeline" if isinstance(model.text, XLText) else "StableDiffusionPipeline"
     return f': `{name}.from_pretrained("this/folder")` loads it too.'
 

@@ -1,4 +1,4 @@
-"""Stage 3, the U-Net: denoising latents under their captions' embeddings."""
+"""Stage 3, the U-Net or a flow transformer: denoising latents under their captions' embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ldm.training.data.encoded import Encoders
 from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
-from ldm.training.parts import text_parts, unet_config, vae_part
+from ldm.training.parts import network_config, new_network, text_parts, vae_part
 from ldm.training.reports.card import unet_card
 from ldm.training.settings import UNetSettings
 from ldm.training.stages.common import (
@@ -51,7 +51,7 @@ def open_stage(settings: UNetSettings, out: Path, images: ImageSet | PreparedSet
 
 
 class UNetStage:
-    """Our U-Net on latents; the autoencoder is frozen, and so is the text encoder unless it has a rate."""
+    """Our U-Net or flow transformer on latents; the autoencoder is frozen, and so is the text unless it has a rate."""
 
     def __init__(self, settings: UNetSettings, out: Path, images: ImageSet | PreparedSet | SceneSet):
         s = self.settings = settings
@@ -60,12 +60,12 @@ class UNetStage:
         vae, text = vae_part(s), text_parts(s)
         self.vae, self.text = vae.load().to(self.device), text.load().to(self.device)
         torch.manual_seed(seeded.key(s.seed, "unet"))
-        unet = self._started() if s.init else UNet(unet_config(s, vae, text))
+        unet = self._started() if s.init else new_network(network_config(s, vae, text))
         self.network: Callable[..., Tensor] = torch.compile(unet) if s.compile else unet
         self.module = nn.ModuleDict({"unet": unet, "text": self._trained_text()}) if s.text_rate else unet
         self.weights = None if s.weight_floor is None else ErrorWeights(s.weight_floor)
         self.tensors = self.weights.tensors if self.weights else {}
-        self.xl = unet.config.addition_embed_type == "text_time"
+        self.xl = unet.config.takes_sizes
         if isinstance(images, ImageSet):
             images.cut = self.text.truncated
         ids = vae.fingerprint, " ".join(text.fingerprints)
