@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from ldm.diffusion.denoiser import Predict
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import folded, updates_of, without_updates
-from ldm.nn.text import TextEncoder, known_words
+from ldm.nn.mmdit_config import MMDiTConfig
+from ldm.nn.offload import at_work
+from ldm.nn.text import Conditioning, TextEncoder, known_words
 from ldm.pipeline.engine import told_scales
 from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
@@ -34,7 +37,7 @@ from ldm.training.finetuning.prior import draw_prior
 from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import finetune_card, name_of
-from ldm.training.settings import FinetuneSettings, lora_name
+from ldm.training.settings import OFF, FinetuneSettings, lora_name
 from ldm.training.stages.common import (
     conditioned,
     decoded,
@@ -101,6 +104,8 @@ class Finetune:
             self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
             self.inputs["prior"] = images.prior.hash
         self.validation = fixed_samples(self.data, s.seed, self.device)
+        if isinstance(self.config, MMDiTConfig) and isinstance(images, ImageSet) and s.data.cache != OFF:
+            model.text.to("cpu")  # all captions are encoded: training has the room of T5
         self.prompts = list(map(plain_text, s.validation_prompts)) or grid_captions(
             self.data, self.validation, s.samples
         )
@@ -183,11 +188,16 @@ class Finetune:
             network, guidance = told_scales(network, [self.guidance_scale]), Guidance(scale=1.0)
         drawn = []
         for rows in (range(len(self.prompts))[i : i + s.batch_size] for i in range(0, len(self.prompts), s.batch_size)):
-            cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([""] * len(rows))
+            cond, uncond = self._encoded(text, [self.prompts[row] for row in rows], [""] * len(rows))
             denoise = guided_denoiser(network, cond, uncond, guidance, schedule, sigmas)
             how = (drawing.sampler, shape, rows, s.seed, self.device, drawing.spacing)
             drawn.append(decoded(vae, draw_grid(denoise, schedule, sigmas, *how)))
         return images.grid(images.to_pil(torch.cat(drawn)), columns=min(len(self.prompts), 8))
+
+    def _encoded(self, text: TextEncoder, *lists: list[str]) -> list[Conditioning]:
+        """The prompts of each list in fp32, by a text encoder that may wait in main memory."""
+        with nullcontext(text) if text.device.type == self.device.type else at_work(text, self.device) as lent:
+            return [lent.encode(prompts).to(self.device, torch.float32) for prompts in lists]
 
     @torch.no_grad()
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
