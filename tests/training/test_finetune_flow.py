@@ -205,7 +205,6 @@ def test_a_frozen_base_in_16_bits_learns_the_same(pipes, data, tmp_path, monkeyp
     """As on a GPU: network and text encoders in bf16, the autoencoder and the updates in fp32."""
     _, folder = pipes("flux_dev")
     words = {"steps": 2, "optimizer": "sgd", "weight_decay": 0.0, "learning_rate": 0.02, "train": "lora"}
-    words |= {"held_out": 0.3, "samples": 1, "sample_steps": 2, "validate_every": 2}
     run(data, tmp_path / "plain", folder, **words)
     monkeypatch.setattr(base_model, "frozen_dtype", lambda *_: torch.bfloat16)
     run(data, tmp_path / "half", folder, **words, precision="bf16")
