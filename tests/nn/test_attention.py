@@ -60,3 +60,23 @@ def test_few_queries_have_the_same_bits_in_every_batch(queries, keys):
         for n in (2, 8, 34):
             found = attention(*(t.expand(n, -1, -1).contiguous() for t in (q, k, v)), 6)
             assert found.shape == (n, queries, 192) and all(torch.equal(row, expected) for row in found), n
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_tokens_in_16_bits_go_by_heads_and_have_the_same_bits_in_every_batch(masked, monkeypatch):
+    monkeypatch.setattr(module, "MANY_SCORES", 90 * 70)
+    monkeypatch.setattr(module, "CHUNK_SCORES", 40 * 70)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, n, 24, generator=draw).to(torch.bfloat16) for n in (90, 70, 70))
+    mask = torch.rand(3, 70, generator=draw) > 0.5 if masked else None
+    with torch.no_grad():
+        together = attention(q, k, v, 3, mask)
+        alone = [
+            attention(*(t[i : i + 1] for t in (q, k, v)), 3, None if mask is None else mask[i : i + 1])
+            for i in range(3)
+        ]
+        exact = formula(q, k, v, 3, mask)
+        fused = attention(q, k, v, 3, mask, "sdpa")
+    assert torch.equal(together, torch.cat(alone)) and not torch.equal(together, fused)
+    assert together.shape == fused.shape and together.is_contiguous()
+    assert (together.float() - exact).norm() < 0.01 * exact.norm()
