@@ -170,7 +170,7 @@ def _work(call: Callable[[], Tensor]) -> Work:
 def unet_ldm(config: UNetConfig, dtype: str, device: str) -> Work:
     unet = filled(on_meta(lambda: UNet(config)), dtype, device)
     kind = next(unet.parameters()).dtype
-    unet.to(memory_format=layout(torch.device(device), kind))
+    unet.to(memory_format=layout(torch.device(device), kind, config))
     x, t, inputs = _drawn(config, 2, kind, device)
     states = inputs.pop("states")
     with torch.no_grad():

@@ -70,7 +70,7 @@ class ControlNetFile:
                 raise ModelError("is damaged: its sha256 is not that of the manifest", where=file)
             state |= {self.names[key]: tensor for key, tensor in tensors.items() if key in self.names}
         net = load_controlnet(self.config, state, self.path).requires_grad_(False)
-        return net.to(memory_format=layout(device, dtype))
+        return net.to(memory_format=layout(device, dtype, self.config))
 
 
 def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:

@@ -183,8 +183,7 @@ def _load(
     else:
         refuse_texts(texts, path)
         loaded = _load_folder(path, name, device, dtype, vae)
-    width = getattr(loaded.unet.config, "block_out_channels", (0,))[0]  # a flow transformer has no convolutions
-    loaded.unet.to(memory_format=layout(device, dtype, width))
+    loaded.unet.to(memory_format=layout(device, dtype, loaded.unet.config))
     if override is not None and override != loaded.schedule.prediction_type:
         loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=override)
     loaded = loaded if vae is None else _with_vae(loaded, vae, device, dtype)

@@ -108,7 +108,8 @@ def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tens
     return (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[: len(x)]
 
 
-def layout(device: torch.device, dtype: torch.dtype, width: int) -> torch.memory_format:
-    """How a U-Net that draws, with so many channels at its first level, wants its images and convolutions' weights."""
+def layout(device: torch.device, dtype: torch.dtype, config: object = None) -> torch.memory_format:
+    """How a U-Net of this config, or what works beside it, wants its images and convolutions' weights to draw."""
+    width = getattr(config, "block_out_channels", (0,))[0]
     fast = device.type == "cpu" and (dtype == torch.float32 or width >= WIDE)
     return torch.channels_last if fast else torch.contiguous_format

@@ -313,7 +313,7 @@ class Encoder(nn.Module):
             return inputs
         RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
         x, *rest = pad_to_even_batch(*inputs)
-        return x.contiguous(memory_format=layout(x.device, x.dtype, self.config.block_out_channels[0])), *rest
+        return x.contiguous(memory_format=layout(x.device, x.dtype, self.config)), *rest
 
     def _down(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> tuple[Tensor, list[Tensor]]:
         """What `conv_in` made (B, C, H, W) -> (the middle's output, what is handed across)."""
