@@ -33,8 +33,8 @@ FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MOST_INPUTS = 2000  # images of a folder that are looked through for the input of image-to-image
 # Releases that draw some images otherwise than those before: version -> what.
 REVISIONS = {
-    "0.2.0": "DoRA weights other than 1, emoji in prompts, transparent masks, initial images in other colours than sRGB, "
-    "bf16 on a CPU"
+    "0.2.0": "DoRA weights other than 1, emoji in prompts, transparent masks, initial images in other colours than sRGB"
+    ", bf16 on a CPU"
 }
 
 
