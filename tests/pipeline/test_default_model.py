@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from ldm import Pipeline
-from ldm.checkpoint import default_folder, load_model
+from ldm.checkpoint import default_folder, load_model, shipped
+from ldm.checkpoint.lora.read import FILE
 from ldm.device import fast_bf16
-from ldm.evaluation.judge import background_of, to_array
+from ldm.evaluation.judge import background_of, shared_judge, to_array
 from tests.checkpoint.test_checkpoint_model import diffusers_pipeline
 
 PROMPTS = ["a cat", "a dog on a red background", "two pizzas", "a blue car on a white background"]
@@ -96,3 +97,12 @@ def test_the_ground_has_the_colour_that_was_asked_for(colour):
     (picture,) = Pipeline(f"a cat on a {colour} background").generate(seed=1)
     ground = background_of(to_array(picture))
     assert ground.colour == colour and ground.share > 0.9
+
+
+def test_the_few_step_lora_is_this_models_and_draws_what_is_asked():
+    pipe = Pipeline(["a fox on a black background", "a castle on a brown background"], fast=True)
+    images = pipe.generate(seed=[1, 2])
+    assert images.metadata[0]["num_inference_steps"] == 4 and images.metadata[0]["guidance_scale"] == 1.0
+    assert (shipped("weights") / "fast" / FILE).stat().st_size <= 4e6
+    judge = shared_judge()
+    assert [judge(to_array(image)).guesses[0].word for image in images] == ["fox", "castle"]
