@@ -206,7 +206,7 @@ def test_seeds():
 def test_every_alias_leads_to_a_setting(tiny_folder):
     own = {*keywords.DEFAULTS, *(name for name in keywords.UNSUPPORTED)}
     own |= {"num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "spacing"}
-    own |= {"width", "height", "eta", "callback", *keywords.EDITING_WORDS}
+    own |= {"width", "height", "eta", "callback", *keywords.EDITING_WORDS, *keywords.CONTROL_WORDS}
     assert set(keywords.ALIASES.values()) <= own
     assert not set(keywords.ALIASES) & own
 

@@ -19,6 +19,7 @@ from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.lora_cases import apart as pictures_apart
 from tests.checkpoint.lora_cases import fresh, ours, theirs
 from tests.checkpoint.test_families_folders import build
+from tests.comparing.inputs import random_vae
 from tests.training.conftest import threads
 from tests.training.finetune_cases import QUICK, SIZE, last_tensors, pictures, resolved, run, settings_of, stage_of
 
@@ -251,7 +252,10 @@ def test_another_vae_and_a_single_file(models, data, tmp_path):
 
     folder = models("1.5")
     file = save_single(load_model(folder, "cpu", "fp32"), tmp_path / "model.safetensors", torch.float32)
-    run(data, tmp_path / "run", file, vae=str(models("2.1-v")), steps=1)
+    another = random_vae()
+    another.decoder.conv_in.weight.data *= 1.5
+    another.save_pretrained(tmp_path / "another")
+    run(data, tmp_path / "run", file, vae=str(tmp_path / "another"), steps=1)
     assert ours(file, lora=tmp_path / "run")[0].shape == (2, 64, 64, 3)
     with pytest.raises(CheckpointError, match="the model is not the one"):
         run(data, tmp_path / "run", file, vae=str(folder), steps=2, resume="latest", allow_changed=["vae"])
