@@ -1,7 +1,7 @@
 """Measure this machine: ldm beside diffusers, results compared first; or compare all samplers.
 
 examples:
-  ldm bench --quick                                every row at small sizes, within two minutes on two cores
+  ldm bench --quick                                every row at small sizes, some minutes on two cores
   ldm bench --json now.json --html now.html        every row at its own size: an hour on two cores
   ldm bench --quick --against before.json          and what has changed since
   ldm bench unet-sd15 unet-xl vae --dtype fp32     some rows
