@@ -17,13 +17,20 @@ import torch
 
 from ldm.checkpoint.describe import ModelInfo
 from ldm.checkpoint.families import FAMILIES
-from ldm.checkpoint.folder import digest_of, is_hub_id, weight_files, write_json
-from ldm.checkpoint.hub import fetch, no_weights
-from ldm.checkpoint.safety import read_header, read_json, read_tensors, refuse_pickle
+from ldm.checkpoint.folder import is_hub_id, write_json
+from ldm.checkpoint.network_files import (
+    CONFIG,
+    hash_of_network,
+    network_on_hub,
+    read_checked,
+    reading_settings,
+    tensor_files,
+)
+from ldm.checkpoint.safety import read_header, read_json, refuse_pickle
 from ldm.checkpoint.single.names import translated, unet_modules
 from ldm.checkpoint.tensors import source, write_shards, write_tensors
-from ldm.errors import ConfigError, LdmError, ModelError
-from ldm.files import atomic_folder, atomic_write, check_manifest, require_space, sha256, write_manifest
+from ldm.errors import ConfigError, ModelError
+from ldm.files import atomic_folder, atomic_write, require_space, sha256, write_manifest
 from ldm.nn.batch_invariant import layout
 from ldm.nn.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from ldm.nn.mmdit_config import MMDiTConfig
@@ -32,7 +39,7 @@ from ldm.nn.weights import check_keys, on_meta
 
 KEY = "ldm.controlnet"  # in the header of our single files: config.json
 PREFIX = "control_model."  # of the original names
-STEM, CONFIG, CLASS = "diffusion_pytorch_model", "config.json", "ControlNetModel"
+STEM, CLASS = "diffusion_pytorch_model", "ControlNetModel"
 SUBFOLDER = "controlnet"  # of a pipeline's folder, and of our runs
 HINT, HINT_DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
 RELATIVES = {  # a part of a name -> what has such names, beside a ControlNet's
@@ -63,12 +70,8 @@ class ControlNetFile:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> ControlNet:
         """In eval mode, without gradients. Raises ModelError for weights that are damaged or not finite in `dtype`."""
-        manifest, state = check_manifest(self.path) if self.path.is_dir() else {}, {}
-        for file in self.files:
-            tensors, digest = read_tensors(file, dtype, device, names=self.names)
-            if manifest.get(file.name, {}).get("sha256", digest) != digest:
-                raise ModelError("is damaged: its sha256 is not that of the manifest", where=file)
-            state |= {self.names[key]: tensor for key, tensor in tensors.items() if key in self.names}
+        tensors = read_checked(self.path, self.files, dtype, device, self.names.__contains__)
+        state = {self.names[key]: tensor for key, tensor in tensors.items()}
         net = load_controlnet(self.config, state, self.path).requires_grad_(False)
         return net.to(memory_format=layout(device, dtype, self.config))
 
@@ -84,7 +87,7 @@ def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:
     config, files = None, (path,)
     if path.is_dir():
         config = _config(read_json(path / CONFIG), path / CONFIG)
-        files = tuple(file for file in weight_files(path, STEM) if file.suffix == ".safetensors")
+        files = tensor_files(path, STEM)
     headers = [read_header(file) for file in files]
     shapes = {key: tensor.shape for header in headers for key, tensor in header.tensors.items()}
     _check_kind(shapes, path)
@@ -102,8 +105,7 @@ def hash_of_controlnet(path: Path) -> str:
     """One sha256 over the settings and weights of a ControlNet's folder, or a file's own."""
     if path.is_file():
         return sha256(path)
-    files = [path / CONFIG, *weight_files(path, STEM)]
-    return digest_of({file.name: sha256(file) for file in files})
+    return hash_of_network(path, STEM)
 
 
 def place_of(name: str | os.PathLike) -> Path:
@@ -111,7 +113,7 @@ def place_of(name: str | os.PathLike) -> Path:
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ConfigError(f"expected a folder, a file or a hub id, got {name!r:.80}", where="controlnet")
     if is_hub_id(os.fspath(name)):
-        return _on_hub(os.fspath(name))
+        return network_on_hub(os.fspath(name), STEM)
     path = Path(name).expanduser()
     if not path.exists():
         raise ModelError("no such ControlNet", where=path, hint="name its folder or its .safetensors file")
@@ -124,24 +126,12 @@ def place_of(name: str | os.PathLike) -> Path:
     raise ModelError(f"holds no ControlNet ({CONFIG} is not there)", where=path)
 
 
-def _on_hub(name: str) -> Path:
-    for half in (False, True):
-        folder = fetch(name, [CONFIG, f"{STEM}*.safetensors", f"{STEM}*.json"], half, first=CONFIG)
-        if any(folder.glob(f"{STEM}*.safetensors")):
-            return folder
-    raise no_weights(name, f"{STEM}.safetensors")
-
-
 def _config(settings: Mapping[str, Any], where: Path) -> ControlNetConfig:
     kind = settings.get("_class_name", CLASS)
     if kind != CLASS:
         raise ModelError(f"is of class {kind!r:.80}, and a ControlNet is {CLASS}", where=where)
-    try:
+    with reading_settings(where):
         return ControlNetConfig.from_diffusers(settings, where)
-    except LdmError as error:
-        raise (ModelError(error.what, where=where, hint=error.hint) if error.where is None else error) from None
-    except Exception as error:  # whatever a damaged file makes of it
-        raise ModelError(f"the settings cannot be used ({type(error).__name__}: {error})"[:200], where=where) from None
 
 
 def _stored(text: str, where: Path) -> Mapping[str, Any]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.checkpoint.controlnet import CONFIG, STEM, check_base, find_controlnet, place_of
+from ldm.checkpoint.controlnet import STEM, check_base, find_controlnet, place_of
 from ldm.checkpoint.describe import ModelInfo
-from ldm.checkpoint.folder import weight_files
-from ldm.checkpoint.safety import read_header, read_json, read_tensors
-from ldm.errors import LdmError, ModelError
-from ldm.files import check_manifest
+from ldm.checkpoint.network_files import CONFIG, read_checked, reading_settings, tensor_files, tensors_on_meta
+from ldm.checkpoint.safety import read_json
+from ldm.errors import ModelError
 from ldm.nn.batch_invariant import layout
 from ldm.nn.controlnet_union import ControlNetUnion, ControlNetUnionConfig
 from ldm.nn.t2i_adapter import T2IAdapter, config_of, places_of
@@ -36,12 +35,7 @@ class ControlFile:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Any:
         """In eval mode, without gradients. Raises ModelError for weights that are damaged or not finite in `dtype`."""
-        manifest, state = check_manifest(self.path), {}
-        for file in self.files:
-            tensors, digest = read_tensors(file, dtype, device)
-            if manifest.get(file.name, {}).get("sha256", digest) != digest:
-                raise ModelError("is damaged: its sha256 is not that of the manifest", where=file)
-            state |= tensors
+        state = read_checked(self.path, self.files, dtype, device)
         net: nn.Module = load_weights(on_meta(self.build), state, self.path).requires_grad_(False)
         return net.to(memory_format=layout(device, dtype))
 
@@ -58,20 +52,11 @@ def find_control(name: str | os.PathLike, info: ModelInfo) -> Any:
 
 
 def _found(path: Path, read: Callable[[], ControlFile]) -> ControlFile:
-    try:
+    with reading_settings(path):
         found = read()
         network = on_meta(found.build)
-    except LdmError as error:
-        raise (ModelError(error.what, where=path, hint=error.hint) if error.where is None else error) from None
-    except Exception as error:  # whatever a damaged file makes of it
-        raise ModelError(f"the settings cannot be used ({type(error).__name__}: {error})"[:200], where=path) from None
-    shapes = {key: tensor.shape for file in found.files for key, tensor in read_header(file).tensors.items()}
-    check_keys(network, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
+    check_keys(network, tensors_on_meta(found.files), path)
     return found
-
-
-def _files(path: Path) -> tuple[Path, ...]:
-    return tuple(file for file in weight_files(path, STEM) if file.suffix == ".safetensors")
 
 
 def _t2i_adapter(settings: Mapping[str, Any], info: ModelInfo, path: Path) -> ControlFile:
@@ -83,7 +68,7 @@ def _t2i_adapter(settings: Mapping[str, Any], info: ModelInfo, path: Path) -> Co
         shown = [", ".join(f"{width} at 1/{scale}" for width, scale in one) for one in (mine, wanted)]
         what = f"does not fit {info.name}: it gives features of {shown[0]}, and the U-Net takes {shown[1]}"
         raise ModelError(what, where=path, hint="choose a T2I-Adapter that was trained for this model's family")
-    return ControlFile(path, lambda: T2IAdapter(config), _files(path), cell=config.downscale_factor)
+    return ControlFile(path, lambda: T2IAdapter(config), tensor_files(path, STEM), cell=config.downscale_factor)
 
 
 def _union(settings: Mapping[str, Any], info: ModelInfo, path: Path) -> ControlFile:
@@ -91,4 +76,4 @@ def _union(settings: Mapping[str, Any], info: ModelInfo, path: Path) -> ControlF
         raise ModelError(f"ControlNets steer U-Nets, and {info.name} has none", where=path)
     config = ControlNetUnionConfig.from_diffusers(settings, path)
     check_base(config.control, info, path)
-    return ControlFile(path, lambda: ControlNetUnion(config), _files(path), kinds=config.kinds)
+    return ControlFile(path, lambda: ControlNetUnion(config), tensor_files(path, STEM), kinds=config.kinds)

@@ -15,11 +15,18 @@ import torch
 
 from ldm.checkpoint.describe import ModelInfo
 from ldm.checkpoint.families import FAMILIES
-from ldm.checkpoint.folder import digest_of, is_hub_id, weight_files
-from ldm.checkpoint.hub import fetch, no_weights
-from ldm.checkpoint.safety import read_header, read_json, read_tensors, refuse_pickle
+from ldm.checkpoint.folder import is_hub_id
+from ldm.checkpoint.network_files import (
+    CONFIG,
+    hash_of_network,
+    network_on_hub,
+    read_checked,
+    reading_settings,
+    tensor_files,
+    tensors_on_meta,
+)
+from ldm.checkpoint.safety import read_json, read_tensors, refuse_pickle
 from ldm.errors import ConfigError, ModelError
-from ldm.files import check_manifest, sha256
 from ldm.nn.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from ldm.nn.unet import UNet
 from ldm.nn.unet_config import UNetConfig
@@ -33,7 +40,7 @@ FACES = {  # a part of a name -> what has such names
     "image_proj.norm.": "an IP-Adapter FaceID, which is not supported",
 }
 TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
-CONFIG, STEM, SUBFOLDER = "config.json", "model", "image_encoder"
+STEM, SUBFOLDER = "model", "image_encoder"
 TOWER = ("vision_model.", "visual_projection.")  # beginnings of a tower's names, in a file of a whole CLIP too
 HINT = "give the folder or hub id of a CLIPVisionModelWithProjection: image_encoder, --image-encoder FOLDER"
 
@@ -64,12 +71,12 @@ def find_ip_adapter(name: str | os.PathLike, info: ModelInfo) -> IPAdapterFile:
         what = "is a folder" if path.is_dir() else "no such IP-Adapter"
         raise ModelError(what, where=path, hint="name its .safetensors file")
     refuse_pickle(path)
-    shapes = {key: tensor.shape for key, tensor in read_header(path).tensors.items()}
+    on_file = tensors_on_meta([path])
+    shapes = {key: tuple(tensor.shape) for key, tensor in on_file.items()}
     try:
         config = _config(shapes, info, path)
     except (IndexError, KeyError, ValueError):
         raise ModelError("holds no whole IP-Adapter", where=path, hint="get the file again") from None
-    on_file = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     if left := check_keys(on_meta(lambda: IPAdapter(config)), on_file, path):
         raise ModelError(f"has keys that no IP-Adapter has ({', '.join(left[:5])})", where=path)
     return IPAdapterFile(path, config)
@@ -120,20 +127,13 @@ class VisionFile:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> VisionTower:
         """In eval mode. Raises ModelError for weights that are damaged or do not fit."""
-        manifest, state = check_manifest(self.path), {}
-        for file in self.files:
-            names = [key for key in read_header(file).tensors if _is_towers(key)]
-            tensors, digest = read_tensors(file, dtype, device, names=names)
-            if manifest.get(file.name, {}).get("sha256", digest) != digest:
-                raise ModelError("is damaged: its sha256 is not that of the manifest", where=file)
-            state |= {key: tensors[key] for key in names}
+        state = read_checked(self.path, self.files, dtype, device, _is_towers)
         return load_vision(self.config, state, self.path)
 
     @property
     def hash(self) -> str:
         """One sha256 over its settings and weights."""
-        files = [self.path / CONFIG, *weight_files(self.path, STEM)]
-        return digest_of({file.name: sha256(file) for file in files})
+        return hash_of_network(self.path, STEM)
 
 
 def find_vision(name: Any, adapters: Sequence[IPAdapterFile], model: Path | None) -> VisionFile:
@@ -148,13 +148,11 @@ def find_vision(name: Any, adapters: Sequence[IPAdapterFile], model: Path | None
     if not isinstance(inside, dict) or "clip" not in str(settings.get("model_type", "clip")):
         raise ModelError("holds no vision tower of CLIP", where=path, hint=HINT)
     config = {**inside, "projection_dim": settings.get("projection_dim", inside.get("projection_dim", 512))}
-    files = tuple(file for file in weight_files(path, STEM) if file.suffix == ".safetensors")
-    shapes = {key: tensor.shape for file in files for key, tensor in read_header(file).tensors.items()}
-    try:
+    files = tensor_files(path, STEM)
+    on_files = tensors_on_meta(files)
+    with reading_settings(path):
         tower = on_meta(lambda: VisionTower(config))
-    except Exception as error:  # whatever a damaged file makes of it
-        raise ModelError(f"the settings cannot be used ({type(error).__name__}: {error})"[:200], where=path) from None
-    check_keys(tower.model, {k: torch.empty(s, device="meta") for k, s in shapes.items() if _is_towers(k)}, path)
+    check_keys(tower.model, {key: tensor for key, tensor in on_files.items() if _is_towers(key)}, path)
     for adapter in adapters:
         given = tower.projected if adapter.config.pooled else tower.width
         if given != adapter.config.features:
@@ -178,18 +176,10 @@ def _place(name: Any, adapters: Sequence[IPAdapterFile], model: Path | None) -> 
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ConfigError(f"expected a folder or a hub id, got {name!r:.80}", where="image_encoder")
     if is_hub_id(os.fspath(name)):
-        return _on_hub(os.fspath(name))
+        return network_on_hub(os.fspath(name), STEM)
     path = Path(name).expanduser()
     for folder in (path, path / SUBFOLDER):
         if (folder / CONFIG).is_file():
             return folder
     what = "holds no vision tower" if path.is_dir() else "no such folder"
     raise ModelError(f"{what} ({CONFIG} is not there)", where=path, hint=HINT)
-
-
-def _on_hub(name: str) -> Path:
-    for half in (False, True):
-        folder = fetch(name, [CONFIG, f"{STEM}*.safetensors", f"{STEM}*.json"], half, first=CONFIG)
-        if any(folder.glob(f"{STEM}*.safetensors")):
-            return folder
-    raise no_weights(name, f"{STEM}.safetensors")
