@@ -74,3 +74,17 @@ def apart(one, other):
 
 def norm(values):
     return torch.cat([value.flatten() for value in values]).norm().item()
+
+
+def plain_sgd(stage, parameters, rate, steps, loss_of, at_first=lambda batch, loss: None):
+    """A plain loop over the stage's batches: `loss_of(batch, step)`; `at_first` sees the first gradients."""
+    optimizer = torch.optim.SGD(parameters, lr=rate)
+    with threads(1):
+        for step in range(steps):
+            batch = stage.data.batch(step)
+            loss = loss_of(batch, step)
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                at_first(batch, loss)
+            optimizer.step()

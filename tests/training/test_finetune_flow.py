@@ -2,6 +2,7 @@
 
 import math
 import signal
+from functools import partial
 
 import diffusers
 import peft
@@ -20,8 +21,7 @@ from ldm.training.finetuning.presets import Facts, command, for_model, read_fact
 from ldm.training.loop import seeded
 from tests.children import in_child, status_of
 from tests.flow_models import SHIFTS, TOKENS, build, packed
-from tests.training.conftest import threads
-from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, resolved, run, stage_of
+from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, plain_sgd, resolved, run, stage_of
 from tests.training.test_finetune_resume import final, killed_at
 
 STEPS = 3
@@ -88,16 +88,12 @@ def test_a_full_run_is_a_plain_loop(kind, pipes, data, tmp_path):
     out, rate = tmp_path / "run", 1e-3
     run(data, out, folder, train="full", save_dtype="fp32", **{**SGD, "learning_rate": rate})
     stage, transformer = stage_of(out), pipe.transformer.train()
-    optimizer = torch.optim.SGD(transformer.parameters(), lr=rate)
-    with threads(1):
-        for step in range(STEPS):
-            batch = stage.data.batch(step)
-            loss = plain_loss(kind, pipe, transformer, batch, step)
-            optimizer.zero_grad()
-            loss.backward()
-            if step == 0:
-                compare_first_step(stage, batch, loss, {n: p.grad for n, p in transformer.named_parameters()})
-            optimizer.step()
+
+    def at_first(batch, loss):
+        compare_first_step(stage, batch, loss, {n: p.grad for n, p in transformer.named_parameters()})
+
+    loss_of = partial(plain_loss, kind, pipe, transformer)
+    plain_sgd(stage, transformer.parameters(), rate, STEPS, loss_of, at_first)
     assert apart(last_tensors(out), transformer.state_dict()) < 1e-6
     assert apart(last_tensors(out), build(kind).transformer.state_dict()) > 1e-5
     saved = diffusers.DiffusionPipeline.from_pretrained(out / "model").transformer.state_dict()
@@ -128,12 +124,7 @@ def test_a_lora_is_pefts_in_a_plain_loop(kind, pipes, data, tmp_path):
     parameters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     for name, update in updates_of(stage.module).items():
         parameters[f"{name}.lora_A.default.weight"].data.copy_(update.down)
-    optimizer = torch.optim.SGD(parameters.values(), lr=rate)
-    with threads(1):
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            plain_loss(kind, pipe, transformer.train(), stage.data.batch(step), step).backward()
-            optimizer.step()
+    plain_sgd(stage, parameters.values(), rate, STEPS, partial(plain_loss, kind, pipe, transformer.train()))
     lora = read_lora(out)
     assert len(lora.layers) == len(parameters) // 2
     mine, theirs = {}, {}

@@ -1,5 +1,7 @@
 """Loss, gradients and weights of a fine-tuning against a plain PyTorch loop with diffusers' U-Net and schedule."""
 
+from functools import partial
+
 import diffusers
 import peft
 import pytest
@@ -10,8 +12,7 @@ from ldm.checkpoint.lora import match_layers, read_lora, target_at
 from ldm.nn.lora import updates_of
 from ldm.training.loop import seeded
 from tests.checkpoint.test_families_folders import build
-from tests.training.conftest import threads
-from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, run, stage_of
+from tests.training.finetune_cases import QUICK, apart, last_tensors, norm, pictures, plain_sgd, run, stage_of
 
 STEPS, GAMMA, OFFSET = 5, 5.0, 0.1
 SGD = {"optimizer": "sgd", "weight_decay": 0.0, "clip": 1e9, "steps": STEPS, "snr_gamma": GAMMA}
@@ -73,16 +74,14 @@ def test_a_full_run_is_a_plain_loop(family, pipes, data, tmp_path):
     stage = stage_of(out)
     assert stage.model.schedule.prediction_type == FAMILIES[family]
     unet = pipe.unet.train()
-    optimizer = torch.optim.SGD(unet.parameters(), lr=QUICK["learning_rate"])
-    with threads(1):
-        for step in range(STEPS):
-            batch = stage.data.batch(step)
-            loss = plain_loss(pipe, unet, batch, step, OFFSET)
-            optimizer.zero_grad()
-            loss.backward()
-            if step == 0:
-                compare_first_step(stage, batch, loss, {n: p.grad for n, p in unet.named_parameters()})
-            optimizer.step()
+
+    def at_first(batch, loss):
+        compare_first_step(stage, batch, loss, {n: p.grad for n, p in unet.named_parameters()})
+
+    def loss_of(batch, step):
+        return plain_loss(pipe, unet, batch, step, OFFSET)
+
+    plain_sgd(stage, unet.parameters(), QUICK["learning_rate"], STEPS, loss_of, at_first)
     shapes = {batch.shape for batch in (stage.data.batch(step).latents for step in range(STEPS))}
     assert len({shape[2:] for shape in shapes}) == 2  # both buckets were met
     assert apart(last_tensors(out), unet.state_dict()) < 1e-6
@@ -112,12 +111,7 @@ def test_a_lora_is_pefts_in_a_plain_loop(dora, pipes, data, tmp_path):
     parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     for name, update in updates_of(stage.module).items():
         parameters[f"{name}.lora_A.default.weight"].data.copy_(update.down)
-    optimizer = torch.optim.SGD(parameters.values(), lr=rate)
-    with threads(1):
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            plain_loss(pipe, unet.train(), stage.data.batch(step), step).backward()
-            optimizer.step()
+    plain_sgd(stage, parameters.values(), rate, STEPS, partial(plain_loss, pipe, unet.train()))
     lora = read_lora(out)
     for layer, (_, name) in match_layers(lora.header, target_at(folder)).layers.items():
         mine, at = lora.layers[layer], f"{name}.lora_{{}}.default.weight"
