@@ -1,4 +1,4 @@
-"""Files that are never half-written: atomic files and folders, sha256 manifests, locks, names, free space."""
+"""Files that are never half-written: atomic files and folders, sha256, locks, names, free space."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import contextlib
 import errno
 import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ldm.errors import LdmError, ModelError, ResourceError
+from ldm.errors import LdmError, ResourceError
 
-MANIFEST = "manifest.json"
 DISK_HINTS = {
     errno.ENOSPC: "free some disk space",
     errno.EDQUOT: "free some of your disk quota",
@@ -179,62 +177,6 @@ def sha256(path: str | Path, advance: Callable[[int], object] = lambda size: Non
             digest.update(block)
             advance(len(block))
     return digest.hexdigest()
-
-
-def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Path:
-    """Write `manifest.json`, the sha256 and size of every file below `folder` (or of `names`)."""
-    folder = Path(folder)
-    if names is None:
-        names = sorted(
-            p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST
-        )
-    files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
-    return atomic_write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
-
-
-def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Path in the folder -> sha256 and size, by `manifest.json`; {} without one. Raises ModelError for a bad one."""
-    path = Path(folder) / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["files"].items()
-        files = {str(name): {"sha256": str(entry["sha256"]), "size": int(entry["size"])} for name, entry in table}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ModelError("the manifest is damaged", where=path, hint="get the folder again") from None
-    for name in files:
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
-    return files
-
-
-def check_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Like `read_manifest`, but raises ModelError for the first file that is missing or differs in size."""
-    files = read_manifest(folder)
-    for name, entry in files.items():
-        file = Path(folder, name)
-        if not file.is_file():
-            raise ModelError("listed in the manifest, but missing", where=file, hint="get the folder again")
-        if file.stat().st_size != entry["size"]:
-            raise ModelError("does not match the manifest's size", where=file, hint="get the file again")
-    return files
-
-
-def verify_manifest(
-    folder: str | Path, advance: Callable[[int], object] = lambda size: None
-) -> dict[str, dict[str, Any]]:
-    """Like `check_manifest`, but raises ModelError also for the first file whose content differs."""
-    files = check_manifest(folder)
-    for name, entry in files.items():
-        try:
-            digest = sha256(Path(folder, name), advance)
-        except OSError as error:
-            raise ModelError(f"cannot be read ({error.strerror or error})", where=Path(folder, name)) from None
-        if digest != entry["sha256"]:
-            raise ModelError(
-                "does not match the manifest's sha256", where=Path(folder, name), hint="get the file again"
-            )
-    return files
 
 
 def spelt_alike(path: Path) -> Path:

@@ -26,11 +26,11 @@ from ldm.checkpoint.network_files import (
     reading_settings,
     tensor_files,
 )
-from ldm.checkpoint.safety import read_header, read_json, refuse_pickle
+from ldm.checkpoint.safety import read_header, read_json, refuse_pickle, write_manifest
 from ldm.checkpoint.single.names import translated, unet_modules
 from ldm.checkpoint.tensors import source, write_shards, write_tensors
 from ldm.errors import ConfigError, ModelError
-from ldm.files import atomic_folder, atomic_write, require_space, sha256, write_manifest
+from ldm.files import atomic_folder, atomic_write, require_space, sha256
 from ldm.nn.batch_invariant import layout
 from ldm.nn.controlnet import ControlNet, ControlNetConfig, load_controlnet
 from ldm.nn.mmdit_config import MMDiTConfig

@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.checkpoint.safety import PICKLES, read_header, read_json, refuse_pickle
+from ldm.checkpoint.safety import PICKLES, check_manifest, read_header, read_json, refuse_pickle
 from ldm.errors import ModelError
-from ldm.files import check_manifest, sha256
+from ldm.files import sha256
 
 PACKAGE = Path(__file__).resolve().parents[1]  # …/ldm, through the links of an editable install too
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")

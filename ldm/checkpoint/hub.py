@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.checkpoint.folder import CARD, CLASSES, INDEX, STEMS
-from ldm.checkpoint.safety import read_json
+from ldm.checkpoint.safety import MANIFEST, read_json
 from ldm.console import progress
 from ldm.errors import LdmError, ModelError
-from ldm.files import MANIFEST
 
 SETTINGS = [INDEX, "config.json", MANIFEST, CARD]
 SETTINGS += [f"{part}/*{suffix}" for part in CLASSES for suffix in (".json", ".txt")]

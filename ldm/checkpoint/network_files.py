@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ldm.checkpoint.folder import digest_of, weight_files
 from ldm.checkpoint.hub import fetch, no_weights
-from ldm.checkpoint.safety import read_header, read_tensors
+from ldm.checkpoint.safety import check_manifest, read_header, read_tensors
 from ldm.errors import LdmError, ModelError
-from ldm.files import check_manifest, sha256
+from ldm.files import sha256
 
 CONFIG = "config.json"
 

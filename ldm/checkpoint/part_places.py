@@ -9,9 +9,9 @@ from typing import Any
 
 from ldm.checkpoint.folder import INDEX, TOKENIZER, default_folder, digest_of, is_hub_id, weight_files
 from ldm.checkpoint.hub import fetch, no_weights
-from ldm.checkpoint.safety import refuse_pickle
+from ldm.checkpoint.safety import MANIFEST, check_manifest, refuse_pickle
 from ldm.errors import ModelError
-from ldm.files import MANIFEST, check_manifest, sha256
+from ldm.files import sha256
 
 WORDS = {"vae": "autoencoder", "text": "text encoder"}  # kind of part -> what messages call it
 FOLDERS = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}  # of a model's folder

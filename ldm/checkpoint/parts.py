@@ -13,14 +13,14 @@ from ldm.checkpoint import model as models
 from ldm.checkpoint.families import VAE as VAE_CONFIG
 from ldm.checkpoint.families import family_of
 from ldm.checkpoint.part_places import Place, find_place, model_folder, weights_of
-from ldm.checkpoint.safety import read_header, read_json
+from ldm.checkpoint.safety import read_header, read_json, write_manifest
 from ldm.checkpoint.save import write_text, write_vae
 from ldm.checkpoint.single.names import UNET
 from ldm.checkpoint.single.read import vae_prefix
 from ldm.checkpoint.text_parts import TextParts, find_text
 from ldm.console import say
 from ldm.errors import ModelError
-from ldm.files import atomic_folder, write_manifest
+from ldm.files import atomic_folder
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,5 @@
-"""Safetensors files, read and checked: each byte once, hashed on the way; pickles are recognised and refused."""
+"""Files of models and checkpoints, read and checked: safetensors (each byte once, hashed on the way), settings,
+sha256 manifests; pickles are recognised and refused."""
 
 from __future__ import annotations
 
@@ -6,16 +7,18 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ldm.errors import ModelError
+from ldm.files import atomic_write, sha256
 
 if TYPE_CHECKING:
     import torch
 
+MANIFEST = "manifest.json"
 HEAD = 4096  # bytes that are read to recognise a file, at most
 MAX_HEADER = 16 << 20  # bytes; the header of SDXL's U-Net has 0.3 MB
 MAX_MARKS = 500_000  # of { [ and : in a header (a tensor has 8): it is parsed within a second
@@ -302,3 +305,59 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
     if isinstance(error, json.JSONDecodeError):
         return ModelError(f"is not valid JSON ({error.msg})", where=f"{path}:{error.lineno}")
     return ModelError(f"cannot be read ({type(error).__name__})", where=path)
+
+
+def write_manifest(folder: str | Path, names: Sequence[str] | None = None) -> Path:
+    """Write `manifest.json`, the sha256 and size of every file below `folder` (or of `names`)."""
+    folder = Path(folder)
+    if names is None:
+        names = sorted(
+            p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST
+        )
+    files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
+    return atomic_write(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Path in the folder -> sha256 and size, by `manifest.json`; {} without one. Raises ModelError for a bad one."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["files"].items()
+        files = {str(name): {"sha256": str(entry["sha256"]), "size": int(entry["size"])} for name, entry in table}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise ModelError("the manifest is damaged", where=path, hint="get the folder again") from None
+    for name in files:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ModelError(f"the manifest names a file outside its folder ({name})", where=path)
+    return files
+
+
+def check_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """Like `read_manifest`, but raises ModelError for the first file that is missing or differs in size."""
+    files = read_manifest(folder)
+    for name, entry in files.items():
+        file = Path(folder, name)
+        if not file.is_file():
+            raise ModelError("listed in the manifest, but missing", where=file, hint="get the folder again")
+        if file.stat().st_size != entry["size"]:
+            raise ModelError("does not match the manifest's size", where=file, hint="get the file again")
+    return files
+
+
+def verify_manifest(
+    folder: str | Path, advance: Callable[[int], object] = lambda size: None
+) -> dict[str, dict[str, Any]]:
+    """Like `check_manifest`, but raises ModelError also for the first file whose content differs."""
+    files = check_manifest(folder)
+    for name, entry in files.items():
+        try:
+            digest = sha256(Path(folder, name), advance)
+        except OSError as error:
+            raise ModelError(f"cannot be read ({error.strerror or error})", where=Path(folder, name)) from None
+        if digest != entry["sha256"]:
+            raise ModelError(
+                "does not match the manifest's sha256", where=Path(folder, name), hint="get the file again"
+            )
+    return files

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint import folder as layouts
 from ldm.checkpoint.build import PREFIX, TIED, check_fit
-from ldm.checkpoint.safety import Advance, silent
+from ldm.checkpoint.safety import Advance, silent, write_manifest
 from ldm.checkpoint.tensors import write_shards
 from ldm.checkpoint.types import Model
 from ldm.device import DTYPES, SPELLINGS
 from ldm.errors import ModelError
-from ldm.files import atomic_folder, require_space, write_manifest
+from ldm.files import atomic_folder, require_space
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from ldm import Pipeline
 from ldm.checkpoint import Model, check_model, clear_cache, load_model, save_model
 from ldm.checkpoint.build import named_as
+from ldm.checkpoint.safety import write_manifest
 from ldm.errors import LdmError, ModelError
-from ldm.files import write_manifest
 
 
 def states(model):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm.checkpoint.safety import verify_manifest
 from ldm.errors import ConfigError, DataError, Interrupted, ProcessGone, ResourceError
 from ldm.training.checkpoints import state
 from ldm.training.distributed import RowShard, current, heartbeat, processes, rows_of
@@ -150,9 +151,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(sharded, tmp_path):
 
 
 def files_are_whole(run):
-    from ldm import files
 
-    return all(files.verify_manifest(folder) for folder in state.checkpoints(run))
+    return all(verify_manifest(folder) for folder in state.checkpoints(run))
 
 
 class Broken(Shared):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from ldm import files
+from ldm.checkpoint.safety import MANIFEST, write_manifest
 from ldm.errors import CheckpointError, ConfigError, LdmError, ModelError
 from ldm.training.checkpoints import reading, state
 from ldm.training.checkpoints.begin import to_resume
@@ -46,7 +46,7 @@ def rewrite(folder, **changes):
     about = json.loads((folder / state.ABOUT).read_text())
     about = {name: value for name, value in {**about, **changes}.items() if value is not None}
     (folder / state.ABOUT).write_text(json.dumps(about))
-    files.write_manifest(folder)
+    write_manifest(folder)
 
 
 def test_after_all_checkpoints_were_set_aside_no_command_begins_anew(run):
@@ -185,14 +185,14 @@ def test_what_no_manifest_vouches_for_is_refused(run):
     folder = run / "checkpoints" / "step-00000012"
     content = (folder / state.WEIGHTS).read_bytes()
     (folder / state.WEIGHTS).write_bytes(content[:-1000])
-    files.write_manifest(folder)
+    write_manifest(folder)
     with pytest.raises(CheckpointError, match=r"state.safetensors: cannot be read"):
         train_toy(run, str(folder), decay_from=1)
     (folder / state.WEIGHTS).unlink()
-    files.write_manifest(folder)
+    write_manifest(folder)
     with pytest.raises(CheckpointError, match=r"does not list state\.safetensors"):
         train_toy(run, str(folder), decay_from=1)
-    (folder / files.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="has no manifest"):
         train_toy(run, str(folder), decay_from=1)
 

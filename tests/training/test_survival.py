@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ldm import files
+from ldm.checkpoint.safety import write_manifest
 from ldm.errors import CheckpointError, Interrupted, NumericsError, ResourceError
 from ldm.training.checkpoints import reading, state
 from tests.children import in_child, status_of
@@ -207,7 +208,7 @@ def test_a_checkpoint_of_before_that_holds_frozen_tensors_too_goes_on(tmp_path):
     for part in ("model", "ema"):
         tensors |= {f"{part}.0.layer.{name}": value.clone() for name, value in Toy(None).module[0].state_dict().items()}
     save_file(tensors, folder / "state.safetensors")
-    files.write_manifest(folder)
+    write_manifest(folder)
     train_toy(run, str(folder), lora=True, decay_from=1)
     assert ends(run) == expected
 

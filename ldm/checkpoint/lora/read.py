@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.lora.names import FLOW_PREFIX, OTHER_KINDS, PARTS, split_key
-from ldm.checkpoint.safety import Header, read_header, read_json, read_tensors, refuse_pickle
+from ldm.checkpoint.safety import Header, read_header, read_json, read_manifest, read_tensors, refuse_pickle
 from ldm.errors import ConfigError, ModelError, nearest
-from ldm.files import read_manifest
 
 if TYPE_CHECKING:
     from ldm.nn.lora import LowRank

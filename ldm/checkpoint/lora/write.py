@@ -13,11 +13,12 @@ import ldm
 from ldm.checkpoint.lora.names import CLIP, FLOW_PREFIX, kohya_name, peft_name, sgm_names
 from ldm.checkpoint.lora.read import FILE, METADATA, WORDS
 from ldm.checkpoint.lora.target import networks
+from ldm.checkpoint.safety import MANIFEST, write_manifest
 from ldm.checkpoint.tensors import Source, write_tensors
 from ldm.checkpoint.types import Model
 from ldm.console import say
 from ldm.errors import ModelError
-from ldm.files import MANIFEST, atomic_folder, atomic_write, write_manifest
+from ldm.files import atomic_folder, atomic_write
 from ldm.nn.mmdit_config import MMDiTConfig
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import files
+from ldm.checkpoint.safety import verify_manifest
 from ldm.console import warn
 from ldm.errors import CheckpointError, ModelError, first_line
 from ldm.training.checkpoints.state import (
@@ -65,7 +66,7 @@ def set_aside(folder: Path, kind: str) -> str:
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError or ModelError unless the files of a checkpoint match its manifest."""
-    listed = files.verify_manifest(folder)
+    listed = verify_manifest(folder)
     if missing := [name for name in (WEIGHTS, ABOUT) if name not in listed]:
         what = f"the manifest does not list {missing[0]}" if listed else "has no manifest"
         raise CheckpointError(f"{what}, so nothing vouches for it", where=folder, hint="go on from another checkpoint")

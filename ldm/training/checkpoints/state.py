@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import files
+from ldm.checkpoint.safety import verify_manifest, write_manifest
 from ldm.errors import NumericsError, ResourceError, first_line
 from ldm.training.distributed import current
 from ldm.training.distributed.single import Single, whole
@@ -117,8 +118,8 @@ def _write(
     with _room_told(folder, size), files.atomic_folder(folder) as tmp:
         _write_tensors(tensors, tmp / WEIGHTS)
         (tmp / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-        files.write_manifest(tmp)
-    files.verify_manifest(folder)
+        write_manifest(tmp)
+    verify_manifest(folder)
     return folder
 
 
