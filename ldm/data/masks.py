@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ldm.data.images import MAX_FILE, ImageError, read_alpha, read_image
@@ -51,6 +52,13 @@ def read_mask(content: bytes, sample: Sample, view: View, factor: int) -> tuple[
     if mask is None:
         return None, kind
     return F.avg_pool2d(pixels(mask, view)[:1].float(), factor).round().byte(), kind
+
+
+def mask_line(kinds: Sequence[str]) -> str:
+    """How many of the images have a mask of which kind; `kinds` are as `whole_mask` has them."""
+    alpha, none = kinds.count(ALPHA), kinds.count("")
+    told = f"masks: {len(kinds) - alpha - none} files NAME-mask.png, {alpha} alpha channels"
+    return f"{told}; the other {none} images are learned as a whole" if none else told
 
 
 def _beside(sample: Sample) -> bytes:

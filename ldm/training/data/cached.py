@@ -6,6 +6,7 @@ Shapes:  C, h, w latent channels, height, width
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,8 +15,9 @@ from ldm.console import say
 from ldm.data.cache import Cache, CachedSample
 from ldm.data.transforms import TransformConfig, View, fixed_views
 from ldm.errors import DataError
-from ldm.training.data.encoded import Encoders, Memory
+from ldm.training.data.encoded import Encoders, Memory, nothing
 from ldm.training.data.images import ImageSet
+from ldm.training.data.left_out import leave_out, lose
 from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current
 
@@ -30,7 +32,7 @@ class Cached:
 
     def __init__(self, images: ImageSet, encoders: Encoders, memory: Memory, folder: Path, texts: bool):
         self.images, self.memory, self.texts = images, memory, texts
-        self.masks = Masks(images, encoders.vae.factor, memory)
+        self.mask = Masks(images, encoders.vae.factor, memory).of if images.data.masks else nothing
         wanted = []
         for item in images.items:
             held = item.digest in images.held_out
@@ -41,7 +43,7 @@ class Cached:
         def fill() -> dict[str, str]:
             with cache:
                 embed = encoders.embed if texts else None
-                done = cache.prepare(wanted, images.read, encoders.encode, embed, images.lose)
+                done = cache.prepare(wanted, images.read, encoders.encode, embed, partial(lose, images))
             say(f"cache: {done.kept} entries found, {done.made} made, {done.bytes / 1e6:.1f} MB in {folder}")
             return {id: str(error) for id, error in images.lost.items()}
 
@@ -50,7 +52,7 @@ class Cached:
         if not current().first:
             cache.reload()
         if images.lost:
-            images.leave_out(images.lost)
+            leave_out(images, images.lost)
             say(f"{len(images.lost)} images cannot be encoded: {images.lines[1]}")
 
     def rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
@@ -58,7 +60,7 @@ class Cached:
 
         Mean and std are fp32 (C, h, w), the mask (1, h, w) or None.
         """
-        return [(row, *self.latents(*views[row]), self.masks.of(*views[row])) for row in part.own or (0,)], part
+        return [(row, *self.latents(*views[row]), self.mask(*views[row])) for row in part.own or (0,)], part
 
     def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
         """Mean and std. Raises DataError where the cache was damaged since it was filled."""

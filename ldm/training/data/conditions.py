@@ -115,10 +115,8 @@ class Conditions:
     def __init__(self, images: ImageSet, memory: Memory | None):
         self.images, self.memory = images, memory
 
-    def of(self, place: int, view: View) -> Tensor | None:
-        """uint8 (C, H, W); None where no ControlNet is trained. Raises DataError where a file is gone or changed."""
-        if self.images.control is None:
-            return None
+    def of(self, place: int, view: View) -> Tensor:
+        """uint8 (C, H, W). Raises DataError where a file is gone or changed."""
         if self.memory is None:
             return self._make(place, view)
         key = (self.images.items[place].pixels, "control", view)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.data.transforms import View
 from ldm.errors import NumericsError
 from ldm.nn.text import TextEncoder
 from ldm.nn.vae import VAE
@@ -30,6 +31,10 @@ class Row(NamedTuple):
     time_ids: tuple[int, ...]  # original size, crop, target size
     mask: Tensor | None = None  # (1, h, w) in [0, 1], of what is learned
     control: Tensor | None = None  # uint8 (3 or 1, H, W): what a ControlNet sees
+
+
+def nothing(place: int, view: View) -> None:
+    """What stands for masks and conditions where the settings ask for none."""
 
 
 class Encoders:

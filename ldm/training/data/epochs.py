@@ -5,7 +5,7 @@ Shapes:  C, h, w latent channels, height, width   H, W image size
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from ldm.data.transforms import View, choose_caption, draw_view, fixed_views, pi
 from ldm.errors import DataError
 from ldm.training.data.cached import CENTERED, Cached
 from ldm.training.data.conditions import Conditions, square_view
-from ldm.training.data.encoded import Embedding, Encoders, Memory, Row
+from ldm.training.data.encoded import Embedding, Encoders, Memory, Row, nothing
 from ldm.training.data.images import ImageSet
 from ldm.training.data.live import Live
 from ldm.training.distributed import RowShard, current
@@ -39,7 +39,9 @@ class Epochs:
     ):
         self.images, self.data, self.seed, self.batch_size = images, images.data, seed, batch_size
         self._encoders, self._latents = encoders, self._opened(encoders, memory, out, texts)
-        self._conditions = Conditions(images, memory if self.data.crop == "center" else None)
+        self._condition: Callable[[int, View], Tensor | None] = nothing
+        if images.control is not None:
+            self._condition = Conditions(images, memory if self.data.crop == "center" else None).of
         self._places = images.trained
         if not self._places:
             raise DataError("no image is left to train on", where=self.data.folder)
@@ -81,7 +83,7 @@ class Epochs:
             caption = choose_caption(item.captions, self.data.caption_dropout, self.seed, epoch, position)
             if self.data.shuffle_tags:
                 caption = shuffle_tags(caption, self.data.keep_tags, self.seed, epoch, position)
-            rows.append(Row(item.id, latents, caption, view.time_ids, mask, self._conditions.of(place, view)))
+            rows.append(Row(item.id, latents, caption, view.time_ids, mask, self._condition(place, view)))
         return rows, part
 
     def _views(self, number: int) -> tuple[list[int], list[tuple[int, View]]]:
@@ -116,9 +118,8 @@ class Epochs:
         last = None
         for place, view in self._held_out():
             item = self.images.items[place]
-            latents, mask = self._latents.latents(place, view)[0], self._latents.masks.of(place, view)
-            control = self._conditions.of(place, view)
-            row = Row(item.id, latents, (*item.captions, "")[0], view.time_ids, mask, control)
+            latents, mask = self._latents.latents(place, view)[0], self._latents.mask(place, view)
+            row = Row(item.id, latents, (*item.captions, "")[0], view.time_ids, mask, self._condition(place, view))
             if item.bucket != last or len(batches[-1]) == self.batch_size:
                 batches.append([])
             batches[-1].append(row)
@@ -130,7 +131,7 @@ class Epochs:
         items, side = self.images.items, self.data.resolution
         places = [place for place, _ in self._held_out()]
         places = list(dict.fromkeys([*places, *self._places]))[:count]
-        made = [(place, self._conditions.of(place, square_view(items[place].size, side))) for place in places]
+        made = [(place, self._condition(place, square_view(items[place].size, side))) for place in places]
         return [((*items[place].captions, "")[0], control) for place, control in made if control is not None]
 
     def held_out_pixels(self, count: int) -> list[Tensor]:

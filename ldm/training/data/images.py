@@ -8,24 +8,22 @@ import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.config import require
-from ldm.console import warn
 from ldm.data.buckets import Size, bucket_of, cropped, histogram
 from ldm.data.images import MAX_FILE, read_header, read_image
-from ldm.data.masks import ALPHA, read_mask, whole_mask
+from ldm.data.masks import mask_line, whole_mask
 from ldm.data.sources import Sample, Source, open_source
 from ldm.data.sources.walk import is_prepared
-from ldm.data.transforms import View, draw
+from ldm.data.transforms import draw
 from ldm.errors import DataError, LdmError
 from ldm.training.settings import OFF, FinetuneData
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from ldm.training.data.conditions import ControlFolder
 
@@ -60,7 +58,7 @@ class ImageSet:
 
     def __init__(self, source: Source, items: list[Item], data: FinetuneData, cut: Callable[[str], str] | None):
         self.source, self.items, self.data, self.cut = source, items, data, cut
-        self._reading = threading.Lock()  # sources remember what they read last
+        self.reading = threading.Lock()  # sources remember what they read last
         self.held_out = held_out({item.digest for item in items}, data.held_out)
         self.prior: ImageSet | None = None  # of what the model is to keep
         self.control: str | ControlFolder | None = None  # what a ControlNet sees: a kind of condition, or files
@@ -93,20 +91,10 @@ class ImageSet:
         return [
             *self.source.lines(self.cut),
             *converted,
-            *self._masks(),
+            *([mask_line([item.mask for item in self.items])] if self.data.masks else []),
             f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away{self._most_cropped()}",
             f"{len(self.items) - held} images to train on, {held} held out; an epoch has {len(trained)} samples",
         ]
-
-    def _masks(self) -> list[str]:
-        """How many images have a mask, where masks are asked for."""
-        if not self.data.masks:
-            return []
-        alpha = sum(item.mask == ALPHA for item in self.items)
-        none = sum(not item.mask for item in self.items)
-        beside = len(self.items) - alpha - none
-        told = f"masks: {beside} files NAME-mask.png, {alpha} alpha channels"
-        return [f"{told}; the other {none} images are learned as a whole" if none else told]
 
     def _most_cropped(self) -> str:
         """Words about the images that lose much of themselves, "" where none does."""
@@ -120,51 +108,11 @@ class ImageSet:
         Threads may read at the same time: they share the files one after the other, and decode in parallel.
         """
         item = self.items[place]
-        with self._reading:
+        with self.reading:
             sample = self.source[place]
             with sample.open() as file:
                 content = file.read(MAX_FILE + 1)
         return _decoded(content, sample, item.size, item.bucket), hashlib.sha256(content).hexdigest()
-
-    def mask(self, place: int, view: View, factor: int) -> Tensor | None:
-        """uint8 (1, h, w): how much each latent of a view is learned; None of an image without a mask.
-
-        Raises DataError where the mask is gone or was changed.
-        """
-        item = self.items[place]
-        if not item.mask:
-            return None
-        with self._reading:
-            sample, content = self.source[place], b""
-            if item.mask == ALPHA:
-                with sample.open() as file:
-                    content = file.read(MAX_FILE + 1)
-        mask, kind = read_mask(content, sample, view, factor)
-        if kind != item.mask:
-            raise DataError("its mask was changed since the training began", where=f"{self.source.path}/{item.id}")
-        return mask
-
-    def lose(self, place: int, error: LdmError) -> None:
-        """Leave out an image that was counted as good. Raises DataError where too many are left out."""
-        id, counts, allowed = self.items[place].id, self.source.counts, self.data.max_bad
-        if id not in self.lost:
-            warn(f"{error}; left out")
-        self.lost[id] = error
-        if counts.lost().total() + len(self.lost) > (allowed * counts.found if allowed < 1 else allowed):
-            self.leave_out(self.lost)  # raises, and names them
-
-    def leave_out(self, bad: Mapping[str, LdmError]) -> None:
-        """Count these images, by id, as skipped. Raises DataError where they are more than `max_bad` allows."""
-
-        def check(sample: Sample) -> None:
-            if error := bad.get(sample.id):
-                raise error if isinstance(error, DataError) else DataError(error.what)
-
-        for _ in self.source.validate(check, desc="leaving out"):
-            pass
-        self.items = [item for item in self.items if item.id not in bad]
-        self.held_out &= {item.digest for item in self.items}
-        self.require()
 
     def require(self) -> None:
         """Raise DataError where more images or captions are unusable than the settings allow."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, LdmError, NumericsError
-from ldm.training.data.encoded import Encoders, Memory
+from ldm.training.data.encoded import Encoders, Memory, nothing
 from ldm.training.data.images import ImageSet
+from ldm.training.data.left_out import lose
 from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current, rows_of
 
@@ -27,7 +28,8 @@ class Live:
 
     def __init__(self, images: ImageSet, encoders: Encoders | None, memory: Memory | None, workers: int):
         self.images, self.encoders, self.memory = images, encoders, memory  # no memory where no view comes again
-        self.masks = Masks(images, encoders.vae.factor if encoders is not None else 1, memory)
+        factor = encoders.vae.factor if encoders is not None else 1
+        self.mask = Masks(images, factor, memory).of if images.data.masks else nothing
         self.threads = ThreadPoolExecutor(workers, "images") if workers else None
         self._coming: dict[tuple[int, View], Future[Tensor]] = {}
         self._encoded: dict[tuple[int, View], tuple[Tensor, Tensor]] = {}  # those of this batch
@@ -51,7 +53,7 @@ class Live:
         row without an image. Raises DataError where more images are lost than `max_bad` allows.
         """
         self._encode_together([views[row] for row in part.own])
-        read = lambda place, view: (*self.latents(place, view), self.masks.of(place, view))  # noqa: E731
+        read = lambda place, view: (*self.latents(place, view), self.mask(place, view))  # noqa: E731
         found, part = self._read_rows(views, part, read)
         if part.size and not found:
             vae, size = self.encoders.vae, views[0][1].size
@@ -85,7 +87,7 @@ class Live:
             return part
         errors = group.gathered([json.dumps([row, str(error)]) for row, error in lost.items()])
         for row, text in sorted(map(json.loads, errors)):
-            self.images.lose(places[row], lost.get(row) or DataError(text))
+            lose(self.images, places[row], lost.get(row) or DataError(text))
         kept = [row for row, is_gone in enumerate(gone) if not is_gone]
         return rows_of(len(kept), [i for i, row in enumerate(kept) if row in part.own], group.world)
 
