@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from ldm.colours import MARKS, coded_profile, colour_profile
+from ldm.colours import colour_profile
+from ldm.data.image_error import ImageError as ImageError
 from ldm.data.image_kinds import kind_of
+from ldm.data.png import PIXELS, avif_codes, use_codes, without_texts
 from ldm.data.to_rgb import to_rgb
-from ldm.errors import DataError, one_line
 from ldm.images import READABLE
 
 if TYPE_CHECKING:
     from PIL import Image
 
+PNG = b"\x89PNG\r\n\x1a\n"
 WHITE = (255, 255, 255)
 MAX_MEMORY = 198_000_000  # bytes that reading one image may take
 MAX_PIXELS = 64_000_000
@@ -32,14 +34,6 @@ PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixe
 MAX_FILE = 200_000_000  # bytes
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
-
-
-class ImageError(DataError):
-    """A file whose pixels cannot be read; `reason` is the same for all that fail in the same way, for counting."""
-
-    def __init__(self, reason: str, detail: str = "", *, where: object = None, hint: str | None = None):
-        self.reason, self.detail = reason, one_line(detail)
-        super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,8 @@ class Header:
 
 def read_header(file: BinaryIO, where: object = None) -> Header:
     """Size and format without decoding. Raises ImageError for files that are no readable image or too large."""
-    with _opened(file, where) as (image, header):
-        _scale(image, header, 1)
+    with opened(file, where) as (image, header):
+        scale(image, header, 1)
         return header
 
 
@@ -71,37 +65,27 @@ def read_image(
     With `at_least` a large image may be reduced by a whole factor, its shorter side never below twice `at_least`
     pixels. Raises ImageError, and nothing else, for files that cannot be read or would take too much memory.
     """
-    from PIL import Image
 
-    with _opened(file, where) as (image, header):
-        factor = _scale(image, header, at_least)
+    with opened(file, where) as (image, header):
+        factor = scale(image, header, at_least)
         if image.mode == "RGB" and factor == 1 and "transparency" not in image.info and not header.profile:
             image.load()
             result = image
         else:
             result = to_rgb(image, factor, background)
-        turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
-        return result if turn is None else result.transpose(Image.Transpose(turn))
+        return upright(result, header)
 
 
-def read_alpha(file: BinaryIO, where: object = None) -> Image.Image | None:
-    """The alpha channel of the first frame, upright, as an image of mode L; None where nothing is transparent.
-
-    Raises ImageError as `read_image` does.
-    """
+def upright(image: Image.Image, header: Header) -> Image.Image:
+    """The image as EXIF says that it is seen."""
     from PIL import Image
 
-    with _opened(file, where) as (image, header):
-        if not header.transparent:
-            return None
-        _scale(image, header, None)
-        alpha = image.convert("RGBA").getchannel("A")
-        turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
-        return alpha if turn is None else alpha.transpose(Image.Transpose(turn))
+    turn = UPRIGHT.get(header.orientation) if header.format != "TIFF" else None
+    return image if turn is None else image.transpose(Image.Transpose(turn))
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
+def opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]]:
     """The image, not decoded yet, and its header; every exception inside the block becomes ImageError."""
     from PIL import Image, UnidentifiedImageError
 
@@ -114,15 +98,15 @@ def _opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header
             raise ImageError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
         file.seek(0)
         animated, codes = False, None
-        if start.startswith(PNG):
-            file, animated, codes = _without_texts(file)
+        if start.startswith(PNG) and not _is_plain(file, size):
+            file, animated, codes = without_texts(file)
         elif start[4:8] == b"ftyp":
-            codes = _nclx(file)
+            codes = avif_codes(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own about sizes and damaged EXIF
             with Image.open(file, formats=READABLE) as image:
                 if codes and (image.format == "PNG" or not image.info.get("icc_profile")):
-                    _use_codes(image, codes)
+                    use_codes(image, codes)
                 yield image, _header(image, animated)
     except ImageError as error:
         raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
@@ -155,7 +139,7 @@ def _header(image: Image.Image, animated: bool) -> Header:
     return Header(image.format, image.mode, width, height, orientation, animated, transparent, profile)
 
 
-def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
+def scale(image: Image.Image, header: Header, at_least: int | None) -> int:
     """The whole factor by which the image is reduced while decoding; a JPEG is set to decode at reduced size.
 
     Raises ImageError where reading would take more than MAX_MEMORY.
@@ -181,113 +165,14 @@ def _scale(image: Image.Image, header: Header, at_least: int | None) -> int:
     return factor
 
 
-# PNG: a text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the image.
-PNG = b"\x89PNG\r\n\x1a\n"
-NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-LIMITS = {b"eXIf": 1 << 16, b"iCCP": 1 << 20}  # bytes, of the profile also unpacked
-SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4}  # bytes of other chunks about colours
-AVIF_HEAD = 1 << 16  # bytes in which an AVIF tells its colours
-
-
-def _nclx(file: BinaryIO) -> tuple[int, int] | None:
-    """(primaries, transfer) of H.273 in an AVIF's head; None where it has none."""
-    file.seek(0)
-    _, found, codes = file.read(AVIF_HEAD).partition(b"colrnclx")
-    file.seek(0)
-    return (int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")) if found else None
-
-
-def _use_codes(image: Image.Image, codes: tuple[int, int]) -> None:
-    """Set the profile that code points mean, in place of whatever else the file says of its colours."""
-    try:
-        profile = coded_profile(*codes)
-    except ValueError as error:
-        raise ImageError("has colours that are not read", str(error), hint="convert it to sRGB") from None
-    for name in MARKS:
-        image.info.pop(name, None)
-    image.info |= {"icc_profile": profile} if profile else {"srgb": 0}
-
-
-def _without_texts(file: BinaryIO) -> tuple[BinaryIO, bool, tuple[int, int] | None]:
-    """The PNG with only the chunks of its pixels, a sound EXIF and sound chunks about colours; whether it is animated;
-    the code points of its colours.
-
-    Nothing is copied.
-    """
-    pieces, position, animated, size = [(0, 8)], 8, False, file.seek(0, io.SEEK_END)
-    codes = None
-    other: dict[bytes, tuple[int, int]] = {}
-    while position + 8 <= size:
+def _is_plain(file: BinaryIO, size: int) -> bool:
+    """Whether a PNG holds its pixels and nothing else."""
+    position, kind = 8, b""
+    while position + 8 <= size and kind != b"IEND":
         file.seek(position)
-        head = file.read(8)
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        end = min(size, position + 12 + length)
-        if kind in NEEDED:
-            pieces.append((position, end))
-        elif kind in LIMITS and length <= LIMITS[kind] and _is_sound(file.read(length + 4), kind):
-            other[kind] = (position, end)
-        elif SIZES.get(kind) == length and _is_sound(body := file.read(length + 4), kind):
-            if kind == b"cICP":
-                codes = body[0], body[1]
-            else:
-                other[kind] = (position, end)
-        animated = animated or kind == b"acTL"
-        position = end
-        if kind == b"IEND":
-            break
-    return io.BufferedReader(_Pieces(file, [*pieces[:2], *other.values(), *pieces[2:]])), animated, codes
-
-
-def _is_sound(body: bytes, kind: bytes) -> bool:
-    """Whether EXIF, a profile or another chunk is whole, and no larger than its limit where it is packed."""
-    import zlib
-
-    if len(body) < 4 or zlib.crc32(kind + body[:-4]) != int.from_bytes(body[-4:], "big"):
-        return False
-    if kind != b"iCCP":
-        return True
-    packed = zlib.decompressobj()
-    try:
-        packed.decompress(body[:-4].partition(b"\0")[2][1:], LIMITS[kind])
-    except zlib.error:
-        return False
-    return packed.eof
-
-
-class _Pieces(io.RawIOBase):
-    """Parts of a file, as (begin, end), that are read as one file."""
-
-    def __init__(self, file: BinaryIO, pieces: list[tuple[int, int]]):
-        joined: list[tuple[int, int]] = []
-        for begin, end in pieces:
-            if joined and joined[-1][1] == begin:
-                joined[-1] = (joined[-1][0], end)
-            else:
-                joined.append((begin, end))
-        self.file, self.position, self.starts, total = file, 0, [], 0
-        for begin, end in joined:
-            self.starts.append((total, begin, end - begin))
-            total += end - begin
-        self.total = total
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.total}[whence]
-        self.position = max(0, base + offset)
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        for start, begin, length in self.starts:
-            inside = self.position - start
-            if 0 <= inside < length:
-                self.file.seek(begin + inside)
-                data = self.file.read(min(len(buffer), length - inside))
-                buffer[: len(data)] = data
-                self.position += len(data)
-                return len(data)
-        return 0
+        length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+        if kind not in PIXELS:
+            return False
+        position += 12 + length
+    file.seek(0)
+    return position == size

@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from ldm.data.images import MAX_FILE, ImageError, read_alpha, read_image
+from ldm.data.images import MAX_FILE, ImageError, opened, read_image, scale, upright
 from ldm.data.sources import Sample
 from ldm.data.transforms import View, pixels
 
@@ -59,6 +59,18 @@ def mask_line(kinds: Sequence[str]) -> str:
     alpha, none = kinds.count(ALPHA), kinds.count("")
     told = f"masks: {len(kinds) - alpha - none} files NAME-mask.png, {alpha} alpha channels"
     return f"{told}; the other {none} images are learned as a whole" if none else told
+
+
+def read_alpha(file: BinaryIO, where: object = None) -> Image.Image | None:
+    """The alpha channel of the first frame, upright, as an image of mode L; None where nothing is transparent.
+
+    Raises ImageError as `read_image` does.
+    """
+    with opened(file, where) as (image, header):
+        if not header.transparent:
+            return None
+        scale(image, header, None)
+        return upright(image.convert("RGBA").getchannel("A"), header)
 
 
 def _beside(sample: Sample) -> bytes:

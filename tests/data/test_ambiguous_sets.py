@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.cli import main
 from ldm.data.sources import open_source
+from ldm.data.sources.losses import hint_for
 from ldm.errors import DataError
 from tests.data.captioned import CaptionedFolder
 
@@ -161,7 +162,7 @@ def test_a_tenth_in_another_split_is_a_question(tmp_path):
     assert "train 18, test 2 of 20 images; choose: --split train uses 18" in said
     follow(said, tmp_path, 20)
     assert sound(tmp_path, split="train").counts.chosen == {"in the split test"}
-    assert open_source(tmp_path).counts.hint_for("in the split test").endswith("read everything by --split all")
+    assert hint_for(open_source(tmp_path).counts, "in the split test").endswith("read everything by --split all")
 
 
 def test_splits_of_which_none_is_nearly_all_are_a_question(tmp_path):

@@ -8,7 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of, buckets, histogram, resized, shuffle_keys
+from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of, buckets, resized, shuffle_keys
+from ldm.data.histogram import histogram
 from ldm.errors import ConfigError, DataError
 
 CONFIGS = [

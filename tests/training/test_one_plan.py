@@ -10,14 +10,14 @@ from PIL import Image
 import ldm
 from ldm.checkpoint.lora.write import _card
 from ldm.cli import main
-from ldm.data.buckets import histogram
+from ldm.data.histogram import histogram
 from ldm.errors import CheckpointError, DataError
 from ldm.nn.lora import LowRank
 from ldm.training import finetune
 from ldm.training.data.dataset import weighed
 from ldm.training.finetuning.command import read_arguments
 from ldm.training.finetuning.presets import command
-from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.optimizers import learning_rate
 from ldm.training.reports.card import _recipe, name_of
 from ldm.training.settings import DataSettings, UNetSettings, lora_name
 from tests.training.finetune_cases import SIZE, pictures, resolved, run, settings_of, stage_of

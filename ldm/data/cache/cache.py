@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +132,14 @@ class Cache:
         texts = {self._text_key(caption): caption for caption in captions}
         unused = len(self._shards.known() - views.keys() - texts.keys())
         missing, damaged = self._missing([*texts, *views])
-        images = _Images(samples, open_image, failed)
+        told: set[int] = set()  # positions whose images failed
+
+        @functools.lru_cache(maxsize=1)  # the views of an image come one after the other
+        def opened(position: int) -> Image.Image:
+            image, identity = open_image(position)
+            if identity != samples[position].identity:
+                raise DataError("was changed while the cache was prepared", hint="run the same again")
+            return image
 
         def make_text(key: str) -> None:
             tensors = embed([texts[key]])
@@ -140,9 +148,17 @@ class Cache:
         def make_view(key: str) -> None:
             view, positions = views[key]
             for position in positions:
-                with images.failures_reported(position):
-                    mean, std = encode(to_float(pixels(images.open(position), view))[None])
+                try:
+                    mean, std = encode(to_float(pixels(opened(position), view))[None])
                     return self._put(key, {"mean": mean[0], "std": std[0]}, samples[position].name)
+                except (DataError, NumericsError) as error:
+                    if error.where is None:
+                        error = type(error)(error.what, where=samples[position].name, hint=error.hint)
+                    if failed is None:
+                        raise error from None
+                    if position not in told:
+                        told.add(position)
+                        failed(position, error)
 
         with StopRequest() as stop:
             try:
@@ -193,42 +209,6 @@ class Cache:
         if not all(bool(torch.isfinite(t).all()) for t in cast.values()):
             raise NumericsError("encoding gave NaN or infinity", where=where, hint="encode in fp32")
         self._shards.put(key, cast)
-
-
-class _Images:
-    """The samples' images, each opened once for all of its views, and those that cannot be used."""
-
-    def __init__(
-        self, samples: Sequence[CachedSample], open_image: Open, failed: Callable[[int, LdmError], None] | None
-    ):
-        self._samples, self._open, self._failed = samples, open_image, failed
-        self._last: tuple[int, Image.Image] | None = None  # the views of an image come one after the other
-        self._bad: set[int] = set()
-
-    def open(self, position: int) -> Image.Image:
-        """The image at a position. Raises DataError where the file has changed."""
-        if self._last is None or self._last[0] != position:
-            self._last = None
-            image, identity = self._open(position)
-            if identity != self._samples[position].identity:
-                raise DataError("was changed while the cache was prepared", hint="run the same again")
-            self._last = (position, image)
-        return self._last[1]
-
-    @contextlib.contextmanager
-    def failures_reported(self, position: int) -> Iterator[None]:
-        """Pass what the block raises for this image to `failed`, once for each image, with its name."""
-        try:
-            yield
-        except (DataError, NumericsError) as error:
-            if position in self._bad:
-                return
-            self._bad.add(position)
-            if error.where is None:
-                error = type(error)(error.what, where=self._samples[position].name, hint=error.hint)
-            if self._failed is None:
-                raise error from None
-            self._failed(position, error)
 
 
 def _key(*parts: object) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm.config import require
-from ldm.data.buckets import BucketConfig, cropped, histogram
+from ldm.data.buckets import BucketConfig, cropped
 from ldm.data.doctor.diagnosis import Diagnosis, Finding
 from ldm.data.doctor.image_info import ImageInfo, read_image_info, same_files
 from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, near_duplicates
 from ldm.data.doctor.page import write_page
+from ldm.data.histogram import histogram
 from ldm.data.sources import Layout, SampledSource, Source, is_hub_id, open_source
-from ldm.data.sources.source import HINTS
+from ldm.data.sources.losses import HINTS, hint_for
 from ldm.errors import DataError
 
 NARROW = 3.0  # longer side by shorter side, above which an image is called narrow
@@ -129,7 +130,7 @@ def _skips(source: Source) -> list[Finding]:
         for reason, places in kinds.items()
     ]
     for reason, count in counts.aside.items():
-        hint = None if reason in counts.chosen else counts.hint_for(reason)
+        hint = None if reason in counts.chosen else hint_for(counts, reason)
         findings.append(_left_out(reason, count, counts.aside_places[reason], hint))
     return findings
 

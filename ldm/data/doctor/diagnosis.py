@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.data.buckets import Share
+from ldm.data.histogram import Share
 
 
 @dataclass(frozen=True)

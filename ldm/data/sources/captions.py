@@ -6,7 +6,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from ldm.data.sources.source import CAPTION_COLUMNS, caption_column, captions_of
+from ldm.data.sources.columns import CAPTION_COLUMNS, caption_column
+from ldm.data.sources.source import captions_of
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # in any case; the first that holds a caption is read
 MAX_CAPTIONS = 1 << 20  # bytes of a caption file

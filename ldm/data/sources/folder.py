@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath
 from ldm.console import progress
 from ldm.data.images import ImageError
 from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, Captions, parse_captions
-from ldm.data.sources.kohya import Kohya, choose_kohya, read_kohya
-from ldm.data.sources.metadata import by_metadata
-from ldm.data.sources.names import captions_from_names
+from ldm.data.sources.kohya import images_of_kohya
+from ldm.data.sources.metadata import by_metadata, doubt_rows
+from ldm.data.sources.names import by_name
 from ldm.data.sources.refusals import disguised, few, no_captions, unread_beside
-from ldm.data.sources.source import NO_ROW, OUTSIDE, Counts, Sample, Source
-from ldm.data.sources.splits import LEAST, choose_split, split_of
+from ldm.data.sources.source import Counts, Sample, Source
+from ldm.data.sources.splits import ALL, images_of_split
 from ldm.data.sources.walk import Listing, open_file
 from ldm.errors import DataError
 from ldm.prompts import plain_text
@@ -42,26 +42,27 @@ def open_folder(path: Path, listing: Listing, captions: str, split: str | None, 
     """The source of a folder of image files. Raises DataError for metadata that is damaged or leads out of it."""
     listing.skipped += disguised(listing) if listing.others else []
     counts = Counts(found=len(listing.images) + len(listing.skipped))
-    names, doubt = _of_split(listing, split, counts)
+    nested = any("/" in name for name in listing.images)  # else there are neither splits nor kohya's folders
+    names, doubt = listing.images, None
+    if nested or split not in (None, ALL, "train"):
+        names, doubt = images_of_split(listing, split, counts)
     if layout == "metadata" and not listing.metadata:
         raise DataError("has no metadata.jsonl, .csv or .parquet", where=path, hint="use --layout files")
     if captions == "names":
         counts.skipped += listing.skipped
-        named, rows = "captions from folder and file names", _by_name(names, listing, counts)
+        named, rows = "captions from folder and file names", by_name(names, listing, counts)
     elif listing.metadata and layout in ("auto", "metadata"):
         named, rows = by_metadata(names, listing, counts)
         listing.others |= {name: ".json" for name in sorted(listing.captions) if name.lower().endswith(".json")}
-        doubt = doubt or _doubt_rows(path, names, listing, counts, layout)
+        doubt = doubt or doubt_rows(path, names, listing, counts, layout, lambda: _captioned(names, listing))
     else:
         counts.skipped += listing.skipped
-        found = read_kohya(names)
-        is_kohya, note, its_doubt = choose_kohya(found, layout, path)
         counts.notes += [f"{few(listing.metadata)} is not read, as asked"] if listing.metadata else []
-        counts.notes += [note] if note else []
-        doubt = doubt or its_doubt
-        if is_kohya:
-            names = _of_kohya(names, found, counts, layout)
-        named, rows = _by_files(names, listing, counts, found.classes if is_kohya else {}, captions == "whole")
+        classes: Mapping[str, tuple[int, str]] = {}
+        if nested or layout == "kohya":
+            names, classes, its_doubt = images_of_kohya(names, layout, path, counts)
+            doubt = doubt or its_doubt
+        named, rows = _by_files(names, listing, counts, classes, captions == "whole")
     _add_notes(listing, counts)
     source = FolderSource(path, listing.root, named, counts, rows, listing.masks)
     source.doubt = doubt
@@ -70,54 +71,6 @@ def open_folder(path: Path, listing: Listing, captions: str, split: str | None, 
     if not counts.captions:
         source.no_captions = no_captions(path, listing, captions, counts)
     return source
-
-
-def _of_split(listing: Listing, split: str | None, counts: Counts) -> tuple[list[str], DataError | None]:
-    """The images of one split, or all, and a doubt about that."""
-    sizes = Counter(split_of(name) for name in listing.images)
-    choice = choose_split(sizes, split, listing.root)
-    counts.notes += [choice.note] if choice.note else []
-    if choice.split is None:
-        return listing.images, choice.doubt
-    names = []
-    for name in listing.images:
-        its_split = split_of(name)
-        if its_split == choice.split:
-            names.append(name)
-        elif its_split:
-            counts.leave(name, f"in the split {its_split}", chosen=split is not None)
-        else:
-            counts.leave(name, "in no split", chosen=split is not None)
-    return names, choice.doubt
-
-
-def _doubt_rows(path: Path, names: list[str], listing: Listing, counts: Counts, layout: str) -> DataError | None:
-    """The doubt about metadata that names few of the images."""
-    without = counts.aside[NO_ROW]
-    if layout == "metadata":
-        counts.chosen.add(NO_ROW)
-    if layout == "metadata" or not counts.used or without <= (1 - LEAST) * (len(names) + len(listing.skipped)):
-        return None
-    beside = _Beside(listing)
-    captioned = sum(bool(beside.of(name)) for name in names)
-    used = len(names) - without
-    what = f"{listing.metadata[0]} has rows for {used} of {len(names)} images"
-    if counts.skipped:
-        what += f", and {len(counts.skipped)} rows cannot be used: {counts.skipped[0]}"
-    ways = (
-        f"--layout metadata uses these {used}, --layout files all {len(names)}, {captioned} of them with a caption file"
-    )
-    return DataError(what, where=path, hint=ways)
-
-
-def _of_kohya(names: list[str], found: Kohya, counts: Counts, layout: str) -> list[str]:
-    """The images in kohya's folders that are not switched off."""
-    for name, (repeats, title) in found.classes.items():
-        if not repeats:
-            counts.leave(name, f"switched off by the name of its folder, 0_{title}", chosen=True)
-    for name in [*found.outside, *found.regularization]:
-        counts.leave(name, OUTSIDE, chosen=layout == "kohya")
-    return [name for name in names if found.classes.get(name, (0, ""))[0]]
 
 
 def _add_notes(listing: Listing, counts: Counts) -> None:
@@ -141,16 +94,6 @@ def _add_notes(listing: Listing, counts: Counts) -> None:
             f"{count} {kind}" for kind, count in sorted(kinds.most_common(10), key=lambda k: (-k[1], k[0]))
         )
         counts.notes.append(f"{kinds.total()} other files are ignored: {listed}")
-
-
-def _by_name(names: list[str], listing: Listing, counts: Counts) -> Rows:
-    if listing.metadata or listing.captions:
-        files = len(listing.metadata) + len(listing.captions)
-        counts.notes.append(f"{files} files with captions are ignored: captions come from names, as requested")
-    rows = [(name, texts, 1) for name, texts in zip(names, captions_from_names(names), strict=True)]
-    for name, texts, _ in rows:
-        counts.use(name, texts, has_caption=False)
-    return rows
 
 
 # Captions in files beside the images.
@@ -177,12 +120,18 @@ class _Beside:
         return self.files[stem]
 
 
+def _captioned(names: list[str], listing: Listing) -> int:
+    """How many of the images have a caption file."""
+    beside = _Beside(listing)
+    return sum(bool(beside.of(name)) for name in names)
+
+
 def _stem(name: str) -> str:
     return unicodedata.normalize("NFC", name.removesuffix(PurePosixPath(name).suffix))
 
 
 def _by_files(
-    names: list[str], listing: Listing, counts: Counts, classes: dict[str, tuple[int, str]], whole: bool
+    names: list[str], listing: Listing, counts: Counts, classes: Mapping[str, tuple[int, str]], whole: bool
 ) -> tuple[str, Rows]:
     beside, rows, used, kinds, notes = _Beside(listing), [], set(), Counter(), _Notes()
     for name in progress(names, desc="captions", unit="file"):

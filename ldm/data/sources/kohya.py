@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
+from ldm.data.sources.losses import OUTSIDE
+from ldm.data.sources.source import Counts
 from ldm.data.sources.splits import LEAST, split_of
 from ldm.errors import DataError
 
@@ -24,6 +27,29 @@ class Kohya:
     classes: dict[str, tuple[int, str]] = field(default_factory=dict)  # image -> (repeats, name of its folder)
     regularization: list[str] = field(default_factory=list)  # in reg/ beside img/, as kohya_ss makes it
     outside: list[str] = field(default_factory=list)
+
+
+class Reading(NamedTuple):
+    """How the images of a folder are read."""
+
+    names: list[str]
+    classes: Mapping[str, tuple[int, str]]  # image -> (repeats, name of its folder); none where they are not kohya's
+    doubt: DataError | None  # that the user has to settle
+
+
+def images_of_kohya(names: list[str], layout: str, where: object, counts: Counts) -> Reading:
+    """Those of the images that are in kohya's folders and not switched off; all where the folders are not kohya's."""
+    found = read_kohya(names)
+    is_kohya, note, doubt = choose_kohya(found, layout, where)
+    counts.notes += [note] if note else []
+    if not is_kohya:
+        return Reading(names, {}, doubt)
+    for name, (repeats, title) in found.classes.items():
+        if not repeats:
+            counts.leave(name, f"switched off by the name of its folder, 0_{title}", chosen=True)
+    for name in [*found.outside, *found.regularization]:
+        counts.leave(name, OUTSIDE, chosen=layout == "kohya")
+    return Reading([name for name in names if found.classes.get(name, (0, ""))[0]], found.classes, doubt)
 
 
 def read_kohya(names: Sequence[str]) -> Kohya:

@@ -6,12 +6,17 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ldm.data.sources.columns import caption_column, rivals
+from ldm.data.sources.excluded import is_excluded
+from ldm.data.sources.losses import NO_IMAGE, NO_NAME, NO_ROW
 from ldm.data.sources.rows import read_rows
-from ldm.data.sources.source import NO_IMAGE, NO_NAME, NO_ROW, Counts, caption_column, captions_of, rivals
-from ldm.data.sources.walk import Listing, is_excluded
+from ldm.data.sources.source import Counts, captions_of
+from ldm.data.sources.splits import LEAST
+from ldm.data.sources.walk import Listing
 from ldm.errors import DataError
 
 
@@ -72,6 +77,24 @@ def by_metadata(names: list[str], listing: Listing, counts: Counts) -> tuple[str
     del columns[None]
     files = listing.metadata[0] if len(listing.metadata) == 1 else f"{len(listing.metadata)} metadata files"
     return f"imagefolder: {files}, captions in {' and '.join(map(repr, columns)) or 'no column'}", rows
+
+
+def doubt_rows(
+    path: Path, names: list[str], listing: Listing, counts: Counts, layout: str, captioned: Callable[[], int]
+) -> DataError | None:
+    """The doubt about metadata that names few of the images; `captioned` tells how many have a caption file."""
+    without = counts.aside[NO_ROW]
+    if layout == "metadata":
+        counts.chosen.add(NO_ROW)
+    if layout == "metadata" or not counts.used or without <= (1 - LEAST) * (len(names) + len(listing.skipped)):
+        return None
+    used = len(names) - without
+    what = f"{listing.metadata[0]} has rows for {used} of {len(names)} images"
+    if counts.skipped:
+        what += f", and {len(counts.skipped)} rows cannot be used: {counts.skipped[0]}"
+    ways = f"--layout metadata uses these {used}, --layout files all {len(names)}"
+    ways += f", {captioned()} of them with a caption file"
+    return DataError(what, where=path, hint=ways)
 
 
 class _Names:

@@ -13,7 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from ldm.data.sources.source import Counts
 from ldm.data.sources.splits import SPLITS
+from ldm.data.sources.walk import Listing
 from ldm.prompts import plain_text
 
 FOLDERS = 2  # folders above an image that are used: the nearest with meaningful names
@@ -44,6 +46,17 @@ def captions_from_names(names: Sequence[str]) -> list[tuple[str, ...]]:
                 parts.append(" ".join(above))
         captions.append((", ".join(parts),) if parts else ())
     return captions
+
+
+def by_name(names: list[str], listing: Listing, counts: Counts) -> list[tuple[str, tuple[str, ...], int]]:
+    """(path below the root, captions, repeats) of images whose captions are made of their names."""
+    if listing.metadata or listing.captions:
+        files = len(listing.metadata) + len(listing.captions)
+        counts.notes.append(f"{files} files with captions are ignored: captions come from names, as requested")
+    rows = [(name, texts, 1) for name, texts in zip(names, captions_from_names(names), strict=True)]
+    for name, texts, _ in rows:
+        counts.use(name, texts, has_caption=False)
+    return rows
 
 
 def _base(stem: str) -> str:

@@ -6,12 +6,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import escape
 from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ldm.console import progress
 from ldm.data.images import WHITE, Header, ImageError, read_header, read_image
+from ldm.data.sources.losses import LISTED, captions_lacking, too_many_lost
 from ldm.errors import DataError
 from ldm.prompts import plain_text
 
@@ -19,37 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
-CAPTION_COLUMNS = (
-    "text",
-    "caption",
-    "prompt",
-    "texts",
-    "captions",
-    "prompts",
-    "additional_feature",
-)  # the first that a table has
 MAX_BAD = 0.05  # share of the images that may be unusable
 SHOWN = 3  # images whose captions are printed
-LISTED = 10  # places named in one line
-ELSEWHERE = "is a link out of the folder"
-NO_ROW = "without a row in the metadata"
-NO_NAME, NO_IMAGE = "has no file_name", "no such image"
-OUTSIDE = "outside of kohya's folders"
-BESIDE = "beside another image of its key"
-DISGUISED = "is an image with a suffix of something else"
-EXCLUDE = "leave them out by --exclude PATTERN"
-HINTS = {  # what mends each kind of loss
-    NO_NAME: "name the column of files file_name, or take other captions by --layout files",
-    ELSEWHERE: "copy the folder with what its links lead to (cp -rL FOLDER COPY), and give the copy",
-    NO_ROW: f"write their rows, {EXCLUDE}, or take other captions by --layout files",
-    OUTSIDE: f"{EXCLUDE}, or read all images once by --layout files",
-    BESIDE: f"give each image a key of its own, or {EXCLUDE}",
-    "is of a kind that is not read": f"convert or fetch them, or {EXCLUDE}",
-    "has colours that are not read": f"convert them to sRGB, or {EXCLUDE}",
-    "caption is UTF-16, not UTF-8": "save them as UTF-8, as iconv -f UTF-16 -t UTF-8 does",
-    "caption is not UTF-8": "save them as UTF-8, as iconv -f LATIN1 -t UTF-8 does",
-    DISGUISED: f"rename them, such as cat.png, or {EXCLUDE}",
-}
 
 
 @dataclass(frozen=True)
@@ -138,23 +109,6 @@ class Counts:
         unasked = Counter({reason: n for reason, n in self.aside.items() if reason not in self.chosen})
         return Counter(skip.reason for skip in self.skipped) + unasked
 
-    def hint_for(self, reason: str) -> str:
-        """What mends a loss, with the pattern that leaves it out where one is enough."""
-        if reason.startswith(("in the split ", "in no split")):
-            return "choose by --split NAME, or read everything by --split all"
-        hint, places = HINTS.get(reason, "mend them or raise max_bad"), self.aside_places.get(reason, [])
-        tops = {place.partition("/")[0] for place in places}
-        if self.aside[reason] == len(places) == 1:
-            return hint.replace("PATTERN", f"'{escape(places[0])}'")
-        if self.aside[reason] == len(places) and len(tops) == 1 and all("/" in place for place in places):
-            return hint.replace("PATTERN", f"'{escape(tops.pop())}/*'")
-        return hint
-
-    def first_of(self, reason: str) -> str:
-        """The first place with this reason, and its detail."""
-        places = (str(skip) for skip in self.skipped if skip.reason == reason)
-        return next(places, "") or f"{self.aside_places[reason][0]}: {reason}"
-
 
 class Source(Sequence[Sample]):
     """The samples of one dataset, always in the same order: `source[i]`, `len(source)`, or by iteration.
@@ -226,22 +180,11 @@ class Source(Sequence[Sample]):
         if self.doubt:
             raise self.doubt
         if lost.total() > (max_bad * counts.found if max_bad < 1 else max_bad):
-            kinds = "; ".join(f"{reason} {n}" for reason, n in lost.most_common())
-            allowed = f"{max_bad:.3g}" if max_bad >= 1 or max_bad == 0 else f"{100 * max_bad:.3g} %"
-            most = lost.most_common(1)[0][0]
-            what = f"{lost.total()} of {counts.found} cannot be used, {allowed} are allowed: {kinds}; the first: "
-            raise DataError(what + counts.first_of(most), where=self.path, hint=counts.hint_for(most))
+            raise too_many_lost(counts, self.path, max_bad)
         if not counts.used:
             raise DataError("holds no images that can be used", where=self.path)
-        lacking = counts.missing + counts.empty
-        if lacking and not allow_empty_captions:
-            listed = ", ".join(islice(counts.uncaptioned, LISTED)) + (", …" if lacking > LISTED else "")
-            raise DataError(
-                f"{lacking} of {counts.used} images have no caption ({counts.missing} missing, {counts.empty} empty):"
-                f" {listed}{counts.beside}",
-                where=self.path,
-                hint="write them, or allow empty captions",
-            )
+        if counts.missing + counts.empty and not allow_empty_captions:
+            raise captions_lacking(counts, self.path)
 
     def lines(self, cut: Callable[[str], str] | None = None) -> list[str]:
         """A summary in a few lines; `cut` returns the end of a caption that the text encoder does not see, or ""."""
@@ -297,17 +240,3 @@ def captions_of(value: object) -> tuple[tuple[str, ...], str]:
     kept = tuple(stripped for text in texts if (stripped := plain_text((text or "").strip("\ufeff \t\r\n"))))
     fault = next(filter(None, map(fault_of, kept)), "")
     return (() if fault else kept), fault
-
-
-def rivals(columns: Sequence[str]) -> list[str]:
-    """A line about the other columns that could be the captions; [] where there is none."""
-    found = [name for name in columns if name and name.lower() in CAPTION_COLUMNS]
-    read = caption_column(found)
-    others = ", ".join(repr(name) for name in found if name != read)
-    return [f"captions are read from {read!r}, not from {others}"] if others else []
-
-
-def caption_column(columns: Sequence[str]) -> str | None:
-    """The column that holds the captions, by its name in any case."""
-    named = {column.lower(): column for column in reversed(columns)}
-    return next((named[name] for name in CAPTION_COLUMNS if name in named), None)

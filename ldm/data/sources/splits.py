@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.errors import DataError
+
+if TYPE_CHECKING:
+    from ldm.data.sources.source import Counts
+    from ldm.data.sources.walk import Listing
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -32,6 +36,25 @@ def split_of(name: str) -> str | None:
     if PurePosixPath(name).suffix.lower() in (".tar", ".parquet"):
         return SPLITS.get(re.split(r"[-_.]", parts[-1].lower())[0])
     return None
+
+
+def images_of_split(listing: Listing, split: str | None, counts: Counts) -> tuple[list[str], DataError | None]:
+    """The images of one split, or all, and a doubt about that."""
+    sizes = Counter(split_of(name) for name in listing.images)
+    choice = choose_split(sizes, split, listing.root)
+    counts.notes += [choice.note] if choice.note else []
+    if choice.split is None:
+        return listing.images, choice.doubt
+    names = []
+    for name in listing.images:
+        its_split = split_of(name)
+        if its_split == choice.split:
+            names.append(name)
+        elif its_split:
+            counts.leave(name, f"in the split {its_split}", chosen=split is not None)
+        else:
+            counts.leave(name, "in no split", chosen=split is not None)
+    return names, choice.doubt
 
 
 def choose_split(sizes: Counter[str | None], asked: str | None, where: object) -> Choice:

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
-from ldm.data.sources.source import Counts, Sample, Source, caption_column, captions_of, rivals
+from ldm.data.sources.columns import caption_column, rivals
+from ldm.data.sources.source import Counts, Sample, Source, captions_of
 from ldm.errors import DataError, first_line
 
 BATCH = 16_000_000  # bytes of images that are read at once

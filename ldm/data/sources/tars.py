@@ -17,9 +17,10 @@ from typing import BinaryIO, NamedTuple
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, Captions, parse_captions
+from ldm.data.sources.excluded import check_excluded, is_excluded
 from ldm.data.sources.kohya import read_kohya
-from ldm.data.sources.source import BESIDE, Counts, Sample, Source
-from ldm.data.sources.walk import check_excluded, is_excluded
+from ldm.data.sources.losses import BESIDE
+from ldm.data.sources.source import Counts, Sample, Source
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
 

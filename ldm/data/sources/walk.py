@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from itertools import islice
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import ImageError
 from ldm.data.sources.captions import CAPTION_SUFFIXES
+from ldm.data.sources.excluded import check_excluded, is_excluded
+from ldm.data.sources.links import behind, fault_of_link, homes_of
 from ldm.data.sources.rows import METADATA
-from ldm.data.sources.source import ELSEWHERE, Skip
+from ldm.data.sources.source import Skip
 from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
@@ -27,7 +27,6 @@ FOREIGN += (".j2k", ".jpx", ".pgm", ".pnm", ".dds", ".hdr", ".avifs", ".heics", 
 SYSTEM = ("lost+found",)  # folders of the file system, which may be unreadable
 PREPARED = "prepared.json"  # in the folder of a prepared dataset (ldm.data.cache.prepared)
 MASK = "-mask.png"  # ends the name of the mask beside an image
-MOST = 100_000  # files that are looked at behind a link to a folder
 
 
 @dataclass
@@ -46,7 +45,11 @@ class Listing:
     hidden: int = 0
     unfollowed: list[str] = field(default_factory=list)  # links to folders, and links that lead out of the folder
     excluded: Counter[str] = field(default_factory=Counter)  # pattern -> files and folders that it leaves out
-    homes: tuple[str, ...] = ()  # where links may lead
+
+    @cached_property
+    def homes(self) -> tuple[str, ...]:
+        """Where links may lead: folders with "/" at the end."""
+        return homes_of(self.root)
 
 
 def walk(folder: Path, exclude: Sequence[str] = ()) -> Listing:
@@ -58,10 +61,11 @@ def walk(folder: Path, exclude: Sequence[str] = ()) -> Listing:
     if not folder.is_dir():
         raise DataError("is not a folder" if folder.exists() else "no such folder or file", where=folder)
     root = Path(os.path.realpath(folder))
-    listing = Listing(root, excluded=Counter(dict.fromkeys(exclude, 0)), homes=(f"{root}{os.sep}", *_blobs(root)))
+    listing = Listing(root, excluded=Counter(dict.fromkeys(exclude, 0)))
     for entry, name in progress(_entries(listing), desc="files", unit="file"):
         _sort(listing, entry, name)
-    check_excluded(listing.excluded, folder)
+    if exclude:
+        check_excluded(listing.excluded, folder)
     listing.masks = _masks_of(listing.images, listing.captions)
     aside = set(listing.masks.values())
     listing.images = [name for name in listing.images if name not in aside]
@@ -74,40 +78,6 @@ def _masks_of(names: list[str], captions: set[str]) -> dict[str, str]:
     found = [name for name in names if name.endswith(MASK) and name.rpartition(".")[0] not in captioned]
     by_stem = {name.rpartition(".")[0]: name for name in names if not name.endswith(MASK)} if found else {}
     return {by_stem[stem]: name for name in found if (stem := name.removesuffix(MASK)) in by_stem}
-
-
-def check_excluded(excluded: Counter[str], where: object) -> None:
-    """Raise DataError for a pattern that matched nothing: it may be mistyped."""
-    for pattern, count in excluded.items():
-        if not count:
-            hint = "give paths below the folder, such as 'sample/*' or '*.gif'"
-            raise DataError(f"--exclude {pattern!r} matches no file", where=where, hint=hint)
-
-
-def is_excluded(name: str, excluded: Counter[str]) -> bool:
-    """Whether a pattern matches a path or a folder above it; counts what each pattern leaves out.
-
-    A folder's path has "/" at its end.
-    """
-    if not excluded:
-        return False
-    plain = unicodedata.normalize("NFC", name)
-    above = [f"{parent}/" for parent in PurePosixPath(plain).parents][:-1]
-    for pattern in excluded:
-        wanted = unicodedata.normalize("NFC", pattern).removeprefix("./")
-        if any(fnmatchcase(p, wanted) or fnmatchcase(p.rstrip("/"), wanted.rstrip("/")) for p in (plain, *above)):
-            excluded[pattern] += 1
-            return True
-    return False
-
-
-def _blobs(root: Path) -> tuple[str, ...]:
-    """The folder of contents that the links of a hub's snapshot lead into, if `root` is one or lies in one."""
-    for folder in (root, *root.parents):
-        repository = folder.parents[1] if len(folder.parents) > 1 else folder
-        if folder.parent.name == "snapshots" and "--" in repository.name and (repository / "blobs").is_dir():
-            return (f"{os.path.realpath(repository / 'blobs')}{os.sep}",)
-    return ()
 
 
 def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
@@ -131,7 +101,7 @@ def _entries(listing: Listing) -> Iterator[tuple[os.DirEntry, str]]:
             is_folder = entry.is_dir(follow_symlinks=False)
             if entry.name.startswith((".", "__MACOSX")):
                 listing.hidden += 1
-            elif is_excluded(f"{name}/" if is_folder else name, listing.excluded):
+            elif listing.excluded and is_excluded(f"{name}/" if is_folder else name, listing.excluded):
                 continue
             elif is_folder:
                 folders.append(name)
@@ -150,7 +120,7 @@ def _sort(listing: Listing, entry: os.DirEntry, name: str) -> None:
             listing.skipped.append(Skip(where.encode("utf-8", "replace").decode(), *fault))
         elif entry.is_symlink():
             listing.unfollowed.append(name)
-            listing.skipped += _behind(listing, entry, name)
+            listing.skipped += behind(entry.path, where, listing.homes)
         else:
             listing.others[name] = suffix
     elif image:
@@ -175,30 +145,11 @@ def _fault(listing: Listing, entry: os.DirEntry, name: str) -> tuple[str, str] |
     except UnicodeEncodeError:
         return "has a name that is not UTF-8", ""
     if entry.is_symlink():
-        try:
-            target = os.path.realpath(entry.path)
-            mode = os.stat(target).st_mode
-        except OSError:
-            return "is a link that leads nowhere", ""
-        if stat.S_ISDIR(mode):
-            return "is a link to a folder", ""
-        if not target.startswith(listing.homes):
-            return ELSEWHERE, f"into {os.path.dirname(target)}"
-    else:
-        mode = entry.stat(follow_symlinks=False).st_mode
+        return fault_of_link(entry.path, listing.homes)
+    mode = entry.stat(follow_symlinks=False).st_mode
     if stat.S_ISREG(mode):
         return None
     return "is no file", "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-
-
-def _behind(listing: Listing, entry: os.DirEntry, name: str) -> list[Skip]:
-    """One for each image in a folder outside, to which a link leads: they are not followed."""
-    target = os.path.realpath(entry.path)
-    if not os.path.isdir(target) or f"{target}{os.sep}".startswith(listing.homes):
-        return []
-    files = (os.path.join(below, file) for below, _, names in os.walk(target) for file in names)
-    found = (os.path.relpath(file, target) for file in islice(files, MOST) if _suffix(file) in SUFFIXES)
-    return [Skip(f"{listing.root / name}/{file}", ELSEWHERE, f"into {target}") for file in found]
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm.config import require
-from ldm.data.buckets import Size, bucket_of, cropped, histogram
+from ldm.data.buckets import Size, bucket_of, cropped, resized
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.masks import mask_line, whole_mask
 from ldm.data.sources import Sample, Source, open_source
@@ -81,10 +81,6 @@ class ImageSet:
         """Counts, captions that are cut and three examples; then the buckets and the size of an epoch."""
         trained = self.trained
         held = sum(item.digest in self.held_out for item in self.items)
-        shares = histogram((item.size for item in self.items), self.data.buckets)
-        listed = ", ".join(f"{s.bucket.width}x{s.bucket.height} {s.images}" for s in shares[:LISTED])
-        more = f", and {len(shares) - LISTED} more" if len(shares) > LISTED else ""
-        lost = sum(share.lost * share.images for share in shares) / len(self.items)
         profiles = Counter(item.profile for item in self.items if item.profile)
         names = ", ".join(f"{name} {count}" for name, count in profiles.most_common(3))
         converted = [f"{profiles.total()} images are converted to sRGB from {names}"] if profiles else []
@@ -92,15 +88,20 @@ class ImageSet:
             *self.source.lines(self.cut),
             *converted,
             *([mask_line([item.mask for item in self.items])] if self.data.masks else []),
-            f"buckets: {listed}{more}; {100 * lost:.1f} % of the pixels are cropped away{self._most_cropped()}",
+            self._buckets(),
             f"{len(self.items) - held} images to train on, {held} held out; an epoch has {len(trained)} samples",
         ]
 
-    def _most_cropped(self) -> str:
-        """Words about the images that lose much of themselves, "" where none does."""
+    def _buckets(self) -> str:
+        """The fullest buckets, how much is cropped away, and the images that lose much of themselves."""
+        counts = sorted(Counter(item.bucket for item in self.items).items(), key=lambda pair: (-pair[1], pair[0]))
+        listed = ", ".join(f"{bucket.width}x{bucket.height} {count}" for bucket, count in counts[:LISTED])
+        more = f", and {len(counts) - LISTED} more" if len(counts) > LISTED else ""
         shares = sorted(((cropped(item.size, self.data.buckets), item.id) for item in self.items), reverse=True)
+        lost = 100 * sum(share for share, _ in shares) / len(shares)
         much = [f"{id} {100 * share:.0f} %" for share, id in shares if share > MUCH]
-        return f"; of {len(much)} images more than {100 * MUCH:.0f} %: {', '.join(much[:3])}" if much else ""
+        most = f"; of {len(much)} images more than {100 * MUCH:.0f} %: {', '.join(much[:3])}" if much else ""
+        return f"buckets: {listed}{more}; {lost:.1f} % of the pixels are cropped away{most}"
 
     def read(self, place: int) -> tuple[Image.Image, str]:
         """The image at a place, large enough for its bucket, and the sha256 of its file. Raises ImageError.
@@ -173,8 +174,6 @@ def read_training_images(data: FinetuneData, prior: FinetuneData | None) -> Imag
 
 
 def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.Image:
-    from ldm.data.buckets import resized
-
     return read_image(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
 
 
