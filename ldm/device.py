@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, nearest
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+CGROUP = Path("/sys/fs/cgroup")
 AMPERE = (8, 0)  # compute capability from which on a card has bf16
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SPELLINGS = {word: short for short, full in DTYPES.items() for word in (short, full, f"torch.{full}")}
@@ -176,9 +178,20 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+            free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     except (OSError, StopIteration):
         return total_memory(device) // 2
+    return min(free, _left_of_limit(free))
+
+
+def _left_of_limit(free: int) -> int:
+    """Bytes that the limit of this process's cgroup leaves, without what the kernel keeps of files; else `free`."""
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, LookupError):  # another system; no limit is "max"
+        return free
 
 
 def total_memory(device: torch.device) -> int:

@@ -170,6 +170,20 @@ def test_memory_that_the_allocator_keeps_is_free(monkeypatch):
     assert free_memory(torch.device("cuda")) == 18 << 30
 
 
+def test_the_limit_of_a_container_is_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.device.CGROUP", tmp_path)
+    whole = free_memory(torch.device("cpu"))
+    for name, text in (
+        ("memory.max", "9000"),
+        ("memory.current", "8000"),
+        ("memory.stat", "anon 5\ninactive_file 500\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert free_memory(torch.device("cpu")) == 1500 < whole  # what the kernel keeps of files it can give back
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory(torch.device("cpu")) > 1500
+
+
 FAULTS = """
 import resource, sys
 from ldm.device import keep_memory
