@@ -68,6 +68,7 @@ def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | Scene
     from ldm.data.sources.walk import is_prepared
     from ldm.training.data import PreparedSet, SceneSet, read_images, read_prompts, read_training_images
     from ldm.training.data.conditions import with_conditions
+    from ldm.training.data.prior import with_prior
     from ldm.training.finetuning.checks import check_export, check_run_folder
 
     if isinstance(settings, ControlSettings) and not settings.data.folder:
@@ -75,8 +76,8 @@ def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | Scene
     if isinstance(settings, FinetuneSettings):
         names_file = settings.train in ("lora", "dora") and not settings.name
         check_run_folder(settings.data, out, names_file)
-        prior = settings.data.for_prior(settings.prior) if settings.prior else None
-        images = read_training_images(settings.data, prior)
+        images = read_training_images(settings.data)
+        images = with_prior(images, settings.prior) if settings.prior else images
         if settings.control is not None:
             images = with_conditions(images, settings.control)
         check_export(settings, images)

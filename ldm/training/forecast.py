@@ -20,12 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoint.safety import ITEM_BYTES, read_header
 from ldm.config import build
-from ldm.device import is_out_of_memory, pick_device
+from ldm.device import free_memory, is_out_of_memory, pick_device
 from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
-from ldm.training.data.encoded import available
 from ldm.training.distributed import RowShard
 from ldm.training.loop.estimate import estimate
 from ldm.training.loop.optimizers import checkpoint_bytes
@@ -205,7 +204,7 @@ def _speed(settings: UNetSettings, device: torch.device) -> float:
 
 def _room(device: torch.device) -> int:
     """Free bytes, of the device or of the system."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    return free_memory(device)
 
 
 def _numbers(path: Path) -> int:

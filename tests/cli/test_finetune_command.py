@@ -23,7 +23,7 @@ from ldm.training.finetuning.options import (
     parse_overrides,
     resolve_aliases,
 )
-from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.optimizers import learning_rate
 from ldm.training.settings import FinetuneSettings, Settings, as_dict
 from tests.training.conftest import threads
 from tests.training.finetune_cases import pictures, settings_of

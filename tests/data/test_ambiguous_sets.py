@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.cli import main
 from ldm.data.sources import open_source
-from ldm.data.sources.losses import hint_for
+from ldm.data.sources.lost import hint_for
 from ldm.errors import DataError
 from tests.data.captioned import CaptionedFolder
 

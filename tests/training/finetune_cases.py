@@ -12,9 +12,10 @@ from ldm.config import build as build_settings
 from ldm.training import finetune
 from ldm.training.checkpoints import state
 from ldm.training.data import read_training_images
+from ldm.training.data.prior import with_prior
 from ldm.training.finetuning.command import read_arguments, resolve_settings
+from ldm.training.run import stage_module
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.finetune import open_stage
 from tests.training.conftest import threads
 
 SIZE = 32  # pixels
@@ -55,8 +56,9 @@ def resolved(data, out, model, **options):
 def stage_of(out):
     """The stage of a run as it was before its first step, its data encoded."""
     settings = settings_of(out)
-    prior = settings.data.for_prior(settings.prior) if settings.prior else None
-    return open_stage(settings, out, read_training_images(settings.data, prior))
+    images = read_training_images(settings.data)
+    images = with_prior(images, settings.prior) if settings.prior else images
+    return stage_module(settings).open_stage(settings, out, images)
 
 
 def last_tensors(out, part="model."):

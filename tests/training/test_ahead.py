@@ -8,12 +8,13 @@ import torch
 from ldm.diffusion.schedule import Schedule
 from ldm.training.distributed import RowShard
 from ldm.training.loop import seeded
-from ldm.training.stages.common import AHEAD, diffusion_loss
+from ldm.training.loop.ahead import AHEAD, Ahead
+from ldm.training.stages.common import diffusion_loss
 from tests.waits import META, Waits
 
 
 def test_what_is_drawn_ahead_is_what_is_asked_for():
-    ahead, parts = seeded.Ahead(), [(0, "noise", step, 0) for step in range(4)]
+    ahead, parts = Ahead(), [(0, "noise", step, 0) for step in range(4)]
     for one, following in pairwise(parts):
         assert torch.equal(ahead.normal((2, 3), one, following), seeded.normal((2, 3), *one))
         assert torch.equal(ahead._coming[(2, 3), following].result(), seeded.normal((2, 3), *following))

@@ -14,8 +14,8 @@ from ldm.checkpoint.safety import verify_manifest
 from ldm.errors import ConfigError, DataError, Interrupted, ProcessGone, ResourceError
 from ldm.training.checkpoints import state
 from ldm.training.distributed import RowShard, current, heartbeat, processes, rows_of
+from ldm.training.distributed.alone import Single, whole
 from ldm.training.distributed.checks import check_processes
-from ldm.training.distributed.single import Single, whole
 from ldm.training.loop.step import prepare
 from tests.training.finetune_cases import apart, last_tensors
 from tests.training.processes import Shared, ends_of, start, together, train_shared

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.training.checkpoints import reading, state
 from ldm.training.distributed import processes
-from ldm.training.distributed.single import whole
+from ldm.training.distributed.alone import whole
 from ldm.training.loop.step import prepare
 from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.test_families_folders import build

@@ -12,8 +12,8 @@ from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
 from ldm.errors import CheckpointError, ConfigError, DataError
-from ldm.training.finetuning.forecast import trial_batch
-from ldm.training.finetuning.presets import Facts, apply_presets
+from ldm.training.finetuning.forecast import kind_of, trial_batch
+from ldm.training.finetuning.presets import Facts, for_images, for_model
 from ldm.training.settings import as_dict
 from ldm.training.stages.finetune import Finetune
 from tests.checkpoint.lora_cases import apart as pictures_apart
@@ -210,7 +210,7 @@ def test_a_trial_of_a_step_has_the_prior_in_it(models, data, tmp_path):
     kept = pictures(tmp_path / "kept", 3)
     for words, count in (({}, 4), ({"prior": str(kept), "prior_weight": 0.5}, 8)):
         settings, _ = resolved(data, tmp_path / "run", models("1.5"), **{**QUICK, **words})
-        stage, seen = Finetune(settings, tmp_path / "run"), []
+        stage, seen = kind_of(settings)(settings, tmp_path / "run"), []
         stage.model.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
         stage.module.train()
         stage.loss(trial_batch(stage), 0, 0)
@@ -264,6 +264,11 @@ def test_another_vae_and_a_single_file(models, data, tmp_path):
 # Presets
 
 SMALL = Facts(width=96, xl=False, side=128, flow=False, device="cpu")
+
+
+def apply_presets(given, facts, buckets):
+    """All settings of a run: `given`, and presets for what is not."""
+    return for_images(for_model(given, facts), given, facts, buckets)
 
 
 def test_presets_follow_pictures_and_hardware():

@@ -74,7 +74,7 @@ def test_keyed_draws_depend_on_every_part_and_on_nothing_else():
 
 
 def test_learning_rate_warms_up_stays_and_falls():
-    from ldm.training.loop.schedules import learning_rate
+    from ldm.training.loop.optimizers import learning_rate
 
     given = ["vae=x", "text=x", "steps=1000", "learning_rate=1", "warmup=10", "decay_from=0.5", "final_lr=0.1"]
     s = read_settings("emoji/unet", given)
@@ -85,7 +85,7 @@ def test_learning_rate_warms_up_stays_and_falls():
 
 
 def test_learning_rate_stays_or_follows_a_cosine():
-    from ldm.training.loop.schedules import learning_rate
+    from ldm.training.loop.optimizers import learning_rate
     from tests.training.toy import toy_settings
 
     given = {"steps": 110, "learning_rate": 2.0, "warmup": 10, "final_lr": 0.1, "decay_from": 0.0}

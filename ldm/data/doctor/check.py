@@ -16,7 +16,7 @@ from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, near_duplicates
 from ldm.data.doctor.page import write_page
 from ldm.data.histogram import histogram
 from ldm.data.sources import Layout, SampledSource, Source, is_hub_id, open_source
-from ldm.data.sources.losses import HINTS, hint_for
+from ldm.data.sources.lost import HINTS, hint_for
 from ldm.errors import DataError
 
 NARROW = 3.0  # longer side by shorter side, above which an image is called narrow

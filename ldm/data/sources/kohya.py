@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from ldm.data.sources.losses import OUTSIDE
+from ldm.data.sources.lost import OUTSIDE
 from ldm.data.sources.source import Counts
 from ldm.data.sources.splits import LEAST, split_of
 from ldm.errors import DataError

@@ -7,7 +7,7 @@ import stat
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from ldm.data.sources.losses import ELSEWHERE
+from ldm.data.sources.lost import ELSEWHERE
 from ldm.data.sources.source import Skip
 from ldm.images import SUFFIXES
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.data.sources.columns import caption_column, rivals
 from ldm.data.sources.excluded import is_excluded
-from ldm.data.sources.losses import NO_IMAGE, NO_NAME, NO_ROW
+from ldm.data.sources.lost import NO_IMAGE, NO_NAME, NO_ROW
 from ldm.data.sources.rows import read_rows
 from ldm.data.sources.source import Counts, captions_of
 from ldm.data.sources.splits import LEAST

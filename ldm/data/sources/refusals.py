@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ldm.data.images import ImageError
 from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, parse_captions
-from ldm.data.sources.losses import DISGUISED
+from ldm.data.sources.lost import DISGUISED
 from ldm.data.sources.rows import HINT, METADATA, near_miss
 from ldm.data.sources.source import Counts, Skip
 from ldm.data.sources.walk import Listing, open_file

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from ldm.console import progress
 from ldm.data.images import WHITE, Header, ImageError, read_header, read_image
-from ldm.data.sources.losses import LISTED, captions_lacking, too_many_lost
+from ldm.data.sources.lost import LISTED, captions_lacking, too_many_lost
 from ldm.errors import DataError
 from ldm.prompts import plain_text
 

@@ -19,7 +19,7 @@ from ldm.data.images import MAX_FILE, ImageError
 from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, Captions, parse_captions
 from ldm.data.sources.excluded import check_excluded, is_excluded
 from ldm.data.sources.kohya import read_kohya
-from ldm.data.sources.losses import BESIDE
+from ldm.data.sources.lost import BESIDE
 from ldm.data.sources.source import Counts, Sample, Source
 from ldm.errors import DataError
 from ldm.images import SUFFIXES

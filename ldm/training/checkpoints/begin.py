@@ -1,4 +1,4 @@
-"""Whether a run may begin in its folder, and the checkpoint that it goes on from."""
+"""The checkpoint that a run goes on from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm import files
-from ldm.checkpoint.lora.read import FILE
 from ldm.console import say
-from ldm.errors import CheckpointError, ConfigError, nearest
+from ldm.errors import ConfigError, nearest
 from ldm.training.checkpoints import resume as resuming
-from ldm.training.checkpoints.state import checkpoints, corrupt
+from ldm.training.checkpoints.state import check_new, check_unfinished, sweep
 from ldm.training.settings import FinetuneSettings, Settings
 
 READ = ("model", "data", "prior", "init", "tokenizer")  # what has a digest, of which some is no setting
@@ -27,15 +25,15 @@ def to_resume(
     an unknown name in `allow_changed`.
     """
     _check_names(settings, allow_changed)
+    if resume is None:
+        check_new(out, look)
+        return None
     if not look:
-        for folder in (out, out / "checkpoints", out / "samples"):
-            files.sweep(folder)
-    if resume is None and (checkpoints(out) or corrupt(out)):
-        raise CheckpointError("already holds a run", where=out, hint="go on with --resume, or choose another folder")
-    folder = None if resume is None else resuming.find(settings, out, resume, allow_changed, look)
+        sweep(out)
+    folder = resuming.find(settings, out, resume, allow_changed, look)
     if folder is None or resuming.is_foreign(folder, out):
-        _check_unfinished(out)
-    if resume is not None and folder is None:
+        check_unfinished(out)
+    if folder is None:
         say(f"{out}: nothing to resume, starting from the beginning")
     return folder
 
@@ -48,11 +46,3 @@ def _check_names(settings: Settings, allow_changed: Sequence[str]) -> None:
             if isinstance(settings, FinetuneSettings):  # where each of data's is a word for `data`
                 known += [field.name for field in dataclasses.fields(settings.data)]
             raise ConfigError(f"unknown setting {name!r}", where="allow_changed", hint=nearest(name, known))
-
-
-def _check_unfinished(out: Path) -> None:
-    """Raise CheckpointError if `out` holds a finished model without checkpoints: it would be overwritten."""
-    found = [name for name in ("model", FILE) if (out / name).exists()]
-    if found and (out / "settings.json").exists():
-        told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
-        raise CheckpointError(told, where=out, hint="choose another folder")

@@ -24,7 +24,7 @@ from ldm.training.checkpoints.state import (
     trainable,
     trained_names,
 )
-from ldm.training.distributed.single import like
+from ldm.training.distributed.alone import SHARDED
 
 KINDS = {"step": int, "settings": dict, "losses": list, "environment": dict}  # of what state.json has to hold
 MORE = {"inputs": dict, "scaler": dict}  # and may hold
@@ -167,3 +167,13 @@ def _slot(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
         return value.to(parameter.device)
     value = like(value, parameter)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """Shard `value`, which every process has in full, as `own` is sharded."""
+    if not hasattr(own, SHARDED):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(own.to_local().device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)

@@ -21,7 +21,7 @@ from ldm.training.checkpoints.reading import (
     verify,
 )
 from ldm.training.checkpoints.state import TrainState, checkpoints, corrupt, environment
-from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.optimizers import learning_rate
 from ldm.training.settings import Settings, changed, with_new_names
 
 RATE = ("steps", "learning_rate", "lr_schedule", "warmup", "decay_from", "final_lr")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm import files
+from ldm.checkpoint.lora.read import FILE
 from ldm.checkpoint.safety import verify_manifest, write_manifest
-from ldm.errors import NumericsError, ResourceError, first_line
+from ldm.checkpoint.tensors import Source, write_tensors
+from ldm.errors import CheckpointError, NumericsError, ResourceError
 from ldm.training.distributed import current
-from ldm.training.distributed.single import Single, whole
+from ldm.training.distributed.alone import Single, whole
 
 FORMAT = 1
 WEIGHTS, ABOUT = "state.safetensors", "state.json"
@@ -63,23 +64,13 @@ class TrainState:
             value = whole(value.detach())
             if first:
                 kept[name] = value.to("cpu").contiguous()
-        return _unshared(kept)
+        return kept
 
 
 def trained_names(module: nn.Module) -> list[str]:
     """The names in the state_dict of trained parameters and buffers."""
     frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return [name for name in module.state_dict() if name not in frozen]
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory (8-bit optimizers share their tables): safetensors refuses them."""
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        if value.numel() and value.data_ptr() in seen:
-            tensors[name] = value.clone()
-        seen.add(value.data_ptr())
-    return tensors
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -116,7 +107,10 @@ def _write(
         about["scaler"] = state.scaler.state_dict()
     about["environment"] = environment(next(state.module.parameters()).device)
     with _room_told(folder, size), files.atomic_folder(folder) as tmp:
-        _write_tensors(tensors, tmp / WEIGHTS)
+        sources = {
+            name: Source(value.dtype, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()
+        }
+        write_tensors(tmp / WEIGHTS, sources, {"format": "pt"})
         (tmp / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         write_manifest(tmp)
     verify_manifest(folder)
@@ -132,20 +126,6 @@ def _room_told(folder: Path, size: int) -> Iterator[None]:
         free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else folder.parents[1]).free
         what = f"{error.what}: {size} bytes are needed, {free} are free on the disk"
         raise ResourceError(what, where=folder, hint=error.hint) from None
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """`save_file`, but raising the operating system's error."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise OSError(first_line(error)) from None
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
 
 def last_good(run: Path) -> str:
@@ -191,3 +171,26 @@ def checkpoints(run: Path) -> list[Path]:
 def corrupt(run: Path) -> list[Path]:
     """The checkpoints of a run that were found to be damaged."""
     return sorted((run / "checkpoints").glob("corrupt-step-*"))
+
+
+def check_new(out: Path, look: bool = False) -> None:
+    """Raise CheckpointError where the folder holds a run. With `look` nothing is removed of what killed runs left."""
+    if not look:
+        sweep(out)
+    if checkpoints(out) or corrupt(out):
+        raise CheckpointError("already holds a run", where=out, hint="go on with --resume, or choose another folder")
+    check_unfinished(out)
+
+
+def sweep(out: Path) -> None:
+    """Remove what killed runs left half-written in the folder."""
+    for folder in (out, out / "checkpoints", out / "samples"):
+        files.sweep(folder)
+
+
+def check_unfinished(out: Path) -> None:
+    """Raise CheckpointError if `out` holds a finished model without checkpoints: it would be overwritten."""
+    found = [name for name in ("model", FILE) if (out / name).exists()]
+    if found and (out / "settings.json").exists():
+        told = f"already holds a run that is finished ({found[0]}), and no checkpoint to go on from"
+        raise CheckpointError(told, where=out, hint="choose another folder")

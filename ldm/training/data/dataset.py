@@ -41,24 +41,17 @@ class Batch:
     weight: float = 1.0  # of its mean loss in that of the step's batches, where these differ in size
 
 
-@dataclass(frozen=True)
-class PixelBatch:
-    """Samples of one size, not encoded."""
-
-    pixels: Tensor  # uint8 (B, 3, H, W) on the CPU
-    ids: list[str]
-    part: RowShard
-    weight: float = 1.0  # as a Batch's
-
-
 class ImageDataset:
     """The images of a set, of a prepared one, or drawn scenes, encoded, and their batches by number.
 
     Counts are printed before the first image is encoded. `out` is the run's folder, where the cache is unless the
     settings name another. With `texts` the batches carry the captions' embeddings, else the captions alone, for a text
     encoder that is trained; an empty caption is embedded as None, as guidance embeds it. With `xl` they carry sizes and
-    crops. Without `encoders` there are `pixels` alone. Raises DataError, ConfigError, ResourceError, Interrupted.
+    crops. Without `encoders` there are pixels alone: see `PixelDataset`. Raises DataError, ConfigError, ResourceError,
+    Interrupted.
     """
+
+    _epochs: type[Epochs] = Epochs  # what reads an ImageSet
 
     def __init__(
         self,
@@ -80,7 +73,7 @@ class ImageDataset:
         elif isinstance(images, SceneSet):
             self._reader = Scenes(images, encoders, batch_size, texts)
         else:
-            self._reader = Epochs(images, encoders, self._memory, seed, batch_size, Path(out), texts)
+            self._reader = self._epochs(images, encoders, self._memory, seed, batch_size, Path(out), texts)
         self.lines = images.lines
 
     def __len__(self) -> int:
@@ -115,10 +108,6 @@ class ImageDataset:
         """
         return self._of_steps(self.batch, first_step, steps, accumulation)
 
-    def pixel_batches(self, first_step: int, steps: int, accumulation: int) -> Iterator[PixelBatch]:
-        """As `batches`, of `pixels`."""
-        return self._of_steps(self.pixels, first_step, steps, accumulation)
-
     def _of_steps(self, make: Callable[[int], Any], first_step: int, steps: int, accumulation: int) -> Iterator[Any]:
         try:
             for step in range(first_step, steps):
@@ -127,22 +116,9 @@ class ImageDataset:
         finally:
             self.close()
 
-    def pixels(self, number: int) -> PixelBatch:
-        """The pixels of the number-th batch, of images that fill a square."""
-        rows, part = self._reader.pixels(number)
-        return PixelBatch(torch.stack([row.latents for row in rows]), [row.id for row in rows if part.weight], part)
-
     def held_out(self) -> list[Batch]:
         """The batches of held-out images, always the same: the posterior's mean, the first caption, none dropped."""
         return [self._batch(rows, RowShard(len(rows))) for rows in self._reader.held_out()]
-
-    def examples(self, count: int) -> list[tuple[str, Tensor]]:
-        """(caption, its condition in [0, 1] (3, H, W)) of so many squares, of held-out images where there are some."""
-        return [(caption, made.expand(3, -1, -1) / 255) for caption, made in self._reader.examples(count)]
-
-    def held_out_pixels(self, count: int) -> list[Tensor]:
-        """uint8 (3, H, W) of so many held-out images, or of all if there are fewer."""
-        return self._reader.held_out_pixels(count)
 
     def captions(self, count: int | None) -> Iterable[str]:
         """The first caption of the first `count` images or scenes; of a set of images with None every caption."""

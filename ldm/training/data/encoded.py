@@ -5,14 +5,14 @@ Shapes:  B images or texts   C, h, w latent channels, height, width   H, W image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldm.data.transforms import View
+from ldm.device import free_memory
 from ldm.errors import NumericsError
 from ldm.nn.text import TextEncoder
 from ldm.nn.vae import VAE
@@ -81,21 +81,12 @@ class Encoders:
         named = {"states": cond.states, "pooled": cond.pooled, "mask": cond.mask}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
 
-    def embed_rows(self, texts: Sequence[str]) -> dict[str, Embedding]:
-        """Text -> its states (1, S, D), pooled (1, P) and mask (1, S), all embedded together; of "" none."""
-        texts = list(dict.fromkeys(filter(None, texts)))
-        if not texts:
-            return {}
-        tensors = self.embed(texts, together=True)
-        parts = [tensors.get(name) for name in EMBEDDED]
-        return {text: tuple(None if p is None else p[i : i + 1] for p in parts) for i, text in enumerate(texts)}
-
 
 class Memory:
     """Tensors that are kept until the memory is full; none is removed, for an epoch needs each exactly once."""
 
     def __init__(self, limit: int = MEMORY):
-        self.room = min(limit, available() // 4)
+        self.room = min(limit, free_memory(torch.device("cpu")) // 4)
         self._kept: dict[Hashable, tuple[Tensor | None, ...]] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -110,17 +101,3 @@ class Memory:
                 self._kept[key] = tensors
                 self.room -= size
         return tensors
-
-
-def available() -> int:
-    """Free memory in bytes, of the system and within the limit of this process's cgroup; 4 GB where it is unknown."""
-    sizes = [4 << 30]
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        sizes = [int(lines["MemAvailable"].split()[0]) * 1024]
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        sizes.append(max(0, limit - used))
-    except (OSError, ValueError, LookupError):  # another system; no limit is "max"
-        pass
-    return min(sizes)

@@ -1,4 +1,4 @@
-"""The images of a set by epochs; every random draw is keyed by (seed, epoch, sample).
+"""The images of a set by epochs, from a cache on the disk; every random draw is keyed by (seed, epoch, sample).
 
 Shapes:  C, h, w latent channels, height, width   H, W image size
 """
@@ -6,22 +6,28 @@ Shapes:  C, h, w latent channels, height, width   H, W image size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ldm.config import require
+from ldm.console import say
 from ldm.data.buckets import Batches
-from ldm.data.transforms import View, choose_caption, draw_view, fixed_views, pixels, shuffle_tags
+from ldm.data.cache import Cache, CachedSample
+from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
 from ldm.errors import DataError
-from ldm.training.data.cached import CENTERED, Cached
-from ldm.training.data.conditions import Conditions, square_view
+from ldm.training.data.embedding import embed_rows
 from ldm.training.data.encoded import Embedding, Encoders, Memory, Row, nothing
 from ldm.training.data.images import ImageSet
+from ldm.training.data.left_out import leave_out, lose
 from ldm.training.data.live import Live
+from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
 from ldm.training.settings import OFF
+
+CENTERED = TransformConfig()  # of images that are held out: cropped in the middle, never mirrored
 
 
 class Epochs:
@@ -39,9 +45,7 @@ class Epochs:
     ):
         self.images, self.data, self.seed, self.batch_size = images, images.data, seed, batch_size
         self._encoders, self._latents = encoders, self._opened(encoders, memory, out, texts)
-        self._condition: Callable[[int, View], Tensor | None] = nothing
-        if images.control is not None:
-            self._condition = Conditions(images, memory if self.data.crop == "center" else None).of
+        self._condition: Callable[[int, View], Tensor | None] = nothing  # what a ControlNet sees
         self._places = images.trained
         if not self._places:
             raise DataError("no image is left to train on", where=self.data.folder)
@@ -101,17 +105,6 @@ class Epochs:
             views = self._views(number)[1]
             self._latents.expect([views[row] for row in current().part(len(views)).own])
 
-    def pixels(self, number: int) -> tuple[list[Row], RowShard]:
-        """As `rows`, with uint8 (3, H, W) in place of latents."""
-        assert isinstance(self._latents, Live)
-        for candidate in range(number, number + len(self)):
-            views = self._views(candidate)[1]
-            found, part = self._latents.pixel_rows(views, current().part(len(views)))
-            if part.size:
-                self._read_ahead(number + 1)
-                return [Row(self.images.items[views[row][0]].id, values, "", ()) for row, values in found], part
-        raise DataError("no image can be read any more", where=self.data.folder)
-
     def held_out(self) -> list[list[Row]]:
         """Batches of the held-out images: the posterior's mean, the first caption, cropped in the middle."""
         batches: list[list[Row]] = []
@@ -126,17 +119,6 @@ class Epochs:
             last = item.bucket
         return batches
 
-    def examples(self, count: int) -> list[tuple[str, Tensor]]:
-        """(caption, condition uint8 (C, H, W)) of square images, held-out ones first."""
-        items, side = self.images.items, self.data.resolution
-        places = [place for place, _ in self._held_out()]
-        places = list(dict.fromkeys([*places, *self._places]))[:count]
-        made = [(place, self._condition(place, square_view(items[place].size, side))) for place in places]
-        return [((*items[place].captions, "")[0], control) for place, control in made if control is not None]
-
-    def held_out_pixels(self, count: int) -> list[Tensor]:
-        return [pixels(self.images.read(place)[0], view) for place, view in self._held_out()[:count]]
-
     def _held_out(self) -> list[tuple[int, View]]:
         items, held = self.images.items, self.images.held_out
         places = [place for place, item in enumerate(items) if item.digest in held]
@@ -150,7 +132,7 @@ class Epochs:
 
     def embedded(self, captions: Sequence[str]) -> Mapping[str, Embedding]:
         """Captions in an order that does not come again are embedded together, and not kept."""
-        return self._encoders.embed_rows(captions) if self._encoders and self.data.shuffle_tags else {}
+        return embed_rows(self._encoders, captions) if self._encoders and self.data.shuffle_tags else {}
 
     def embedding(self, caption: str) -> dict[str, Tensor]:
         if isinstance(self._latents, Cached) and self._latents.texts:
@@ -160,3 +142,47 @@ class Epochs:
 
     def close(self) -> None:
         """Nothing outlives the process: images are read by threads."""
+
+
+class Cached:
+    """A cache with every entry that training needs; images that cannot be encoded are left out and counted.
+
+    With `texts` it has the captions' embeddings too. Raises DataError, ResourceError, Interrupted.
+    """
+
+    def __init__(self, images: ImageSet, encoders: Encoders, memory: Memory, folder: Path, texts: bool):
+        self.images, self.memory, self.texts = images, memory, texts
+        self.mask = Masks(images, encoders.vae.factor, memory).of if images.data.masks else nothing
+        wanted = []
+        for item in images.items:
+            held = item.digest in images.held_out
+            views = fixed_views(item.size, item.bucket, CENTERED if held else images.data.transform)
+            wanted.append(CachedSample(item.id, item.digest, views, item.captions[:1] if held else item.captions))
+        self.cache = cache = Cache(folder, encoders.vae_id, encoders.text_id, images.data.cache_dtype)
+
+        def fill() -> dict[str, str]:
+            with cache:
+                embed = encoders.embed if texts else None
+                done = cache.prepare(wanted, images.read, encoders.encode, embed, partial(lose, images))
+            say(f"cache: {done.kept} entries found, {done.made} made, {done.bytes / 1e6:.1f} MB in {folder}")
+            return {id: str(error) for id, error in images.lost.items()}
+
+        lost = current().on_first(fill)
+        images.lost = {id: images.lost.get(id) or DataError(text) for id, text in lost.items()}
+        if not current().first:
+            cache.reload()
+        if images.lost:
+            leave_out(images, images.lost)
+            say(f"{len(images.lost)} images cannot be encoded: {images.lines[1]}")
+
+    def rows(self, views: Sequence[tuple[int, View]], part: RowShard) -> tuple[list[tuple], RowShard]:
+        """(row, mean, std, mask) of this process's rows of a batch, and which rows they are.
+
+        Mean and std are fp32 (C, h, w), the mask (1, h, w) or None.
+        """
+        return [(row, *self.latents(*views[row]), self.mask(*views[row])) for row in part.own or (0,)], part
+
+    def latents(self, place: int, view: View) -> tuple[Tensor, Tensor]:
+        """Mean and std. Raises DataError where the cache was damaged since it was filled."""
+        digest = self.images.items[place].digest
+        return self.memory.get((digest, view), lambda: self.cache.latents(digest, view))

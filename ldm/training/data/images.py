@@ -157,17 +157,9 @@ def read_images(data: FinetuneData, cut: Callable[[str], str] | None = None) -> 
     return images
 
 
-def read_training_images(data: FinetuneData, prior: FinetuneData | None) -> ImageSet:
-    """The images to train on, with those of a prior as their `prior`. Raises DataError, ConfigError."""
+def read_training_images(data: FinetuneData) -> ImageSet:
+    """The images to train on. Raises DataError, ConfigError."""
     images = read_images(data)
-    if prior is not None:
-        try:
-            images.prior = read_images(prior)
-        except DataError as error:
-            if error.hint is None or "--" not in error.hint:
-                raise
-            hint = "these options are for the data alone: give the images of the prior in a folder of their own"
-            raise DataError(f"the prior: {error.what}", where=error.where, hint=hint) from None
     if not images.trained:
         raise DataError("no image is left to train on", where=data.folder)
     return images

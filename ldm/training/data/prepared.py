@@ -15,6 +15,7 @@ from ldm.data.cache.sequence import WINDOW_BYTES, Rows, ShardSequence
 from ldm.data.sources.walk import PREPARED
 from ldm.data.transforms import choose_caption
 from ldm.errors import DataError
+from ldm.training.data.embedding import embed_rows
 from ldm.training.data.encoded import EMBEDDED, Embedding, Encoders, Row
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
@@ -126,7 +127,7 @@ class Prepared:
     def embedded(self, captions: Sequence[str]) -> Mapping[str, Embedding]:
         """The stored embeddings; other captions are embedded together, and not kept."""
         others = [caption for caption in captions if caption not in self._stored]
-        return {**self._stored, **self.encoders.embed_rows(others)} if any(others) else self._stored
+        return {**self._stored, **embed_rows(self.encoders, others)} if any(others) else self._stored
 
     def embedding(self, caption: str) -> dict[str, Tensor]:
         return self.encoders.embed([caption])

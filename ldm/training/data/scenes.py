@@ -20,6 +20,7 @@ from ldm.console import progress
 from ldm.data.transforms import choose_caption, to_float
 from ldm.device import fast_bf16
 from ldm.training.data.conditions import condition_pixels, control_kind
+from ldm.training.data.embedding import embed_rows
 from ldm.training.data.encoded import Embedding, Encoders, Row
 from ldm.training.data.samples import EmojiSamples, stream
 from ldm.training.distributed import RowShard, current
@@ -136,7 +137,7 @@ class Scenes:
             in_use = set(self._captions)
             for caption in old.keys() - in_use:
                 self._embedded.pop(caption, None)
-            new = self._encoders.embed_rows(sorted(set(captions) - self._embedded.keys()))
+            new = embed_rows(self._encoders, sorted(set(captions) - self._embedded.keys()))
             for caption, tensors in new.items():  # copies, which do not keep what was embedded beside them
                 self._embedded[caption] = tuple(None if t is None else t.clone() for t in tensors)
 
@@ -195,7 +196,7 @@ class Scenes:
         """Of the scenes in use; others are embedded together."""
         assert self._encoders is not None
         others = [caption for caption in captions if caption not in self._embedded]
-        return {**self._embedded, **self._encoders.embed_rows(others)} if any(others) else self._embedded
+        return {**self._embedded, **embed_rows(self._encoders, others)} if any(others) else self._embedded
 
     def embedding(self, caption: str) -> dict[str, Tensor]:
         assert self._encoders is not None

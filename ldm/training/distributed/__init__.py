@@ -1,7 +1,7 @@
-"""One run on many processes: what they agree on (group), which rows each takes (rows), the network (wrap)."""
+"""One run on many processes: which rows each takes (alone), what they agree on (group), the network (wrap)."""
 
-from ldm.training.distributed.alone import ALONE, Alone, by_itself, current
+from ldm.training.distributed.alone import ALONE, Alone, RowShard, by_itself, current
+from ldm.training.distributed.group import rows_of
 from ldm.training.distributed.processes import processes
-from ldm.training.distributed.rows import RowShard, rows_of
 
 __all__ = ["ALONE", "Alone", "RowShard", "by_itself", "current", "processes", "rows_of"]

@@ -1,20 +1,50 @@
-"""A run of one process, and which run this process is in."""
+"""A run of one process: which rows of a batch it takes, what it would ask of others, and the network that it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ldm.console import StopRequest
 from ldm.errors import LdmError
-from ldm.training.distributed.rows import RowShard
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from ldm.training.loop.stage import Stage
 
 
 T = TypeVar("T")
+
+
+class RowShard(NamedTuple):
+    """The rows of a whole batch that this process takes.
+
+    If there are fewer rows than processes, some take row 0 with weight 0, because all have to take the step.
+    """
+
+    size: int  # rows of the whole batch
+    rows: tuple[int, ...] | None = None  # None: all of them
+    weight: float = 1.0  # of the mean over these rows in the mean over the processes
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The rows that count."""
+        return tuple(range(self.size)) if self.rows is None else self.rows if self.weight else ()
+
+    def repeated(self, count: int) -> RowShard:
+        """The shard of a batch that has each row `count` times, one after the other."""
+        rows = None if self.rows is None else tuple(row * count + i for row in self.rows for i in range(count))
+        return RowShard(self.size * count, rows, self.weight)
+
+    def of(self, values: Tensor) -> Tensor:
+        """These rows (len(rows), …) of what was made for the whole batch (size, …)."""
+        return values if self.rows is None else values[list(self.rows)]
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """(len(rows),) losses -> a scalar; its mean over the processes is the mean loss of the whole batch."""
+        return losses.mean() if self.rows is None else self.weight * losses.mean()
 
 
 class Alone:
@@ -78,17 +108,8 @@ class Alone:
         """Mark an error that every process raises, so that only the first one prints it."""
         return error
 
-    def failed(self, error: BaseException) -> BaseException:
-        """The error to raise in place of one that ends the run on this process."""
-        return error
-
-    def leave(self) -> None:
-        """Leave the group."""
-
 
 ALONE = Alone()
-
-
 _current: Alone = ALONE
 
 
@@ -112,3 +133,45 @@ def by_itself() -> Iterator[None]:
         yield
     finally:
         set_current(before)
+
+
+# A network that one process trains, and tensors that may be sharded over several.
+
+SHARDED = "full_tensor"  # what tells a DTensor without importing its module
+
+
+class Single:
+    """A network that one process trains."""
+
+    def __init__(self, group: Alone = ALONE):
+        self.group = group
+
+    def loss(self, stage: Stage, batch: Any, step: int, micro: int) -> Tensor:
+        """The stage's loss on this process's rows; its backward pass gives the gradients of all rows."""
+        return stage.loss(batch, step, micro)
+
+    def micro(self, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and a backward pass; gradients are exchanged in the `last` one of a step."""
+        return nullcontext()
+
+    def settle(self) -> None:
+        """After forward passes that no backward pass followed."""
+
+    def gathered(self, module: nn.Module) -> nn.Module:
+        """`module` with all of its weights: on every process at once, of use on the first one."""
+        return module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a shard of it."""
+    return any(hasattr(parameter, SHARDED) for parameter in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, others unchanged. Every process has to call it."""
+    return tensor.full_tensor() if hasattr(tensor, SHARDED) else tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's shards."""
+    return [tensor.to_local() if hasattr(tensor, SHARDED) else tensor for tensor in tensors]

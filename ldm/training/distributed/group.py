@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ldm import console, errors
 from ldm.console import SILENT, StopRequest
 from ldm.errors import ConfigError, LdmError, ProcessGone, first_line
-from ldm.training.distributed.alone import ALONE, Alone, T, set_current
+from ldm.training.distributed.alone import ALONE, Alone, RowShard, T, set_current
 from ldm.training.distributed.heartbeat import Heartbeat
-from ldm.training.distributed.rows import RowShard, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -290,3 +289,11 @@ def joined() -> Iterator[Many]:
         group.leave()
     finally:
         set_current(ALONE)
+
+
+def rows_of(size: int, rows: Iterable[int], world: int) -> RowShard:
+    """The shard of these rows of a batch of `size`; the other rows go to the other `world` - 1 processes."""
+    rows = tuple(rows)
+    if world == 1:
+        return RowShard(size)
+    return RowShard(size, rows, world * len(rows) / size) if rows else RowShard(size, (0,), 0.0)

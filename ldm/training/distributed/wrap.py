@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.training.distributed.alone import Alone
-from ldm.training.distributed.single import Single, whole
+from ldm.training.distributed.alone import Alone, Single, whole
 from ldm.training.loop.stage import Stage
 
 

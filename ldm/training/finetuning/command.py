@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.console import say
 from ldm.errors import ConfigError
 from ldm.settings_files import load
+from ldm.training.finetuning.lora_only import check_lora_only
 from ldm.training.finetuning.options import flatten, parse_overrides, resolve_aliases, setting_name
 from ldm.training.settings import FinetuneSettings
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 # The names that diffusers' and kohya's scripts have for `out` and `resume`, also in settings files.
 PLACES = {"out": "output_dir", "resume": "resume_from_checkpoint"}
-# Settings of a LoRA, and their values in the settings.json of every run, which say nothing with train=full.
-LORA_ONLY = {"lora_rank": (None, 16), "lora_alpha": (None,), "targets": (None, ["attention"]), "init": (None,)}
 
 
 class Arguments(NamedTuple):
@@ -96,7 +95,7 @@ def read_arguments(
     from_file = resolve_aliases(file, where=str(config))
     both = {**from_file, **given}
     if both.get("train") == "full" or both.get("control") is not None:
-        _check_lora_only(given, from_file, "control" if both.get("control") is not None else "train=full")
+        check_lora_only(given, from_file, "control" if both.get("control") is not None else "train=full")
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
         if other in given:
             from_file.pop(key, None)
@@ -124,15 +123,6 @@ def _texts(value: Any, name: str) -> list[str]:
     return list(texts)
 
 
-def _check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any], other: str) -> None:
-    """Raise ConfigError for settings of a LoRA where all weights are trained, or a ControlNet."""
-    trains = "trains all weights" if other == "train=full" else "trains a ControlNet"
-    for name, usual in LORA_ONLY.items():
-        if given.get(name) is not None or from_file.get(name) not in usual:
-            what = f"{name} is for LoRA, and {other} {trains}"
-            raise ConfigError(what, hint="leave one of them out")
-
-
 def _settings_before(asked: Arguments) -> dict[str, Any]:
     """The settings of the run that is resumed, by their keys; {} where there is none. Raises CheckpointError."""
     if asked.resume is None:
@@ -150,18 +140,19 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     """
     from ldm.training.data import read_training_images
     from ldm.training.data.conditions import control_kind, with_conditions
+    from ldm.training.data.prior import with_prior
     from ldm.training.finetuning import presets
     from ldm.training.finetuning.checks import check_export, check_run_folder
-    from ldm.training.finetuning.plan import make_plan
 
-    plan = make_plan(asked.settings, _settings_before(asked))
+    plan = presets.make_plan(asked.settings, _settings_before(asked))
     data, settings = plan.data, plan.settings
     check_run_folder(data, asked.out, settings.get("train") not in ("full", "control") and not settings.get("name"))
     control = presets.text_of(settings, "control")
     if control is not None:
         control_kind(control)  # before images are read
     prior = presets.text_of(settings, "prior")
-    images = read_training_images(data, data.for_prior(prior) if prior else None)
+    images = read_training_images(data)
+    images = with_prior(images, prior) if prior else images
     images = images if control is None else with_conditions(images, control)
     settings = plan.complete(images)
     built = plan.build(settings)

@@ -15,7 +15,7 @@ from ldm.data.sources import Layout, Source
 from ldm.errors import LdmError, ModelError
 from ldm.training.data.images import ImageSet, Item
 from ldm.training.finetuning.forecast import forecast, outlook
-from ldm.training.finetuning.plan import Plan, make_plan
+from ldm.training.finetuning.presets import Plan, make_plan
 
 UNKNOWN = 512  # pixels, where the model cannot be read
 

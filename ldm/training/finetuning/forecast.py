@@ -16,8 +16,10 @@ from ldm.training.data import Batch, ImageSet
 from ldm.training.distributed import RowShard
 from ldm.training.loop.estimate import Estimate, estimate
 from ldm.training.settings import FinetuneSettings
+from ldm.training.stages.common import square_ids
 from ldm.training.stages.control import Control
 from ldm.training.stages.finetune import Finetune
+from ldm.training.stages.prior import WithPrior
 
 CAPTION = "an image of a thing"
 MAX_SCALE = 2  # times the side of the model's images: the trial must not run out of memory
@@ -29,7 +31,7 @@ def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = Non
     Raises ModelError, ResourceError out of memory.
     """
     try:
-        stage = (Finetune if settings.control is None else Control)(settings, out)
+        stage = kind_of(settings)(settings, out)
         for image_set, kind in ((images, ""), (images and images.prior, "prior: ")):
             if image_set is not None:
                 image_set.cut = stage.model.text.truncated
@@ -42,6 +44,13 @@ def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = Non
         raise ResourceError(f"a step does not fit into memory ({error})", where=settings.model, hint=hint) from None
 
 
+def kind_of(settings: FinetuneSettings) -> type[Finetune]:
+    """The stage of these settings."""
+    if settings.control is not None:
+        return Control
+    return WithPrior if settings.prior or settings.prior_images else Finetune
+
+
 def trial_batch(stage: Finetune) -> Batch:
     """Random latents under one caption, in the number and size of the settings, and the same for a prior."""
     s, model, count = stage.settings, stage.model, stage.settings.batch_size
@@ -49,8 +58,7 @@ def trial_batch(stage: Finetune) -> Batch:
     latents = torch.randn((count, model.vae.latent_channels, side, side), generator=torch.Generator().manual_seed(0))
     captions = [CAPTION] * count
     cond = None if s.text_encoder else model.text.encode(captions).to(stage.device, torch.float32)
-    sizes = torch.tensor([[s.data.resolution] * 2 + [0, 0] + [s.data.resolution] * 2] * count, dtype=torch.float32)
-    ids = sizes.to(stage.device) if stage.xl else None
+    ids = square_ids(s.data.resolution, stage.device).repeat(count, 1) if stage.xl else None
     made = Batch(latents.to(stage.device), captions, cond, ids, captions, RowShard(count))
     if s.control is not None:
         image = torch.zeros((count, 3, s.data.resolution, s.data.resolution), device=stage.device)

@@ -1,18 +1,27 @@
-"""Presets of a fine-tuning: settings that are chosen from the model, the number of images and the hardware."""
+"""The plan of a fine-tuning, for `ldm data check`, `--dry-run` and the run alike: its settings, and presets for others.
+
+Presets are chosen from the model, the number of images and the hardware.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.config import require
-from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES
+from ldm.config import build, require
+from ldm.errors import ConfigError
+from ldm.training.data import ImageSet
+from ldm.training.finetuning.continued import check_given, settings_of_lora
+from ldm.training.finetuning.lora_only import LORA_ONLY
+from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES, nest
 from ldm.training.finetuning.preset_tables import BATCHES, CONTROL, FLOW, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
+from ldm.training.settings import FinetuneData, FinetuneSettings
 from ldm.training.settings.finetune_data import FINE_STEP, FINE_UP_TO
 
 LATENT_SIZE = 64  # of models that do not say at which size they draw
@@ -20,7 +29,6 @@ LATENT_SIZE = 64  # of models that do not say at which size they draw
 SMALL_WIDTH = 256  # channels of the first level, below which a model is small
 SMALL_TRANSFORMER = 768  # width below which a flow transformer is small: SD3-medium's is 1536
 MAY_BE_NONE = (*SHARED, "timestep_shift")  # whose preset may be another
-LORA_ONLY = ("lora_rank", "lora_alpha", "targets", "init")  # settings without a meaning for train=full
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,6 @@ class Facts:
         if self.transformer:
             return "small" if self.width < SMALL_TRANSFORMER else "flow"
         return "small" if self.width < SMALL_WIDTH else "xl" if self.xl else "sd"
-
-
-def apply_presets(given: Mapping[str, Any], facts: Facts, buckets: Sequence[int]) -> dict[str, Any]:
-    """All settings of a run, by their keys: `given`, and presets for what is not; `buckets` as `for_images` has it."""
-    return for_images(for_model(given, facts), given, facts, buckets)
 
 
 def for_model(given: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
         device=device.type,
         memory=total_memory(device) if device.type == "cuda" else None,
         default=model in (None, "default"),
-        init=None if init is None else _continued(init),
+        init=None if init is None else settings_of_lora(init),
         transformer=transformer is not None,
         multiple=info.multiple,
     )
@@ -152,10 +155,38 @@ def text_of(settings: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _continued(init: str) -> dict[str, Any]:
-    from ldm.training.finetuning.continued import settings_of_lora
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a fine-tuning before its images are read; `images` completes it."""
 
-    return settings_of_lora(init)
+    given: Mapping[str, Any]  # settings that were asked for, by their keys
+    settings: Mapping[str, Any]  # with the presets of the model and the hardware
+    facts: Facts | None  # None: of a run that is resumed, which keeps its settings
+    data: FinetuneData
+
+    def complete(self, images: ImageSet) -> dict[str, Any]:
+        """All settings, by their keys: with the presets that depend on the images, epochs as steps."""
+        buckets = list(Counter(images.items[place].bucket for place in images.trained).values())
+        if self.facts is None:
+            return in_steps(self.settings, self.given, buckets)
+        return for_images(self.settings, self.given, self.facts, buckets)
+
+    def build(self, settings: Mapping[str, Any]) -> FinetuneSettings:
+        """Raises ConfigError."""
+        return build(FinetuneSettings, {**nest(settings), "data": self.data})
+
+
+def make_plan(given: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for what is `given`, of a new run or one with the settings `before`. Raises ConfigError, ModelError."""
+    settings, facts = {**(before or {}), **given}, None
+    if not settings.get("data.folder"):
+        raise ConfigError("is needed: a folder of captioned images", where="data")
+    if not before:
+        facts = read_facts(given)
+        if facts.init is not None:
+            check_given(given, facts.init)
+        settings = for_model(given, facts)
+    return Plan(given, settings, facts, build(FinetuneData, nest(settings)["data"], "data"))
 
 
 def command(settings: Mapping[str, Any], out: str | Path) -> str:

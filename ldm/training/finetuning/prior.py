@@ -18,9 +18,17 @@ from ldm.device import pick_dtype
 from ldm.nn.lora import clone_shared_weights
 from ldm.pipeline import Pipeline
 from ldm.prompts import parse
+from ldm.training.data import ImageSet, read_images
+from ldm.training.distributed import current
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
+
+
+def read_prior(settings: FinetuneSettings, model: Model, out: Path) -> ImageSet:
+    """The images of `draw_prior` in `out`/prior, read and counted. Raises ModelError, ResourceError, DataError."""
+    current().on_first(lambda: str(draw_prior(settings, model, out / "prior")))
+    return read_images(dataclasses.replace(settings.data.for_prior(str(out / "prior")), captions="auto"))
 
 
 def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:

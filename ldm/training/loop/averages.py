@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.training.checkpoints.state import trainable
-from ldm.training.distributed.single import local
+from ldm.training.distributed.alone import local
 
 
 def averages_of(ema: nn.Module, module: nn.Module) -> dict[str, Tensor]:

@@ -29,8 +29,7 @@ from ldm.training.distributed import current
 from ldm.training.distributed.checks import check_same_inputs
 from ldm.training.loop.averages import averaged
 from ldm.training.loop.logs import BEST, Best, RunLogs
-from ldm.training.loop.optimizers import checkpoint_bytes
-from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.optimizers import checkpoint_bytes, learning_rate
 from ldm.training.loop.stage import Stage
 from ldm.training.loop.step import Outcome, precision, prepare, take_step
 from ldm.training.loop.trackers import Trackers

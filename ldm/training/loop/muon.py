@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.config import require
 from ldm.device import fast_bf16
 from ldm.nn.lora import LoraLayer
+from ldm.training.checkpoints.state import trainable
+from ldm.training.settings import Settings
 
+TEXT = "text."  # the beginning of the names of a text encoder that is trained along with a U-Net
 # What touches the data, and no hidden layer: Muon's authors leave such to AdamW. Of U-Nets; of flow transformers.
 ENDS = ("conv_in", "conv_out")
 OUTER = ("pos_embed.proj", "x_embedder", "proj_out")
@@ -19,6 +24,27 @@ MOMENTUM, ROUNDS = 0.95, 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of Newton and Schulz's iteration: Jordan et al. 2024
 SMALLEST = 1e-7  # norm that is divided by
 STACKED = 1 << 26  # numbers of matrices that are moved at once
+
+
+def muon(
+    settings: Settings,
+    module: nn.Module,
+    device: torch.device,
+    groups: Callable[[Settings, Mapping[str, nn.Parameter]], list[dict[str, Any]]],
+    adamw: Callable[..., torch.optim.AdamW],
+) -> Muon:
+    """Muon for what it moves of `module`, AdamW for the `groups` of all else that is trained."""
+    parameters, moved = trainable(module), moved_names(settings, module)
+    matrices = [p for name, p in parameters.items() if name in moved]
+    require(bool(matrices), "muon moves matrices, and none is trained: use adamw", "optimizer")
+    others = groups(settings, {name: p for name, p in parameters.items() if name not in moved})
+    return Muon(matrices, others, settings.learning_rate, settings.weight_decay, partial(adamw, settings, device))
+
+
+def moved_names(settings: Settings, module: nn.Module) -> set[str]:
+    """The names of what Muon moves; a text encoder with a rate of its own is left to AdamW."""
+    apart = getattr(settings, "text_rate", 0)
+    return {name for name in hidden_names(module) if not (apart and name.startswith(TEXT))}
 
 
 class Muon(torch.optim.Optimizer):

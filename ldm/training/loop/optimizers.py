@@ -1,7 +1,8 @@
-"""What moves the weights: AdamW, also in 8 bits, SGD, or Muon for the matrices of hidden layers."""
+"""What moves the weights, and how far: AdamW, also in 8 bits, SGD or Muon, and their learning rate by step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,10 +12,8 @@ from torch import nn
 
 from ldm.config import require
 from ldm.training.checkpoints.state import trainable, trained_names
-from ldm.training.loop.muon import Muon, hidden_names
+from ldm.training.loop.muon import TEXT, moved_names, muon
 from ldm.training.settings import Settings
-
-TEXT = "text."  # the beginning of the names of a text encoder that is trained along with a U-Net
 
 
 def make_optimizer(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -56,25 +55,10 @@ def _sgd(settings: Settings, module: nn.Module, device: torch.device) -> torch.o
     return torch.optim.SGD(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def _muon(settings: Settings, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    parameters, hidden = trainable(module), _hidden(settings, module)
-    matrices = [p for name, p in parameters.items() if name in hidden]
-    require(bool(matrices), "muon moves matrices, and none is trained: use adamw", "optimizer")
-    others = _groups(settings, {name: p for name, p in parameters.items() if name not in hidden})
-    adamw = partial(_adamw_of, settings, device)
-    return Muon(matrices, others, settings.learning_rate, settings.weight_decay, adamw)
-
-
-def _hidden(settings: Settings, module: nn.Module) -> set[str]:
-    """The names of what Muon moves; a text encoder with a rate of its own is left to AdamW."""
-    apart = getattr(settings, "text_rate", 0)
-    return {name for name in hidden_names(module) if not (apart and name.startswith(TEXT))}
-
-
 OPTIMIZERS: dict[str, Callable[[Settings, nn.Module, torch.device], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
-    "muon": _muon,
+    "muon": partial(muon, groups=_groups, adamw=_adamw_of),
     "sgd": _sgd,
 }
 
@@ -85,10 +69,39 @@ def checkpoint_bytes(settings: Settings, module: nn.Module) -> int:
     size = 2 * sum(tensors[name].nbytes for name in trained_names(module))  # the weights and their average
     size += len(settings.ema_lengths) * sum(parameter.nbytes for parameter in parameters.values())
     moments = {"sgd": 0, "muon": 2, "adamw": 2, "adamw8bit": 2}[settings.optimizer]
-    hidden = _hidden(settings, module) if settings.optimizer == "muon" else set()
+    hidden = moved_names(settings, module) if settings.optimizer == "muon" else set()
     for name, parameter in parameters.items():
         if settings.optimizer == "adamw8bit" and parameter.numel() >= 4096:
             size += 2 * parameter.numel() * 65 // 64 + 2048  # 8 bits, a scale for each block of 256, two tables
         else:
             size += (1 if name in hidden else moments) * parameter.nbytes
     return size
+
+
+# Learning rates by step: a linear warm-up, then what the settings name.
+
+
+def _constant(settings: Settings, step: int) -> float:
+    return 1.0
+
+
+def _linear(settings: Settings, step: int) -> float:
+    """1 until `decay_from` of the steps and the end of the warm-up, then linear to `final_lr` at the last step."""
+    start = max(settings.warmup, settings.decay_from * settings.steps)
+    return 1.0 if step < start else 1 - (1 - settings.final_lr) * (step - start) / max(1.0, settings.steps - start)
+
+
+def _cosine(settings: Settings, step: int) -> float:
+    """Half a wave from 1 at the end of the warm-up to `final_lr` at the last step (Loshchilov & Hutter 2017, eq. 5)."""
+    done = max(0, step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.final_lr + (1 - settings.final_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+# What is left of the learning rate at a step, the warm-up aside.
+SCHEDULES: dict[str, Callable[[Settings, int], float]] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The learning rate of the step-th step, counted from 0."""
+    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    return settings.learning_rate * warm * SCHEDULES[settings.lr_schedule](settings, step)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import os
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,35 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.config import require
-from ldm.device import half_dtype, pick_device
-from ldm.errors import ConfigError
+from ldm.device import half_dtype
 from ldm.nn.lora import clone_shared_weights
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
-from ldm.training.distributed.single import Single, local, whole
+from ldm.training.distributed.alone import Single, local, whole
 from ldm.training.distributed.wrap import wrap_module
 from ldm.training.loop.averages import averages_of, update_average
 from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
-from ldm.training.loop.optimizers import make_optimizer
-from ldm.training.loop.schedules import learning_rate
+from ldm.training.loop.optimizers import learning_rate, make_optimizer
 from ldm.training.loop.stage import Stage
-from ldm.training.loop.trackers import check_trackers
 from ldm.training.settings import Settings
-
-
-def check_means(settings: Settings) -> None:
-    """Raise ConfigError if this machine lacks fp16, a compiler, or the package of an optimizer or a tracker."""
-    device = pick_device(settings.device)
-    fits = settings.precision != "fp16" or device.type == "cuda"
-    require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
-    there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
-    require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
-    if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
-        raise ConfigError(f"needs {compiler}", where="compile", hint="install it, or leave compile=false")
-    if settings.report_to:
-        check_trackers(settings)
 
 
 def precision(settings: Settings, device: torch.device) -> AbstractContextManager:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ldm.config import require
 from ldm.training.settings.base import Settings
+from ldm.training.settings.features import check_control, check_prior
 from ldm.training.settings.finetune_data import FinetuneData
 
 KINDS = ("lora", "dora", "full")
@@ -18,7 +18,6 @@ MAX_NAME = 255 - len(SUFFIX)  # bytes
 FULL_ONLY = "a LoRA cannot change what the model was trained for: use train=full"
 POSITIVE = ("lora_alpha", "timestep_shift", "embedded_guidance", "snr_gamma", "prior_weight", "guidance_scale")
 POSITIVE += ("sample_steps",)
-TEACHER_ONLY = "model is for LoRA and DoRA, beside which the original weights are still there: use images"
 
 
 def lora_name(name: str) -> str:
@@ -89,49 +88,21 @@ class FinetuneSettings(Settings):
         require(not self.name or ("/" not in self.name and self.name[0] not in ".-"), "is no name of a file", "name")
         if self.name:
             check_file_name(self.name, "name")
-        self._check_prior()
+        if self._asks_for("prior"):
+            check_prior(self)
         full = self.train == "full"
         require(not (full and self.init), "is a LoRA: it cannot be continued with train=full", "init")
         require(full or not self.zero_terminal_snr, FULL_ONLY, "zero_terminal_snr")
         require(full or self.prediction_type != "flow", FULL_ONLY, "prediction_type")
-        self._check_control()
+        if self.train == "control" or self._asks_for("control"):
+            check_control(self)
         twice = self.prediction_type == "flow" and self.zero_terminal_snr
         require(not twice, "does not go with flow, whose last step is pure noise already", "zero_terminal_snr")
 
-    def _check_prior(self) -> None:
-        require(0 <= self.prior_images <= 100_000, f"must be 0 to 100,000, got {self.prior_images}", "prior_images")
-        require(not (self.prior and self.prior_images), "contradicts prior: give one of them", "prior_images")
-        drawn = self.prior_images or self.prior_prompt is None
-        require(drawn, "is for images that the model draws: give prior_images=N too", "prior_prompt")
-        any_prior = self.prior or self.prior_images or self.prior_target == "images"
-        require(any_prior, "needs a prior: give prior_images=N too, or prior=FOLDER", "prior_target")
-        require(self.train != "full" or self.prior_target == "images", TEACHER_ONLY, "prior_target")
-        known = self.prior_prompt is not None or self.model == "default" or not self.prior_images
-        require(known, 'needs a prompt for the images, such as prior_prompt="a dog"', "prior_images")
-
-    def _check_control(self) -> None:
-        if self.train != "control":
-            require(self.control is None, f"trains a ControlNet, and train is {self.train}: leave that out", "control")
-            for name in ("control_init", "control_channels", "control_embedding"):
-                require(getattr(self, name) is None, "needs control=KIND or control=FOLDER", name)
-            return
-        require(bool(self.control), "is needed for train=control: a kind such as edges, or a folder", "control")
-        for name in ("control_channels", "control_embedding"):
-            widths = getattr(self, name)
-            require(widths is None or (widths and min(widths) > 0), f"must be widths, got {widths}", name)
-            new = self.control_init is None or widths is None
-            require(new, "is that of the ControlNet to go on from: leave it out", name)
-        for name in ("init", "text_encoder", "prior", "prior_images", "prediction_type", "zero_terminal_snr"):
-            require(not getattr(self, name), "changes the model, which stays as it is beside a ControlNet", name)
+    def _asks_for(self, feature: str) -> bool:
+        """Whether a setting of this name, or with a name that begins with it, is not what it is by default."""
+        return any(getattr(self, f.name) != f.default for f in fields(self) if f.name.startswith(feature))
 
     @property
     def alpha(self) -> float:
         return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
-
-    def prior_data(self, out: Path) -> FinetuneData | None:
-        """The settings of the prior's images: the user's, or those that are drawn into `out`/prior."""
-        if self.prior:
-            return self.data.for_prior(self.prior)
-        if self.prior_images:
-            return replace(self.data.for_prior(str(out / "prior")), captions="auto")
-        return None

@@ -16,7 +16,7 @@ from ldm import images
 from ldm.data.transforms import to_float
 from ldm.device import pick_device, sent
 from ldm.training.checks import check_same
-from ldm.training.data import ImageDataset, ImageSet, PreparedSet, SceneSet
+from ldm.training.data import ImageSet, PixelDataset, PreparedSet, SceneSet
 from ldm.training.distributed import RowShard, by_itself
 from ldm.training.loop import seeded
 from ldm.training.settings import AutoencoderSettings
@@ -43,7 +43,7 @@ class Autoencoder:
 
     def __init__(self, settings: AutoencoderSettings, out: Path, images: ImageSet | PreparedSet | SceneSet):
         self.settings = settings
-        self.data = ImageDataset(images, None, settings.seed, settings.batch_size // settings.crops, out)
+        self.data = PixelDataset(images, None, settings.seed, settings.batch_size // settings.crops, out)
         self.lines, self.inputs = self.data.lines, self.data.inputs
         self.held_out = self.data.held_out_pixels(max(settings.validation, GRID))
         torch.manual_seed(seeded.key(settings.seed, "autoencoder"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -20,10 +19,10 @@ from ldm.nn.vae import VAE
 from ldm.training.data import Batch, ImageDataset
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
+from ldm.training.loop.ahead import AHEAD
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import DistillSettings, FinetuneSettings, UNetSettings
 
-AHEAD: defaultdict[str, seeded.Ahead] = defaultdict(seeded.Ahead)  # the noise of the next batch, by the kind of batches
 FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x (B, C, h, w), timesteps (B,), texts) -> raw
 
@@ -51,6 +50,11 @@ def conditioned(
         return unet(x, timesteps, cond.states, mask=cond.mask, pooled=cond.pooled, **sizes, **more)
 
     return network
+
+
+def square_ids(side: int, device: torch.device) -> Tensor:
+    """What XL is told of a whole square image, (6,): its original size, its crop, its target size."""
+    return torch.tensor((side, side, 0.0, 0.0, side, side), device=device)
 
 
 def shape_timesteps(u: Tensor, timesteps: str, shift: float) -> Tensor:

@@ -21,27 +21,23 @@ from ldm.diffusion.denoiser import Predict
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.prompts import plain_text
-from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet
-from ldm.training.distributed import current
+from ldm.training.data import Batch, ControlDataset, ImageSet, SceneSet
 from ldm.training.finetuning.base_model import frozen_dtype, load_base
-from ldm.training.loop.loop import ask_for_space
 from ldm.training.reports.card import control_card
 from ldm.training.settings import FinetuneSettings
-from ldm.training.stages.common import decoded, draw_grid
-from ldm.training.stages.finetune import Finetune
+from ldm.training.stages.common import decoded, draw_grid, square_ids
+from ldm.training.stages.finetune import Finetune, opened
 
 
 def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet | SceneSet) -> Control:
-    stage = Control(settings, out)
-    if current().first:  # before the data is encoded, which may take hours
-        ask_for_space(stage.module, settings, out)
-    return stage.open(images)
+    return opened(Control(settings, out), images)
 
 
 class Control(Finetune):
     """The ControlNet is the module; the model's networks are frozen, and in no checkpoint."""
 
-    data: ImageDataset
+    dataset_type = ControlDataset
+    data: ControlDataset
 
     def __init__(self, settings: FinetuneSettings, out: Path, model: Model | None = None):
         super().__init__(settings, out, model or load_base(settings, torch.device("cpu")))
@@ -88,7 +84,7 @@ class Control(Finetune):
             return None
         side, schedule, sigmas = s.data.resolution, self.model.schedule, drawing.runs[0].sigmas
         shape, guidance = (vae.latent_channels, *[side // vae.factor] * 2), Guidance(scale=self.guidance_scale)
-        ids = torch.tensor([(side, side, 0.0, 0.0, side, side)], device=self.device) if self.xl else None
+        ids = square_ids(side, self.device)[None] if self.xl else None
         shown = []
         for start in range(0, len(self.examples), s.batch_size):
             texts, conditions = zip(*self.examples[start : start + s.batch_size])

@@ -52,6 +52,7 @@ from ldm.training.stages.common import (
     fixed_samples,
     grid_captions,
     noise_and_levels,
+    square_ids,
     timesteps_at,
 )
 from ldm.training.stages.export import save_whole
@@ -173,7 +174,7 @@ class Distill:
         side, count = self.settings.data.resolution, len(captions)
         with torch.autocast(self.device.type, enabled=False):
             cond = self.model.text.encode([caption or None for caption in captions])
-        ids = torch.tensor([(side, side, 0.0, 0.0, side, side)] * count, device=self.device) if self.xl else None
+        ids = square_ids(side, self.device).repeat(count, 1) if self.xl else None
         cond = cond.to(self.device, torch.float32)
         return Batch(sent(latents, self.device), captions, cond, ids, captions if part.weight else [], part)
 
@@ -254,7 +255,7 @@ class Distill:
         side, sigmas = s.data.resolution, drawing.runs[0].sigmas
         network: Callable[..., Tensor] = unet
         if self.xl:  # original size, crop, target size
-            network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
+            network = partial(network, time_ids=square_ids(side, self.device))
         shape, found = (vae.latent_channels, *[side // vae.factor] * 2), []
         for rows in torch.arange(len(self.prompts)).split(s.batch_size):
             cond, uncond = text.encode([self.prompts[row] for row in rows]), text.encode([None] * len(rows))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +21,21 @@ from ldm.device import DTYPES, pick_device
 from ldm.diffusion.denoiser import Predict
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
-from ldm.nn.lora import folded, updates_of, without_updates
+from ldm.nn.lora import folded, updates_of
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.offload import at_work
 from ldm.nn.text import Conditioning, TextEncoder, known_words
 from ldm.pipeline.engine import told_scales
 from ldm.pipeline.request import card_scale, resolve
 from ldm.prompts import plain_text
-from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet, read_images
+from ldm.training.data import Batch, ImageDataset, ImageSet, SceneSet
 from ldm.training.data.encoded import Encoders
 from ldm.training.distributed import current
-from ldm.training.distributed.single import is_sharded
+from ldm.training.distributed.alone import is_sharded
 from ldm.training.finetuning.base_model import for_training, load_base, make_module
-from ldm.training.finetuning.prior import draw_prior
 from ldm.training.finetuning.text_encoder import encode
 from ldm.training.loop.loop import ask_for_space
-from ldm.training.reports.card import finetune_card, name_of
+from ldm.training.reports.card import name_of
 from ldm.training.settings import OFF, FinetuneSettings, lora_name
 from ldm.training.stages.common import (
     conditioned,
@@ -47,20 +46,23 @@ from ldm.training.stages.common import (
     grid_captions,
     model_shift,
     networks_of,
+    square_ids,
     validation_scores,
 )
-from ldm.training.stages.export import save_whole
+from ldm.training.stages.export import save_finetuned
+
+Stage = TypeVar("Stage", bound="Finetune")
 
 
 def open_stage(settings: FinetuneSettings, out: Path, images: ImageSet) -> Finetune:
-    """The stage, ready to train: the model is read, its prior drawn where that is asked for, and the data encoded."""
-    model = load_base(settings, pick_device(settings.device))
-    if settings.prior_images:
-        current().on_first(lambda: str(draw_prior(settings, model, out / "prior")))
-        images.prior = read_images(settings.prior_data(out))
-    stage = Finetune(settings, out, model)
+    """The stage, ready to train: the model is read, and the data encoded."""
+    return opened(Finetune(settings, out), images)
+
+
+def opened(stage: Stage, images: ImageSet | SceneSet) -> Stage:
+    """The stage with its data, where the disk has room for its checkpoints."""
     if current().first:  # before the data is encoded, which may take hours
-        ask_for_space(stage.module, settings, out)
+        ask_for_space(stage.module, stage.settings, stage.out)
     return stage.open(images)
 
 
@@ -71,6 +73,8 @@ class Finetune:
     `open` encodes the data, which may take long; until then the stage can be measured, and not trained. `model` is the
     model of the settings, where it is loaded already; it is changed.
     """
+
+    dataset_type: type[ImageDataset] = ImageDataset
 
     def __init__(self, settings: FinetuneSettings, out: Path, model: Model | None = None):
         s = self.settings = settings
@@ -87,22 +91,14 @@ class Finetune:
         info = describe(self.model)
         self.drawing = resolve(asked, info)
         self.guidance_scale = card_scale(info) if s.guidance_scale is None else s.guidance_scale
-        self.prior: ImageDataset | None = None
 
-    def open(self, images: ImageSet | SceneSet) -> Finetune:
-        """Encode the images, and those of their prior. Raises DataError."""
+    def open(self, images: ImageSet | SceneSet) -> Self:
+        """Encode the images. Raises DataError."""
         s, model = self.settings, self.model
         for prompt in dict.fromkeys(s.validation_prompts):
             if lost := model.text.truncated(prompt):
                 say(f"validation prompt {prompt[:40]!r}…: its end is not seen by the text encoder: {lost!r}")
-        encoders = Encoders(model.vae, model.text, (model.hash, model.hash), self.device)
-        self.data = self._dataset(images, encoders)
-        self.lines, self.inputs = self.data.lines, {**self.inputs, **self.data.inputs}
-        if isinstance(images, ImageSet) and images.prior is not None:
-            say(f"of the prior {images.prior.data.folder}:")
-            self.prior = self._dataset(images.prior, encoders)
-            self.lines = [*self.lines, *(f"prior: {line}" for line in self.prior.lines)]
-            self.inputs["prior"] = images.prior.hash
+        self._encode(images, Encoders(model.vae, model.text, (model.hash, model.hash), self.device))
         self.validation = fixed_samples(self.data, s.seed, self.device)
         if isinstance(self.config, MMDiTConfig) and isinstance(images, ImageSet) and s.data.cache != OFF:
             model.text.to("cpu")  # all captions are encoded: training has the room of T5
@@ -111,36 +107,27 @@ class Finetune:
         )
         return self
 
+    def _encode(self, images: ImageSet | SceneSet, encoders: Encoders) -> None:
+        self.data = self._dataset(images, encoders)
+        self.lines, self.inputs = self.data.lines, {**self.inputs, **self.data.inputs}
+
     def batches(self, first_step: int) -> Iterator[Batch]:
-        s = self.settings
-        batches = self.data.batches(first_step, s.steps, s.accumulation)
-        if self.prior is None:
-            return batches
-        priors = self.prior.batches(first_step, s.steps, s.accumulation)
-        return (dataclasses.replace(batch, prior=prior) for batch, prior in zip(batches, priors))
+        return self.data.batches(first_step, self.settings.steps, self.settings.accumulation)
 
     def _dataset(self, images: ImageSet | SceneSet, encoders: Encoders) -> ImageDataset:
         s = self.settings
         if isinstance(images, ImageSet):
             images.cut = self.model.text.truncated
-        return ImageDataset(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
+        return self.dataset_type(images, encoders, s.seed, s.batch_size, self.out, not s.text_encoder, self.xl)
 
     def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
-        loss = self._loss(batch, "", step, micro)
-        if batch.prior is None:
-            return loss
-        return loss + self.settings.prior_weight * self._loss(batch.prior, "prior ", step, micro)
+        return self._loss(batch, "", step, micro)
 
-    def _loss(self, batch: Batch, kind: str, step: int, micro: int) -> Tensor:
-        s, schedule, predict = self.settings, self.model.schedule, self._predict(self.module, batch)
-        teacher = partial(self._teacher, batch) if kind and s.prior_target == "model" else None
+    def _loss(self, batch: Batch, kind: str, step: int, micro: int, teacher: Predict | None = None) -> Tensor:
+        """`kind` is "prior " for a prior's batches, which may learn what the `teacher` predicts."""
+        schedule, predict = self.model.schedule, self._predict(self.module, batch)
         shift = model_shift(schedule, self.config, batch.latents)
-        return diffusion_loss(predict, schedule, s, batch, step, micro, kind, teacher, shift=shift)
-
-    def _teacher(self, batch: Batch, x: Tensor, timesteps: Tensor) -> Tensor:
-        """The prediction of the model without its updates."""
-        with without_updates(self.module):
-            return self._predict(self.module, batch)(x, timesteps)
+        return diffusion_loss(predict, schedule, self.settings, batch, step, micro, kind, teacher, shift=shift)
 
     def _predict(self, module: nn.Module, batch: Batch) -> Predict:
         """The network of `module` under the batch's captions, which its text encoders read where they are trained."""
@@ -182,7 +169,7 @@ class Finetune:
         text, side = self._text(plain), s.data.resolution
         network, shape = networks_of(plain)["unet"], (vae.latent_channels, *[side // vae.factor] * 2)
         if self.xl:  # original size, crop, target size
-            network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
+            network = partial(network, time_ids=square_ids(side, self.device))
         schedule, sigmas, guidance = self.model.schedule, drawing.runs[0].sigmas, Guidance(scale=self.guidance_scale)
         if self.config.embeds_guidance:
             network, guidance = told_scales(network, [self.guidance_scale]), Guidance(scale=1.0)
@@ -205,7 +192,7 @@ class Finetune:
         s, plain = self.settings, self._plain(ema)
         model = dataclasses.replace(self.model, unet=networks_of(plain)["unet"], text=self._text(plain))
         if s.train == "full":
-            return self._save(model, folder, scores)
+            return save_finetuned(model, folder, s, self._words(), scores)
         layers = {part: updates_of(network) for part, network in networks_of(ema).items()}
         dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
         note = finetune_note(s, self.data.lines, scores)
@@ -222,13 +209,6 @@ class Finetune:
         if getattr(self.model.text, "words", None) is None:
             return frozenset()
         return known_words(self.data.captions(None))
-
-    def _save(self, model: Model, folder: Path, scores: dict[str, float]) -> Path:
-        if words := self._words():
-            model.text = copy.copy(model.text)
-            model.text.words |= words
-        card = partial(finetune_card, self.settings, model, self.device.type, scores=scores)
-        return save_whole(model, folder, self.settings.save_dtype or "bf16", card)
 
 
 def finetune_note(settings: FinetuneSettings, lines: Sequence[str], scores: Mapping[str, float]) -> str:

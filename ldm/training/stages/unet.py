@@ -38,6 +38,7 @@ from ldm.training.stages.common import (
     fixed_samples,
     grid_captions,
     networks_of,
+    square_ids,
     validation_scores,
 )
 from ldm.training.stages.export import save_whole
@@ -130,7 +131,7 @@ class UNetStage:
             return None
         text, network = self._text(ema), networks_of(ema)["unet"]
         if self.xl:  # original size, crop, target size
-            network = partial(network, time_ids=torch.tensor((side, side, 0.0, 0.0, side, side), device=self.device))
+            network = partial(network, time_ids=square_ids(side, self.device))
         cond, uncond = text.encode(self.captions), text.encode([None] * count)
         sigmas = self.schedule.sigmas(s.sample_steps, s.sampler)
         denoise = guided_denoiser(network, cond, uncond, Guidance(scale=s.guidance_scale), self.schedule, sigmas)

@@ -212,6 +212,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     name: (neutral, hint) for hint, names in _INSTEAD.items() for name, neutral in map(_named, names.split())
 }
 IDLE = frozenset(name.rstrip("?") for name in _IDLE.split())
+FOREIGN = frozenset([*ALIASES, *REFUSED, *IDLE])
 # Options without a value, and options that take any number of values.
 FOREIGN_SWITCHES = frozenset(
     name.rstrip("!?") for names in (*_INSTEAD.values(), _IDLE) for name in names.split() if name[-1] in "!?"

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.console import say
 from ldm.errors import ConfigError, nearest
 from ldm.settings_files import parse_scalar
-from ldm.training.finetuning.options.foreign_options import ALIASES, CURVES, IDLE, REFUSED
+from ldm.training.finetuning.options.foreign_options import ALIASES, FOREIGN, IDLE, REFUSED
+from ldm.training.finetuning.options.foreign_reading import in_our_words, with_meanings
 from ldm.training.finetuning.options.ldm_options import KEYS, NULLABLE, PATHS, TEXTS
-from ldm.training.finetuning.options.values import READERS, is_same, repeated
-from ldm.training.settings import with_new_names, with_new_value
+from ldm.training.finetuning.options.values import READERS
+from ldm.training.settings import RENEWED, with_new_names, with_new_value
 
 
 def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -24,23 +24,17 @@ def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, An
     """
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}  # key of a setting -> the name that it was given by
-    curve: dict[str, float] = {}
-    for name, value in flatten(options).items():
-        plain = str(name).replace("-", "_")
-        if plain == "lr_scheduler" and _is_scalar(value):
-            curve = CURVES.get(value, {})
+    flat = flatten(options)
+    plains = {name: str(name).replace("-", "_") for name in flat}
+    for name, value in flat.items():
+        plain = plains[name]
         for key, resolved in _resolve(str(name), plain, value, where).items():
             if key in settings and settings[key] != resolved:
                 raise ConfigError(f"{sources[key]} and {name} are the same setting, and differ", where=where or None)
             settings[key], sources[key] = resolved, plain
     if "steps" in settings and "epochs" in settings:
         raise ConfigError("steps and epochs are both given", where=where or None, hint="give one of them")
-    if "warmup" in curve and settings.get("warmup") and sources["warmup"] == "lr_warmup_steps":
-        say("lr_scheduler constant has no warm-up, so lr_warmup_steps is ignored; constant_with_warmup has one")
-        settings["warmup"] = 0
-    if sources.get("samples") == "num_validation_images":
-        settings |= repeated(settings)
-    return {**curve, **settings}
+    return settings if FOREIGN.isdisjoint(plains.values()) else with_meanings(settings, sources, flat)
 
 
 def _resolve(name: str, plain: str, value: Any, where: str) -> dict[str, Any]:
@@ -48,22 +42,11 @@ def _resolve(name: str, plain: str, value: Any, where: str) -> dict[str, Any]:
     value = str(value) if isinstance(value, os.PathLike) else value
     if plain == "stage" and value != "finetune":
         raise ConfigError(f"is for the stage {value!r:.80}, not finetune", where=where or name)
-    if plain in REFUSED and not any(is_same(value, neutral) for neutral in REFUSED[plain][0]):
-        raise ConfigError(f"{name} is not supported", where=where or None, hint=REFUSED[plain][1])
-    if plain in IDLE:
-        say(f"{name} changes nothing here")
-    if plain in REFUSED or plain in IDLE or plain == "stage":
+    if plain == "stage":
         return {}
-    if plain in ALIASES:
-        alias = ALIASES[plain]
-        if alias.switch is None:
-            value = (alias.values or {}).get(value, value) if _is_scalar(value) else value
-            return _resolve(alias.name, alias.name, value, where)
-        if value in (False, None):
-            return {}
-        if value is not True:
-            raise ConfigError(f"{name} is a switch, got {value!r:.80}", where=where or None)
-        return _resolve(alias.name, alias.name, alias.switch, where)
+    if plain in FOREIGN:
+        ours = in_our_words(name, plain, value, where)
+        return {} if ours is None else _resolve(ours[0], *ours, where)
     key = name if name.startswith("data.") else KEYS.get(plain)
     if key is None:
         raise ConfigError(f"unknown setting {name!r:.80}", where=where or None, hint=nearest(plain, [*KEYS, *ALIASES]))
@@ -79,11 +62,9 @@ def _checked(value: Any, name: str, plain: str, key: str) -> Any:
         if isinstance(text, str):
             _check_text(text, name, is_path)
     reader = None if isinstance(value, (int, float)) else READERS.get(plain.removeprefix("data."))
-    return reader(value, name) if reader else with_new_value(key, value)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool, type(None)))
+    if reader:
+        return reader(value, name)
+    return with_new_value(key, value) if key in RENEWED else value
 
 
 def _check_text(text: str, name: str, is_path: bool) -> None:
@@ -113,8 +94,8 @@ def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
 def flatten(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `nest`, with present names; of a run's settings without `workers`, which other stages use."""
     data = mapping.get("data")
-    if not isinstance(data, Mapping):
-        return with_new_names(mapping)
+    if not isinstance(data, Mapping):  # flat already, as options are
+        return dict(mapping)
     flat = with_new_names({key: value for key, value in mapping.items() if key != "data"})
     flat |= {f"data.{name}": value for name, value in data.items()}
     if flat.get("stage") == "finetune" and "data.workers" in flat:
