@@ -3,6 +3,7 @@
 The quick tests do the same to a small model; the slow ones need 5 GB of disk, 6 GB of memory and some minutes.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,11 +13,16 @@ import pytest
 import torch
 
 import ldm
+from ldm.bench.networks import filled
+from ldm.checkpoint import save_model
 from ldm.checkpoint.families import SD1
 from ldm.checkpoint.safety import silent
 from ldm.checkpoint.single.names import originals, parts_of
 from ldm.checkpoint.tensors import Source, write_tensors
+from ldm.nn.unet import UNet
+from ldm.nn.weights import on_meta
 from tests.checkpoint.test_families import shapes
+from tests.conftest import build_tiny_model
 
 SIZE = """
 import json, sys, threading
@@ -36,19 +42,25 @@ LOAD = (
 import torch, diffusers, transformers
 from ldm.checkpoint import load_model
 from ldm.nn.unet import UNet
-path, small, dtype = sys.argv[1:]
+small, dtype, *paths = sys.argv[1:]
 load_model(small, "cpu", dtype, cache=False)  # imports, tables and pools of threads
 import gc; gc.collect()
-before, start, peak, stop = memory("VmRSS"), read(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.005):
-        peak[0] = max(peak[0], memory("VmRSS"))
-threading.Thread(target=watch, daemon=True).start()
-model = load_model(path, "cpu", dtype, cache=False)
-stop.set()
-modules = (model.unet, model.vae.module, *model.text.modules)
-size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-print(json.dumps({"peak": peak[0] - before, "read": read() - start, "size": size}))
+found, kept = [], []  # models are kept, so that none is loaded into memory that another one has freed
+for path in paths:
+    before, start, peak, stop = memory("VmRSS"), read(), [0], threading.Event()
+    def watch():
+        while not stop.wait(0.005):
+            peak[0] = max(peak[0], memory("VmRSS"))
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    model = load_model(path, "cpu", dtype, cache=False)
+    kept.append(model)
+    stop.set()
+    thread.join()
+    modules = (model.unet, model.vae.module, *model.text.modules)
+    size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    found.append({"peak": max(peak[0], memory("VmRSS")) - before, "read": read() - start, "size": size})
+print(json.dumps(found))
 """
 )
 DRAW = (
@@ -93,15 +105,29 @@ def full(tmp_path_factory):
     return path
 
 
-def test_each_byte_of_a_file_is_read_once(small):
-    found = child(LOAD, small, small, "fp32")
-    assert small.stat().st_size <= found["read"] < 1.1 * small.stat().st_size  # the header twice, the tokenizer's files
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """A folder in shards and a single file of a model with 56 million random weights, in fp32."""
+    model, root = build_tiny_model(), tmp_path_factory.mktemp("middling")
+    shape = {"block_out_channels": (208, 416), "transformer_layers": (1, 2), "mid_transformer_layers": 2}
+    config = dataclasses.replace(model.unet.config, **shape)
+    model.unet = filled(on_meta(lambda: UNet(config)), "fp32", "cpu")
+    folder = save_model(model, root / "folder", dtype="fp32", max_shard_mb=100)
+    return folder, ldm.convert(folder, root / "file.safetensors")
+
+
+def test_loading_reads_each_byte_once_and_never_holds_weights_twice(middling, small):
+    of_folder, of_file = child(LOAD, small, "fp32", *middling)
+    size = middling[1].stat().st_size
+    assert of_folder["size"] > 200e6 and size <= of_file["read"] < 1.01 * size  # the tokenizer's files too
+    assert of_folder["read"] < 1.01 * size
+    assert of_folder["peak"] <= 1.3 * of_folder["size"] and of_file["peak"] <= 1.3 * of_file["size"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_loading_at_full_width_reads_once_and_peaks_at_the_weights(full, small, dtype):
-    found = child(LOAD, full, small, dtype)
+    (found,) = child(LOAD, small, dtype, full)
     print(found)
     assert full.stat().st_size <= found["read"] < 1.01 * full.stat().st_size
     assert found["peak"] <= 1.1 * found["size"]
