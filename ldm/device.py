@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +76,14 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":  # older cards emulate it, and torch.cuda.is_bf16_supported() counts that
         return torch.cuda.get_device_capability(device) >= AMPERE
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks here for code of this device; None where it lacks nothing."""
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
+        return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+    return None if device.type != "cuda" or find_spec("triton") else "the package triton"
 
 
 def half_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.bench.timing import COMPILED, OURS, PEER, Row, Side, Work
-from ldm.device import check_dtype, dtype_name, fast_bf16, keep_memory, pick_device, pick_dtype
+from ldm.device import check_dtype, dtype_name, fast_bf16, keep_memory, missing_compiler, pick_device, pick_dtype
 from ldm.diffusion.denoiser import target
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.batch_invariant import layout
@@ -47,24 +44,16 @@ AUTOENCODER |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types"
 AUTOENCODER |= {"norm_num_groups": 32, "sample_size": 512, "scaling_factor": 0.18215}
 FACTOR = 8  # pixels of a latent
 QUICK = 24  # latents a side: 192 pixels
+FEW = 2  # layers of a transformer with `quick`, at most
 LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # RMS of the difference over that of the answer
 RANK = 16
 BLOCK = 4_194_301  # random numbers, a prime: no row of weights is another's
 
 
-def without_compiler(device: str) -> str | None:
-    """Why torch.compile cannot be used; None where it can."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
-    if device == "cpu" and not shutil.which(compiler):
-        return f"there is no compiler ({compiler})"
-    if device != "cpu" and util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
-
-
 def with_compiled(row: Row, side: Side, quick: bool) -> Row:
     """The row with diffusers compiled as another side, or with the reason why it is not there."""
-    why = "not with --quick" if quick else without_compiler(row.device)
+    missing = missing_compiler(torch.device(row.device))
+    why = "not with --quick" if quick else missing and f"needs {missing}"
     return replace(row, left_out={COMPILED: why}) if why else replace(row, sides={**row.sides, COMPILED: side})
 
 
@@ -77,13 +66,13 @@ def resolve_place(device: str, dtype: str) -> tuple[str, str]:
 
 
 def unet_row(size: str, dtype: str = "auto", device: str = "cpu", quick: bool = False) -> Row:
-    """A step with guidance, which is a call with two rows, at the model's own size (`quick`: 192x192)."""
-    title, config, side = _sized(size, quick)
+    """A step with guidance, which is a call with two rows, at the model's own size (`quick`: 192x192, few layers)."""
+    title, config, sized = _sized(size, quick)
     device, dtype = resolve_place(device, dtype)
     needs = _unet_bytes(config, dtype)
     sides = {OURS: Side(unet_ldm, (config, dtype, device), needs)}
     sides[PEER] = Side(unet_diffusers, (config, dtype, device, False), needs)
-    settings = {"size": f"{side}x{side}", "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
+    settings = {**sized, "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
     if device == "cpu" and util.find_spec("openvino") and not quick:  # converting takes a minute and more
         sides["openvino"] = Side(unet_openvino, (config, dtype), 2 * _unet_bytes(config, "fp32"))
     row = Row(f"unet-{size}", f"U-Net of {title}, a step", sides, settings, LIMITS[dtype], True, device=device)
@@ -105,7 +94,7 @@ def vae_row(dtype: str = "auto", device: str = "cpu", quick: bool = False) -> Ro
 
 def lora_row(size: str, dtype: str = "auto", device: str = "cpu", quick: bool = False) -> Row:
     """A step of fine-tuning a LoRA of rank 16 on the attention, one image, from latents; the other side uses peft."""
-    title, config, side = _sized(size, quick)
+    title, config, sized = _sized(size, quick)
     device, dtype = resolve_place(device, dtype)
     dtype = "bf16" if dtype == "fp16" else dtype
     needs = _unet_bytes(config, dtype) + costs(config, False)[2] * (0.5 if dtype == "bf16" else 1)
@@ -115,16 +104,24 @@ def lora_row(size: str, dtype: str = "auto", device: str = "cpu", quick: bool = 
         sides[PEER] = Side(lora_diffusers, (config, dtype, device), needs)
     else:
         left_out[PEER] = "peft is not installed"
-    settings = {"size": f"{side}x{side}", "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
+    settings = {**sized, "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
     row = Row(f"lora-{size}", f"LoRA of {title}, a step", sides, settings, LIMITS[dtype], True, 1, device)
     return replace(row, left_out=left_out)
 
 
-def _sized(size: str, quick: bool) -> tuple[str, UNetConfig, int]:
-    """(what the size is called, the config, pixels a side)."""
+def _sized(size: str, quick: bool) -> tuple[str, UNetConfig, dict[str, Any]]:
+    """(what the size is called, the config, the settings that tell of it); `quick`: all widths, but few layers."""
     title, shape = SIZES[size]
-    config = UNetConfig(**{**shape, "sample_size": QUICK if quick else shape["sample_size"]})
-    return title, config, (config.sample_size or 0) * FACTOR
+    config, told = UNetConfig(**shape), {}
+    if quick:
+        few = tuple(min(layers, FEW) for layers in config.transformer_layers)
+        middle = min(config.mid_transformer_layers, FEW)
+        config = replace(
+            config, sample_size=QUICK, layers_per_block=1, transformer_layers=few, mid_transformer_layers=middle
+        )
+        told = {"depth": "one block a level"}
+    side = (config.sample_size or 0) * FACTOR
+    return title, config, {"size": f"{side}x{side}", **told}
 
 
 def _unet_bytes(config: UNetConfig, dtype: str) -> float:
@@ -137,15 +134,16 @@ def _unet_bytes(config: UNetConfig, dtype: str) -> float:
 
 def filled(module: nn.Module, dtype: str, device: str) -> nn.Module:
     """A module of the meta device with random weights, which depend on their names and shapes alone."""
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
     place, kind, state = torch.device(device), pick_dtype(dtype, torch.device(device)), {}
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).to(kind)
     for name, tensor in module.state_dict().items():
         flat = torch.empty(tensor.numel(), dtype=kind)
         first = zlib.crc32(name.encode()) % (BLOCK // 2)
         fan = tensor.numel() // len(tensor) if tensor.ndim > 1 else 2500
         for part in flat.split(BLOCK - first):
-            part.copy_(block[first : first + len(part)])
-        flat.div_(math.sqrt(fan)).add_(tensor.ndim == 1 and name.endswith("weight"))  # norms: about 1
+            torch.mul(block[first : first + len(part)], 1 / math.sqrt(fan), out=part)
+        if tensor.ndim == 1 and name.endswith("weight"):
+            flat.add_(1)  # norms: about 1
         state[name] = flat.view(tensor.shape).to(place)
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)

@@ -31,7 +31,8 @@ def render_row(
 ) -> Row:
     """A file of `images` lines; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Every line has a seed, every other line a negative prompt. diffusers draws in batches of as many, and one by one.
+    Every line has a seed, every other line a negative prompt. diffusers draws in batches of as many, and (but
+    for `quick`) one by one.
     Raises as `warm_row`.
     """
     device, dtype, needs = placed(model, sampler, device, dtype)
@@ -41,10 +42,12 @@ def render_row(
     lines, arguments = _lines(images), (model, dtype, device, sampler)
     sides = {OURS: Side(render_ldm, (lines, given), needs)}
     sides[PEER] = Side(render_diffusers, (arguments, lines, call, batch_size), needs)
-    sides[ONE_BY_ONE] = Side(render_diffusers, (arguments, lines, call, 1), needs)
+    if not quick:
+        sides[ONE_BY_ONE] = Side(render_diffusers, (arguments, lines, call, 1), needs)
     settings = {"model": model, "images": images, "batch_size": batch_size, "sampler": sampler, **call, "dtype": dtype}
     settings |= {"device": device, "threads": torch.get_num_threads()}
-    return Row("render", "a prompt file", sides, settings, MAX_DIFFERENCE[dtype], device=device)
+    left_out = {ONE_BY_ONE: "not with --quick"} if quick else {}
+    return Row("render", "a prompt file", sides, settings, MAX_DIFFERENCE[dtype], device=device, left_out=left_out)
 
 
 def _lines(count: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ td:first-child, th:first-child { text-align: left; }
 small { opacity: .75; }
 td:not(:first-child) small { white-space: nowrap; }
 """
-SIZE = ("size", "model", "config", "images", "batch_size", "sampler", "num_inference_steps", "dtype", "device")
+SIZE = ("size", "depth", "model", "config", "images", "batch_size", "sampler", "num_inference_steps", "dtype", "device")
 
 
 def as_json(facts: Mapping[str, Any], results: Sequence[Timing | Comparison]) -> dict[str, Any]:

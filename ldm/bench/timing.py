@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -57,6 +58,7 @@ class Row:
     warmup: int = 0  # rounds that do not count, after the first
     device: str = "cpu"
     left_out: dict[str, str] = field(default_factory=dict)  # side -> why it is not there
+    once: bool = False  # what is compared is timed, and done once: of sides that gain nothing by doing it again
 
 
 @dataclass(frozen=True)
@@ -137,26 +139,19 @@ def measure(row: Row, repeats: int, profile: bool = False) -> Timing:
     built = _fitting(row, room)
     too_large = {name: f"too large: {room / 1e9:.1f} GB are free" for name in row.sides if name not in built}
     left_out = {**too_large, **row.left_out}
-    answers: dict[str, Tensor | None] = {}
     memory: dict[str, int] = {}
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-bench-"))
         ask = {name: stack.enter_context(own_process(scratch)) for name in built}
-        futures = {name: ask[name](_build, row.sides[name]) for name in built}
-        for name, future in futures.items():
-            try:
-                answers[name] = future.result()
-            except Exception as error:
-                if name == OURS and not _lacked_memory(error):
-                    raise
-                left_out[name] = KILLED if isinstance(error, BrokenExecutor) else first_line(error)
+        answers, first = _answers(row, ask, left_out)
         agreement, differing = _compared(row, answers)
         left_out |= differing
         sides = {name: functools.partial(_wait, ask[name], _again) for name in answers if name not in left_out}
         if OURS not in sides:
             sides = {}
         try:
-            seconds = alternate(sides, repeats, row.warmup) if sides else {}
+            once = {name: [first[name]] for name in sides if row.once}
+            seconds = once or (alternate(sides, repeats, row.warmup) if sides else {})
             memory = {name: _wait(ask[name], _peak, row.device) for name in sides}
         except (BrokenExecutor, MemoryError, RuntimeError) as error:
             if not _lacked_memory(error):
@@ -165,6 +160,28 @@ def measure(row: Row, repeats: int, profile: bool = False) -> Timing:
         for name in sides if profile else ():
             print(f"{name}\n{_wait(ask[name], _profiled, row.device)}")
     return Timing(row.name, seconds, row.settings, agreement, row.title, memory, left_out, differs=bool(differing))
+
+
+def _answers(
+    row: Row, ask: Mapping[str, Callable[..., Any]], left_out: dict[str, str]
+) -> tuple[dict[str, Tensor | None], dict[str, float]]:
+    """What each side answers, all at a time, or by turns where that is timed (`once`), with the seconds; those that
+    fail come into `left_out`."""
+    answers: dict[str, Tensor | None] = {}
+    seconds: dict[str, float] = {}
+    for name in ask if row.once else ():
+        _wait(ask[name], os.getpid)  # its process has started
+    futures = {} if row.once else {name: ask[name](_build, row.sides[name]) for name in ask}
+    for name in ask:
+        start = time.perf_counter()
+        try:
+            answers[name] = (futures.get(name) or ask[name](_build, row.sides[name])).result()
+            seconds[name] = time.perf_counter() - start
+        except Exception as error:
+            if name == OURS and not _lacked_memory(error):
+                raise
+            left_out[name] = KILLED if isinstance(error, BrokenExecutor) else first_line(error)
+    return answers, seconds
 
 
 def _lacked_memory(error: BaseException) -> bool:

@@ -89,7 +89,7 @@ def training_row(
     sides = {OURS: Side(train_ldm, (case,), needs), PEER: Side(train_plain, (case, False), needs)}
     told = {"config": config, "parameters": numbers, "batch_size": case.batch_size, "dtype": dtype, "compile": compile}
     told["threads"] = torch.get_num_threads()
-    row = Row("training", "a step from nothing", sides, told, MAX_DIFFERENCE, True, warmup=1)
+    row = Row("training", "a step from nothing", sides, told, MAX_DIFFERENCE, True, warmup=0 if quick else 1)
     return with_compiled(row, Side(train_plain, (case, True), needs), quick)
 
 

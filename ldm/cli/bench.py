@@ -1,7 +1,7 @@
 """Measure this machine: ldm beside diffusers, results compared first; or compare all samplers.
 
 examples:
-  ldm bench --quick                                every row at small sizes, some minutes on two cores
+  ldm bench --quick                                rows at small sizes, as many as two minutes have room for
   ldm bench --json now.json --html now.html        every row at its own size: an hour on two cores
   ldm bench --quick --against before.json          and what has changed since
   ldm bench unet-sd15 unet-xl vae --dtype fp32     some rows
@@ -33,7 +33,7 @@ ROWS = "cold, warm, render, unet-sd15, unet-sd21, unet-xl, vae, training, lora-s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", metavar="BENCH", nargs="*", help=f"{ROWS} (all of these); samplers, shortcuts")
-    add("--quick", action="store_true", default=None, help="small sizes, one round, nothing compiled")
+    add("--quick", action="store_true", default=None, help="small sizes, one round, nothing compiled, two minutes")
     add("--repeats", type=int, metavar="N", help="timed rounds, of which the median counts (5)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
     add("--steps", type=_steps, metavar="N", help="warm, render, shortcuts: one number (25); samplers: 4,8,16,32")

@@ -212,7 +212,7 @@ def test_compiled_networks_agree_too(small):
 
 def test_without_a_compiler_it_is_said(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
-    assert unet_row("sd15").left_out == {COMPILED: "there is no compiler (no-compiler)"}
+    assert unet_row("sd15").left_out == {COMPILED: "needs a C++ compiler (no-compiler)"}
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +310,49 @@ def test_cold_starts_new_processes(tiny_folder, in_this_process, monkeypatch):
     assert started[0][started[0].index("--model") + 1] == str(tiny_folder) and "diffusers" in started[1][2]
     assert {name: len(values) for name, values in timing.seconds.items()} == {OURS: 2, PEER: 2, "imports alone": 2}
     assert timing.agreement == {"diffusers: difference of 255": 0}
+    before = len(started)
+    monkeypatch.setattr(cold, "drawn_by", lambda command: Work(None, lambda: started.append(command) or torch.zeros(1)))
+    (timing,) = bench(["cold"], quick=True, model=str(tiny_folder))
+    assert ["generate" in command for command in started[before:]] == [True, False, False]  # one image of each, no more
+    assert {name: len(values) for name, values in timing.seconds.items()} == {OURS: 1, PEER: 1, "imports alone": 1}
+    assert timing.agreement == {"diffusers: difference of 255": 0}
+
+
+def test_what_is_done_once_is_timed_by_turns_and_left_out_where_it_differs(in_this_process, monkeypatch):
+    """By a clock that only the sides move."""
+    clock = [0.0]
+    monkeypatch.setattr("ldm.bench.timing.time.perf_counter", lambda: clock[0])
+
+    def slow(number, seconds):
+        def answer():
+            clock[0] += seconds
+            return torch.tensor([number])
+
+        return Work(lambda: pytest.fail("done again"), answer)
+
+    sides = {"ours": Side(slow, (3.0, 2.0)), "peer": Side(slow, (3.0, 5.0)), "other": Side(slow, (4.0, 1.0))}
+    found = measure(dataclasses.replace(row(**sides), once=True), 1)
+    assert found.seconds == {OURS: [2.0], PEER: [5.0]} and found.differs and list(found.left_out) == ["other"]
+
+
+@pytest.mark.parametrize("pace", [1, 3])
+def test_a_quick_run_leaves_out_what_two_minutes_have_no_room_for(pace, monkeypatch):
+    from ldm.bench import report
+
+    clock = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+
+    def measured(name):
+        clock[0] += pace * report.ROW_SECONDS[name]
+        return Timing(name, {OURS: [1.0]})
+
+    results = list(report.in_time({name: lambda name=name: measured(name) for name in report.ROWS}))
+    assert [result.name for result in results] == list(report.ROW_SECONDS) and clock[0] <= report.QUICK_SECONDS
+    assert sorted(report.ROW_SECONDS) == sorted(report.ROWS)
+    done = [result.name for result in results if result.seconds]
+    skipped = [result for result in results if not result.seconds]
+    assert done[:2] == ["cold", "warm"] and (len(skipped) <= 1 if pace == 1 else len(skipped) > 3)
+    assert all("no time left (ldm bench" in result.text() for result in skipped)
 
 
 @pytest.mark.parametrize(

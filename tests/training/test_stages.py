@@ -339,6 +339,6 @@ def test_another_network_than_that_of_init_is_refused(on_pictures, tmp_path):
 
 def test_compiling_needs_a_compiler(on_pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "c++-that-is-not-there")
-    with pytest.raises(ConfigError, match=r"compile: needs c\+\+-that-is-not-there; install it"):
+    with pytest.raises(ConfigError, match=r"compile: needs a C\+\+ compiler \(c\+\+-that-is-not-there\); install it"):
         given = [f"vae={on_pictures / 'vae'}", f"text={on_pictures / 'text'}", "compile=true"]
         train(on_pictures / "unet.json", tmp_path / "run", given)

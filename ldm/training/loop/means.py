@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import sys
 
 from ldm.config import require
-from ldm.device import pick_device
+from ldm.device import missing_compiler, pick_device
 from ldm.errors import ConfigError
 from ldm.training.loop.trackers import check_trackers
 from ldm.training.settings import Settings
@@ -21,8 +18,7 @@ def check_means(settings: Settings) -> None:
     require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
     there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
     require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for one
-    if getattr(settings, "compile", False) and device.type == "cpu" and not shutil.which(compiler):
-        raise ConfigError(f"needs {compiler}", where="compile", hint="install it, or leave compile=false")
+    if getattr(settings, "compile", False) and (missing := missing_compiler(device)):
+        raise ConfigError(f"needs {missing}", where="compile", hint="install it, or leave compile=false")
     if settings.report_to:
         check_trackers(settings)
