@@ -19,7 +19,6 @@ from ldm.pipeline.control import Controls, check_controls, listed_nets
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
 from ldm.pipeline.ip_adapter import listed as listed_adapters
-from ldm.pipeline.keywords import CONTROL_WORDS, SHOWN_WORDS
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve, size_warnings
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
@@ -124,9 +123,8 @@ class Resolver:
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:
         """The engine of a job's settings, and what it shares with all jobs that may be in its batch."""
         engine, info = self.model(settings)
-        sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
-        prompted = _image_prompts(settings, info)
-        return engine, resolve(settings, info, sources, controls=_controls(settings), image_prompts=prompted)
+        sources, controls, prompted = _inputs(settings, info)
+        return engine, resolve(settings, info, sources, controls=controls, image_prompts=prompted)
 
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
         """(the prompt without its tags, its LoRAs: the line's or the command's, then those of tags)."""
@@ -167,9 +165,8 @@ class Resolver:
         given = {"model": self._default, **{name: value for name, value in asked.items() if value is not None}}
         if unknown := given.keys() - SETTINGS.keys():
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
-        sources = check_sources(given, 1, 1)
         engine, info = self.model(given)
-        controls, prompted = _controls(given), _image_prompts(given, info)
+        sources, controls, prompted = _inputs(given, info)
         fitting = with_few_steps(info, (adapters,)) if adapters else info
         settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
         if engine.controlnets is not None:
@@ -210,12 +207,12 @@ def image_request(settings: Mapping[str, Any]) -> ImageRequest:
         request["variation"] = settings["variation_seed"], settings["variation_strength"]
     if "true_cfg_scale" in settings:
         request["true_cfg_scale"] = settings["true_cfg_scale"]
-    if "image" in settings:
-        sources = check_sources({name: settings.get(name) for name in INITIAL}, 1, 1)
+    sources, controls, prompted = _inputs(settings)
+    if sources is not None:
         (request["source"],) = sources.fitted(settings["height"], settings["width"])
-    if (controls := _controls(settings)) is not None:
+    if controls is not None:
         (request["controls"],) = controls.each
-    if (prompted := _image_prompts(settings)) is not None:
+    if prompted is not None:
         (request["shown"],) = prompted.each
     return ImageRequest(**request)
 
@@ -225,18 +222,12 @@ def adapters_of(settings: Mapping[str, Any]) -> tuple[Adapter, ...]:
     return tuple(Adapter(Path(path), *weights) for path, *weights in settings.get("lora", ()))
 
 
-def _controls(settings: Mapping[str, Any]) -> Controls | None:
-    """The control images of a line or a job, which is one image."""
-    if all(settings.get(name) is None for name in ("controlnet", *CONTROL_WORDS)):
-        return None
-    return check_controls(settings, 1, 1)
-
-
-def _image_prompts(settings: Mapping[str, Any], info: ModelInfo | None = None) -> ImagePrompts | None:
-    """What IP-Adapters show for a line or a job, which is one image."""
-    if all(settings.get(name) is None for name in ("ip_adapter", "image_encoder", *SHOWN_WORDS)):
-        return None
-    return check_image_prompts(settings, 1, 1, info)
+def _inputs(
+    settings: Mapping[str, Any], info: ModelInfo | None = None
+) -> tuple[Sources | None, Controls | None, ImagePrompts | None]:
+    """The images of a line or a job, which is one image: where it begins, what ControlNets and IP-Adapters look at."""
+    controls, prompted = check_controls(settings, 1, 1), check_image_prompts(settings, 1, 1, info)
+    return check_sources(settings, 1, 1), controls, prompted
 
 
 def _variation(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ldm.render.jobs.job_file import JobFile
 from ldm.render.jobs.jobs import Job, Plan, Shard, short
 from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.templates import Wildcards
+from ldm.render.sheets.axes import with_sheets
 
 if TYPE_CHECKING:
     from ldm.pipeline.result import Target
@@ -76,9 +77,8 @@ def scan(
     Raises ConfigError for what is wrong with the prompt file as a whole, ResourceError where `job_file` has no room.
     """
     plan = Plan(run.prompts.entries, run.defaults, run.resolver, run.seed, run.wildcards, run.shard)
-    result, sheets = Scan(), _Sheets(job_file)
-    for item in console.progress(plan, desc="reading", unit=" images"):
-        sheets.add(item)
+    items, result = with_sheets(plan, job_file) if run.prompts.grids else plan, Scan()
+    for item in console.progress(items, desc="reading", unit=" images"):
         if isinstance(item, Entry):
             report_bad_line(item)
             if plan.bad <= SHOWN:
@@ -89,29 +89,7 @@ def scan(
             result.finished += 1
         else:
             job_file.add(item)
-    sheets.end()
     if plan.bad > SHOWN:
         console.warn(f"{plan.bad - SHOWN} more bad lines")
     result.lines, result.bad, result.jobs, result.other_shards = plan.lines, plan.bad, plan.jobs, plan.other_shards
     return result
-
-
-class _Sheets:
-    """Gathers the cells of each grid as they come."""
-
-    def __init__(self, job_file: JobFile):
-        self._file, self._sheet = job_file, None
-        self._keys: list[int | None] = []
-
-    def add(self, item: Job | Entry) -> None:
-        if item.sheet != self._sheet:
-            self.end()
-            self._sheet = item.sheet
-        if self._sheet is not None:
-            self._keys.append(short(item.key) if isinstance(item, Job) else None)
-
-    def end(self) -> None:
-        """Write the sheet down, if any of its cells is a job."""
-        if any(key is not None for key in self._keys):
-            self._file.add_sheet(self._sheet[1], self._keys)
-        self._keys = []

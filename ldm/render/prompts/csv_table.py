@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ConfigError
-from ldm.render.prompts.entry import Entry, Lines, is_blank, make_entry
-from ldm.render.prompts.line_parser import is_comment
+from ldm.render.prompts.entry import Entry, Lines, is_blank, is_comment, make_entry
 from ldm.render.prompts.line_settings import WORDS, find_word, parse_settings
 
 EXCEL = re.compile(r"sep=(.)\s*")

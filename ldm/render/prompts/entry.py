@@ -44,6 +44,7 @@ class Prompts:
     name: str  # for messages
     entries: Iterable[Entry]  # read once
     dtype: str = "auto"  # that of images that are drawn again, where all have the same
+    grids: bool = False  # whether they are cells of grids
 
 
 def make_entry(
@@ -71,6 +72,11 @@ def make_entry(
 def is_blank(line: str) -> bool:
     text = line.strip()
     return not text or text.startswith("#")
+
+
+def is_comment(word: str) -> bool:
+    """Whether a column or key is a remark: its name begins with # or _."""
+    return word.lstrip().startswith(("#", "_"))
 
 
 @contextlib.contextmanager

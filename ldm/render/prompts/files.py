@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError
 from ldm.render.prompts.csv_table import EXCEL, read_csv
-from ldm.render.prompts.entry import Entry, Lines, Prompts, is_blank, make_entry, open_file
-from ldm.render.prompts.json_toml import read_json, read_toml
-from ldm.render.prompts.line_parser import is_comment, pairs_of_json, pairs_of_line, pairs_of_value
+from ldm.render.prompts.entry import Entry, Lines, Prompts, is_blank, is_comment, make_entry, open_file
+from ldm.render.prompts.json_toml import pairs_of_json, pairs_of_value, read_json, read_toml
+from ldm.render.prompts.line_parser import pairs_of_text
 from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.replay.a1111_text import FIRST_FIELD, MAX_TEXT, read_infotexts
 
@@ -31,6 +31,7 @@ FOREIGN = {  # how files begin that are no list of prompts -> (what they are, wh
     "{\\rtf": ("RTF", "save it as plain text"),
     "version https://git-lfs": ("a pointer of git-lfs", "run git lfs pull"),
 }
+OBJECT = re.compile(r'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:|\}\s*$)')  # a JSON object, not {a|b}
 MAX_LINE = 4 << 20  # bytes; two texts of 100,000 characters fit, however they are escaped
 
 
@@ -108,6 +109,14 @@ def _read(handle: BinaryIO, name: str, suffix: str, base: Path) -> Iterator[Entr
         if isinstance(line, str) and is_blank(line):
             continue
         yield make_entry(f"{name}:{number}", number, line, pairs_of, base)
+
+
+def pairs_of_line(line: str) -> list[tuple[str, Any]]:
+    """The settings that one line of text holds: a JSON object, or words with flags behind them.
+
+    Raises ConfigError: bad JSON, or a flag that is not known.
+    """
+    return pairs_of_json(line) if OBJECT.match(line) else pairs_of_text(line)
 
 
 def _refuse_foreign(line: str | ConfigError, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompt files that are read whole: .json (up to 32 MiB) and .toml (up to 8 MiB)."""
+"""JSON in prompt lines, and prompt files that are read whole: .json (up to 32 MiB) and .toml (up to 8 MiB)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,40 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError, LdmError
-from ldm.render.prompts.entry import Entry, make_entry, open_file
-from ldm.render.prompts.line_parser import DECODER, pairs_of_value
+from ldm.render.prompts.entry import Entry, is_comment, make_entry, open_file
+from ldm.render.prompts.line_parser import pairs_of_text
 from ldm.render.prompts.line_settings import parse_settings
-from ldm.settings_files import load
+from ldm.settings_files import distinct, load
 
 MAX_JSON, MAX_TOML = 32 << 20, 8 << 20  # bytes
+DECODER = json.JSONDecoder(object_pairs_hook=distinct)
+
+
+def pairs_of_json(line: str) -> list[tuple[str, Any]]:
+    """A JSON object's members, or a JSON string read as a line of text. Raises ConfigError."""
+    return pairs_of_value(decode(line))
+
+
+def pairs_of_value(value: Any) -> list[tuple[str, Any]]:
+    """The settings of an element of a list of prompts: a group of settings, or a line of text."""
+    if isinstance(value, str):
+        return pairs_of_text(value)
+    if not isinstance(value, dict):
+        raise ConfigError(f"expected a text or a group of settings, got {value!r:.80}")
+    return [(str(word), item) for word, item in value.items() if not is_comment(str(word))]
+
+
+def decode(text: str) -> Any:
+    """The JSON value of `text`, no key twice. Raises ConfigError with the place."""
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"bad JSON at {place} ({error.msg})") from None
+    except ValueError as error:  # a number of too many digits
+        raise ConfigError(f"bad JSON ({error})") from None
+    except RecursionError:
+        raise ConfigError("bad JSON (nested too deeply)") from None
 
 
 def read_json(handle: BinaryIO, name: str, base: Path) -> Iterator[Entry]:

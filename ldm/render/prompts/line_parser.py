@@ -1,14 +1,12 @@
-"""One line of a prompt file as (word, value) pairs: plain, A1111's flags, kohya's flags, JSON."""
+"""One line of text of a prompt file as (word, value) pairs: plain, A1111's flags, kohya's flags."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from ldm.errors import ConfigError
 from ldm.render.prompts.line_settings import REFUSED, WORDS, find_word, suggest_word
-from ldm.settings_files import distinct
 
 FLAG = re.compile(r"(?<!\S)--([^\W\d_]\S*)")  # what looks like a flag: letters right after two dashes
 # `—steps`, as editors and phones correct `--steps`, and `-steps 30`
@@ -16,15 +14,6 @@ ALMOST = re.compile(r"(?<!\S)(?:([—–―])([^\W\d_][\w-]*)(?=[\s=]|$)|(-)([^\
 FIELDS = re.compile(r"\s*(Negative prompt:|Steps: ?\d+, )")
 _DOUBLE = re.compile(r'\s*"((?:[^"\\]|\\.)*)"(?=\s+--|\s*$)', re.DOTALL)
 _SINGLE = re.compile(r"\s*'([^']*)'(?=\s+--|\s*$)")
-_OBJECT = re.compile(r'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:|\}\s*$)')  # a JSON object, not {a|b}
-
-
-def pairs_of_line(line: str) -> list[tuple[str, Any]]:
-    """The settings that one line of text holds: a JSON object, or words with flags behind them.
-
-    Raises ConfigError: bad JSON, or a flag that is not known.
-    """
-    return pairs_of_json(line) if _OBJECT.match(line) else pairs_of_text(line)
 
 
 def pairs_of_text(line: str) -> list[tuple[str, Any]]:
@@ -83,38 +72,3 @@ def _flag_value(word: str, value: str, quoted: bool) -> str:
 
 def _unescaped(text: str) -> str:
     return re.sub(r"(?<!\S)\\--", "--", text)
-
-
-def pairs_of_json(line: str) -> list[tuple[str, Any]]:
-    """A JSON object's members, or a JSON string read as a line of text. Raises ConfigError."""
-    return pairs_of_value(decode(line))
-
-
-def pairs_of_value(value: Any) -> list[tuple[str, Any]]:
-    """The settings of an element of a list of prompts: a group of settings, or a line of text."""
-    if isinstance(value, str):
-        return pairs_of_text(value)
-    if not isinstance(value, dict):
-        raise ConfigError(f"expected a text or a group of settings, got {value!r:.80}")
-    return [(str(word), item) for word, item in value.items() if not is_comment(str(word))]
-
-
-def is_comment(word: str) -> bool:
-    """Whether a column or key is a remark: its name begins with # or _."""
-    return word.lstrip().startswith(("#", "_"))
-
-
-def decode(text: str) -> Any:
-    """The JSON value of `text`, no key twice. Raises ConfigError with the place."""
-    try:
-        return DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"bad JSON at {place} ({error.msg})") from None
-    except ValueError as error:  # a number of too many digits
-        raise ConfigError(f"bad JSON ({error})") from None
-    except RecursionError:
-        raise ConfigError("bad JSON (nested too deeply)") from None
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=distinct)

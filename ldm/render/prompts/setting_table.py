@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from ldm.pipeline.keywords import GUIDANCE_WORDS, MAX_IMAGES, MAX_STEPS
+from ldm.render.prompts import network_values as networks
 from ldm.render.prompts import values
 
 # Scopes. LINE: how many images a line makes and what they are called, in no job's settings. IMAGE: may differ between
@@ -40,24 +41,24 @@ SETTINGS: dict[str, Setting] = {
     "image": Setting(IMAGE, values.path),
     "mask_image": Setting(IMAGE, values.path),
     "outpaint": Setting(IMAGE),
-    "control_image": Setting(IMAGE, values.control_images),
-    "control": Setting(BATCH, values.control, sets=("controlnet", "control_image", "controlnet_conditioning_scale")),
-    "controlnet": Setting(BATCH, values.controlnets),
-    "controlnet_conditioning_scale": Setting(BATCH, values.numbers),
-    "control_guidance_start": Setting(BATCH, values.numbers),
-    "control_guidance_end": Setting(BATCH, values.numbers),
-    "control_mode": Setting(BATCH, values.modes),
+    "control_image": Setting(IMAGE, networks.control_images),
+    "control": Setting(BATCH, networks.control, sets=("controlnet", "control_image", "controlnet_conditioning_scale")),
+    "controlnet": Setting(BATCH, networks.controlnets),
+    "controlnet_conditioning_scale": Setting(BATCH, networks.numbers),
+    "control_guidance_start": Setting(BATCH, networks.numbers),
+    "control_guidance_end": Setting(BATCH, networks.numbers),
+    "control_mode": Setting(BATCH, networks.modes),
     "guess_mode": Setting(BATCH, values.switch),
-    "ip_adapter": Setting(BATCH, values.paths),
+    "ip_adapter": Setting(BATCH, networks.paths),
     "image_encoder": Setting(BATCH, values.model),
-    "ip_adapter_image": Setting(IMAGE, values.image_lists),
-    "ip_adapter_scale": Setting(BATCH, values.adapter_scales),
-    "ip_adapter_mask": Setting(IMAGE, values.image_lists),
+    "ip_adapter_image": Setting(IMAGE, networks.image_lists),
+    "ip_adapter_scale": Setting(BATCH, networks.adapter_scales),
+    "ip_adapter_mask": Setting(IMAGE, networks.image_lists),
     **{word: Setting(BATCH, option=f"--{word.replace('_', '-')}") for word in GUIDANCE_WORDS},
     "guidance_rescale": Setting(BATCH, values.fraction, "--guidance-rescale", counts=True),
     "model": Setting(BATCH, values.model, "--model"),
     "vae": Setting(BATCH, option="--vae"),
-    "lora": Setting(BATCH, values.loras, "--lora"),
+    "lora": Setting(BATCH, networks.loras, "--lora"),
     "dtype": Setting(BATCH, values.dtype, "--dtype"),
     "num_inference_steps": Setting(BATCH, values.whole(1, MAX_STEPS), "--steps", counts=True),
     "height": Setting(BATCH, values.side, "--height", counts=True),

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.config import require
-from ldm.control import ALIASES, KINDS
 from ldm.device import check_dtype
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError
 from ldm.files import spelt_alike
 from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
 from ldm.pipeline.keywords import MAX_IMAGES
-from ldm.pipeline.keywords import adapter_scales as parse_scales
 
 MAX_SEED = 2**63 - 1 - MAX_IMAGES  # image k of a line has seed + k
 Parser = Callable[[Any, str, Path], Any]
@@ -115,89 +113,6 @@ def path(value: Any, word: str, folder: Path) -> str:
         reason = getattr(error, "strerror", None) or "it cannot be"
         raise ConfigError(f"{str(given)!r:.80} is no file name ({reason})", where=word) from None
     raise ConfigError(f"{str(given)!r:.200} does not exist, neither in {folder} nor here", where=word)
-
-
-def loras(value: Any, word: str, folder: Path) -> tuple[tuple, ...]:
-    """((path, weight), …) from FILE, FILE:WEIGHT, [FILE, …], [[FILE, WEIGHT], …] or {FILE: WEIGHT}.
-
-    [FILE, WEIGHT, WEIGHT] has the text encoder's weight too, and becomes (path, weight, text encoder's weight).
-    """
-    if isinstance(value, Mapping):
-        value = [list(item) for item in value.items()]
-    pairs = []
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        file, *weights = item if isinstance(item, (list, tuple)) and len(item) in (2, 3) else (item, 1.0)
-        name, colon, tail = file.rpartition(":") if isinstance(file, str) else ("", "", "")
-        if name and colon and isinstance(number(tail), (int, float)):
-            file, weights = name, [number(tail)]
-        parsed = list(map(number, weights))
-        for weight, found in zip(weights, parsed):
-            good = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) <= 1000
-            require(good, f"the weight {weight!r:.80} is no number within -1000 to 1000", word)
-        pairs.append((path(file, word, folder), *map(float, parsed)))
-    require(len(pairs) > 0, "the list is empty", word)
-    return tuple(pairs)
-
-
-def control_images(value: Any, word: str, folder: Path) -> tuple[str, ...]:
-    """(FILE or KIND:FILE, …) from one or a list, as generate takes them."""
-    found = []
-    for item in value if isinstance(value, (list, tuple)) else [value]:
-        kind, colon, tail = item.partition(":") if isinstance(item, str) else ("", "", "")
-        made = bool(colon) and kind in (*KINDS, *ALIASES)
-        found.append(f"{kind}:{path(tail, word, folder)}" if made else path(item, word, folder))
-    return tuple(found)
-
-
-def control(value: Any, word: str, folder: Path) -> tuple[tuple[Any, ...], ...]:
-    """(controlnet, control_image, controlnet_conditioning_scale) from KIND:FILE or KIND:FILE:WEIGHT."""
-    kind, _, tail = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind not in (*KINDS, *ALIASES) or not tail:
-        hint = f"KIND:FILE or KIND:FILE:WEIGHT; kinds: {', '.join(KINDS)}"
-        raise ConfigError(f"expected such as edges:photo.png:0.8, got {value!r:.80}", where=word, hint=hint)
-    file, _, weight = tail.rpartition(":")
-    scale = number(weight)
-    if not file or not isinstance(scale, (int, float)):
-        file, scale = tail, 1.0
-    image = control_images(f"{kind}:{file}", word, folder)
-    return (ALIASES.get(kind, kind),), image, (factor(scale, word, folder),)
-
-
-def controlnets(value: Any, word: str, folder: Path) -> tuple[str, ...]:
-    """ControlNets, one or a list, each as `model`."""
-    return tuple(model(item, word, folder) for item in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def paths(value: Any, word: str, folder: Path) -> tuple[str, ...]:
-    """Files, one or a list, each as `path`."""
-    return tuple(path(item, word, folder) for item in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def image_lists(value: Any, word: str, folder: Path) -> tuple[Any, ...]:
-    """Images, one or a list, of which each may be a list again."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(
-        paths(one, word, folder) if isinstance(one, (list, tuple)) else path(one, word, folder) for one in items
-    )
-
-
-def adapter_scales(value: Any, word: str, folder: Path) -> tuple[Any, ...]:
-    """How much each IP-Adapter does, from 0.6, "0.6,0.4", a list, or a mapping of levels, which may be JSON."""
-    value = parse_scales(value, word) if isinstance(value, str) else value
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def numbers(value: Any, word: str, folder: Path) -> tuple[float, ...]:
-    """Numbers from 0 up, from 0.8, "0.8,0.5" or a list."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return tuple(factor(part, word, folder) for part in parts)
-
-
-def modes(value: Any, word: str, _folder: Path) -> tuple[int | None, ...]:
-    """Kinds of condition, from 3, "3,-" or [3, None]; None (or -) is for a ControlNet without kinds."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    parts = [part.strip() if isinstance(part, str) else part for part in parts]
-    return tuple(None if part in (None, "-") else check_int(number(part), word, 0, 1000) for part in parts)
 
 
 def switch(value: Any, word: str, _folder: Path) -> bool:

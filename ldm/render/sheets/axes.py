@@ -15,14 +15,15 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.keywords import MAX_IMAGES
-from ldm.render.jobs.jobs import canonical
+from ldm.render.jobs.job_file import JobFile
+from ldm.render.jobs.jobs import Job, canonical, short
 from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, SETTINGS, of_scope
@@ -145,7 +146,18 @@ def gridded(prompts: Prompts, axes: Sequence[Axis], run_seed: int) -> Prompts:
             for cell in grid_entries(entry, axes, run_seed):
                 yield cell if cell.error else replace(cell, sheet=(number, entry.settings["prompt"]))
 
-    return replace(prompts, entries=cells())
+    return replace(prompts, entries=cells(), grids=True)
+
+
+def with_sheets(items: Iterable[Job | Entry], job_file: JobFile) -> Iterator[Job | Entry]:
+    """What became of the entries of `gridded`, one by one; each sheet with any job is written into `job_file`."""
+    for sheet, cells in itertools.groupby(items, lambda item: item.sheet):
+        keys: list[int | None] = []
+        for item in cells:
+            keys.append(short(item.key) if isinstance(item, Job) else None)
+            yield item
+        if sheet is not None and any(key is not None for key in keys):
+            job_file.add_sheet(sheet[1], keys)
 
 
 def grid_entries(entry: Entry, axes: Sequence[Axis], run_seed: int = 0) -> list[Entry]:
