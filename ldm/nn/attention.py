@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ConfigError, ModelError, nearest
+from ldm.nn.batch_invariant import Linear
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {}
 MASKED = -10000.0  # added to the score of a masked token: finite, so that a row without any token stays finite
@@ -173,3 +174,25 @@ def remember(cache: TextCache | None, module: nn.Module, make: Callable[[], T]) 
     if module not in cache.made:
         cache.made[module] = make()
     return cache.made[module]
+
+
+class AttentionPooling(nn.Module):
+    """One query, the mean of all tokens that count plus a learned vector, attends to itself and to them."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.k_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, D)
+        if mask is None:
+            query = x.mean(dim=1)
+        else:
+            query = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
+        query = query + self.positional_embedding.to(x.dtype)  # (B, D)
+        x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
+        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]

@@ -229,7 +229,7 @@ class ControlNet(Encoder):
         embedded = remember(cache, self.controlnet_cond_embedding, lambda: self._embed_image(image, x, rows))
         temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, None, cache), self.training)
         context = dict.fromkeys(self.attention_levels, (states, mask, None, cache))
-        middle, skips = self._down(self.conv_in(x) + embedded, temb, context)
+        middle, skips = self.down(self.conv_in(x) + embedded, temb, context)
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         outputs = [layer(h)[:rows] for layer, h in zip(layers, (*skips, middle), strict=True)]
         if self.control.global_pool_conditions:

@@ -1,10 +1,12 @@
-"""Where a token stands: angles that turn queries and keys (FLUX), or waves that are added to patches (SD3).
+"""Where a token stands: angles that turn queries and keys (FLUX), or waves that are added to patches (SD3); and the
+waves of a guidance scale (LCM).
 
 Shapes:  B batch   S text tokens   T = S + rows*columns, the text first
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -40,3 +42,15 @@ def sincos_positions(width: int, size: int, base: int) -> Tensor:
     angles = positions[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=-1).float()  # (size, width / 2)
     return torch.cat([waves.repeat(size, 1), waves.repeat_interleave(size, dim=0)], dim=-1)[None]
+
+
+def guidance_waves(scales: Tensor, channels: int) -> Tensor:
+    """Guidance scales (B,) -> (B, channels): sines, then cosines, of 1000 (scale - 1), as LCM was distilled with it.
+
+    Luo et al. 2023; the frequencies end at 1/10000 exactly, one step later than those of `sinusoidal`.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=scales.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - 1))
+    angles = 1000 * (scales.float() - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

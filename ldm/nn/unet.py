@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ModelError
-from ldm.nn.attention import TextCache, attention, remember, set_backend
+from ldm.nn.attention import AttentionPooling, TextCache, attention, remember, set_backend
 from ldm.nn.batch_invariant import Linear, Pointwise, added, layout, pad_to_even_batch, per_image, silu
+from ldm.nn.positions import guidance_waves
 from ldm.nn.step_cache import StepCache
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.weights import load_weights, on_meta
@@ -165,18 +166,6 @@ def sinusoidal(values: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def guidance_waves(scales: Tensor, channels: int) -> Tensor:
-    """Guidance scales (B,) -> (B, channels): sines, then cosines, of 1000 (scale - 1), as LCM was distilled with it.
-
-    Luo et al. 2023; the frequencies end at 1/10000 exactly, one step later than those of `sinusoidal`.
-    """
-    half = channels // 2
-    steps = torch.arange(half, dtype=torch.float32, device=scales.device)
-    frequencies = torch.exp(-math.log(10000) * steps / (half - 1))
-    angles = 1000 * (scales.float() - 1)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 class TimestepEmbedding(nn.Module):
     def __init__(self, channels: int, embed: int, beside: int | None = None):
         super().__init__()
@@ -189,28 +178,6 @@ class TimestepEmbedding(nn.Module):
         if beside is not None:
             x = x + self.cond_proj(beside)
         return self.linear_2(silu(self.linear_1(x), self.training))
-
-
-class AttentionPooling(nn.Module):
-    """One query, the mean of all tokens that count plus a learned vector, attends to itself and to them."""
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
-        self.k_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, D), (B, S) -> (B, D)
-        if mask is None:
-            query = x.mean(dim=1)
-        else:
-            query = (x * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            mask = F.pad(mask, (1, 0), value=True)  # (B, 1+S)
-        query = query + self.positional_embedding.to(x.dtype)  # (B, D)
-        x = torch.cat([query[:, None], x], dim=1)  # (B, 1+S, D)
-        return attention(self.q_proj(query)[:, None], self.k_proj(x), self.v_proj(x), self.num_heads, mask)[:, 0]
 
 
 class TextTimeEmbedding(nn.Module):
@@ -315,34 +282,37 @@ class Encoder(nn.Module):
         x, *rest = pad_to_even_batch(*inputs)
         return x.contiguous(memory_format=layout(x.device, x.dtype, self.config)), *rest
 
-    def _down(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> tuple[Tensor, list[Tensor]]:
+    def down(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> tuple[Tensor, list[Tensor]]:
         """What `conv_in` made (B, C, H, W) -> (the middle's output, what is handed across)."""
         skips = [x]
         for i, block in enumerate(cast("list[Level]", self.down_blocks)):
             for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, x, temb)
-                x = self._run(transformer, x, *context.get(f"down.{i}", ()))
+                x = self.run(resnet, x, temb)
+                x = self.run(transformer, x, *context.get(f"down.{i}", ()))
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x = self._run(self.mid_block.resnets[0], x, temb)
-        x = self._run(self.mid_block.attentions[0], x, *context["mid"])
-        return self._run(self.mid_block.resnets[1], x, temb), skips
+        x = self.run(self.mid_block.resnets[0], x, temb)
+        x = self.run(self.mid_block.attentions[0], x, *context["mid"])
+        return self.run(self.mid_block.resnets[1], x, temb), skips
 
     def _embed(self, x, timesteps, states, mask, pooled, time_ids, guidance, cache) -> Tensor:
         """The time embedding (B, E), with what `addition_embed_type` adds to it."""
         waves = partial(sinusoidal, channels=self.config.block_out_channels[0])
-        beside = None
-        if guidance is not None and self.config.time_cond_proj_dim is not None:
-            scales = partial(guidance_waves, channels=self.config.time_cond_proj_dim)
-            beside = per_image(scales, guidance, self.training).to(x.dtype)
+        told = guidance is not None and self.config.time_cond_proj_dim is not None  # ControlNets are not
+        beside = self._embed_guidance(guidance, x.dtype) if told else None
         temb = self.time_embedding(per_image(waves, timesteps, self.training).to(x.dtype), beside)
         if self.config.addition_embed_type == "text":
             temb = temb + remember(cache, self.add_embedding, lambda: self.add_embedding(states, mask))
         elif self.config.addition_embed_type == "text_time":
             temb = temb + self._embed_sizes(pooled, time_ids, x.dtype)
         return temb
+
+    def _embed_guidance(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """LCM's: guidance scales (B,) -> (B, time_cond_proj_dim)."""
+        waves = partial(guidance_waves, channels=cast("int", self.config.time_cond_proj_dim))
+        return per_image(waves, scales, self.training).to(dtype)
 
     def _embed_sizes(self, pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         """XL's: pooled text (B, P) and time_ids (B, 6) -> (B, E)."""
@@ -353,7 +323,7 @@ class Encoder(nn.Module):
         sizes = torch.cat([waves(ids).flatten()[None] for ids in time_ids]).to(dtype)  # (B, 6 * that)
         return self.add_embedding(torch.cat([pooled, sizes], dim=-1))
 
-    def _run(self, layer: Callable[..., Tensor], *args) -> Tensor:
+    def run(self, layer: Callable[..., Tensor], *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
@@ -421,36 +391,25 @@ class UNet(Encoder):
         perturbed = {level: perturb if level in perturb_in else None for level in self.attention_levels}
         context = {level: (states, mask, rows, cache) for level, rows in perturbed.items()}
 
-        kept = None if deep is None else deep.recall(given, len(x))
-        if kept is None:
-            x, skips = self._down(self.conv_in(x), temb, context)
-            x = x + residuals[-1] if residuals else x
+        if deep is not None:
+            x, skips = deep.but_last_level(self, given, self.conv_in(x), temb, context, residuals)
         else:
-            x, skips = kept, self._first_level(self.conv_in(x), temb, context)
-        skips = [skip + more for skip, more in zip(skips, residuals)] if residuals else skips
-
-        # Up
-        last = len(self.up_blocks) - 1
-        for i, block in enumerate(cast("list[Level]", self.up_blocks)):
-            if i < last and kept is not None:
-                continue
-            if i == last and kept is None and deep is not None:
-                deep.keep(x)
-            for resnet, transformer in zip(block.resnets, block.attentions):
-                x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
-                x = self._run(transformer, x, *context.get(f"up.{i}", ()))
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[-2:])  # also right where the next skip's size is odd
-
+            x, skips = self.down(self.conv_in(x), temb, context)
+            if residuals:
+                x, skips = x + residuals[-1], [skip + more for skip, more in zip(skips, residuals)]
+            for level in range(len(self.up_blocks) - 1):
+                x = self.up(level, x, skips, temb, context)
+        x = self.up(len(self.up_blocks) - 1, x, skips, temb, context)
         return self.conv_out(silu(self.conv_norm_out(x), self.training))[:images]
 
-    def _first_level(self, x: Tensor, temb: Tensor, context: Mapping[str, tuple]) -> list[Tensor]:
-        """What is handed across at the highest resolution."""
-        skips, block = [x], cast("Level", self.down_blocks[0])
+    def up(self, level: int, x: Tensor, skips: list[Tensor], temb: Tensor, context: Mapping[str, tuple]) -> Tensor:
+        """One level on the way up, which takes what was handed across from the end of `skips`."""
+        block = cast("Level", self.up_blocks[level])
         for resnet, transformer in zip(block.resnets, block.attentions):
-            x = self._run(transformer, self._run(resnet, x, temb), *context.get("down.0", ()))
-            skips.append(x)
-        return skips
+            x = self.run(resnet, torch.cat([x, skips.pop()], dim=1), temb)
+            x = self.run(transformer, x, *context.get(f"up.{level}", ()))
+        # the size is also right where the next skip's is odd
+        return block.upsamplers[0](x, skips[-1].shape[-2:]) if hasattr(block, "upsamplers") else x
 
 
 def load_unet(config: UNetConfig, state: Mapping[str, Tensor], where: object = None) -> UNet:
