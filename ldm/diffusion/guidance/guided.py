@@ -40,7 +40,7 @@ def guided_denoiser(
     weights = _weights(guidance.scale, cond_at(0), uncond_at(0))
     levels, skipped = sigmas[:-1].tolist(), zero_init(guidance, schedule) if guidance.kind == "cfg_zero" else 0
     parts = [part for part, used in (("u", (weights > 1).any()), ("c", True), ("p", guidance.pag_scale)) if used]
-    combine = Combination(guidance)
+    combine: Callable[..., Tensor] = plain if guidance.kind == "cfg" and not guidance.rescale else Combination(guidance)
     joined: dict[str, Any] = {}
 
     def conditions(step: int) -> Any:
@@ -75,8 +75,13 @@ def _perturbed(guidance: Guidance, x: Tensor, parts: int) -> dict[str, Any]:
     return {"perturb": rows, "perturb_in": guidance.pag_layers}
 
 
+def plain(c: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """Classifier-free guidance, and nothing else, where w is above 1."""
+    return torch.where(w > 1, classifier_free(c, u, w), c)
+
+
 class Combination:
-    """A guidance's formula; it remembers APG's change from one step to the next."""
+    """Any guidance's formula; it remembers APG's change from one step to the next."""
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
