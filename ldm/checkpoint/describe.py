@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ class ModelInfo:
         """What divides height and width: pixels per latent, times the transformer's patch size."""
         return self.factor * (self.transformer.patch_size if self.transformer else 1)
 
+    @property
+    def side(self) -> int:
+        """Height and width in pixels that the model was trained on; 0 where that is not known."""
+        return (self.unet.sample_size or 0) * self.factor
+
+    def card_number(self, name: str, kind: Callable, default: Any, most: float = 1000) -> Any:
+        """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
+        value = self.card.get(name, default)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if 0 < kind(value) <= most:
+                return kind(value)
+        hint = f"mend the card (README.md), or give {name} yourself"
+        raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)
+
     def tokens(self, height: int, width: int) -> int | None:
         """How many tokens an image of so many pixels is for the transformer; None for a U-Net."""
         return (height // self.multiple) * (width // self.multiple) if self.transformer else None
@@ -85,24 +100,16 @@ def describe(
     skip = ("vae",) if vae is not None else ()
     path = resolve(model, weights=hashed)
     if is_single(path):
-        plan = single.plan_of(path, override, skip, texts=single.listed_texts(text_encoders))
-        name, configs, card, header = path.stem, plan.configs, plan.card, plan.header.metadata
-        with named(path):
-            unet, schedule = network_of(plan), build.schedule_of(configs["scheduler"], configs[plan.network])
+        name, configs, card, header, unet, schedule = _of_file(path, override, skip, text_encoders)
     else:
         refuse_texts(text_encoders, path)
         hub = str(model) != "default" and is_hub_id(str(model))
         layout = (layouts.read_configs if hub and not hashed else layouts.read_layout)(path, skip)
         name = str(model) if hub or str(model) == "default" else path.resolve().name
-        configs, card, header = layout.configs, layouts.read_card(path), {}
-        unet, schedule = (
-            build.network_config(layout),
-            build.schedule_of(configs["scheduler"], configs[layout.network]),
-        )
-    if override is not None and isinstance(unet, MMDiTConfig):
-        raise ConfigError("a flow transformer predicts the flow", where="prediction_type", hint="leave it out")
+        configs, card, header, unet = layout.configs, layouts.read_card(path), {}, build.network_config(layout)
+        schedule = build.schedule_of(configs["scheduler"], configs[layout.network])
     if override is not None:
-        schedule = dataclasses.replace(schedule, prediction_type=override)
+        schedule = _predicting(override, schedule, unet)
     vae_config = configs.get("vae", {}) if vae is None else vae_settings(resolve(vae, weights=hashed))
     stepping, note = read_stepping(configs["scheduler"])
     drawing = _drawing_settings(layouts.card_settings(card or ""))
@@ -128,6 +135,22 @@ def describe(
         few=few,
         t5=len(clips) < len(texts),
     )
+
+
+def _of_file(path: Path, override: str | None, skip: tuple[str, ...], text_encoders: Any) -> tuple[Any, ...]:
+    """Name, configs, card, metadata of the header, the network's config and schedule of a single file."""
+    plan = single.plan_of(path, override, skip, texts=single.listed_texts(text_encoders))
+    configs = plan.configs
+    with named(path):
+        unet, schedule = network_of(plan), build.schedule_of(configs["scheduler"], configs[plan.network])
+    return path.stem, configs, plan.card, plan.header.metadata, unet, schedule
+
+
+def _predicting(prediction_type: str, schedule: Schedule, unet: UNetConfig | MMDiTConfig) -> Schedule:
+    """The schedule with another prediction type. Raises ConfigError where the network predicts the flow."""
+    if isinstance(unet, MMDiTConfig):
+        raise ConfigError("a flow transformer predicts the flow", where="prediction_type", hint="leave it out")
+    return dataclasses.replace(schedule, prediction_type=prediction_type)
 
 
 def _skippable(unet: UNetConfig | MMDiTConfig, clips: list[Any]) -> list[Any]:

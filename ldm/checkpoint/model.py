@@ -82,7 +82,8 @@ def load_model(
     path, file = resolve(model), vae if isinstance(vae, str | os.PathLike) else None
     override = None if prediction_type is None else check_prediction_type(prediction_type)
     read = _cached if cache else _load
-    other, texts = None if file is None else _resolve_vae(file), single.listed_texts(text_encoders)
+    other = None if file is None else _resolve_vae(file)
+    texts = () if text_encoders is None else single.listed_texts(text_encoders)
     loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override, texts), str(model), device)
     return loaded if vae is file else _with_vae(loaded, vae, device, dtype)
 

@@ -111,7 +111,7 @@ def check_controls(given: Mapping[str, Any], prompts: int, num_images: int) -> C
     Opens the files. Raises ConfigError where ControlNets and control images are not as many, for numbers out of range,
     and for files that are no images.
     """
-    nets, value = listed_nets(given.get("controlnet")), given.get("control_image")
+    nets, value = listed(given.get("controlnet")), given.get("control_image")
     if value is None:
         for word in (SCALE, START, END, MODE, "guess_mode"):
             require(given.get(word) in (None, False), f"{word} needs a control_image", word)
@@ -126,8 +126,8 @@ def check_controls(given: Mapping[str, Any], prompts: int, num_images: int) -> C
     return Controls(_settings(given, len(nets)), each)
 
 
-def listed_nets(value: Any) -> tuple[Any, ...]:
-    """One ControlNet or several as a tuple."""
+def listed(value: Any) -> tuple[Any, ...]:
+    """One ControlNet, IP-Adapter or image, or several, as a tuple."""
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 

@@ -12,10 +12,10 @@ import torch
 from ldm.data.emoji.names import with_names
 from ldm.device import sent
 from ldm.diffusion.inpaint import slerp
-from ldm.nn.text import Conditioning, TextEncoder, Tokens, encode_weighted, tokenize
+from ldm.nn.text import Conditioning, TextEncoder, Tokens, check_plain, encode_weighted, tokenize
 from ldm.nn.vae import VAE
 from ldm.pipeline.placement import Placement
-from ldm.pipeline.request import ImageRequest, Run
+from ldm.pipeline.request import ImageRequest, Run, Settings
 from ldm.prompts import BREAK, Prompt, Text
 
 KEPT = 256  # distinct texts whose states stay in memory
@@ -145,3 +145,11 @@ def draw_noise(
 def _varied(noise: torch.Tensor, seed: int, strength: float) -> torch.Tensor:
     """The first noise (C, h, w), mixed with that of the variation's seed."""
     return slerp(noise, torch.randn(noise.shape, generator=torch.Generator("cpu").manual_seed(seed)), strength)
+
+
+def check_plain_prompts(requests: Sequence[ImageRequest], settings: Settings) -> None:
+    """Raise ConfigError for emphasis in prompts, which a model that reads with T5 does not take."""
+    for prompt in dict.fromkeys(prompt for request in requests for prompt in request.prompts if prompt is not None):
+        for run in settings.runs:
+            for _, text in prompt.at_steps(run.steps):
+                check_plain(text.pieces)

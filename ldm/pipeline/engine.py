@@ -31,10 +31,10 @@ from ldm.nn.unet import UNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.adapters import DORA_SCALINGS, Adapter, Adapters
 from ldm.pipeline.checks import check_bool
-from ldm.pipeline.control import ControlNets, listed_nets
+from ldm.pipeline.control import ControlNets, listed
 from ldm.pipeline.edit import Start, composite, encode_init_images, enlarge
 from ldm.pipeline.encode import Encoder, PromptTokens, draw_noise
-from ldm.pipeline.ip_adapter import IPAdapters, listed
+from ldm.pipeline.ip_adapter import IPAdapters
 from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
@@ -82,15 +82,28 @@ class Engine:
             console.warn(line)
         if dora_scaling not in DORA_SCALINGS:
             raise ConfigError(f"expected linear or peft, got {dora_scaling!r:.80}", where="dora_scaling")
-        self.controlnets = None if controlnet is None else ControlNets(listed_nets(controlnet), self.info)
-        if ip_adapter is None and image_encoder is not None:
-            raise ConfigError("needs an ip_adapter", where="image_encoder")
-        none = ip_adapter in (None, (), [])
-        self.ip_adapters = None if none else IPAdapters(listed(ip_adapter), image_encoder, self.info)
+        self.controlnets: ControlNets | None = None
+        self.ip_adapters: IPAdapters | None = None
+        if controlnet is not None or ip_adapter is not None or image_encoder is not None:
+            self._attach(controlnet, ip_adapter, image_encoder)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
         self._encoder: Encoder | None = None  # the one used last
+
+    def _attach(self, controlnet: Any, ip_adapter: Any, image_encoder: Any) -> None:
+        if controlnet is not None:
+            self.controlnets = ControlNets(listed(controlnet), self.info)
+        if ip_adapter is None and image_encoder is not None:
+            raise ConfigError("needs an ip_adapter", where="image_encoder")
+        if ip_adapter not in (None, (), []):
+            self.ip_adapters = IPAdapters(listed(ip_adapter), image_encoder, self.info)
+
+    @property
+    def attached(self) -> dict[str, Any]:
+        """What works beside the model, as generate's settings are checked with it: keyword -> what was given."""
+        found = {"controlnet": self.controlnets, "ip_adapter": self.ip_adapters}
+        return {word: one.given for word, one in found.items() if one is not None}
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise ModelError where a LoRA does not fit the model; reads headers alone."""
@@ -106,7 +119,8 @@ class Engine:
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""
-        model = self.placement.model(model)
+        if self.placement.attention != "auto":
+            model = self.placement.model(model)
         return self._adapters.model(model, adapters) if adapters else model
 
     def generate(
@@ -123,7 +137,8 @@ class Engine:
         fp32, alone. Raises NumericsError where that does not help, ResourceError where one image has no room.
         """
         model = self.load()
-        waiting = deque(self._batches(model, settings, requests, min(batch_size, self._fitting(settings))))
+        size = min(batch_size, self._fitting(settings)) if self._room else batch_size
+        waiting = deque(self._batches(model, settings, requests, size))
         while waiting:
             rows = waiting.popleft()
             batch = [requests[row] for row in rows]
@@ -131,17 +146,12 @@ class Engine:
             try:
                 images = self.generate_batch(adapted, settings, batch, partial(watch, rows))
             except ResourceError as error:
-                if len(rows) == 1:
-                    error.row = rows[0]
-                    raise
-                half = self._halve(settings, len(rows))
+                half = self._halve(settings, rows, error)
                 waiting = deque(part for one in (rows, *waiting) for part in batched(one, half))
                 continue
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
-            if self.controlnets is not None:
-                added["controlnet"] = self.controlnets.metadata
-            if self.ip_adapters is not None:
-                added |= self.ip_adapters.metadata
+            if self.controlnets is not None or self.ip_adapters is not None:
+                added |= self._metadata_of_attached()
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added
@@ -191,11 +201,19 @@ class Engine:
         area = settings.height * settings.width
         return min((count for pixels, count in self._room.items() if pixels <= area), default=MAX_IMAGES)
 
-    def _halve(self, settings: Settings, tried: int) -> int:
-        """Half as many images, which batches of this size and of larger ones have from now on."""
-        half = self._room[settings.height * settings.width] = tried // 2
-        console.warn(f"out of memory at {tried} x {settings.width}x{settings.height}: going on with {half} together")
+    def _halve(self, settings: Settings, rows: Sequence[int], error: ResourceError) -> int:
+        """Half as many images, which batches of this size and of larger ones have from now on; one alone: the error."""
+        if len(rows) == 1:
+            error.row = rows[0]
+            raise error
+        half = self._room[settings.height * settings.width] = len(rows) // 2
+        size = f"{len(rows)} x {settings.width}x{settings.height}"
+        console.warn(f"out of memory at {size}: going on with {half} together")
         return half
+
+    def _metadata_of_attached(self) -> dict[str, Any]:
+        found = {} if self.controlnets is None else {"controlnet": self.controlnets.metadata}
+        return found if self.ip_adapters is None else {**found, **self.ip_adapters.metadata}
 
     def _steering(self, settings: Settings, run: Run, requests: Sequence[ImageRequest], dtype: torch.dtype) -> Steering:
         """The ControlNets at work for one run of a batch."""

@@ -26,6 +26,7 @@ from ldm.nn.ip_adapter import IPAdapter, Prompted, Scale
 from ldm.nn.offload import moved
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.vision import VisionTower
+from ldm.pipeline.control import listed
 from ldm.pipeline.sources import HALF, open_image
 
 if TYPE_CHECKING:
@@ -92,11 +93,6 @@ def check_image_prompts(
         rows.append(tuple(Shown(files(shown, IMAGE), files(mask, MASK)) for shown, mask in zip(row, masked)))
     scales = _scales(given.get(SCALE), rows, info)
     return ImagePrompts(scales, tuple(row for row in rows for _ in range(num_images)))
-
-
-def listed(value: Any) -> tuple[Any, ...]:
-    """One adapter or several as a tuple."""
-    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _rows(value: Any, adapters: int, prompts: int, where: str) -> list[list[tuple[Any, ...]]]:

@@ -24,6 +24,7 @@ from ldm.prompts import Prompt
 
 if TYPE_CHECKING:
     from ldm.checkpoint import Model
+    from ldm.checkpoint.few_steps import Sampling
     from ldm.nn.text import TextEncoder
     from ldm.pipeline.adapters import Adapter
     from ldm.pipeline.placement import Placement
@@ -44,15 +45,21 @@ PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def make_metadata(
-    model: Model, placement: Placement, settings: Settings, requests: Sequence[ImageRequest]
+    model: Model,
+    placement: Placement,
+    settings: Settings,
+    requests: Sequence[ImageRequest],
+    few: Sampling | None = None,
 ) -> list[dict[str, Any]]:
-    """The metadata of each image: every resolved argument, the model and the machine."""
+    """The metadata of each image: every resolved argument, the model and the machine; `few`: of few-step models."""
     shared, found = _shared(model, placement, settings), []
+    last = {} if few is None else {"few_steps": few.kind}
     for request, report in zip(requests, text_reports(model.text, settings, requests)):
         negative = None if request.negative_prompt is None else request.negative_prompt.text
         own: dict[str, Any] = {"prompt": request.prompt.text, "negative_prompt": negative, "seed": request.seed}
         own["guidance_scale"] = request.guidance_scale
-        found.append({**own, **shared, **_start(request), **report})
+        start = {"latents": None} if request.begins_at_noise else _start(request)
+        found.append({**own, **shared, **start, **report, **last})
     return found
 
 

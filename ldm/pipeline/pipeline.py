@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_bool, check_negative, check_prompts
+from ldm.pipeline.encode import check_plain_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.inside import AttentionMaps, Denoiser, attention_maps, check_keywords, make_denoiser
 from ldm.pipeline.keywords import CONTROL_WORDS, EDITING_WORDS, GUIDANCE_WORDS, SHOWN_WORDS, resolve_aliases
 from ldm.pipeline.metadata import make_metadata, text_reports, warnings_of
-from ldm.pipeline.request import ImageRequest, Request, check_plain_prompts, check_request, size_warnings
+from ldm.pipeline.request import ImageRequest, Request, check_request, size_warnings
 from ldm.pipeline.result import Images
 from ldm.pipeline.stream import Listener, Step, stream
 from ldm.prompts import Prompt
@@ -100,10 +101,7 @@ class Pipeline:
         if lora or lora_dir is not None or any("<" in text for text in (*texts, *negatives) if text):
             texts, self._everywhere, self._adapters = take_adapters(texts, negatives, lora, lora_dir)
         if fast:
-            check_beside(self._adapters)
-            shipped = fast_adapter(given["model"], given["vae"])
-            self._everywhere = (shipped, *self._everywhere)
-            self._adapters = tuple((shipped, *adapters) for adapters in self._adapters)
+            self._take_fast(given["model"], given["vae"])
         self._prompts = _parsed("prompt", texts)
         self._negatives = _parsed("negative_prompt", negatives)
         self._engine = Engine(**given)
@@ -111,6 +109,12 @@ class Pipeline:
             self._engine.check([adapter for adapters in self._adapters for adapter in adapters])
         self._lock = threading.RLock()
         self._warned: set[str] = set()
+
+    def _take_fast(self, model: Any, vae: Any) -> None:
+        check_beside(self._adapters)
+        shipped = fast_adapter(model, vae)
+        self._everywhere = (shipped, *self._everywhere)
+        self._adapters = tuple((shipped, *adapters) for adapters in self._adapters)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -234,23 +238,15 @@ class Pipeline:
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
         engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
         info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
-        if engine.controlnets is not None:
-            given["controlnet"] = engine.controlnets.given
-        if engine.ip_adapters is not None:
-            given["ip_adapter"] = engine.ip_adapters.given
-        call = check_request(given, len(self._prompts), info)
+        call = check_request({**given, **engine.attached}, len(self._prompts), info)
         if engine.controlnets is not None:
             engine.controlnets.check(call.settings)
         requests = self._requests(call)
         with self._lock:
             if call.strict:
                 self._refuse_unseen(call, requests)
-            metadata = make_metadata(engine.load(), engine.placement, call.settings, requests)
-            if info.few is not None:
-                metadata = [{**one, "few_steps": info.few.kind} for one in metadata]
-                for line in info.few.remarks(given):
-                    self._warn_once(line)
-            self._warn(call, metadata)
+            metadata = make_metadata(engine.load(), engine.placement, call.settings, requests, info.few)
+            self._warn(call, metadata, () if info.few is None else info.few.remarks(given))
             images: dict[int, Any] = {}
             steps = sum(run.steps for run in call.settings.runs)  # of a batch
             steps *= -(-len(requests) // call.batch_size)  # more where batches are parted
@@ -288,8 +284,10 @@ class Pipeline:
         for line in warnings_of(text_reports(encoder, call.settings, requests)):
             raise ConfigError(line, where="prompt", hint="change the prompt, or leave strict out")
 
-    def _warn(self, call: Request, metadata: Sequence[dict]) -> None:
+    def _warn(self, call: Request, metadata: Sequence[dict], remarks: Iterable[str]) -> None:
         """Warn of what the model does not see of the prompts and, once, of sizes that it was not trained on."""
+        for line in remarks:
+            self._warn_once(line)
         for line in warnings_of(metadata):
             console.warn(line)
         for emoji, name in {pair for one in metadata for pair in one.get("named", {}).items()}:
@@ -297,8 +295,9 @@ class Pipeline:
         settings = call.settings
         for line in () if call.sources is None else call.sources.resized(settings.height, settings.width):
             console.say(line)
-        for line in size_warnings(settings, self._engine.info):
-            self._warn_once(line)
+        if any(run.area != self._engine.info.side**2 for run in settings.runs):
+            for line in size_warnings(settings, self._engine.info):
+                self._warn_once(line)
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -19,7 +18,6 @@ from ldm.diffusion.guidance.guided import zero_init
 from ldm.diffusion.inpaint import img2img_sigmas
 from ldm.diffusion.spacings import DISTILLED
 from ldm.errors import ConfigError
-from ldm.nn.text import check_plain
 from ldm.nn.tiling import AUTO, TILE
 from ldm.pipeline import checks
 from ldm.pipeline.adapters import Adapter
@@ -38,12 +36,12 @@ from ldm.pipeline.keywords import (
     SHOWN_WORDS,
     STEPS,
 )
-from ldm.pipeline.sources import Source, Sources, check_sources
+from ldm.pipeline.sources import Source, Sources, check_area, check_sources
 from ldm.prompts import Prompt
 
 EMPTY = Prompt.parse("")
+SIDES = ("height", "width")
 LEAST_AREA = 0.75  # of the pixels that a U-Net was trained on: with fewer its shapes suffer (96x96 instead of 128x128)
-MAX_AREA = 16  # times the pixels that the model was trained on: more only where a size is given
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def resolve(
     height, width = _size(given, info, sources, latents, controls)
     found["true_cfg_scale"] = _true_cfg_scale(given, info)
     if found.get("num_inference_steps") is None:
-        found["num_inference_steps"] = _card_number(info, "num_inference_steps", int, STEPS)
+        found["num_inference_steps"] = info.card_number("num_inference_steps", int, STEPS)
     if given.get("eta") is not None:
         found["eta"] = checks.check_eta(given["eta"], sampler)
     elif "eta" in info.card and sampler == info.card.get("sampler"):
@@ -176,42 +174,34 @@ def _size(
     controls: Controls | None,
 ) -> tuple[int, int]:
     """(height, width): the given ones, or those of initial images, latents, control images, or the model's training."""
-    words, side = ("height", "width"), info.unet.sample_size or LATENT_SIZE
-    asked = [n if n is None else checks.check_size(n, x, info.multiple) for n, x in zip(map(given.get, words), words)]
-    trained = (side, side) if latents is None else latents.shape[2:]
+    asked = [n if n is None else checks.check_size(n, x, info.multiple) for x, n in ((x, given.get(x)) for x in SIDES)]
+    side = info.side or LATENT_SIZE * info.factor
     if sources is not None:
         height, width = sources.size(info.multiple, *asked)
-        if None in asked and height * width > MAX_AREA * (side * info.factor) ** 2:
-            _refuse_area(height, width, side * info.factor, info.multiple)
+        if None in asked:
+            check_area(height, width, side, info.multiple)
     elif controls is not None and latents is None and None in asked:
-        height, width = controls.size(side * info.factor, info.factor, *asked)
+        height, width = controls.size(side, info.factor, *asked)
+    elif latents is not None:
+        height, width = (
+            n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, latents.shape[2:], SIDES)
+        )
     else:
-        height, width = (n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, trained, words))
+        height, width = (n or checks.check_size(side, x, 1) for n, x in zip(asked, SIDES))
     if latents is not None:
-        _check_shape(latents, (info.latent_channels, height // info.factor, width // info.factor))
-        for n, word in zip((height, width), words):
-            checks.check_size(n, word, info.multiple)
+        _check_latents(latents, info, height, width)
     if info.transformer:
         info.transformer.check_size(height // info.factor, width // info.factor)
     return height, width
 
 
-def _check_shape(latents: torch.Tensor, of_each: tuple[int, int, int]) -> None:
-    expected, shape = (len(latents), *of_each), tuple(latents.shape)
+def _check_latents(latents: torch.Tensor, info: ModelInfo, height: int, width: int) -> None:
+    """Raise ConfigError where given latents do not have this size, or the model cannot."""
+    expected = (len(latents), info.latent_channels, height // info.factor, width // info.factor)
+    shape = tuple(latents.shape)
     require(shape == expected, f"this model and size need the shape {expected}, got {shape}", "latents")
-
-
-def _refuse_area(height: int, width: int, trained: int, factor: int) -> NoReturn:
-    """Raise ConfigError: an initial image decides a size far beyond what the model was trained on.
-
-    A photo of 12 megapixels would be drawn for hours, if memory lasts, without having been asked for.
-    """
-    scale = trained / min(height, width)
-    fitting = [max(factor, round(side * scale) // factor * factor) for side in (width, height)]
-    times = height * width / trained**2
-    what = f"the image of {width}x{height} has {times:.0f} times the {trained}x{trained} pixels of the model's training"
-    hint = f"give --width {fitting[0]} --height {fitting[1]}, or this size by --width and --height"
-    raise ConfigError(what, where="image", hint=hint)
+    for n, word in zip((height, width), SIDES):
+        checks.check_size(n, word, info.multiple)
 
 
 def _check_fit(s: Settings, info: ModelInfo) -> None:
@@ -267,7 +257,7 @@ def size_warnings(settings: Settings, info: ModelInfo) -> list[str]:
 
     The hires_strength of a model's card says how much of the steps may be run at a larger size.
     """
-    side = (info.unet.sample_size or 0) * info.factor
+    side = info.side
     kept = card_hires_strength(info) if "hires_strength" in info.card else None
     trained, found = f"the {side}x{side} that the model was trained on", []
     (first, *second), strength = settings.runs, settings.strength or 1.0
@@ -293,27 +283,17 @@ def check_scales(scales: Sequence[float], info: ModelInfo) -> None:
 
 def card_scale(info: ModelInfo) -> float:
     """The guidance scale that a model's card asks for, or 6. Raises ConfigError where it says no number."""
-    return _card_number(info, "guidance_scale", float, GUIDANCE)
+    return info.card_number("guidance_scale", float, GUIDANCE)
 
 
 def card_hires_strength(info: ModelInfo) -> float:
     """How much of its steps a larger second run is run, as the model's card says, or 0.7. Raises ConfigError."""
-    return _card_number(info, "hires_strength", float, HIRES_STRENGTH, most=1)
+    return info.card_number("hires_strength", float, HIRES_STRENGTH, most=1)
 
 
 def _hires_strength(info: ModelInfo, steps: int) -> float:
     """The card's, or what is left of so few steps: one."""
     return max(card_hires_strength(info), math.ceil(1000 / steps) / 1000)
-
-
-def _card_number(info: ModelInfo, name: str, kind: Callable, default: Any, most: float = 1000) -> Any:
-    """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""
-    value = info.card.get(name, default)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if 0 < kind(value) <= most:
-            return kind(value)
-    hint = f"mend the card (README.md), or give {name} yourself"
-    raise ConfigError(f"the model's card says {value!r:.80}", where=name, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -347,7 +327,8 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale, batch_size = given["guidance_scale"], given["batch_size"]
     scales = (card_scale(info),) * len(seeds) if scale is None else checks.check_guidances(scale, len(seeds))
-    check_scales(scales, info)
+    if info.transformer:
+        check_scales(scales, info)
     if checks.is_given(given, "latents"):
         latents = checks.check_latents(given["latents"], len(seeds))
     if checks.is_given(given, "image", "mask_image", "outpaint"):
@@ -393,16 +374,14 @@ class ImageRequest:
         return self.prompt, self.negative_prompt if self.cfg_scale > 1 else EMPTY
 
     @property
+    def begins_at_noise(self) -> bool:
+        """Whether the noise of its seed and its prompts are all that it is made of."""
+        given = self.latents, self.variation, self.source
+        return all(one is None for one in given) and not self.controls and not self.shown
+
+    @property
     def form(self) -> tuple[Any, ...]:
         """Whether it begins at an initial image, whether that has a mask, and how many images and masks each IP-Adapter
         shows: equal for all of a batch."""
         counts = [(len(one.images), len(one.masks)) for one in self.shown]
         return self.source is not None, self.source is not None and self.source.mask is not None, *counts
-
-
-def check_plain_prompts(requests: Sequence[ImageRequest], settings: Settings) -> None:
-    """Raise ConfigError for emphasis in prompts, which a model that reads with T5 does not take."""
-    for prompt in dict.fromkeys(prompt for request in requests for prompt in request.prompts if prompt is not None):
-        for run in settings.runs:
-            for _, text in prompt.at_steps(run.steps):
-                check_plain(text.pieces)

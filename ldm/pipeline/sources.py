@@ -31,6 +31,7 @@ from ldm.pipeline.keywords import MAX_SIZE
 SAME = 8  # mean difference in 0 to 255 below which colours are the same ones, saved again
 WHITE, BLACK, HALF = (255, 255, 255), (0, 0, 0), 128
 DIGESTS = {"image": "image_sha256", "mask_image": "mask_sha256"}  # a keyword -> the metadata's, of the pixels
+MAX_AREA = 16  # times the pixels that the model was trained on: more only where a size is given
 SIDES = ("left", "right", "top", "bottom")
 
 
@@ -111,6 +112,21 @@ def check_sources(given: Mapping[str, Any], prompts: int, num_images: int) -> So
             read[id(init), id(over)] = _read(init, over)
     each = [read[id(init), id(over)] for init, over in zip(images, masks) for _ in range(num_images)]
     return Sources(tuple(each), sides)
+
+
+def check_area(height: int, width: int, trained: int, factor: int) -> None:
+    """Raise ConfigError where an initial image decides a size far beyond what the model was trained on.
+
+    A photo of 12 megapixels would be drawn for hours, if memory lasts, without having been asked for.
+    """
+    if height * width <= MAX_AREA * trained**2:
+        return
+    scale = trained / min(height, width)
+    fitting = [max(factor, round(side * scale) // factor * factor) for side in (width, height)]
+    times = height * width / trained**2
+    what = f"the image of {width}x{height} has {times:.0f} times the {trained}x{trained} pixels of the model's training"
+    hint = f"give --width {fitting[0]} --height {fitting[1]}, or this size by --width and --height"
+    raise ConfigError(what, where="image", hint=hint)
 
 
 def check_outpaint(value: Any) -> dict[str, int]:

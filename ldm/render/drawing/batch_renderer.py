@@ -83,11 +83,9 @@ class BatchRenderer:
 
     def _metadata(self, engine: Engine, settings: Settings, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         requests = [image_request(job.settings) for job in jobs]
-        metadata = make_metadata(engine.load(), engine.placement, settings, requests)
         adapters = adapters_of(jobs[0].settings)  # of all
         info = with_few_steps(engine.info, (adapters,)) if adapters else engine.info
-        if info.few is not None:
-            metadata = [{**of_image, "few_steps": info.few.kind} for of_image in metadata]
+        metadata = make_metadata(engine.load(), engine.placement, settings, requests, info.few)
         self._warn(warnings_of(metadata, shown=len(metadata)))
         for job, of_image in zip(jobs, metadata):
             self._warn(differences(job.source, of_image) if job.source else ())

@@ -15,10 +15,9 @@ from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
-from ldm.pipeline.control import Controls, check_controls, listed_nets
+from ldm.pipeline.control import Controls, check_controls, listed
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
-from ldm.pipeline.ip_adapter import listed as listed_adapters
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve, size_warnings
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
 from ldm.prompts import Prompt
@@ -106,7 +105,7 @@ class Resolver:
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
-        key += (listed_nets(settings.get("controlnet")), listed_adapters(settings.get("ip_adapter")))
+        key += (listed(settings.get("controlnet")), listed(settings.get("ip_adapter")))
         key += (settings.get("image_encoder"),)
         return _once(self._models, key, lambda: self._engine(*key))
 
@@ -176,11 +175,11 @@ class Resolver:
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)
         if controls is not None:
-            of_model["controlnet"] = [str(name) for name in listed_nets(given["controlnet"])]
-            initial["control_image"] = [str(name) for name in listed_nets(given["control_image"])]
+            of_model["controlnet"] = [str(name) for name in listed(given["controlnet"])]
+            initial["control_image"] = [str(name) for name in listed(given["control_image"])]
             digests["control_image"] = [image.sha256 for image in controls.each[0]]
         if prompted is not None:
-            of_model["ip_adapter"] = [str(name) for name in listed_adapters(given["ip_adapter"])]
+            of_model["ip_adapter"] = [str(name) for name in listed(given["ip_adapter"])]
             of_model |= {"image_encoder": str(given["image_encoder"])} if given.get("image_encoder") else {}
             initial |= {name: given[name] for name in ("ip_adapter_image", "ip_adapter_mask") if name in given}
             pairs = [([f.sha256 for f in one.images], [f.sha256 for f in one.masks]) for one in prompted.each[0]]
