@@ -49,10 +49,14 @@ def schedule_of(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> Sch
     from ldm.nn.mmdit_config import FLUX, SD3
 
     schedule, name = read_scheduler(dict(scheduler)), network.get("_class_name")
-    if name in (SD3, FLUX) and schedule.whole_timesteps:
+    return _of_transformer(schedule, scheduler, name == FLUX) if name in (SD3, FLUX) else schedule
+
+
+def _of_transformer(schedule: Schedule, scheduler: Mapping[str, Any], flux: bool) -> Schedule:
+    if schedule.whole_timesteps:
         what = f"{scheduler.get('_class_name')} does not go with a flow transformer"
         raise ModelError(what, where="scheduler_config.json", hint="FlowMatchEulerDiscreteScheduler does")
-    return dataclasses.replace(schedule, spacing="trailing") if name == FLUX else schedule
+    return dataclasses.replace(schedule, spacing="trailing") if flux else schedule
 
 
 def build_vae(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path) -> VAE:
@@ -181,15 +185,19 @@ def text_widths(layout: Layout) -> tuple[int, int | None]:
     """Widths of the text's states and of the pooled text, from the configs; T5 has no pooled text."""
     configs = [layout.configs[part] for part in layout.texts()]
     if layout.network == "transformer" and len(configs) > 1:
-        t5 = [layout.configs[part] for part in layout.texts() if layout.text_class(part) in T5]
-        clips = configs[: len(configs) - len(t5)]
-        pooled = sum(one.get("projection_dim" if len(clips) > 1 else "hidden_size", 512) for one in clips)
-        return t5[0].get("d_model", 512) if t5 else network_config(layout).text_width, pooled
+        return _flow_widths(layout, configs)
     if layout.text_class("text_encoder") in T5:
         return configs[0].get("d_model", 512), None
     widths = [config.get("hidden_size", 512) for config in configs]  # defaults are CLIPTextConfig's
     projected = layout.text_class(layout.texts()[-1]).endswith("Projection")
     return sum(widths), configs[-1].get("projection_dim", 512) if projected else widths[-1]
+
+
+def _flow_widths(layout: Layout, configs: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    t5 = [layout.configs[part] for part in layout.texts() if layout.text_class(part) in T5]
+    clips = configs[: len(configs) - len(t5)]
+    pooled = sum(one.get("projection_dim" if len(clips) > 1 else "hidden_size", 512) for one in clips)
+    return t5[0].get("d_model", 512) if t5 else network_config(layout).text_width, pooled
 
 
 def named_as(state: Mapping[str, torch.Tensor], known: Container[str]) -> dict[str, torch.Tensor]:

@@ -70,17 +70,20 @@ class Guidance:
         self._set("scale", _scale(self.scale))
         self._set("rescale", _number(self.rescale, "guidance_rescale", 0, 1))
         if self.interval is not None or self.sigma_interval is not None:
-            require(self.interval is None or self.sigma_interval is None, "give steps or sigmas, not both", "interval")
-            interval = _preset(self.interval, STEP_INTERVALS, "guidance_interval")
-            self._set("interval", _pair(interval, "guidance_interval", 1))
-            sigmas = _preset(self.sigma_interval, SIGMA_INTERVALS, "guidance_sigma_interval")
-            self._set("sigma_interval", _pair(sigmas, "guidance_sigma_interval", math.inf))
+            self._check_intervals()
         for kind, entry in GUIDANCES.items():
             for name, default in entry.options.items():
                 value = getattr(self, name)
                 require(kind == self.kind or value is None, f"belongs to guidance '{kind}', not '{self.kind}'", name)
                 if kind == self.kind:
                     self._set(name, default if value is None else OPTIONS[name](value, name))
+
+    def _check_intervals(self) -> None:
+        require(self.interval is None or self.sigma_interval is None, "give steps or sigmas, not both", "interval")
+        interval = _preset(self.interval, STEP_INTERVALS, "guidance_interval")
+        self._set("interval", _pair(interval, "guidance_interval", 1))
+        sigmas = _preset(self.sigma_interval, SIGMA_INTERVALS, "guidance_sigma_interval")
+        self._set("sigma_interval", _pair(sigmas, "guidance_sigma_interval", math.inf))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -111,24 +111,34 @@ def reads_with_t5(text: TextEncoder) -> bool:
 
 def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Chunk]:
     """The tokens in chunks, at least one: BREAK ends one, and a full one ends at the last comma near its end."""
-    size, commas = part.max_length - 2, part.token_ids(",")
+    size = part.max_length - 2
+    tokens: list[Any] = [
+        BREAK if piece is BREAK else [(t, piece.weight) for t in part.token_ids(piece.text)] for piece in pieces
+    ]
+    if BREAK not in tokens and sum(map(len, tokens)) <= size:
+        return [[token for of_piece in tokens for token in of_piece]]
+    return _parted(tokens, size, part.token_ids(","))
+
+
+def _parted(tokens: Sequence[Any], size: int, commas: list[int]) -> list[Chunk]:
+    """The tokens of each piece, or BREAK, as chunks of at most `size`; `commas` is a comma's token in a list."""
     near = int(size * NEAR)
     done: list[Chunk] = []
     chunk: Chunk = []
     comma = -1  # position of the last one in the chunk
-    for piece in pieces:
-        if piece is BREAK:
+    for of_piece in tokens:
+        if of_piece is BREAK:
             done.append(chunk)
             chunk, comma = [], -1
             continue
-        for token in part.token_ids(piece.text):
+        for token, weight in of_piece:
             if len(chunk) == size:
                 cut = comma + 1 if comma >= 0 and size - comma <= near and [token] != commas else size
                 done.append(chunk[:cut])
                 chunk, comma = chunk[cut:], -1
             elif [token] == commas:
                 comma = len(chunk)
-            chunk.append((token, piece.weight))
+            chunk.append((token, weight))
     return [*done, chunk] if chunk or not done else done
 
 
