@@ -120,6 +120,7 @@ def describe(
     notes = [line for line in (note, found and not found.doubtful and found.line) if line]
     texts = [config for part, config in configs.items() if part.startswith("text_encoder")]
     clips = [config for config in texts if config.get("model_type") != "t5"]
+    read = [] if isinstance(unet, MMDiTConfig) and unet.is_flux else clips  # whose states the network gets
     return ModelInfo(
         name=name,
         path=path.resolve(),
@@ -127,7 +128,7 @@ def describe(
         schedule=schedule,
         latent_channels=vae_config.get("latent_channels", 4),
         factor=2 ** (len(vae_config.get("block_out_channels", (0,))) - 1),
-        clip_layers=tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in _skippable(unet, clips)),
+        clip_layers=tuple(config.get("num_hidden_layers", CLIP_LAYERS) for config in read),
         card={**_usual(unet), **stepping, **(few.defaults if few else {}), **drawing},
         hash=_hash(path, skip, single.listed_texts(text_encoders)) if hashed else "",
         notes=tuple(notes),
@@ -151,11 +152,6 @@ def _predicting(prediction_type: str, schedule: Schedule, unet: UNetConfig | MMD
     if isinstance(unet, MMDiTConfig):
         raise ConfigError("a flow transformer predicts the flow", where="prediction_type", hint="leave it out")
     return dataclasses.replace(schedule, prediction_type=prediction_type)
-
-
-def _skippable(unet: UNetConfig | MMDiTConfig, clips: list[Any]) -> list[Any]:
-    """The CLIP encoders whose states are read: none of FLUX."""
-    return [] if isinstance(unet, MMDiTConfig) and unet.is_flux else clips
 
 
 def _usual(config: UNetConfig | MMDiTConfig) -> Mapping[str, Any]:

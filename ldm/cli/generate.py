@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     """(keywords of Pipeline, of generate, what the image of --from says of its model and machine)."""
-    given = with_controls({name: value for name, value in vars(args).items() if value is not None})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = with_controls(given) if args.control else given
     own, call = ({name: given[name] for name in part if name in given} for part in (FROM_PIPELINE, FROM_CALL))
     if args.source is not None:
         return _replayed(args, own, call)

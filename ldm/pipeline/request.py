@@ -139,7 +139,8 @@ def resolve(
         xl = info.transformer is None and info.unet.pooled_width is not None
         spacing = "ays_xl" if spacing == "ays" and xl else spacing
     height, width = _size(given, info, sources, latents, controls)
-    found["true_cfg_scale"] = _true_cfg_scale(given, info)
+    if info.transformer or info.unet.embeds_guidance or given.get("true_cfg_scale") is not None:
+        found["true_cfg_scale"] = _true_cfg_scale(given, info)
     if found.get("num_inference_steps") is None:
         found["num_inference_steps"] = info.card_number("num_inference_steps", int, STEPS)
     if given.get("eta") is not None:
