@@ -211,6 +211,16 @@ class Engine:
         console.warn(f"out of memory at {size}: going on with {half} together")
         return half
 
+    def hashes_of_attached(self) -> dict[str, list[str]]:
+        """sha256 of each file that works beside the model, by the keyword that gave it."""
+        found: dict[str, list[str]] = {}
+        if self.controlnets is not None:
+            found["controlnet"] = [one["hash"] for one in self.controlnets.metadata]
+        if self.ip_adapters is not None:
+            files = self.ip_adapters.metadata
+            found["ip_adapter"] = [*(one["hash"] for one in files["ip_adapter"]), files["image_encoder"]["hash"]]
+        return found
+
     def _metadata_of_attached(self) -> dict[str, Any]:
         found = {} if self.controlnets is None else {"controlnet": self.controlnets.metadata}
         return found if self.ip_adapters is None else {**found, **self.ip_adapters.metadata}

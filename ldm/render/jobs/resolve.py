@@ -86,12 +86,7 @@ class Resolver:
         }
         if info.few is not None:
             self._warn(info.few.remarks(asked))
-        hashes: dict[str, Any] = {"model": info.hash, **digests}
-        if engine.controlnets is not None:
-            hashes["controlnet"] = [one["hash"] for one in engine.controlnets.metadata]
-        if engine.ip_adapters is not None:
-            found = engine.ip_adapters.metadata
-            hashes["ip_adapter"] = [*(one["hash"] for one in found["ip_adapter"]), found["image_encoder"]["hash"]]
+        hashes: dict[str, Any] = {"model": info.hash, **digests, **engine.hashes_of_attached()}
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
         if adapters:
