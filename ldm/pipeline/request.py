@@ -183,12 +183,9 @@ def _size(
             check_area(height, width, side, info.multiple)
     elif controls is not None and latents is None and None in asked:
         height, width = controls.size(side, info.factor, *asked)
-    elif latents is not None:
-        height, width = (
-            n or checks.check_size(m * info.factor, x, 1) for n, m, x in zip(asked, latents.shape[2:], SIDES)
-        )
     else:
-        height, width = (n or checks.check_size(side, x, 1) for n, x in zip(asked, SIDES))
+        trained = (side, side) if latents is None else [m * info.factor for m in latents.shape[2:]]
+        height, width = (n or checks.check_size(m, x, 1) for n, m, x in zip(asked, trained, SIDES))
     if latents is not None:
         _check_latents(latents, info, height, width)
     if info.transformer:
