@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ldm.device import sent
 from ldm.errors import ModelError
-from ldm.nn.text.conditioning import Conditioning, OneNetwork, check_skip, one_by_one, spelt
+from ldm.nn.text.conditioning import Conditioning, InChunks, OneNetwork, check_skip, one_by_one, spelt
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 
-class ClipText(OneNetwork):
+class ClipText(OneNetwork, InChunks):
     """A CLIP text encoder of transformers with its tokenizer, as SD 1.x and 2.x use it.
 
     Raises ModelError where the two do not belong together; above all where the end-of-text token that the model pools

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,45 @@ class Conditioning:
     def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         pooled, mask = (None if t is None else function(t) for t in (self.pooled, self.mask))
         return Conditioning(function(self.states), pooled, mask)
+
+
+Chunk = list[tuple[int, float]]  # (token, weight)
+Side = tuple[Tensor, Tensor | None]  # one encoder's states (1, N * S, D) of N chunks, and the pooled text (1, P)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as a text encoder reads it; `tokenize` makes it."""
+
+    parts: tuple[list[Chunk], ...]  # the chunks for each of CLIP's encoders; () for T5
+    plain: str = ""  # what T5 reads
+    absent: bool = False  # there is no text: zeros for some models of XL
+
+    @property
+    def chunks(self) -> int:
+        return max((len(chunks) for chunks in self.parts), default=1)
+
+
+class InChunks:
+    """How a text encoder reads prompts in A1111's notation: what `weighting` asks of it, answered as one CLIP does."""
+
+    reads_t5: bool = False  # T5 reads too, which takes no emphasis
+    left_out_always: int = 0  # layers of CLIP beside clip_skip; the states are then those before the final norm
+    most_chunks: int | None = None  # that are read; None: all
+
+    @property
+    def clips(self) -> tuple[Any, ...]:
+        """The encoders of CLIP that read the chunks."""
+        return (self,)
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise ConfigError where no layer would be left."""
+        for clip in self.clips:
+            clip.check_skip(clip_skip + self.left_out_always)
+
+    def of_chunks(self, sides: Sequence[Side], prompt: Tokens) -> Conditioning:
+        """What the network gets of a prompt, from what each of `clips` made of it."""
+        return Conditioning(*sides[0])
 
 
 class OneNetwork:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import ModelError
 from ldm.nn.text.clip import ClipText
-from ldm.nn.text.conditioning import Conditioning, SeveralNetworks, one_by_one
+from ldm.nn.text.conditioning import Conditioning, InChunks, SeveralNetworks, Side, Tokens, one_by_one
 
 if TYPE_CHECKING:
     from ldm.nn.text.t5 import T5Text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SD3_TOKENS, DEV_TOKENS, SCHNELL_TOKENS = 256, 512, 256  # that T5 reads, in SD3 and both kinds of FLUX.1
 
 
-class FlowText(SeveralNetworks):
+class FlowText(SeveralNetworks, InChunks):
     """States (B, S, D) and pooled text (B, P) for a flow transformer; there is no mask, as these models were trained.
 
     SD3, with two encoders of CLIP: their states of the last layer but one side by side, with zeros up to D, and T5's
@@ -35,6 +35,8 @@ class FlowText(SeveralNetworks):
         self.tokens = tokens if t5 is None else min(tokens, t5.max_length)
         self.max_length: int = first.max_length
         self.is_flux = second is None
+        self.reads_t5 = t5 is not None
+        self.left_out_always, self.most_chunks = (0, 1) if self.is_flux else (1, None)
         if t5 is None and self.is_flux:
             raise ModelError("FLUX reads with T5, and there is none")
         if t5 is not None and t5.width != width:
@@ -84,6 +86,10 @@ class FlowText(SeveralNetworks):
         else:
             sides = [clip.states(clip.tokenize(texts), clip_skip + 1, norm=False) for clip in self.clips]
         return self.joined([side.states for side in sides], [side.pooled for side in sides], texts)
+
+    def of_chunks(self, sides: Sequence[Side], prompt: Tokens) -> Conditioning:
+        """As `joined`."""
+        return self.joined([states for states, _ in sides], [pooled for _, pooled in sides], [prompt.plain])
 
     def joined(self, states: Sequence[Tensor], pooled: Sequence[Tensor | None], texts: list[str]) -> Conditioning:
         """What the transformer gets, from each CLIP encoder's states (B, S, D') and pooled text, and what T5 reads."""

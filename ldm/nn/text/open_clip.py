@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ModelError
-from ldm.nn.text.conditioning import Conditioning, OneNetwork, check_skip, one_by_one
+from ldm.nn.text.conditioning import Conditioning, InChunks, OneNetwork, check_skip, one_by_one
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
     from open_clip.transformer import TextTransformer
 
 
-class OpenClipText(OneNetwork):
+class OpenClipText(OneNetwork, InChunks):
     """A TextTransformer of open_clip with its tokenizer: the same states as the text encoders that are made from it.
 
     `left_out` layers at the end are not computed for the states: 1 for Stable Diffusion 2.x; as the second encoder of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm.errors import ConfigError, ModelError
-from ldm.nn.text.conditioning import Conditioning, OneNetwork, one_by_one, spelt
+from ldm.nn.text.conditioning import Conditioning, InChunks, OneNetwork, Side, Tokens, one_by_one, spelt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, T5EncoderModel
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 LONGEST = 512  # tokens, where the tokenizer names no limit: T5 has none itself
 
 
-class T5Text(OneNetwork):
+class T5Text(OneNetwork, InChunks):
     """T5EncoderModel with its tokenizer. Raises ModelError where the two do not belong together."""
 
     model: T5EncoderModel
     clip_layers: tuple[int, ...] = ()
+    clips: tuple[()] = ()
+    reads_t5 = True
 
     def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerFast):
         self.model, self.tokenizer = model, tokenizer
@@ -46,14 +48,22 @@ class T5Text(OneNetwork):
         Each distinct text is encoded alone, so that its bits do not depend on the others. Raises ConfigError for any
         clip_skip: that belongs to CLIP.
         """
-        if clip_skip:
-            raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder is T5, not CLIP")
+        self.check_skip(clip_skip)
         return one_by_one([text or "" for text in texts], lambda text: self._states([text]))
 
     @torch.no_grad()
     def encode_together(self, texts: list[str]) -> Conditioning:
         """As `encode`, in batches of 64: faster, but a text's bits depend on the batch that it is in."""
         return Conditioning.cat(self._states(texts[i : i + 64]) for i in range(0, len(texts), 64))
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise ConfigError for any: that belongs to CLIP."""
+        if clip_skip:
+            raise ConfigError(f"clip_skip {clip_skip} is impossible: the text encoder is T5, not CLIP")
+
+    def of_chunks(self, sides: Sequence[Side], prompt: Tokens) -> Conditioning:
+        """T5's own reading of the whole text."""
+        return self.encode([prompt.plain])
 
     def _states(self, texts: list[str]) -> Conditioning:
         kwargs = {"padding": "max_length", "truncation": True, "max_length": self.max_length}

@@ -9,17 +9,13 @@ Shapes:  S tokens of a chunk   D width of the states   P width of the pooled tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ldm.errors import ConfigError, nearest
-from ldm.nn.text.conditioning import Conditioning
-from ldm.nn.text.flow import FlowText
-from ldm.nn.text.t5 import T5Text
-from ldm.nn.text.xl import XLText
+from ldm.nn.text.conditioning import Chunk, Conditioning, Side, Tokens
 from ldm.prompts import BREAK, EMPHASIS, Piece
 
 if TYPE_CHECKING:
@@ -30,34 +26,14 @@ if TYPE_CHECKING:
 ROUNDING = 1e-6  # a mean that is smaller than this share of the mean magnitude says nothing
 NEAR = 20 / 75  # of a chunk: how far back a comma may be; A1111 looks back over 20 tokens
 
-Chunk = list[tuple[int, float]]  # (token, weight)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A prompt as a text encoder reads it; `tokenize` makes it."""
-
-    parts: tuple[list[Chunk], ...]  # the chunks for each of CLIP's encoders; () for T5
-    plain: str = ""  # what T5 reads
-    absent: bool = False  # there is no text: zeros for some models of XL
-
-    @property
-    def chunks(self) -> int:
-        return max((len(chunks) for chunks in self.parts), default=1)
-
 
 def tokenize(text: TextEncoder, prompt: Sequence[Piece] | None) -> Tokens:
     """The tokens of a prompt's pieces; None is what it is for text.encode. Raises ConfigError for emphasis with T5."""
     pieces = [Piece("", 1.0)] if prompt is None else prompt
-    if reads_with_t5(text):
+    if text.reads_t5:
         check_plain(pieces)
     plain = "".join(piece.text for piece in pieces if piece is not BREAK)
-    if isinstance(text, T5Text):
-        return Tokens((), plain, prompt is None)
-    if isinstance(text, FlowText):
-        parts = (chunks_of(part, pieces) for part in text.clips)
-        return Tokens(tuple(chunks[:1] if text.is_flux else chunks for chunks in parts), plain)
-    return Tokens(tuple(chunks_of(part, pieces) for part in _parts(text)), absent=prompt is None)
+    return Tokens(tuple(chunks_of(part, pieces)[: text.most_chunks] for part in text.clips), plain, prompt is None)
 
 
 @torch.no_grad()
@@ -71,42 +47,29 @@ def encode_weighted(
     """
     if emphasis not in EMPHASIS:
         raise ConfigError(f"unknown emphasis {emphasis!r:.80}", where="emphasis", hint=nearest(str(emphasis), EMPHASIS))
-    if isinstance(text, T5Text):
-        return text.encode([None if prompt.absent else prompt.plain for prompt in prompts], clip_skip)
     if not prompts:
         raise ConfigError("there is no text to encode")
-    xl = isinstance(text, XLText) or (isinstance(text, FlowText) and not text.is_flux)
-    zero_empty = isinstance(text, XLText) and text.zero_empty
-    back = clip_skip + 1 if xl else clip_skip
-    for part in _parts(text) if back else ():
-        part.check_skip(back)
+    back = clip_skip + text.left_out_always
+    if back:
+        text.check_skip(clip_skip)
     most = max(chunks, *(prompt.chunks for prompt in prompts))
     rows = []
     for prompt in prompts:
         filled = [own + [[]] * (most - len(own)) for own in prompt.parts]
-        sides = [_side(part, own, back, not xl, emphasis) for part, own in zip(_parts(text), filled)]
-        if isinstance(text, FlowText):
-            rows.append(text.joined([states for states, _ in sides], [pooled for _, pooled in sides], [prompt.plain]))
-            continue
-        cond = Conditioning(torch.cat([states for states, _ in sides], dim=-1), sides[-1][1])  # (1, N * S, D), (1, P)
-        rows.append(cond.zeros() if prompt.absent and zero_empty else cond)
+        normed = not text.left_out_always
+        sides = [_side(part, own, back, normed, emphasis) for part, own in zip(text.clips, filled)]
+        rows.append(text.of_chunks(sides, prompt))
     return Conditioning.cat(rows)
-
-
-def _parts(text: ClipText | XLText | FlowText | OpenClipText) -> tuple[ClipText | OpenClipText, ...]:
-    if isinstance(text, FlowText):
-        return text.clips
-    return (text.first, text.second) if isinstance(text, XLText) else (text,)
 
 
 def cut_off(text: TextEncoder, prompt: str) -> str:
     """The end of a prompt without notation that `encode_weighted` does not read: of a long one for T5, which cuts."""
-    return text.truncated(prompt) if reads_with_t5(text) else ""
+    return text.truncated(prompt) if text.reads_t5 else ""
 
 
 def reads_with_t5(text: TextEncoder) -> bool:
     """Whether T5 reads prompts, alone or beside CLIP, and so no emphasis can be in them."""
-    return isinstance(text, T5Text) or (isinstance(text, FlowText) and text.t5 is not None)
+    return text.reads_t5
 
 
 def chunks_of(part: ClipText | OpenClipText, pieces: Sequence[Piece]) -> list[Chunk]:
@@ -142,9 +105,7 @@ def _parted(tokens: Sequence[Any], size: int, commas: list[int]) -> list[Chunk]:
     return [*done, chunk] if chunk or not done else done
 
 
-def _side(
-    part: ClipText | OpenClipText, chunks: list[Chunk], back: int, norm: bool, emphasis: str
-) -> tuple[Tensor, Tensor | None]:
+def _side(part: ClipText | OpenClipText, chunks: list[Chunk], back: int, norm: bool, emphasis: str) -> Side:
     """One encoder's states (1, N * S, D) of all chunks and the pooled text (1, P) of the first."""
     sides = []
     for chunk in chunks:

@@ -11,15 +11,17 @@ import torch
 
 from ldm.errors import ModelError
 from ldm.nn.text.clip import ClipText
-from ldm.nn.text.conditioning import Conditioning, SeveralNetworks, one_by_one
+from ldm.nn.text.conditioning import Conditioning, InChunks, SeveralNetworks, Side, Tokens, one_by_one
 from ldm.nn.text.open_clip import OpenClipText
 
 
-class XLText(SeveralNetworks):
+class XLText(SeveralNetworks, InChunks):
     """States of both encoders' last layer but one, without the final norm; pooled is the second's projected text.
 
     Raises ModelError where the second does not project, or the two do not take equally many tokens.
     """
+
+    left_out_always = 1
 
     def __init__(self, first: ClipText, second: ClipText | OpenClipText, zero_empty: bool):
         self.first, self.second = first, second
@@ -36,6 +38,16 @@ class XLText(SeveralNetworks):
         return self.first, self.second
 
     @property
+    def clips(self) -> tuple[ClipText, ClipText | OpenClipText]:
+        """Both, which read the chunks of a prompt."""
+        return self.encoders
+
+    def of_chunks(self, sides: Sequence[Side], prompt: Tokens) -> Conditioning:
+        """Both sides' states beside each other, and the second's pooled text; no text as `zero_empty` says."""
+        cond = Conditioning(torch.cat([states for states, _ in sides], dim=-1), sides[-1][1])  # (1, N * S, D), (1, P)
+        return cond.zeros() if prompt.absent and self.zero_empty else cond
+
+    @property
     def clip_layers(self) -> tuple[int, ...]:
         """How many layers each of them has."""
         return (*self.first.clip_layers, *self.second.clip_layers)
@@ -46,8 +58,7 @@ class XLText(SeveralNetworks):
 
         clip_skip leaves out so many layers more, as in diffusers. Raises ConfigError for an impossible one.
         """
-        for part in (self.first, self.second):
-            part.check_skip(clip_skip + 1)
+        self.check_skip(clip_skip)
         return one_by_one(texts, lambda text: self._encode(text, clip_skip + 1))
 
     @torch.no_grad()
