@@ -243,8 +243,19 @@ def require_space(folder: str | Path, needed: int) -> None:
     free = free_space(folder)
     if free < needed:
         raise ResourceError(
-            f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=folder, hint="free some disk space"
+            f"{format_bytes(needed)} are needed, {format_bytes(free)} are free",
+            where=folder,
+            hint="free some disk space",
         )
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes as text: 512 B, 1.23 MB, 33.7 GB. Three digits; a MB is 1,000,000 bytes."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    number, unit = float(size), 0
+    while number >= 999.5 and unit < len(units) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.3g} {units[unit]}" if number < 999.5 else f"{number:.0f} {units[unit]}"
 
 
 def free_space(folder: str | Path) -> int:

@@ -133,7 +133,7 @@ def file_format(name: str) -> str:
 def encode(image: Image.Image, format: str = "png", metadata: Metadata | None = None) -> bytes:
     """The bytes of a png, jpg or webp file, with `metadata` inside where it is given.
 
-    A JPEG holds 64 KB of it: what does not fit is left out, our JSON first, with a warning.
+    A JPEG holds 64 kB of it: what does not fit is left out, our JSON first, with a warning.
     """
     format = file_format(format)
     options: dict[str, Any] = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 92}}[format]
@@ -177,7 +177,7 @@ def _exif_within_limit(metadata: Metadata) -> bytes:
         if len(exif) <= EXIF_LIMIT:
             if kept is not metadata:
                 lost = "the ldm metadata" if kept.parameters else "all metadata"
-                warn(f"a JPEG holds 64 KB of metadata: {lost} is left out; use --format png to keep it")
+                warn(f"a JPEG holds 64 kB of metadata: {lost} is left out; use --format png to keep it")
             return exif
     return b""
 

@@ -19,6 +19,7 @@ from ldm import device as devices
 from ldm.checkpoint.folder import default_folder
 from ldm.data.emoji.sprites import find_font
 from ldm.errors import LdmError, first_line
+from ldm.files import format_bytes
 from ldm.nn.attention import BACKENDS, attention, check_backend
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "pillow")
@@ -148,17 +149,13 @@ def _proc(path: str, mark: str) -> dict[str, str]:
 
 def _memory() -> dict[str, str]:
     total = _proc("/proc/meminfo", ":").get("MemTotal", "0 kB").split()[0]
-    return {"total": _size(int(total) * 1024), "free": _size(devices.free_memory(torch.device("cpu")))}
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return {"total": format_bytes(int(total) * 1024), "free": format_bytes(devices.free_memory(torch.device("cpu")))}
 
 
 def _gpu() -> list[str] | str:
     if torch.cuda.is_available():
         kinds = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return [f"{one.name} ({_size(one.total_memory)}, compute {one.major}.{one.minor})" for one in kinds]
+        return [f"{one.name} ({format_bytes(one.total_memory)}, compute {one.major}.{one.minor})" for one in kinds]
     return "MPS" if torch.backends.mps.is_available() else "none"
 
 
@@ -229,7 +226,7 @@ def _disk() -> dict[str, str]:
         probe = place.expanduser().absolute()
         while not probe.exists():
             probe = probe.parent
-        found[name] = f"{_size(shutil.disk_usage(probe).free)} free"
+        found[name] = f"{format_bytes(shutil.disk_usage(probe).free)} free"
     return found
 
 

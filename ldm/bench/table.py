@@ -12,6 +12,7 @@ from ldm.bench.machine import facts_line
 from ldm.bench.samplers import Comparison
 from ldm.bench.timing import OURS, Timing
 from ldm.errors import ConfigError, one_line
+from ldm.files import format_bytes
 from ldm.report import html_page
 
 FORMAT = 1
@@ -98,4 +99,4 @@ def _cell(result: Timing, side: str) -> str:
     values, ratio = result.seconds[side], result.ratio_to(side)
     found = f"{result.medians[side]:.3f} <small>({min(values):.3f} to {max(values):.3f})</small>"
     found += "" if ratio is None else f"<br><small>ratio {ratio:.2f}</small>"
-    return found + (f"<br><small>{result.memory[side] / 1e9:.2f} GB</small>" if side in result.memory else "")
+    return found + (f"<br><small>{format_bytes(result.memory[side])}</small>" if side in result.memory else "")

@@ -24,6 +24,7 @@ from torch import Tensor
 from ldm import console
 from ldm.device import free_memory, is_out_of_memory
 from ldm.errors import first_line
+from ldm.files import format_bytes
 
 OURS, PEER, COMPILED = "ldm", "diffusers", "diffusers compiled"
 KILLED = "out of memory"
@@ -107,7 +108,7 @@ class Timing:
         for name, values in self.seconds.items():
             line = f"  {name:{width}}  {self.medians[name]:8.3f} s  ({min(values):.3f} to {max(values):.3f}, "
             line += f"{len(values)} times)"
-            line += f"  {self.memory[name] / 1e9:.2f} GB" if name in self.memory else ""
+            line += f"  {format_bytes(self.memory[name])}" if name in self.memory else ""
             ratio = self.ratio_to(name)
             lines.append(line if ratio is None else f"{line}  ratio {ratio:.2f}")
         lines += [f"  {name:{width}}  left out: {why}" for name, why in self.left_out.items()]
@@ -137,7 +138,7 @@ def measure(row: Row, repeats: int, profile: bool = False) -> Timing:
     """
     room = free_memory(torch.device(row.device))
     built = _fitting(row, room)
-    too_large = {name: f"too large: {room / 1e9:.1f} GB are free" for name in row.sides if name not in built}
+    too_large = {name: f"too large: {format_bytes(room)} are free" for name in row.sides if name not in built}
     left_out = {**too_large, **row.left_out}
     memory: dict[str, int] = {}
     with ExitStack() as stack:

@@ -18,6 +18,7 @@ from ldm.data.image_error import ImageError as ImageError
 from ldm.data.image_kinds import kind_of
 from ldm.data.png import PIXELS, avif_codes, use_codes, without_texts
 from ldm.data.to_rgb import to_rgb
+from ldm.files import format_bytes
 from ldm.images import READABLE
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]
         if not size:
             raise ImageError("is empty", "0 bytes", where=where)
         if size > MAX_FILE:
-            raise ImageError("file is too large", f"{size / 1e6:.0f} MB, {MAX_FILE // 10**6} at most", where=where)
+            raise ImageError(
+                "file is too large", f"{format_bytes(size)}, {format_bytes(MAX_FILE)} at most", where=where
+            )
         file.seek(0)
         animated, codes = False, None
         if start.startswith(PNG) and not _is_plain(file, size):
@@ -158,7 +161,7 @@ def scale(image: Image.Image, header: Header, at_least: int | None) -> int:
     decoded = each - 4 if header.format in DECODING else each  # bytes a pixel that stay beside the copies
     needed = kept + image.width * image.height * max(each, decoded + (copied + upright) / factor**2)
     if width * height > MAX_PIXELS or needed > MAX_MEMORY:
-        detail = f"{width}x{height} {header.format} takes {needed / 1e6:.0f} MB, {MAX_MEMORY / 1e6:.0f} at most"
+        detail = f"{width}x{height} {header.format} takes {format_bytes(needed)}, {format_bytes(MAX_MEMORY)} at most"
         if width * height > MAX_PIXELS:
             detail = f"{width}x{height}, {MAX_PIXELS / 1e6:.0f} megapixels at most"
         raise ImageError("is too large an image", detail, hint="make it smaller")

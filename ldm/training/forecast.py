@@ -23,6 +23,7 @@ from ldm.config import build
 from ldm.device import free_memory, is_out_of_memory, pick_device
 from ldm.diffusion.denoiser import training_loss
 from ldm.diffusion.schedule import Schedule
+from ldm.files import format_bytes
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.unet_config import UNetConfig
 from ldm.training.distributed import RowShard
@@ -158,11 +159,11 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     else:
         each, how = measured
     lines += [
-        f"memory: about {peak / 1e9:.3g} GB in fp32 ({room / 1e9:.3g} GB are free), and {parts / 1e9:.2g} GB for the"
+        f"memory: about {format_bytes(peak)} in fp32 ({format_bytes(room)} are free), and {format_bytes(parts)} for the"
         " autoencoder and the text encoder",
         f"speed: {count / each:.3g} images/s with cached latents and texts ({how})",
         f"time: about {timedelta(seconds=round(each * steps))}; scores, sample grids, checkpoints and encoding on top",
-        f"disk: {_short(disk)}B a checkpoint, up to {settings.keep + 2} at a time",
+        f"disk: {format_bytes(disk)} a checkpoint, up to {settings.keep + 2} at a time",
     ]
     return lines
 

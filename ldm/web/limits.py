@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ldm.errors import LdmError
 
-MAX_BODY = 1 << 20  # bytes of a request without images
-MAX_UPLOAD = 20 << 20  # bytes of a request with images
+MAX_BODY = 10**6  # bytes of a request without images
+MAX_UPLOAD = 20 * 10**6  # bytes of a request with images
 MAX_HELD = 160 << 20  # bytes of all bodies that are held at once
 MAX_DRAINED, DRAIN_SECONDS = 64 << 20, 3  # bytes of a refused body that are read and forgotten
 BODY_SECONDS = 60  # to receive a body in

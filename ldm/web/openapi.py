@@ -10,6 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 import ldm
+from ldm.files import format_bytes
 from ldm.pipeline.keywords import ALIASES
 from ldm.web import api, limits, openai, sdapi
 from ldm.web.request import AXES, OFFERED
@@ -82,7 +83,7 @@ OPERATIONS: tuple[tuple[str, str, Any, dict[str, dict] | None], ...] = (
 )
 NOTES = (
     "What a request does not say is the model's own default. Unknown fields are refused with the nearest name.",
-    f"A request holds {limits.MAX_BODY >> 20} MB at most, with images {limits.MAX_UPLOAD >> 20} MB; "
+    f"A request holds {format_bytes(limits.MAX_BODY)} at most, with images {format_bytes(limits.MAX_UPLOAD)}; "
     f"{limits.MAX_QUEUED} jobs may wait. Beyond that the answer is 413 or 429.",
     "Calls of /sdapi and /v1 wait for their images and end with their client; jobs of /api/jobs outlive it. Images of "
     "calls are not kept in the gallery unless they say save_images (A1111) or response_format url (OpenAI).",

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from ldm.files import format_bytes
 from ldm.web.limits import BODY_SECONDS, DRAIN_SECONDS, MAX_BODY, MAX_DRAINED, MAX_HELD, MAX_UPLOAD
 
 UPLOADS = ("/api/jobs", "/api/read", "/sdapi/v1/img2img", "/sdapi/v1/png-info", "/v1/images/edits")
@@ -54,7 +55,7 @@ class Guard:
         length, limit = _content_length(scope), MAX_UPLOAD if scope["path"] in UPLOADS else MAX_BODY
         refusal = self._refusal(scope)
         if refusal is None and length is not None and length > limit:
-            refusal = 413, f"the body is larger than {limit >> 20} MB"
+            refusal = 413, f"the body is larger than {format_bytes(limit)}"
         if refusal is not None:
             if (length or 0) <= MAX_DRAINED:
                 await _drain(receive)

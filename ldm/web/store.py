@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import ResourceError
-from ldm.files import Lock, atomic_write, disk_errors, require_space, sweep
+from ldm.files import Lock, atomic_write, disk_errors, format_bytes, require_space, sweep
 from ldm.web.limits import FREE_BYTES, KEPT_JOBS, Refused
 
 ID = re.compile(r"[0-9a-f]{16}-\d{1,4}")
@@ -71,7 +71,7 @@ class Store:
             raise Refused(507, "the disk is nearly full", hint="free some disk space") from None
         ((used,),) = self._ask("select coalesce(sum(bytes), 0) from images")
         if used > self.max_bytes:
-            raise Refused(507, f"the gallery holds {used / 1e9:.1f} GB", hint="delete images, or raise --max-gb")
+            raise Refused(507, f"the gallery holds {format_bytes(used)}", hint="delete images, or raise --max-gb")
 
     # jobs
 

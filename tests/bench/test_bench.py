@@ -152,10 +152,10 @@ def test_what_differs_fails_or_does_not_fit_is_left_out(in_this_process, tmp_pat
         measure(row(ours=Side(broken), peer=Side(side)), 1)
     monkeypatch.setattr(timing, "free_memory", lambda device: 10e9)
     found = measure(row(ours=Side(side, (), 5e9), peer=Side(side, (), 5e9)), 1)
-    assert list(found.seconds) == [OURS] and found.left_out == {PEER: "too large: 10.0 GB are free"}
+    assert list(found.seconds) == [OURS] and found.left_out == {PEER: "too large: 10 GB are free"}
     found = measure(row(ours=Side(side, (), 10e9), peer=Side(side)), 1)
     assert not found.seconds and list(found.left_out) == [OURS, PEER] and found.ratio is None
-    assert "too large" in found.text() and table._cell(found, OURS) == "<small>too large: 10.0 GB are free</small>"
+    assert "too large" in found.text() and table._cell(found, OURS) == "<small>too large: 10 GB are free</small>"
 
 
 @pytest.mark.parametrize("size, dtype", [("sd15", "fp32"), ("xl", "fp32"), ("sd15", "bf16")])

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -325,7 +326,8 @@ def test_disk_use_is_announced_and_asked_for_before_the_work(data, folder, capsy
     with Cache(folder, "vae", "text") as cache:
         found = data.prepare(cache)
     said = capsys.readouterr().err
-    assert f"cache: 13 captions to prepare, 0.0 MB in {folder} (" in said and "cache: 12 latents to prepare" in said
+    (captions,) = re.findall(rf"cache: 13 captions to prepare, ([\d.]+) kB in {folder} \([\d.]+ GB free\)", said)
+    assert 0 < float(captions) < 1000 and "cache: 12 latents to prepare" in said
 
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=found.bytes // 2))

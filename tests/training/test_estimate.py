@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.files import format_bytes
 from ldm.training.checkpoints import reading, state
 from ldm.training.loop.estimate import estimate
 from ldm.training.loop.step import prepare, take_step
@@ -58,7 +59,7 @@ def test_time_and_memory_are_those_of_the_steps():
     assert found.checkpoint_bytes == 4 * weights
     time, memory, disk = found.lines
     assert "1000 steps" in time and "come on top" in time
-    assert "in this process" in memory and f"{4 * weights / 1e6:.3g} MB a checkpoint, up to 4" in disk
+    assert "in this process" in memory and f"{format_bytes(4 * weights)} a checkpoint, up to 4" in disk
 
 
 def test_a_step_after_an_estimate_is_the_step_without_one():

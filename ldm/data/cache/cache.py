@@ -27,6 +27,7 @@ from ldm.console import StopRequest, progress, say
 from ldm.data.cache.shards import SHARD_BYTES, Shards
 from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, Interrupted, LdmError, NumericsError
+from ldm.files import format_bytes
 
 FORMAT = 2  # of the entries; raised when pixels or latents are computed in another way (2: colours are in sRGB)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -201,7 +202,7 @@ class Cache:
     def _announce(self, what: str, count: int, needed: int) -> None:
         files.require_space(self.folder, needed)
         free = shutil.disk_usage(self.folder).free
-        say(f"cache: {count} {what} to prepare, {_megabytes(needed)} in {self.folder} ({_megabytes(free)} free)")
+        say(f"cache: {count} {what} to prepare, {format_bytes(needed)} in {self.folder} ({format_bytes(free)} free)")
 
     def _put(self, key: str, tensors: Mapping[str, Tensor], where: str) -> None:
         kind = getattr(torch, DTYPES[self.dtype])
@@ -213,7 +214,3 @@ class Cache:
 
 def _key(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size < 1e8 else f"{size / 1e9:.1f} GB"

@@ -22,6 +22,7 @@ from ldm.data.sources.kohya import read_kohya
 from ldm.data.sources.lost import BESIDE
 from ldm.data.sources.source import Counts, Sample, Source
 from ldm.errors import DataError
+from ldm.files import format_bytes
 from ldm.images import SUFFIXES
 
 
@@ -195,7 +196,7 @@ def _take(
     if image.begin + image.size > size:
         counts.skip(where, "is damaged or cut short", "the tar ends before it")
     elif image.size > MAX_FILE:
-        counts.skip(where, "file is too large", f"{image.size / 1e6:.0f} MB")
+        counts.skip(where, "file is too large", format_bytes(image.size))
     else:
         counts.use(f"{shard}/{image.name}", read.texts, read.found)
         index.extend((tar, image.header, image.begin, image.size, *chosen))

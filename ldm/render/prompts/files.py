@@ -1,7 +1,7 @@
 """Prompt files of any tool as a stream of entries: settings that were checked, or an error with its line.
 
 Text (plain, A1111's and kohya's flags, JSON objects; each line by itself), .jsonl, .csv and .tsv are streamed: memory
-does not grow with the file. .json (up to 32 MiB) and .toml (up to 8 MiB, kohya's [prompt] [[prompt.subset]] too) are
+does not grow with the file. .json (up to 32 MB) and .toml (up to 8 MB, kohya's [prompt] [[prompt.subset]] too) are
 read whole. UTF-8; # starts a comment line.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError
+from ldm.files import format_bytes
 from ldm.render.prompts.csv_table import EXCEL, read_csv
 from ldm.render.prompts.entry import Entry, Lines, Prompts, is_blank, is_comment, make_entry, open_file
 from ldm.render.prompts.json_toml import pairs_of_json, pairs_of_value, read_json, read_toml
@@ -32,7 +33,7 @@ FOREIGN = {  # how files begin that are no list of prompts -> (what they are, wh
     "version https://git-lfs": ("a pointer of git-lfs", "run git lfs pull"),
 }
 OBJECT = re.compile(r'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:|\}\s*$)')  # a JSON object, not {a|b}
-MAX_LINE = 4 << 20  # bytes; two texts of 100,000 characters fit, however they are escaped
+MAX_LINE = 4 * 10**6  # bytes; two texts of 100,000 characters fit, however they are escaped
 
 
 def read_entries(
@@ -153,7 +154,7 @@ def _lines(handle: BinaryIO, name: str) -> Lines:
         if len(line) > MAX_LINE and not line.endswith(b"\n"):
             while (rest := handle.readline(1 << 20)) and not rest.endswith(b"\n"):
                 pass
-            yield number, ConfigError(f"the line is longer than {MAX_LINE >> 20} MiB")
+            yield number, ConfigError(f"the line is longer than {format_bytes(MAX_LINE)}")
             continue
         try:
             yield number, line.decode("utf-8").rstrip("\r\n")

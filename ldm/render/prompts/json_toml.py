@@ -1,4 +1,4 @@
-"""JSON in prompt lines, and prompt files that are read whole: .json (up to 32 MiB) and .toml (up to 8 MiB)."""
+"""JSON in prompt lines, and prompt files that are read whole: .json (up to 32 MB) and .toml (up to 8 MB)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldm.errors import ConfigError, LdmError
+from ldm.files import format_bytes
 from ldm.render.prompts.entry import Entry, is_comment, make_entry, open_file
 from ldm.render.prompts.line_parser import pairs_of_text
 from ldm.render.prompts.line_settings import parse_settings
 from ldm.settings_files import distinct, load
 
-MAX_JSON, MAX_TOML = 32 << 20, 8 << 20  # bytes
+MAX_JSON, MAX_TOML = 32 * 10**6, 8 * 10**6  # bytes
 DECODER = json.JSONDecoder(object_pairs_hook=distinct)
 
 
@@ -50,7 +51,9 @@ def read_json(handle: BinaryIO, name: str, base: Path) -> Iterator[Entry]:
     """A list of groups or texts, element by element; or a group with a list of them under `prompts`."""
     data = handle.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
-        raise ConfigError(f"is larger than {MAX_JSON >> 20} MiB", where=name, hint="write .jsonl, which is streamed")
+        raise ConfigError(
+            f"is larger than {format_bytes(MAX_JSON)}", where=name, hint="write .jsonl, which is streamed"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -106,7 +109,9 @@ def read_toml(path: Path, name: str, base: Path) -> Iterator[Entry]:
     with open_file(path) as handle:
         size = os.fstat(handle.fileno()).st_size
     if size > MAX_TOML:
-        raise ConfigError(f"is larger than {MAX_TOML >> 20} MiB", where=path, hint="write .jsonl, which is streamed")
+        raise ConfigError(
+            f"is larger than {format_bytes(MAX_TOML)}", where=path, hint="write .jsonl, which is streamed"
+        )
     value = load(path)
     text = path.read_text(encoding="utf-8-sig")
     heads = re.finditer(r"^[ \t]*\[\[[ \t]*(prompts?|prompt[ \t]*\.[ \t]*subset)[ \t]*\]\]", text, re.MULTILINE)

@@ -19,11 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from ldm.errors import ConfigError, nearest
+from ldm.files import format_bytes
 from ldm.pipeline.keywords import MAX_PROMPT
 
 MAX_DEPTH = 20  # of braces in braces, and of wildcards in wildcards
 MAX_PICKS = 10_000  # in one prompt
-MAX_FILE = 16 << 20  # bytes of a wildcard file
+MAX_FILE = 16 * 10**6  # bytes of a wildcard file
 JOINER = ", "
 
 _TOKEN = re.compile(
@@ -112,7 +113,7 @@ def _options_of(path: Path, name: str) -> list[Option]:
         with path.open("rb") as handle:
             data = handle.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
-            raise ConfigError(f"is larger than {MAX_FILE >> 20} MiB", where=path)
+            raise ConfigError(f"is larger than {format_bytes(MAX_FILE)}", where=path)
         lines = data.decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot be read ({error})", where=path) from None

@@ -17,6 +17,7 @@ from ldm.data.buckets import Batches
 from ldm.data.cache import Cache, CachedSample
 from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
 from ldm.errors import DataError
+from ldm.files import format_bytes
 from ldm.training.data.embedding import embed_rows
 from ldm.training.data.encoded import Embedding, Encoders, Memory, Row, nothing
 from ldm.training.data.images import ImageSet
@@ -164,7 +165,7 @@ class Cached:
             with cache:
                 embed = encoders.embed if texts else None
                 done = cache.prepare(wanted, images.read, encoders.encode, embed, partial(lose, images))
-            say(f"cache: {done.kept} entries found, {done.made} made, {done.bytes / 1e6:.1f} MB in {folder}")
+            say(f"cache: {done.kept} entries found, {done.made} made, {format_bytes(done.bytes)} in {folder}")
             return {id: str(error) for id, error in images.lost.items()}
 
         lost = current().on_first(fill)

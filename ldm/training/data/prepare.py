@@ -30,6 +30,7 @@ from ldm.data.sources.walk import PREPARED
 from ldm.data.transforms import TransformConfig, View, draw, fixed_views, pixels, to_float
 from ldm.device import DTYPES, fast_bf16, pick_device
 from ldm.errors import ConfigError, DataError, Interrupted, LdmError, NumericsError
+from ldm.files import format_bytes
 from ldm.render.jobs.jobs import Shard
 from ldm.training.data.encoded import Encoders
 from ldm.training.data.images import MOST
@@ -145,7 +146,10 @@ class _Preparing:
                 raise
             writer.flush()
         made = len(missing) - len(self.failed)
-        say(f"cache: {kept} images found, {made} made, {len(self.failed)} left out; {_size(writer.written)} written")
+        say(
+            f"cache: {kept} images found, {made} made, {len(self.failed)} left out; "
+            f"{format_bytes(writer.written)} written"
+        )
         return self.out
 
     def _announce(self) -> bool:
@@ -155,20 +159,20 @@ class _Preparing:
         images = count * sum(map(_file_size, tried)) // max(1, len(tried))
         side, width = s.data.resolution // s.vae.factor, self.kind.itemsize
         latents = 2 * count * s.vae.latent_channels * side * side * width
-        lines, needed, embedded = [f"latents take {_size(latents)}"], latents, False
+        lines, needed, embedded = [f"latents take {format_bytes(latents)}"], latents, False
         if s.text is not None and s.embeddings != "no":
             captions = count * sum(max(1, len(sample.captions)) for sample in tried) / max(1, len(tried))
             texts = int(captions * sum(tensor.nbytes for tensor in self._embed([""]).values()))
             embedded = s.embeddings == "yes" or texts <= images
             needed += texts if embedded else 0
-            told = f"embeddings of the captions take {_size(texts)}"
-            without = (
-                f"captions are kept as text: their embeddings would take {_size(texts)}, the images {_size(images)}"
-            )
+            told = f"embeddings of the captions take {format_bytes(texts)}"
+            without = f"captions are kept as text: their embeddings would take {format_bytes(texts)}"
+            without += f", the images {format_bytes(images)}"
             lines.append(told if embedded else without)
         free = files.free_space(self.out)
         say(
-            f"cache: {count} images at {s.data.resolution} px; {'; '.join(lines)}; {_size(free)} are free in {self.out}"
+            f"cache: {count} images at {s.data.resolution} px; {'; '.join(lines)}; "
+            f"{format_bytes(free)} are free in {self.out}"
         )
         there = sum(path.stat().st_size for path in self.out.glob("part-*/*.safetensors"))
         files.require_space(self.out, max(0, needed - there))
@@ -291,7 +295,3 @@ def _file_size(sample: Sample) -> int:
             return file.seek(0, 2)
     except DataError:
         return 0
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ldm.device import keep_memory, pick_device
+from ldm.files import format_bytes
 from ldm.training.checkpoints.state import TrainState, trained_names
 from ldm.training.loop.optimizers import checkpoint_bytes
 from ldm.training.loop.stage import Stage
@@ -66,8 +67,8 @@ def _lines(settings: Settings, device: torch.device, each: float, memory: int, s
     return (
         f"time: about {whole} for {settings.steps} steps of {each:.2g} s (one was tried here, as busy as the machine is"
         " now); scores, sample grids and checkpoints come on top",
-        f"memory: {memory / 1e9:.2f} GB {where} at the peak of that step",
-        f"disk: {size / 1e6:.3g} MB a checkpoint, up to {settings.keep + 2} at a time",
+        f"memory: {format_bytes(memory)} {where} at the peak of that step",
+        f"disk: {format_bytes(size)} a checkpoint, up to {settings.keep + 2} at a time",
     )
 
 
