@@ -1,6 +1,7 @@
 """diffusers' pipelines of SD3 and FLUX at a small width, with random weights, for tests of ours."""
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.test_families_folders import text_encoder
 from tests.checkpoint.test_t5 import encoder as t5_encoder
@@ -110,6 +111,21 @@ def build(kind):
         made = diffusers.StableDiffusion3Pipeline(transformer(kind), scheduler(kind), vae(), *texts)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def inside(file, prefix):
+    """A file's tensors whose names begin like this, without that beginning."""
+    return {key.removeprefix(prefix): tensor for key, tensor in load_file(file).items() if key.startswith(prefix)}
+
+
+def written_apart(whole, folder, root):
+    """(transformer, VAE, [CLIP-L, T5, the tokenizer's folder]) of a single file of FLUX, as people have them."""
+    prefixes = {"flux1-dev": "model.diffusion_model.", "ae": "vae."}
+    prefixes |= {"clip_l": "text_encoders.clip_l.transformer.", "t5xxl_fp16": "text_encoders.t5xxl.transformer."}
+    for name, prefix in prefixes.items():
+        save_file(inside(whole, prefix), root / f"{name}.safetensors")
+    flux, vae, clip, t5 = (root / f"{name}.safetensors" for name in prefixes)
+    return flux, vae, [clip, t5, folder / "tokenizer_2"]
 
 
 def packed(latents):

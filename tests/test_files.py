@@ -10,6 +10,7 @@ import stat
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -391,7 +392,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
 
 
 def test_too_little_space_is_said_before(tmp_path):
-    with pytest.raises(ResourceError, match=r"^.*/new: 1000000000000000 MB are needed, \d+ MB are free; free some"):
+    with pytest.raises(ResourceError, match=r"^.*/new: 1000000000 TB are needed, [\d.]+ [GT]B are free; free some"):
         files.require_space(tmp_path / "new", 10**21)
     files.require_space(tmp_path / "new", 1)
     files.require_writable(tmp_path / "not" / "yet")
@@ -530,3 +531,19 @@ def test_unused_path_counts_on(tmp_path):
     (tmp_path / "a-3.png").symlink_to("nowhere")  # taken, though it leads nowhere
     assert files.unused_path(str(tmp_path), "a", ".png") == tmp_path / "a-4.png"
     assert files.unused_path(tmp_path, "b", "") == tmp_path / "b"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (1234, "1.23 kB"), (999_500, "1 MB"), (33.7e9, "33.7 GB")],
+)
+def test_bytes_are_told_in_decimal_units_with_three_digits(size, text):
+    assert files.format_bytes(size) == text
+
+
+def test_bytes_are_formatted_in_one_place():
+    """No other file of the package divides into units, or writes one behind a number that it computes."""
+    unit, found = re.compile(r"\}\s?[kMGT]i?B\b|1e[69]:[^}]*\}\s?[GM]B"), []
+    for path in Path(files.__file__).parent.rglob("*.py"):
+        found += [f"{path}: {line}" for line in path.read_text().splitlines() if unit.search(line)]
+    assert found == []

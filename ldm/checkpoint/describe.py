@@ -207,10 +207,12 @@ def _hash(root: Path, skip: tuple[str, ...], texts: tuple[Path, ...] = ()) -> st
     """The hash of the loaded model: a file's sha256 (of several files one), or one over all files of a folder that
     loading reads."""
     if is_single(root):
-        files = [one.path for one in single.plan_of(root, "epsilon", skip, strict=False, texts=texts).files]
+        plan = single.plan_of(root, "epsilon", skip, strict=False, texts=texts)
+        files = [one.path for one in plan.files]
         size = sum(path.stat().st_size for path in files)
         with progress(total=size, desc=f"hashing {root.name}", unit="B", disable=size < LARGE) as bar:
-            return single.hash_of_files([sha256(path, bar.update) for path in files])
+            digests = [sha256(path, bar.update) for path in files]
+        return single.hash_of_files([*digests, *single.digests_of_given(plan.tokenizers)])
     layout = layouts.read_layout(root, skip)
     weights = [path for part in layout.weights for path in layout.shards(part)]
     names = [*layout.settings(), *(path.relative_to(root).as_posix() for path in weights)]

@@ -82,7 +82,7 @@ def load_model(
     path, file = resolve(model), vae if isinstance(vae, str | os.PathLike) else None
     override = None if prediction_type is None else check_prediction_type(prediction_type)
     read = _cached if cache else _load
-    other = None if file is None else _resolve_vae(file)
+    other = None if file is None else resolve_vae(file)
     texts = () if text_encoders is None else single.listed_texts(text_encoders)
     loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override, texts), str(model), device)
     return loaded if vae is file else _with_vae(loaded, vae, device, dtype)
@@ -93,6 +93,18 @@ def refuse_texts(text_encoders: Any, where: Any) -> None:
     if text_encoders:
         what = "has text encoders already; others can be given for a single file of SD3 or FLUX"
         raise ModelError(what, where=where, hint="leave --text-encoders out")
+
+
+def addable_parts(model: str | os.PathLike | Model) -> frozenset[str]:
+    """Which keywords of load_model add what a model's file lacks: text_encoders for a single file of SD3 or FLUX, and
+    vae for a file without one. None for folders and loaded models. Raises ModelError."""
+    path = None if isinstance(model, Model) else resolve(model, weights=False)
+    if path is None or not is_single(path):
+        return frozenset()
+    plan = single.plan_of(path, "epsilon", strict=False)
+    texts = {"text_encoders"} if plan.network == "transformer" else set()
+    has_vae = any(destination.part == "vae" for destination in plan.destinations.values())
+    return frozenset(texts if has_vae else {*texts, "vae"})
 
 
 def _in_room(read: Callable[[], Model], name: str, device: torch.device) -> Model:
@@ -156,10 +168,17 @@ def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
         return default_folder()
     if not str(model):
         raise ModelError("the model's name is empty", hint="name a folder, or leave --model out")
-    return snapshot(str(model), weights) if is_hub_id(str(model)) else Path(model).expanduser()
+    if is_hub_id(str(model)):
+        return snapshot(str(model), weights)
+    path = Path(os.path.expanduser(model))
+    try:
+        path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ModelError(f"cannot be a path ({error.strerror})", where=str(model)[:80]) from None
+    return path
 
 
-def _resolve_vae(vae: str | os.PathLike) -> Path:
+def resolve_vae(vae: str | os.PathLike) -> Path:
     """The autoencoder's file, or the folder with its config.json: this folder, or `vae/` in it."""
     folder = resolve(vae)
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
@@ -278,11 +297,21 @@ def load_vae(
     return vae, {f"vae/{name}": digest for name, digest in digests.items()}
 
 
+def load_vae_of(model: Model, vae: str | os.PathLike | None = None, *, device: torch.device, dtype: torch.dtype) -> VAE:
+    """A loaded model's own autoencoder, or `vae` in its place, read from its files in another dtype. Raises ModelError.
+
+    An autoencoder's file without settings gets those of the model's.
+    """
+    path = model.path if vae is None else vae
+    assert path is not None  # a model that is read from files
+    return load_vae(resolve_vae(path), device, dtype, settings_of(model.path).get("vae"))[0]
+
+
 def _with_vae(model: Model, vae: str | Path | VAE, device, dtype) -> Model:
     """A copy of the model with another autoencoder."""
     digests = {"model": model.hash, "vae": "of the caller"}
     if isinstance(vae, str | Path):
-        vae, extra = load_vae(_resolve_vae(vae), device, dtype, settings_of(model.path).get("vae"))
+        vae, extra = load_vae(resolve_vae(vae), device, dtype, settings_of(model.path).get("vae"))
         digests |= extra
     check_fit(model.unet.config, vae.latent_channels, model.text.width, model.path)
     return dataclasses.replace(model, vae=vae, hash=layouts.digest_of(digests))

@@ -80,7 +80,7 @@ class Once(argparse.Action):
 
 def _add(parser: Any, name: str, value: str | None, text: str, **more: Any) -> None:
     """An option with dashes, and the same with underscores, which --help does not show."""
-    several = name in ("validation_prompts", "validation_prompt", "exclude")
+    several = name in ("validation_prompts", "validation_prompt", "exclude", "text_encoders")
     kind = {"nargs": "?", "const": True, "metavar": "false"} if value is None else {"metavar": value, **more}
     shared = {"dest": f"option_{name}", "default": argparse.SUPPRESS, **kind}
     parser.add_argument(f"--{name.replace('_', '-')}", help=text, **shared, **({"action": "append"} if several else {}))

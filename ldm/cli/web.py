@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 
+OWN = ("vae", "text_encoders", "lora", "lora_dir", "port", "listen", "token", "host", "max_gb")
 COMMON = ("device", "dtype", "offload", "attention", "allow_unapplied")
 
 
@@ -36,21 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a .safetensors file or a hub id (the shipped model)",
     )
     add("--vae", metavar="PATH", action="append", default=[], help="a VAE that can be chosen")
+    texts = "what a file of SD3 or FLUX lacks of CLIP and T5; several times"
+    add("--text-encoders", metavar="PATH", action="append", default=[], help=texts)
     add("--lora", metavar="FILE", action="append", default=[], help="a LoRA that can be chosen")
     add("--lora-dir", metavar="FOLDER", help="all LoRAs in it can be chosen, and named by <lora:name:0.8> in prompts")
     add("--allow-unapplied", action="store_true", help="warn of a LoRA's keys that fit nowhere, instead of refusing it")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", metavar="NAME", default="auto", help="auto, fp32, bf16, fp16")
     add("--offload", action="store_true", help="keep parts in main memory, on the GPU only while they work")
-    add("--attention", metavar="NAME", default="auto", help="of the U-Net: auto, sdpa, chunked, xformers")
+    blocks = {"dest": "offload", "action": "store_const", "const": "blocks"}
+    add("--offload-blocks", **blocks, help="the blocks of SD3 and FLUX too, one at a time")
+    add("--attention", metavar="NAME", default="auto", help="of the network: auto, sdpa, chunked, xformers")
 
 
 def run(args: argparse.Namespace) -> int:
     from ldm.web import web
 
-    own = {
-        name: getattr(args, name) for name in ("vae", "lora", "lora_dir", "port", "listen", "token", "host", "max_gb")
-    }
+    own = {name: getattr(args, name) for name in OWN}
     common = {name: getattr(args, name) for name in COMMON}
     web(args.output, model=args.model or "default", open_browser=not args.no_open, debug=args.debug, **own, **common)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from PIL import Image
 from ldm import console
 from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import describe
+from ldm.checkpoint.memory import memory_of, offload_line, weight_shapes
+from ldm.checkpoint.single import listed_texts
 from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
 from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
@@ -88,6 +91,7 @@ class Engine:
             self._attach(controlnet, ip_adapter, image_encoder)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
+        self._told_memory = False
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
         self._encoder: Encoder | None = None  # the one used last
 
@@ -114,8 +118,26 @@ class Engine:
         if isinstance(self.model, Model):
             return self.model
         place, dtype = self.placement.home, dtype or self.dtype
+        if self.placement.offload and not self._told_memory:
+            self._tell_memory(self.model, dtype)
         options = {"prediction_type": self.prediction_type, "text_encoders": self.text_encoders}
         return load_model(self.model, place, dtype, vae=self.vae, **options)
+
+    def _tell_memory(self, model: str | os.PathLike, dtype: torch.dtype) -> None:
+        """Say, before the weights are read, where they will be."""
+        self._told_memory = True
+        memory = memory_of(weight_shapes(model, self.vae, self.text_encoders), dtype.itemsize)
+        console.say(f"memory: weights in {dtype_name(dtype)}, {offload_line(memory, self.placement.offload)}")
+
+    @functools.cached_property
+    def other_parts(self) -> dict[str, Any]:
+        """The files in place of the model's own parts, or of those that it lacks, for the image's metadata.
+
+        Their paths are absolute; what they hold is in the model's hash.
+        """
+        texts = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
+        vae = {} if self.vae is None else {"vae": str(Path(self.vae).resolve())}
+        return {**vae, **({"text_encoders": texts} if texts else {})}
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""
@@ -152,6 +174,8 @@ class Engine:
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
             if self.controlnets is not None or self.ip_adapters is not None:
                 added |= self._metadata_of_attached()
+            if self.vae is not None or self.text_encoders:
+                added |= self.other_parts
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added

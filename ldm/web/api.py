@@ -21,6 +21,7 @@ from ldm.render.replay.a1111_text import read_infotext
 from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
 from ldm.web import limits
+from ldm.web.catalog import Catalog
 from ldm.web.http import Context, answering, client_of, read_json
 from ldm.web.jobs import FINISHED
 from ldm.web.limits import Refused
@@ -236,8 +237,14 @@ def _of_ours(ldm: Mapping[str, Any], context: Context) -> tuple[dict[str, Any], 
         fields["model"] = ldm["model"]
     elif ldm.get("model"):
         notes.append(f"it was drawn by {str(ldm['model'])[:80]}, which is not here")
-    if context.catalog.info(fields.get("model", context.catalog.default)).schedule.is_flow:
+    _add_vae(fields, notes, ldm, context.catalog)
+    model = fields.get("model", context.catalog.default)
+    if context.catalog.info(model).schedule.is_flow:
         fields.pop("spacing", None)
+    if "model" in fields:
+        given = (context.catalog.parts(model).get("text_encoders", ()), _names(ldm.get("text_encoders")))
+        now, then = (", ".join(map(_file_name, names)) or "none beside the model" for names in given)
+        notes += [f"it was drawn with other text encoders: {then}, not {now}"] if then != now else []
     loras = ldm.get("lora") if isinstance(ldm.get("lora"), list) else []
     for lora in loras[: limits.MAX_LORAS]:
         name, weight = (lora.get("name"), lora.get("weight")) if isinstance(lora, Mapping) else (None, None)
@@ -251,6 +258,24 @@ def _of_ours(ldm: Mapping[str, Any], context: Context) -> tuple[dict[str, Any], 
         notes.append("the image that it began at is not in the file")
         fields = {name: value for name, value in fields.items() if name not in ("strength", "outpaint")}
     return fields, notes
+
+
+def _add_vae(fields: dict[str, Any], notes: list[str], ldm: Mapping[str, Any], catalog: Catalog) -> None:
+    """Add the VAE that stood in place of the model's own, or a note."""
+    for file in map(_file_name, _names(ldm.get("vae"))):
+        name = next((name for name in (file, Path(file).stem) if name in catalog.vaes), None)
+        if name is None:
+            notes.append(f"the VAE {file} is not here")
+        else:
+            fields["vae"] = name
+
+
+def _names(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else value[:8] if isinstance(value, list) else []
+
+
+def _file_name(path: Any) -> str:
+    return Path(str(path)).name[:80]
 
 
 def _listed(value: Any) -> Any:

@@ -16,6 +16,8 @@ from ldm.checkpoint import Model
 from ldm.checkpoint.describe import ModelInfo, describe, text_without_weights
 from ldm.checkpoint.lora import read_lora_header
 from ldm.checkpoint.lora.read import FILE
+from ldm.checkpoint.model import addable_parts, refuse_texts
+from ldm.checkpoint.single import listed_texts
 from ldm.diffusion import names
 from ldm.errors import ConfigError, nearest
 from ldm.nn.text import TextEncoder
@@ -32,9 +34,12 @@ class Catalog:
     vaes: Mapping[str, Path] = field(default_factory=dict)
     loras: Mapping[str, Path] = field(default_factory=dict)
     lora_dir: Path | None = None
+    texts: tuple[Path, ...] = ()  # of the single files of SD3 and FLUX
 
     @classmethod
-    def of(cls, models: Sequence[Any], vaes: Sequence[Any], loras: Sequence[Any], lora_dir: Any) -> Catalog:
+    def of(
+        cls, models: Sequence[Any], vaes: Sequence[Any], loras: Sequence[Any], lora_dir: Any, texts: Any = ()
+    ) -> Catalog:
         """From what the command line or `ldm.web` was given. Raises ConfigError and ModelError before any work."""
         folder = None if lora_dir is None else Path(lora_dir).expanduser()
         if folder is not None and not folder.is_dir():
@@ -44,9 +49,12 @@ class Catalog:
             read_lora_header(path)
         if folder is not None:
             paths += [path.parent if path.name == FILE else path for path in sorted(folder.rglob("*.safetensors"))]
-        found = cls(_named(models, "model"), _named(vaes, "vae"), _named(paths, "lora"), folder)
+        named = _named(models, "model"), _named(vaes, "vae"), _named(paths, "lora")
+        found = cls(*named, folder, listed_texts(texts))
         for name in found.models:
             found.info(name)
+        if texts and not any("text_encoders" in found.addable(name) for name in found.models):
+            refuse_texts(texts, ", ".join(found.models))
         return found
 
     def pick(self, kind: str, name: object) -> Any:
@@ -64,7 +72,27 @@ class Catalog:
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a catalogue lives as long as its server
     def info(self, model: str, vae: str | None = None) -> ModelInfo:
         """What is known of a model before its weights are read."""
-        return describe(self.pick("model", model), None if vae is None else self.pick("vae", vae))
+        return describe(self.pick("model", model), **self.parts(model, vae))
+
+    def parts(self, model: str, vae: str | None = None) -> dict[str, Any]:
+        """Pipeline's keywords for parts that are not the model's own: the VAE of this name, and what its file lacks.
+
+        A file without a VAE gets the first one.
+        """
+        parts: dict[str, Any] = {}
+        addable = self.addable(model)
+        if vae is None and "vae" in addable:
+            vae = next(iter(self.vaes), None)
+        if vae is not None:
+            parts["vae"] = self.pick("vae", vae)
+        if self.texts and "text_encoders" in addable:
+            parts["text_encoders"] = self.texts
+        return parts
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def addable(self, model: str) -> frozenset[str]:
+        """The parts that may be given beside a model's file."""
+        return addable_parts(self.pick("model", model))
 
     def text(self, model: str) -> TextEncoder:
         """A model's tokenizer and list of words, without weights."""
@@ -73,7 +101,7 @@ class Catalog:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def _text(self, model: str) -> TextEncoder:
-        return text_without_weights(self.pick("model", model))
+        return text_without_weights(self.pick("model", model), text_encoders=self.parts(model).get("text_encoders"))
 
     def __hash__(self) -> int:
         return id(self)
@@ -90,7 +118,7 @@ class Catalog:
             "name": model,
             "width": side * info.factor,
             "height": side * info.factor,
-            "factor": info.factor,
+            "factor": info.multiple,
             "steps": own.num_inference_steps if own else 25,
             "guidance_scale": card_scale(info),
             "hires_strength": card_hires_strength(info),

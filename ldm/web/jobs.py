@@ -324,11 +324,19 @@ def _next(waiting: list[Job], served: dict[str, float]) -> Job:
 
 
 def without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Metadata as other machines may see it: of LoRAs and images the names of the files alone."""
+    """Metadata as other machines may see it: of LoRAs, parts and images the names of the files alone."""
     shown = dict(metadata)
     if shown.get("lora"):
-        shown["lora"] = [{**one, "path": str(one.get("path", "")).rpartition("/")[2]} for one in shown["lora"]]
+        shown["lora"] = [{**one, "path": _name(one.get("path", ""))} for one in shown["lora"]]
+    if shown.get("vae"):
+        shown["vae"] = _name(shown["vae"])
+    if shown.get("text_encoders"):
+        shown["text_encoders"] = list(map(_name, shown["text_encoders"]))
     return shown
+
+
+def _name(path: Any) -> str:
+    return str(path).rpartition("/")[2]
 
 
 def _data_url(image: Any) -> str:

@@ -163,17 +163,18 @@ class Reader:
         """Load the default model, so that the first image waits for nothing but itself. Raises LdmError."""
         if not self._common.get("offload"):
             where = {name: self._common.get(name, "auto") for name in ("device", "dtype")}
+            default = self.catalog.default
             with LOADING:
-                load_model(self.catalog.pick("model", self.catalog.default), **where)
+                load_model(self.catalog.pick("model", default), **where, **self.catalog.parts(default))
 
     def pipeline_words(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Pipeline's keywords of a request, beside its prompt."""
         pick, words = self.catalog.pick, dict(self._common)
-        words["model"] = pick("model", fields.get("model", self.catalog.default))
+        model = fields.get("model", self.catalog.default)
+        words["model"] = pick("model", model)
+        words |= self.catalog.parts(model, fields.get("vae"))
         words["negative_prompt"] = fields.get("negative_prompt", "")
         words["lora_dir"] = self.catalog.lora_dir
-        if fields.get("vae") is not None:
-            words["vae"] = pick("vae", fields["vae"])
         if fields.get("lora"):
             words["lora"] = [(pick("lora", name), weight) for name, weight in fields["lora"]]
         return words

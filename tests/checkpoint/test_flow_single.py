@@ -23,7 +23,7 @@ from ldm.checkpoint.single.names import Part, destination_of, parts_of
 from ldm.checkpoint.single.plan import _shapes_in_folder
 from ldm.cli import main
 from ldm.errors import ConfigError, ModelError
-from tests.flow_models import KINDS, SIDE, build, build_standard
+from tests.flow_models import KINDS, SIDE, build, build_standard, inside, written_apart
 from tests.nn.make_fixtures import TRANSFORMERS, read
 
 # Names and shapes as they stand in flux1-dev and flux1-schnell (guidance_in is dev's alone), sd3_medium,
@@ -208,10 +208,6 @@ def test_a_folder_becomes_a_file_and_a_folder_again_to_the_bit(models, kind, tmp
     assert info["prediction_type"] == "flow" and "transformer" in info["parts"] and not info["unapplied"]
 
 
-def inside(file, prefix):
-    return {key.removeprefix(prefix): tensor for key, tensor in load_file(file).items() if key.startswith(prefix)}
-
-
 def flux_peer(width):
     """diffusers' conversion for another width than the 3072 that is written in it."""
     text = source_of.getsource(peer.convert_flux_transformer_checkpoint_to_diffusers).replace("3072", str(width))
@@ -253,16 +249,8 @@ def test_files_without_settings_are_read(models, kind, tokenizer):
 def apart(models, tmp_path_factory):
     """FLUX.1-dev in the files that people have: transformer, VAE, both text encoders, and a tokenizer's folder."""
     folder, model, file = models("flux_dev", standard=True)
-    root = tmp_path_factory.mktemp("apart")
-    for name, prefix in {
-        "flux1-dev": "model.diffusion_model.",
-        "ae": "vae.",
-        "clip_l": "text_encoders.clip_l.transformer.",
-        "t5xxl_fp16": "text_encoders.t5xxl.transformer.",
-    }.items():
-        save_file(inside(file, prefix), root / f"{name}.safetensors")
-    texts = [root / "clip_l.safetensors", root / "t5xxl_fp16.safetensors", folder / "tokenizer_2"]
-    return root / "flux1-dev.safetensors", folder / "vae", texts, model
+    file, _, texts = written_apart(file, folder, tmp_path_factory.mktemp("apart"))
+    return file, folder / "vae", texts, model
 
 
 def test_parts_come_from_files_of_their_own(apart, tmp_path, capsys):
@@ -309,8 +297,13 @@ def test_what_is_missing_is_named_in_one_line(apart, models, capsys):
         ([vae], "no text encoder"),
         ([file], "no text encoder"),
         (["nowhere"], "no such text encoder"),
+        (["x" * 5000], "no such text encoder"),
+        ("~nobody-of-this-name/t5", "no such text encoder"),
     ):
         with pytest.raises(ModelError, match=said):
+            load_model(file, "cpu", "fp32", vae=vae, text_encoders=wrong)
+    for wrong in (5, [5], [None], {"a": 1}):
+        with pytest.raises(ConfigError, match="text_encoders: expected paths"):
             load_model(file, "cpu", "fp32", vae=vae, text_encoders=wrong)
     with pytest.raises(ModelError, match="has text encoders already"):
         Pipeline("a cat", folder, device="cpu", text_encoders=[clip])

@@ -145,6 +145,9 @@ def test_bad_pipelines_are_refused_before_weights(name, tiny_folder, no_weights)
 def test_missing_and_foreign_models_are_refused(tmp_path, tiny_folder, no_weights):
     with pytest.raises(ModelError, match="no such model folder"):
         Pipeline("a cat", model=tmp_path / "nothing")
+    for odd, said in (("~nobody-of-this-name/x", "no such model folder"), ("x" * 5000, "cannot be a path")):
+        with pytest.raises(ModelError, match=said):
+            Pipeline("a cat", model=odd)
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(ModelError, match="pickle"):
         Pipeline("a cat", model=tmp_path / "old.ckpt")

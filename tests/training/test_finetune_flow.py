@@ -11,8 +11,8 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from ldm.checkpoint import load_model
-from ldm.checkpoint.folder import read_layout
 from ldm.checkpoint.lora import match_layers, read_lora, target_at, with_loras
+from ldm.checkpoint.memory import weight_shapes
 from ldm.errors import ConfigError, ResourceError
 from ldm.nn.lora import updates_of
 from ldm.training.finetuning import base_model, memory
@@ -213,11 +213,11 @@ def test_the_memory_of_the_weights_is_said_and_checked_before_work(pipes, data, 
     count = sum(p.numel() for p in pipe.transformer.parameters()) + pipe.transformer.pos_embed.pos_embed.numel()
     words = {"train": "full", "resolution": 32, "device": "cpu"}
     settings, _ = resolved(data, tmp_path / "run", folder, **words)
-    found = weight_bytes(settings, read_layout(folder), torch.device("cpu"))
+    found = weight_bytes(settings, weight_shapes(folder), torch.device("cpu"))
     assert found["transformer"] == 20 * count
     assert found["VAE"] == 4 * sum(p.numel() for p in pipe.vae.parameters())
     run(data, tmp_path / "run", folder, steps=1)
     assert "memory: the weights take" in capsys.readouterr().err
     monkeypatch.setattr(memory, "total_memory", lambda _: 1000)
-    with pytest.raises(ResourceError, match=r"the weights need .* GB, and cpu has"):
+    with pytest.raises(ResourceError, match=r"the weights need .* MB, and cpu has 1 kB"):
         run(data, tmp_path / "other", folder, steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from ldm.checkpoint.safety import Header, read_header, read_json, refuse_pickle
 from ldm.checkpoint.single import leftovers
 from ldm.checkpoint.single.flow_settings import for_flow, text_config
 from ldm.checkpoint.single.names import Destination, flow_texts
-from ldm.errors import ModelError
+from ldm.errors import ConfigError, ModelError
 
 KEPT = ("text_model.", "text_projection.", "encoder.", "shared.")  # beginnings of CLIP's and T5's names
 SMALL = 768  # the width of CLIP-L
@@ -51,13 +52,14 @@ class Texts(NamedTuple):
 
 
 def listed_texts(given: Any) -> tuple[Path, ...]:
-    """The paths of `text_encoders=`: one, or several. Raises ModelError for what is not there."""
-    given = () if given is None else (given,) if isinstance(given, (str, Path)) else tuple(given)
-    paths = tuple(Path(one).expanduser() for one in given)
-    for path in paths:
-        if not path.exists():
-            raise ModelError("no such text encoder", where=path, hint="name a file or a folder that is there")
-    return paths
+    """The paths of `text_encoders=`: one, or several. Raises ModelError for what is not there, ConfigError."""
+    listed = [] if given is None else [given] if isinstance(given, str | os.PathLike) else given
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, str | os.PathLike) for one in listed):
+        raise ConfigError(f"expected paths, got {given!r:.80}", where="text_encoders")
+    for one in map(str, listed):
+        if not os.path.exists(os.path.expanduser(one)):  # False for what cannot be a name
+            raise ModelError("no such text encoder", where=one[:80], hint="name a file or a folder that is there")
+    return tuple(Path(os.path.expanduser(one)) for one in listed)
 
 
 def with_texts(configs: Mapping[str, Any], given: Sequence[Path], flux: bool) -> Texts:

@@ -17,7 +17,8 @@ from ldm.checkpoint.single.flow_settings import flow_configs
 from ldm.checkpoint.single.header import stored_settings
 from ldm.checkpoint.single.names import FLUX_VAE, UNET, VAE, Destination, Part, destination_of, vae_part
 from ldm.checkpoint.single.plan import Plan, clips_of, fp8_kinds, group_of, named, network_of, pooled_width
-from ldm.checkpoint.single.tokenizers import clips, unpack
+from ldm.checkpoint.single.tokenizers import clips, digests_of_given, unpack
+from ldm.checkpoint.single.vae_sizes import vae_sizes
 from ldm.checkpoint.types import Model
 from ldm.console import progress, say
 from ldm.device import dtype_name
@@ -133,7 +134,7 @@ def _read(
         for key, destination in destinations.items():
             state = states.setdefault(destination.part, {})
             state |= zip(destination.names, pieces(tensors.pop(key), destination))
-    return _with_projection(plan, states), hash_of_files(digests)
+    return _with_projection(plan, states), hash_of_files([*digests, *digests_of_given(plan.tokenizers)])
 
 
 def hash_of_files(digests: Sequence[str]) -> str:
@@ -158,7 +159,7 @@ def read_vae(
     """(the autoencoder in a file, the file's sha256). The file holds a whole model or an autoencoder alone.
 
     An autoencoder alone may have its original names or diffusers'. They do not tell the scale of its latents, so it
-    gets the settings `like`: those of the model that it is for. Raises ModelError.
+    gets the settings `like`, those of the model that it is for, in its own size. Raises ModelError.
     """
     from ldm.nn.vae import VAE as Autoencoder
 
@@ -172,7 +173,7 @@ def read_vae(
         flow = flow_configs(shapes, path)
         config = family_of(shapes, path).vae if flow is None else flow["vae"]
     elif like is not None:
-        config = like
+        config = _of_size(like, {key.removeprefix(prefix): one.shape for key, one in header.tensors.items()}, path)
     else:
         raise ModelError("is an autoencoder without settings", where=path, hint="give its folder, with config.json")
     diffusers_names = any(key.startswith(f"{prefix}decoder.up_blocks.") for key in header.tensors)
@@ -189,6 +190,16 @@ def read_vae(
         vae = Autoencoder.from_state(config, state, "the VAE")
     vae.module.requires_grad_(False)
     return vae, digest
+
+
+def _of_size(like: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> Mapping[str, Any]:
+    """`like`, with the sizes that the tensors tell where these are others."""
+    try:
+        sizes = vae_sizes(shapes, path)
+    except ModelError:  # of a width that does not tell its groups: loading compares it with `like`
+        return like
+    same = all(list(like.get(name, ())) == sizes[name] for name in ("block_out_channels", "down_block_types"))
+    return like if same else {**like, **sizes}
 
 
 def _check_vae_keys(unknown: Sequence[str], prefix: str, path: Path) -> None:
@@ -209,6 +220,13 @@ def vae_facts(path: Path) -> dict[str, Any]:
     if first is None or len(first.shape) != 4 or not levels:
         raise ModelError("holds no whole autoencoder", where=path)
     return {"latent_channels": first.shape[1], "block_out_channels": (0,) * len(levels)}
+
+
+def vae_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of an autoencoder's tensors in a file. Raises ModelError where there is none."""
+    header = read_header(path)
+    prefix = vae_prefix(header, path)
+    return {key: tensor.shape for key, tensor in header.tensors.items() if key.startswith(prefix)}
 
 
 def vae_prefix(header: Header, path: Path) -> str:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoint.build import clip_tokenizer as of_folder
 from ldm.checkpoint.save import write_tokenizer_json
 from ldm.checkpoint.vocabulary import END, LENGTH, START, clip_tokenizer, is_clips
+from ldm.files import sha256
 
 if TYPE_CHECKING:
     from ldm.nn.text import ClipText, T5Text
 
+TABLES = ("tokenizer.json", "vocab.json", "merges.txt")  # a folder has the first, or CLIP's older two
 KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -43,6 +45,12 @@ def clips(stored: Mapping[str, Any], files: Path) -> Any:
         return clip_tokenizer(stored["pad_token"], stored.get("model_max_length", LENGTH))
 
     return of_folder(unpack(stored, files))
+
+
+def digests_of_given(tokenizers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """sha256 of the tokenizers that are not in the model's file, but in folders: part of the model's hash."""
+    folders = [Path(stored["folder"]) for _, stored in sorted(tokenizers.items()) if "folder" in stored]
+    return [sha256(folder / name) for folder in folders for name in TABLES if (folder / name).is_file()]
 
 
 def unpack(stored: Mapping[str, Any], files: Path) -> Path:

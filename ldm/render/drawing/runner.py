@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm import console
+from ldm.checkpoint.model import addable_parts
 from ldm.device import check_dtype
 from ldm.errors import ConfigError, Interrupted, ResourceError
 from ldm.pipeline.checks import check_int
@@ -135,7 +136,7 @@ def render(
         "ray": ray,
     }
     entries = _prompts(prompts, sources, changes, settings.get("model"))
-    resolver, defaults = _resolver(settings, entries.dtype)
+    resolver, defaults = _resolver(settings, entries.dtype, bool(sources))
     entries = gridded(entries, axes, checked["seed"]) if axes else entries
     run = Run(prompts=entries, defaults=defaults, resolver=resolver, **checked)
     if dry_run:
@@ -167,10 +168,13 @@ def _prompts(prompts: Any, sources: Any, changes: Sequence[str], model: Any = No
     return replayed(sources, changes, model or "default") if sources else open_prompts(prompts)
 
 
-def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolver, dict[str, Any]]:
+def _resolver(
+    settings: Mapping[str, Any], dtype: str = "auto", replayed: bool = False
+) -> tuple[Resolver, dict[str, Any]]:
     """(who resolves lines, the settings of lines that leave them out), from Pipeline's and generate's keywords.
 
-    `dtype` is used where they have none. Raises ConfigError for what no line could be drawn with.
+    `dtype` is used where they have none. Raises ConfigError for what no line could be drawn with; the parts that a
+    model's file lacks may be said by the images that are drawn again (`replayed`).
     """
     given = {ALIASES.get(word, word): value for word, value in settings.items() if value is not None}
     of_run = {name: given.pop(name) for name in OF_RUN if name in given}
@@ -186,6 +190,8 @@ def _resolver(settings: Mapping[str, Any], dtype: str = "auto") -> tuple[Resolve
     defaults = parse_settings([(name, value) for name, value in given.items() if name not in as_given], Path())
     defaults |= {name: _plain(given[name]) for name in as_given}
     resolver = Resolver(**of_run)
+    if replayed and addable_parts(defaults.get("model", "default")) - defaults.keys():
+        return resolver, defaults
     resolver.model(defaults)  # with its ControlNets and IP-Adapters
     left = {"num_images", *(word for image, words in SHOWN_TO.items() if image not in defaults for word in words)}
     resolver({**{name: value for name, value in defaults.items() if name not in left}, "prompt": "", "seed": 0})

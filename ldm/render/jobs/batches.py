@@ -17,6 +17,7 @@ from ldm.render.prompts.setting_table import IMAGE, of_scope
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
 VARY = of_scope(IMAGE)  # settings that may differ inside a batch
+LOADED = ("model", "vae", "text_encoders", "dtype", "controlnet", "ip_adapter", "image_encoder")
 MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # images in a batch
 TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
 SPARE = 0.7  # of the free memory that is planned with
@@ -25,7 +26,7 @@ SPARE = 0.7  # of the free memory that is planned with
 class Group(NamedTuple):
     """What a job has in common with those that it can share a batch with."""
 
-    model: str
+    model: str  # with the parts that replace its own
     lora: str
     shared: bytes
     guided: bool  # steps without guidance cost half
@@ -34,7 +35,8 @@ class Group(NamedTuple):
     def of(cls, settings: Mapping[str, Any]) -> Group:
         shared = {name: value for name, value in settings.items() if name not in VARY}
         guided = settings.get("true_cfg_scale", settings["guidance_scale"]) > 1
-        return cls(settings["model"], str(settings.get("lora", "")), canonical(shared), guided)
+        model = canonical({name: settings[name] for name in LOADED if name in settings}).decode()
+        return cls(model, str(settings.get("lora", "")), canonical(shared), guided)
 
     @property
     def weights(self) -> tuple[str, str]:

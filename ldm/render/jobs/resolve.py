@@ -38,8 +38,7 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, prediction_type, text_encoders, allow_unapplied,
-              dora_scaling
+    engine    Engine's other keywords: device, offload, attention, prediction_type, allow_unapplied, dora_scaling
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
     machine. Raises LdmError for what cannot be drawn.
@@ -89,6 +88,8 @@ class Resolver:
         hashes: dict[str, Any] = {"model": info.hash, **digests, **engine.hashes_of_attached()}
         if "vae" in shared:
             hashes["vae"] = self._hash(shared["vae"])
+        if "text_encoders" in shared:
+            hashes["text_encoders"] = "in the model's"
         if adapters:
             self._check_fit(engine, adapters)
             settings["lora"] = [adapter.as_list() for adapter in adapters]
@@ -101,17 +102,24 @@ class Resolver:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
         key += (listed(settings.get("controlnet")), listed(settings.get("ip_adapter")))
-        key += (settings.get("image_encoder"),)
+        key += (settings.get("image_encoder"), tuple(settings.get("text_encoders") or ()))
         return _once(self._models, key, lambda: self._engine(*key))
 
     def _engine(
-        self, model: str, vae: str | None, dtype: str, controlnet: tuple, ip_adapter: tuple, image_encoder: str | None
+        self,
+        model: str,
+        vae: str | None,
+        dtype: str,
+        controlnet: tuple,
+        ip_adapter: tuple,
+        image_encoder: str | None,
+        texts: tuple[str, ...],
     ) -> tuple[Engine, ModelInfo]:
         options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
-        options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder}
+        options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder, "text_encoders": texts or None}
         if self._loaded is not None and model == self._default:
             return Engine(self._loaded, **options), describe(self._loaded)
-        prediction_type, texts = self._options.get("prediction_type"), self._options.get("text_encoders")
+        prediction_type = self._options.get("prediction_type")
         return Engine(model, **options), describe(model, vae, prediction_type, hashed=True, text_encoders=texts)
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:
@@ -167,6 +175,8 @@ class Resolver:
             engine.controlnets.check(settings)
         self._warn(size_warnings(settings, info))
         of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
+        if given.get("text_encoders"):
+            of_model["text_encoders"] = list(given["text_encoders"])
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)
         if controls is not None:

@@ -19,7 +19,7 @@ from ldm.render.prompts.setting_table import SETTINGS
 from ldm.render.prompts.words import ANY, FILE_WORDS, REFUSED
 
 ADDED = ("lora", "controlnet", "control_image", "controlnet_conditioning_scale")  # of which a line may have several
-ADDED += ("ip_adapter", "ip_adapter_image", "ip_adapter_scale", "ip_adapter_mask")
+ADDED += ("ip_adapter", "ip_adapter_image", "ip_adapter_scale", "ip_adapter_mask", "text_encoders")
 PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 PARSED = {name for name, setting in SETTINGS.items() if setting.parser is not None}
 WORDS: dict[str, str] = {word: name for word, name in ALIASES.items() if name in PARSED and word not in PYTHON_ONLY}

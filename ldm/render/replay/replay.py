@@ -231,7 +231,10 @@ def _add(settings: dict[str, Any], notes: list[str], name: str, value: Any, fold
     elif SETTINGS[name].parser is None or name in DIGESTS or name in GUIDANCE_WORDS:
         settings[name] = tuple(value) if isinstance(value, list) else value
     else:
-        settings |= parse_settings([(name, _as_in_lines(name, value))], folder)
+        try:
+            settings |= parse_settings([(name, _as_in_lines(name, value))], folder)
+        except ConfigError as error:
+            raise ConfigError(error.what, where=error.where, hint=error.hint or f"--set {name}=…") from None
 
 
 def _flat(value: Any) -> list[Any]:
@@ -303,6 +306,10 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
         was, now = (_hashes(values.get(name)) for values in (source, metadata))
         if was and now and was != now:
             lines.append(f"{name} is another file than the one that was drawn with: it will differ")
+    was, now = (values.get("schedule") for values in (source, metadata))
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        other = [name for name in was if name in now and was[name] != now[name] and not name.startswith("_")]
+        lines += [f"{name} was {was[name]!r:.80}, is {now[name]!r:.80}: it will differ" for name in other]
     for name in OF_THE_MACHINE:
         old, new = (values.get(name) for values in (source, metadata))
         if name == "versions":

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.describe import describe
+from ldm.checkpoint.describe import ModelInfo, describe
 from ldm.checkpoint.lora import networks
-from ldm.checkpoint.parts import find_vae
+from ldm.checkpoint.model import load_vae_of
 from ldm.config import require
 from ldm.device import half_dtype
 from ldm.diffusion.schedule import Schedule
@@ -36,14 +36,13 @@ def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
     whatever the device (unless a prior is drawn with it first): the network goes from there in shards.
     """
     s = settings
-    asked = None if s.prediction_type == "flow" else s.prediction_type
     there = torch.device("cpu") if current().sharded and not s.prior_images else device
     frozen = frozen_dtype(s, device)
-    large = frozen != torch.float32 and describe(s.model, s.vae).transformer is not None
+    large = frozen != torch.float32 and describe_base(s).transformer is not None
     first = frozen if large else torch.float32
-    model = load_model(s.model, there, first, s.vae, cache=False, prediction_type=asked)
+    model = read_base(s, there, first)
     if large:
-        model.vae = find_vae(s.vae or s.model).load().to(there)
+        model.vae = load_vae_of(model, s.vae, device=there, dtype=torch.float32)
     model.unet.to(frozen)
     have, need = model.unet.config.in_channels, model.vae.latent_channels
     if have != need:
@@ -52,6 +51,24 @@ def load_base(settings: FinetuneSettings, device: torch.device) -> Model:
     if s.text_encoder:
         require_clip(model.text)
     return model
+
+
+def describe_base(settings: FinetuneSettings, prediction_type: str | None = None) -> ModelInfo:
+    """What is known of the settings' model without its weights, with this prediction type in place of its own."""
+    s = settings
+    return describe(s.model, s.vae, prediction_type, text_encoders=s.text_encoders)
+
+
+def read_base(settings: FinetuneSettings, device: torch.device, dtype: torch.dtype) -> Model:
+    """The settings' model, apart from all others that are loaded."""
+    s = settings
+    asked, texts = asked_prediction(s), s.text_encoders
+    return load_model(s.model, device, dtype, s.vae, cache=False, prediction_type=asked, text_encoders=texts)
+
+
+def asked_prediction(settings: FinetuneSettings) -> str | None:
+    """The prediction type that the model is read with; None: its own, as where it is to learn to predict the flow."""
+    return None if settings.prediction_type == "flow" else settings.prediction_type
 
 
 def frozen_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:

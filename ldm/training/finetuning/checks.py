@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from ldm.checkpoint.describe import describe
 from ldm.checkpoint.lora import target_at
 from ldm.device import pick_device
 from ldm.diffusion import names
@@ -13,7 +12,7 @@ from ldm.errors import ConfigError, ModelError
 from ldm.files import require_place
 from ldm.nn.attention import check_backend
 from ldm.training.data import ImageSet
-from ldm.training.finetuning.base_model import chosen_layers, schedule_for
+from ldm.training.finetuning.base_model import asked_prediction, chosen_layers, describe_base, schedule_for
 from ldm.training.finetuning.continued import check_init
 from ldm.training.finetuning.controlnet import check_controlnet
 from ldm.training.finetuning.memory import check_memory
@@ -27,8 +26,8 @@ def check_finetune(s: FinetuneSettings) -> None:
     check_backend(s.attention)
     if s.sampler is not None:
         names.resolve(s.sampler)
-    prediction_type = None if s.prediction_type == "flow" else s.prediction_type
-    info = describe(s.model, s.vae, prediction_type)
+    prediction_type = asked_prediction(s)
+    info = describe_base(s, prediction_type)
     if (takes := info.unet.in_channels) != (gives := info.unet.out_channels):
         what = f"its network takes {takes} channels, and gives {gives}: an inpainting model, perhaps"
         raise ModelError(what, where=s.model, hint="fine-tune a text-to-image model")
@@ -38,14 +37,14 @@ def check_finetune(s: FinetuneSettings) -> None:
     schedule_for(s, info.schedule)
     if prediction_type is not None and s.train != "full":
         with suppress(ModelError):  # a single file that does not tell its own
-            schedule_for(s, describe(s.model, s.vae).schedule)
+            schedule_for(s, describe_base(s).schedule)
     if s.text_encoder and (info.transformer or not info.clip_layers):
         has = "is a flow transformer, whose text encoders stay as they are" if info.transformer else "has T5"
         raise ConfigError(f"is for CLIP alone, and this model {has}", where="text_encoder", hint="leave it out")
     if s.train == "control":
         check_controlnet(s, info)
         return
-    target = target_at(s.model, prediction_type)
+    target = target_at(s.model, prediction_type, s.text_encoders)
     if s.init is not None:
         check_init(s, target)
     elif s.train != "full" and target is not None:

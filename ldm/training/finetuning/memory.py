@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 
-from ldm.checkpoint.folder import Layout, read_layout
-from ldm.checkpoint.safety import read_header
+from ldm.checkpoint.folder import is_hub_id
+from ldm.checkpoint.memory import Shapes, weight_shapes
 from ldm.console import say
 from ldm.device import total_memory
 from ldm.errors import ResourceError
+from ldm.files import format_bytes
 from ldm.training.finetuning.base_model import chosen_layers, frozen_dtype
 from ldm.training.settings import FinetuneSettings
 
@@ -19,26 +20,25 @@ TRAINED = 20  # bytes of each number that is trained: itself, gradient, average 
 
 
 def check_memory(settings: FinetuneSettings, device: torch.device) -> None:
-    """Say what the weights need, where the model is a folder; raise ResourceError where the device has less.
+    """Say what the weights need, where they are on this machine; raise ResourceError where the device has less.
 
     Activations come on top. All blocks stay on the device in training: none is lent, as in drawing.
     """
-    folder = Path(settings.model).expanduser()
-    if not folder.is_dir():
+    if is_hub_id(settings.model):
         return
-    parts = weight_bytes(settings, read_layout(folder, ("vae",) if settings.vae else ()), device)
+    shapes = weight_shapes(settings.model, settings.vae, settings.text_encoders)
+    parts = weight_bytes(settings, shapes, device)
     total = sum(parts.values())
-    listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())
-    say(f"memory: the weights take {total / 1e9:.3g} GB on {device.type} ({listed}); activations come on top")
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    say(f"memory: the weights take {format_bytes(total)} on {device.type} ({listed}); activations come on top")
     if total > (there := total_memory(device)):
-        what = f"the weights need {total / 1e9:.3g} GB, and {device.type} has {there / 1e9:.3g} GB"
+        what = f"the weights need {format_bytes(total)}, and {device.type} has {format_bytes(there)}"
         hint = "train a LoRA, or shard over several GPUs with FSDP2" if settings.train == "full" else None
         raise ResourceError(what, where=settings.model, hint=hint or "shard over several GPUs with FSDP2")
 
 
-def weight_bytes(settings: FinetuneSettings, layout: Layout, device: torch.device) -> dict[str, int]:
+def weight_bytes(settings: FinetuneSettings, shapes: Mapping[str, Shapes], device: torch.device) -> dict[str, int]:
     """Part -> bytes on the device. What is trained takes its gradient, average and moments too."""
-    shapes = {part: _shapes(layout, part) for part in layout.weights}
     counts = {part: sum(map(math.prod, tensors.values())) for part, tensors in shapes.items()}
     each = frozen_dtype(settings, device).itemsize
     found = {"transformer": counts["transformer"] * (TRAINED if settings.train == "full" else each)}
@@ -51,7 +51,3 @@ def weight_bytes(settings: FinetuneSettings, layout: Layout, device: torch.devic
         sides = sum(layers[name][0] + math.prod(layers[name][1:]) for name in chosen)
         found["updates"] = settings.lora_rank * sides * TRAINED
     return found
-
-
-def _shapes(layout: Layout, part: str) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for path in layout.shards(part) for name, tensor in read_header(path).tensors.items()}

@@ -132,7 +132,8 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
     names = ("model", "vae", "init", "device", "prediction_type")
     model, vae, init, device, prediction_type = (text_of(given, name) for name in names)
     device = pick_device(device or "auto")
-    info = describe(model or "default", vae, None if prediction_type == "flow" else prediction_type)
+    asked = None if prediction_type == "flow" else prediction_type
+    info = describe(model or "default", vae, asked, text_encoders=given.get("text_encoders"))
     transformer = info.transformer
     return Facts(
         width=transformer.width if transformer else info.unet.block_out_channels[0],
@@ -202,9 +203,9 @@ def command(settings: Mapping[str, Any], out: str | Path) -> str:
             continue  # as where it is not given
         if key in LORA_ONLY and _is_whole(settings):
             continue
-        if key == "validation_prompts":
-            for prompt in value:
-                parts += _with_value(option, str(prompt))
+        if key in ("validation_prompts", "text_encoders"):
+            for text in value:
+                parts += _with_value(option, str(text))
         elif names.get(key) in SWITCHES:
             parts += [option] if value is True else [f"{key}={_shown(value)}"]
         elif option:

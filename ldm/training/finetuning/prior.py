@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm import files
-from ldm.checkpoint import Model, load_model
+from ldm.checkpoint import Model
 from ldm.console import hushed, progress, say
 from ldm.data.emoji import SceneConfig, Scenes
 from ldm.device import pick_dtype
@@ -20,6 +20,7 @@ from ldm.pipeline import Pipeline
 from ldm.prompts import parse
 from ldm.training.data import ImageSet, read_images
 from ldm.training.distributed import current
+from ldm.training.finetuning.base_model import read_base
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
@@ -96,8 +97,7 @@ def _in_drawing_dtype(settings: FinetuneSettings, model: Model) -> Model:
     dtype = pick_dtype("auto", model.device)
     if dtype == torch.float32:
         return dataclasses.replace(model, unet=clone_shared_weights(model.unet))
-    asked = None if settings.prediction_type == "flow" else settings.prediction_type
-    return load_model(settings.model, model.device, dtype, settings.vae, cache=False, prediction_type=asked)
+    return read_base(settings, model.device, dtype)
 
 
 def _prompts(settings: FinetuneSettings) -> list[str]:

@@ -41,6 +41,7 @@ class FinetuneSettings(Settings):
     data: FinetuneData = field(default_factory=FinetuneData)
     model: str = "default"  # "default", a diffusers folder, a single file, a hub id
     vae: str | None = None  # another autoencoder's folder or file
+    text_encoders: tuple[str, ...] = ()  # what a single file of SD3 or FLUX lacks of CLIP and T5: files, folders
     init: str | None = None  # a LoRA or DoRA to continue; its ranks, alphas and layers are used
     train: Literal["lora", "dora", "full", "control"] = "lora"  # full: every weight of the U-Net
     control: str | None = None  # train=control: what a ControlNet sees, a kind of ldm.control or a folder of images

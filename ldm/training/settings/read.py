@@ -26,7 +26,17 @@ FREE |= {"gradient_checkpointing", "report_to", "save_every", "validate_every", 
 FREE |= {"attention", "validation_prompts", "samples", "sampler", "sample_steps", "guidance_scale"}  # of fine-tuning
 FREE |= {"export", "save_dtype", "name"}
 FREE_DATA = {"cache", "max_bad", "workers"}  # the same, within `data`
-PATHS = {"model", "vae", "text", "text_2", "init", "prior", "control", "control_init"}  # equal if at one place
+PATHS = {
+    "model",
+    "vae",
+    "text",
+    "text_2",
+    "init",
+    "prior",
+    "control",
+    "control_init",
+    "text_encoders",
+}  # equal if at one place
 
 
 def packaged_configs() -> Path:
@@ -73,6 +83,8 @@ def changed(old: dict[str, Any], new: Settings) -> dict[str, tuple[Any, Any]]:
 
 
 def _same_place(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same_place, one, other))
     return isinstance(one, str) and isinstance(other, str) and os.path.realpath(one) == os.path.realpath(other)
 
 

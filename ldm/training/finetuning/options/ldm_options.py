@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, tuple[str | None, str]]] = {
     "what is trained": {
         "model": ("MODEL", "a diffusers folder, a .safetensors file or a hub id (the shipped model)"),
         "vae": ("PATH", "another VAE's folder or file"),
+        "text_encoders": ("PATH", "what a file of SD3 or FLUX lacks of CLIP and T5; several times"),
         "train": ("KIND", "lora, dora or full: the whole network (lora)"),
         "lora_rank": ("N", "(16)"),
         "lora_alpha": ("X", "the update is scaled by alpha / rank (the rank)"),
@@ -113,6 +114,7 @@ TEXTS += (
     "exclude",
     "control",
     "control_init",
+    "text_encoders",
 )  # never read as numbers
 PATHS = ("model", "vae", "init", "prior", "cache", "prompts_file", "name", "data", "folder", "control")
-PATHS += ("control_init",)
+PATHS += ("control_init", "text_encoders")

@@ -69,14 +69,16 @@ def _trackers(value: Any, name: str) -> Any:
     return [] if value in ("none", "") else _parts(value, name)
 
 
-def _prompts(value: Any, name: str) -> Any:
-    return [value] if isinstance(value, str) else value
+def _several(value: Any, name: str) -> Any:
+    items = [value] if isinstance(value, str) else value
+    return [str(one) if isinstance(one, Path) else one for one in items] if isinstance(items, list | tuple) else items
 
 
 # By the name of the option: its value, which is no number or switch, in the form that the settings have.
 READERS: dict[str, Callable[[Any, str], Any]] = {
     "prompts_file": _read_prompts,
-    "validation_prompts": _prompts,
+    "validation_prompts": _several,
+    "text_encoders": _several,
     "report_to": _trackers,
     "targets": _parts,
     "exclude": _patterns,
