@@ -116,6 +116,11 @@ class TextParts:
         return self.encoders[1].projected if len(self.encoders) > 1 else None
 
     @property
+    def tokens(self) -> int:
+        """How many tokens every text is padded or cut to. Raises ModelError as `check` does."""
+        return self._built(False, {}).max_length
+
+    @property
     def files(self) -> list[Path]:
         """Every file that loading reads."""
         return [path for encoder in self.encoders for path in encoder.files]

@@ -36,7 +36,7 @@ from ldm.training.stages.common import timesteps_at
 
 SECONDS = 60.0  # that two tried steps may take
 SHARE = 0.6  # of the free memory that a tried step may take: others use the machine too
-TOKENS = 77  # of a caption
+TOKENS = 77  # of a caption, for CLIP
 
 
 Config = UNetConfig | MMDiTConfig
@@ -53,9 +53,11 @@ class TrialBatch(NamedTuple):
 class Trial:
     """The network of the settings on random rows: as the stage, without its parts and its data."""
 
-    def __init__(self, settings: UNetSettings, config: Config, count: int, device: torch.device):
+    def __init__(
+        self, settings: UNetSettings, config: Config, count: int, device: torch.device, tokens: int = TOKENS
+    ):
         self.schedule = build(Schedule, settings.schedule, "schedule")
-        self.config, self.count, self.device = config, count, device
+        self.config, self.count, self.device, self.tokens = config, count, device, tokens
         with torch.random.fork_rng(devices=[]):
             self.module = new_network(config)
 
@@ -67,9 +69,8 @@ class Trial:
 
         while True:
             c, side = self.config, self.config.sample_size or 0
-            yield TrialBatch(
-                normal(self.count, c.in_channels, side, side), inputs_of(c, normal, self.count), RowShard(self.count)
-            )
+            inputs = inputs_of(c, normal, self.count, self.tokens)
+            yield TrialBatch(normal(self.count, c.in_channels, side, side), inputs, RowShard(self.count))
 
     def loss(self, batch: TrialBatch, step: int, micro: int) -> Tensor:
         x0 = batch.latents
@@ -92,19 +93,20 @@ class Trial:
         return folder
 
 
-def inputs_of(config: Config, normal: Callable[..., Tensor], count: int) -> dict[str, Tensor]:
+def inputs_of(config: Config, normal: Callable[..., Tensor], count: int, tokens: int) -> dict[str, Tensor]:
     """Random texts, for XL and transformers pooled ones, for XL sizes, as keywords of the network."""
-    inputs = {"states": normal(count, TOKENS, config.text_width)}
+    inputs = {"states": normal(count, tokens, config.text_width)}
     if config.pooled_width is not None:
         inputs["pooled"] = normal(count, config.pooled_width)
     return inputs | ({"time_ids": normal(count, 6)} if config.takes_sizes else {})
 
 
-def costs(config: Config, checkpointing: bool) -> tuple[int, int, int]:
+def costs(config: Config, checkpointing: bool, tokens: int = TOKENS) -> tuple[int, int, int]:
     """(parameters, FLOPs of a training step, bytes that its backward pass keeps) of one image, on no device.
 
     FLOPs are those of convolutions, matrix products and attention: forward once (twice with gradient checkpointing),
-    and twice that for the backward pass. Bytes are fp32 and without gradient checkpointing.
+    and twice that for the backward pass; not those of the optimizer. `tokens` is the length of a text. Bytes are fp32
+    and without gradient checkpointing.
     """
     with torch.device("meta"):
         unet, side = new_network(config), config.sample_size or 0
@@ -112,7 +114,7 @@ def costs(config: Config, checkpointing: bool) -> tuple[int, int, int]:
         def normal(*shape: int) -> Tensor:
             return torch.empty(shape)
 
-        inputs = inputs_of(config, normal, 1)
+        inputs = inputs_of(config, normal, 1, tokens)
         x, timesteps, states = normal(1, config.in_channels, side, side), normal(1), inputs.pop("states")
     weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     kept: dict[int, int] = {}
@@ -137,7 +139,8 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     vae, text = vae_part(settings), text_parts(settings)
     config = network_config(settings, vae, text)
     device = pick_device(settings.device)
-    parameters, flops, kept = costs(config, settings.gradient_checkpointing)
+    tokens = text.tokens
+    parameters, flops, kept = costs(config, settings.gradient_checkpointing, tokens)
     with torch.device("meta"):
         disk = checkpoint_bytes(settings, new_network(config))
     state = disk + 4 * parameters  # weights, their average, moments; and gradients
@@ -152,7 +155,8 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
     room, peak = _room(device), state + activations
     rate = _speed(settings, device)
     fits = state + kept < SHARE * room
-    measured = _measured(settings, config, device, flops / rate, int((SHARE * room - state) // kept)) if fits else None
+    most = int((SHARE * room - state) // kept)
+    measured = _measured(settings, config, tokens, device, flops / rate, most) if fits else None
     if measured is None:
         why = f"two steps would take over {SECONDS:.0f} s" if fits else "a step does not fit into the free memory"
         each, how = count * flops / rate, f"estimated from {rate / 1e12:.2g} TFLOP/s of a matrix product, {why}"
@@ -169,7 +173,7 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
 
 
 def _measured(
-    settings: UNetSettings, config: Config, device: torch.device, seconds: float, most: int
+    settings: UNetSettings, config: Config, tokens: int, device: torch.device, seconds: float, most: int
 ) -> tuple[float, str] | None:
     """(seconds of a step, how they were found) from two tried steps; None where they take too long, or do not fit.
 
@@ -179,7 +183,7 @@ def _measured(
     if count < 1:
         return None
     try:
-        trial = Trial(settings, config, count, device)
+        trial = Trial(settings, config, count, device, tokens)
         one = dataclasses.replace(settings, accumulation=1, batch_size=count)
         found = estimate(trial, one).step_seconds
     except (MemoryError, RuntimeError) as error:

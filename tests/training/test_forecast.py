@@ -35,16 +35,16 @@ def test_packaged_settings_are_networks_of_the_size_that_they_say(name):
 def test_costs_are_those_of_a_real_step():
     sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "transformer_layers": (0, 1), "num_heads": (2, 2)}
     config = UNetConfig(**sizes, norm_num_groups=8, cross_attention_dim=24, sample_size=8)
-    parameters, flops, kept = costs(config, False)
+    parameters, flops, kept = costs(config, False, tokens=40)
     unet = UNet(config)
     assert parameters == sum(p.numel() for p in unet.parameters())
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 77, 24)).sum().backward()
+        unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 40, 24)).sum().backward()
     exact = counter.get_total_flops()  # less than three times the forward pass: inputs get no gradient
     assert exact <= flops <= 1.15 * exact
-    assert costs(config, True)[1] == flops * 4 / 3
+    assert costs(config, True, tokens=40)[1] == flops * 4 / 3 < costs(config, True)[1]  # 77, as CLIP has
     assert 50_000 < kept < 5_000_000
 
 
@@ -65,7 +65,9 @@ def test_what_would_take_too_long_is_estimated_and_said_so(parts, monkeypatch, u
     monkeypatch.setattr("ldm.training.forecast._speed", lambda *_: 1e5)
     lines = "\n".join(forecast_lines(settings, 10))
     assert f"two steps would take over {SECONDS:.0f} s" in lines and "estimated from 1e-07 TFLOP/s" in lines
-    flops = costs(unet_config(settings, vae_part(settings), text_parts(settings)), False)[1]
+    text = text_parts(settings)
+    assert text.tokens == text.load().max_length != 77
+    flops = costs(unet_config(settings, vae_part(settings), text), False, text.tokens)[1]
     assert f"speed: {1e5 / flops:.3g} images/s" in lines
     monkeypatch.setattr("ldm.training.forecast._room", lambda *_: 10)
     assert "does not fit into the free memory" in "\n".join(forecast_lines(settings, 10))
