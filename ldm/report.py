@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 76, 44, 16, 24
@@ -116,14 +117,25 @@ def _digits(low: float, high: float) -> int:
     return min(12, max(3, 1 + math.ceil(math.log10(widest) - math.log10(apart)))) if apart > 0 else 3
 
 
-# Marks of lines in `log_panels`: corners and degrees of the first one; a circle is a polygon of 20.
+# Marks of lines in panels: corners and degrees of the first one; a circle is a polygon of 20.
 MARKS = ((20, 0), (4, 45), (3, 30), (4, 0), (3, -30), (5, -90), (6, 0))
 TALL, WIDE, BETWEEN, LEGEND, LINE = 300, 330, 24, 150, 15  # px
 
+Points = Sequence[tuple[float, float]]
 
-def log_panels(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], y: str, notes: Sequence[str] = ()
-) -> str:
+
+class _Panel(NamedTuple):
+    """What one panel shows; x is logarithmic."""
+
+    lines: Mapping[str, Points]
+    x: str
+    y: str
+    heights: tuple[float, float]  # the ends of y
+    log: bool  # whether y is logarithmic
+    labelled: bool  # whether y has a title and numbers
+
+
+def log_panels(panels: Mapping[str, Mapping[str, Points]], y: str, notes: Sequence[str] = ()) -> str:
     """An SVG with a panel for each x axis, side by side: {x: {name: points}}, both axes logarithmic, y shared.
 
     A name has one colour and mark in all panels. x is ticked at powers of two; points that are not positive numbers
@@ -133,20 +145,42 @@ def log_panels(
         x: {name: [p for p in points if all(1e-99 < v < 1e99 for v in p)] for name, points in lines.items()}
         for x, lines in panels.items()
     }
-    names = list(dict.fromkeys(name for lines in kept.values() for name in lines))
-    heights = [b for lines in kept.values() for points in lines.values() for _, b in points]
-    legend, foot = LEFT + len(kept) * (WIDE + BETWEEN), TOP + TALL + BOTTOM
+    heights = _padded([b for lines in kept.values() for points in lines.values() for _, b in points])
+    drawn = [_Panel(lines, x, y, heights, True, number == 0) for number, (x, lines) in enumerate(kept.items())]
+    return _side_by_side(drawn, BETWEEN, notes)
+
+
+def score_panels(panels: Mapping[str, Mapping[str, Points]], x: str, notes: Sequence[str] = ()) -> str:
+    """An SVG with a panel for each score, side by side: {score: {name: points}}, x logarithmic, each y linear.
+
+    A name has one colour and mark in all panels. Every point is marked, and a line goes through the mean of those at
+    one x; points that are not finite, or whose x is not positive, are left out. `notes` are lines of text below.
+    """
+    drawn = []
+    for y, lines in panels.items():
+        kept = {n: [p for p in points if 1e-99 < p[0] < 1e99 and abs(p[1]) < 1e99] for n, points in lines.items()}
+        heights = [b for points in kept.values() for _, b in points]
+        low, high = min(heights, default=0.0), max(heights, default=1.0)
+        room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+        drawn.append(_Panel(kept, x, y, (low - room, high + room), False, True))
+    return _side_by_side(drawn, LEFT, notes)
+
+
+def _side_by_side(panels: Sequence[_Panel], between: int, notes: Sequence[str]) -> str:
+    """The panels, the names of their lines on the right, and the notes below."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    legend, foot = LEFT + len(panels) * (WIDE + between) + BETWEEN - between, TOP + TALL + BOTTOM
     body = _head(legend + LEGEND, foot + LINE * (len(notes) + (len(notes) > 0)))
-    for number, (x, lines) in enumerate(kept.items()):
-        body += _panel(lines, names, LEFT + number * (WIDE + BETWEEN), x, _padded(heights), number == 0)
+    for number, panel in enumerate(panels):
+        body += _panel(panel, names, LEFT + number * (WIDE + between))
     for number, name in enumerate(names):
         place = legend + 6, TOP + 8 + 20 * number
         body += _line(number, [place, (place[0] + 22, place[1])])
         body.append(f'<text x="{place[0] + 34}" y="{place[1] + 4}">{escape(name)}</text>')
-    middle = TOP + TALL / 2
-    body.append(
-        f'<text x="16" y="{middle}" transform="rotate(-90 16 {middle})" text-anchor="middle">{escape(y)}</text>'
-    )
+    for number, panel in enumerate(panel for panel in panels if panel.labelled):
+        title, middle = 16 + number * (WIDE + between), TOP + TALL / 2
+        turned = f'transform="rotate(-90 {title} {middle})" text-anchor="middle"'
+        body.append(f'<text x="{title}" y="{middle}" {turned}>{escape(panel.y)}</text>')
     body += [
         f'<text x="16" y="{foot + LINE * (i + 1)}" font-size="11" fill="#555">{escape(note)}</text>'
         for i, note in enumerate(notes)
@@ -154,42 +188,47 @@ def log_panels(
     return "\n".join([*body, "</svg>"]) + "\n"
 
 
-def _panel(
-    lines: Mapping[str, list[tuple[float, float]]],
-    names: list[str],
-    left: float,
-    x: str,
-    span: tuple[float, float],
-    labelled: bool,
-) -> list[str]:
-    """One panel: its frame, grid and lines; y is labelled in the first."""
-    widths = _padded([a for points in lines.values() for a, _ in points])
+def _panel(panel: _Panel, names: list[str], left: float) -> list[str]:
+    """One panel: its frame, grid and lines."""
+    widths, ends = _padded([a for points in panel.lines.values() for a, _ in points]), panel.heights
     bottom = TOP + TALL
 
-    def at(value: float, ends: tuple[float, float]) -> float:
-        return math.log(value / ends[0]) / math.log(ends[1] / ends[0])
+    def across(value: float) -> float:
+        return left + WIDE * math.log(value / widths[0]) / math.log(widths[1] / widths[0])
+
+    def up(value: float) -> float:
+        share = (value - ends[0]) / (ends[1] - ends[0])
+        return bottom - TALL * (math.log(value / ends[0]) / math.log(ends[1] / ends[0]) if panel.log else share)
 
     drawn = [f'<rect x="{left}" y="{TOP}" width="{WIDE}" height="{TALL}" fill="none" stroke="#999"/>']
     for tick in _ticks(widths, (1,), 2):
-        px = left + WIDE * at(tick, widths)
+        px = across(tick)
         drawn.append(f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{bottom}" stroke="#ddd"/>')
         drawn.append(f'<text x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:.4g}</text>')
-    for tick in _ticks(span, (1, 2, 5), 10):
-        py = bottom - TALL * at(tick, span)
+    for tick in _ticks(ends, (1, 2, 5), 10) if panel.log else _even_ticks(ends):
+        py = up(tick)
         drawn.append(f'<line x1="{left}" x2="{left + WIDE}" y1="{py:.1f}" y2="{py:.1f}" stroke="#ddd"/>')
-        if labelled:
+        if panel.labelled:
             drawn.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
-    for name, points in lines.items():
-        places = [(left + WIDE * at(a, widths), bottom - TALL * at(b, span)) for a, b in points]
-        drawn += _line(names.index(name), places)
-    drawn.append(f'<text x="{left + WIDE / 2}" y="{bottom + 34}" text-anchor="middle">{escape(x)}</text>')
+    for name, points in panel.lines.items():
+        number, places = names.index(name), [(across(a), up(b)) for a, b in points]
+        drawn += _line(number, places, places if panel.log else _means(places))
+    drawn.append(f'<text x="{left + WIDE / 2}" y="{bottom + 34}" text-anchor="middle">{escape(panel.x)}</text>')
     return drawn
 
 
-def _line(number: int, places: Sequence[tuple[float, float]]) -> list[str]:
-    """A line through these places (px), with the colour and the marks of the number-th name."""
+def _means(places: Points) -> list[tuple[float, float]]:
+    """For each x, in their order, the mean of the heights there."""
+    heights: dict[float, list[float]] = {}
+    for x, y in sorted(places):
+        heights.setdefault(x, []).append(y)
+    return [(x, sum(ys) / len(ys)) for x, ys in heights.items()]
+
+
+def _line(number: int, places: Points, through: Points | None = None) -> list[str]:
+    """Marks at these places (px) and a line through them or other ones, with the look of the number-th name."""
     colour, (corners, turn) = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (places if through is None else through))
     drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
     for x, y in places:
         angles = [math.radians(turn + 360 * i / corners) for i in range(corners)]
@@ -212,3 +251,11 @@ def _ticks(ends: tuple[float, float], parts: Sequence[int], base: int) -> list[f
     if len(ticks) > 10 and len(parts) > 1:
         return _ticks(ends, (1,), base)
     return ticks[:: len(ticks) // 10 + 1] or [math.sqrt(ends[0] * ends[1])]
+
+
+def _even_ticks(ends: tuple[float, float]) -> list[float]:
+    """Multiples, inside the ends, of the least of 1, 2, 5, 10, … times a power of ten that gives at most seven."""
+    most = (ends[1] - ends[0]) / 6
+    power = 10.0 ** math.floor(math.log10(most))
+    step = next(part * power for part in (1, 2, 5, 10) if part * power >= most)
+    return [k * step for k in range(math.ceil(ends[0] / step), math.floor(ends[1] / step) + 1)]

@@ -22,6 +22,7 @@ from ldm.report import (
     WIDTH,
     line_plot,
     log_panels,
+    score_panels,
 )
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -138,5 +139,32 @@ def test_odd_numbers_in_panels(points):
     assert "nan" not in svg and "inf" not in svg
     assert {"<a>", "<z>", "y & z", "1 < 2"} <= set(texts_of(svg))
     assert len(texts_of(svg)) < 50  # ticks are few, however long the axis
+    for x, y in lines_of(svg)[0]:
+        assert LEFT <= x <= LEFT + WIDE and TOP <= y <= TOP + TALL
+
+
+def test_panels_of_scores_have_axes_of_their_own_and_lines_through_means():
+    lines = {"a": [(1, 10), (4, 20), (4, 40)], "b": [(2, 10)]}
+    svg = score_panels({"first guess": lines, "error": {"a": [(1, 0.5)], "b": [(2, 0.25)]}}, "work", ["a note"])
+    a, b, worse, better = lines_of(svg)[:4]
+    assert [x for x, _ in a] == sorted(x for x, _ in a) and len(a) == 2
+    assert (
+        b[0][0] == pytest.approx((a[0][0] + a[1][0]) / 2, abs=0.1) and b[0][1] == a[0][1]
+    )  # 2 is half-way from 1 to 4
+    marks = [mark.get("points").split()[0] for mark in ET.fromstring(svg).findall(f"{SVG}polygon")]
+    assert len(marks) == 4 + 2 + 2 * 2  # of all points and of the legend
+    left = LEFT + WIDE + LEFT  # of the second panel, with room for its own numbers
+    assert left < worse[0][0] < better[0][0] < left + WIDE and worse[0][1] < better[0][1]
+    assert {"first guess", "error", "work", "a note", "20", "0.25", "0.3"} <= set(texts_of(svg))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[], [(1, 0)], [(1, -1e-9), (2, 3e-9)], [(0, 1), (-1, 1), (1, math.nan), (math.inf, 1)], [(1, 1e98), (2, -1e98)]],
+)
+def test_odd_numbers_in_panels_of_scores(points):
+    svg = score_panels({"<y>": {"<a>": points}, "z": {}}, "x & x")
+    assert "nan" not in svg and "inf" not in svg and {"<y>", "z", "<a>", "x & x"} <= set(texts_of(svg))
+    assert len(texts_of(svg)) < 50
     for x, y in lines_of(svg)[0]:
         assert LEFT <= x <= LEFT + WIDE and TOP <= y <= TOP + TALL

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 from ldm.bench.cold import cold_row
+from ldm.bench.compute import compute
 from ldm.bench.networks import SIZES, lora_row, unet_row, vae_row
 from ldm.bench.rendering import render_row
-from ldm.bench.samplers import Comparison, samplers
+from ldm.bench.samplers import samplers
 from ldm.bench.shortcuts import shortcuts
+from ldm.bench.table import Result
 from ldm.bench.timing import OURS, Row, Timing, measure
 from ldm.bench.training import training_row
 from ldm.bench.warm import warm_row
@@ -29,11 +31,11 @@ ROWS |= {f"lora-{size}": partial(lora_row, size) for size in SIZES}
 # Seconds of a row with `quick`, about, on two cores of Zen 4 (by processor time), in the order of measuring.
 ROW_SECONDS = {"cold": 24, "warm": 5, "render": 8, "vae": 4, "training": 7, "unet-sd15": 6, "lora-sd15": 9}
 ROW_SECONDS |= {"unet-xl": 6, "unet-sd21": 6, "lora-xl": 9, "lora-sd21": 9}
-COMPARISONS: dict[str, Callable[..., Timing | Comparison]] = {"samplers": samplers, "shortcuts": shortcuts}
+COMPARISONS: dict[str, Callable[..., Result]] = {"samplers": samplers, "shortcuts": shortcuts, "compute": compute}
 BENCHES: dict[str, Callable[..., Any]] = {**ROWS, **COMPARISONS}
 
 
-def bench(names: Sequence[str] = (), **settings: Any) -> list[Timing | Comparison]:
+def bench(names: Sequence[str] = (), **settings: Any) -> list[Result]:
     """Run benches by name (by default all ROWS) and return their results; each gets the settings that it has.
 
     repeats  timed rounds; with `quick` one, all sizes are small, and where no bench is named those rows are left out
@@ -65,7 +67,7 @@ def bench(names: Sequence[str] = (), **settings: Any) -> list[Timing | Compariso
         else:
             calls[name] = partial(call, **given)
     rows = in_time(calls) if settings.get("quick") and not names else (call() for call in calls.values())
-    results = []
+    results: list[Result] = []
     for result in rows:
         results.append(result)
         show(result)

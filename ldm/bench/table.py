@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ldm.bench.compute import ComputeComparison
 from ldm.bench.machine import facts_line
 from ldm.bench.samplers import Comparison
 from ldm.bench.timing import OURS, Timing
@@ -15,6 +16,7 @@ from ldm.errors import ConfigError, one_line
 from ldm.files import format_bytes
 from ldm.report import html_page
 
+Result = Timing | Comparison | ComputeComparison  # of any bench
 FORMAT = 1
 STYLE = """
 body { margin: 2em; }
@@ -26,7 +28,7 @@ td:not(:first-child) small { white-space: nowrap; }
 SIZE = ("size", "depth", "model", "config", "images", "batch_size", "sampler", "num_inference_steps", "dtype", "device")
 
 
-def as_json(facts: Mapping[str, Any], results: Sequence[Timing | Comparison]) -> dict[str, Any]:
+def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
     """One JSON document of the machine and all results."""
     return {"format": FORMAT, "machine": dict(facts), "benches": [result.as_json() for result in results]}
 
@@ -67,9 +69,7 @@ def against(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def page(
-    facts: Mapping[str, Any], measured: Sequence[Timing | Comparison], old: Mapping[str, Any] | None = None
-) -> str:
+def page(facts: Mapping[str, Any], measured: Sequence[Result], old: Mapping[str, Any] | None = None) -> str:
     """An HTML page with a table: a line for each row, a column for each side; below, the comparison with `old`."""
     results = [result for result in measured if isinstance(result, Timing)]
     sides = list(dict.fromkeys(side for result in results for side in (*result.seconds, *result.left_out)))

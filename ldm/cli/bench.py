@@ -12,6 +12,7 @@ examples:
   ldm bench samplers -o docs/samplers              every sampler at 4, 8, 16, 32 steps: images, distances, a plot
   ldm bench samplers --steps 10,20 --sampler euler,dpmpp_2m --prompts 2
   ldm bench shortcuts --prompts 4                  --step-cache and guidance presets: time and distance from exact
+  ldm bench compute --runs runs/a runs/b -o out/   networks that you trained: scores against FLOPs, a plot
 
 Rows: each side has a process of its own, and they take turns. A ratio below 1 means that ldm is faster; nothing else
 should run on the machine meanwhile. Sizes that do not fit into the free memory are left out, and said. Samplers: the
@@ -26,13 +27,13 @@ import argparse
 from ldm.errors import ConfigError
 
 SETTINGS = ("repeats", "model", "steps", "sampler", "guidance_scale", "dtype", "device", "profile", "prompts", "out")
-SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile", "quick")
+SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile", "quick", "runs")
 ROWS = "cold, warm, render, unet-sd15, unet-sd21, unet-xl, vae, training, lora-sd15, lora-sd21, lora-xl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("names", metavar="BENCH", nargs="*", help=f"{ROWS} (all of these); samplers, shortcuts")
+    add("names", metavar="BENCH", nargs="*", help=f"{ROWS} (all of these); samplers, shortcuts, compute")
     add("--quick", action="store_true", default=None, help="small sizes, one round, nothing compiled, two minutes")
     add("--repeats", type=int, metavar="N", help="timed rounds, of which the median counts (5)")
     add("--model", metavar="MODEL", help="a folder (the shipped model)")
@@ -48,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="NAME", help="training: settings of a U-Net (small/256)")
     for name, part in (("vae", "autoencoder"), ("text", "text encoder")):
         add(f"--{name}", metavar=name.upper(), help=f"training: the {part} whose sizes the U-Net gets (default)")
+    runs = "compute: finished runs of `ldm train`, judged by `ldm evaluate RUN/model -o RUN/judged`"
+    add("--runs", metavar="RUN", nargs="+", help=runs)
     add("--compile", action="store_true", default=None, help="training: compile our U-Net too")
-    out = "samplers: write samplers.png, samplers.svg and samplers.json (nothing)"
+    out = "samplers: write samplers.png, samplers.svg and samplers.json; compute: compute.svg, compute.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
     json = "write the machine and all results; without FILE print them instead of the text"
     add("--json", metavar="FILE", nargs="?", const="-", help=json)
@@ -61,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from ldm.bench import bench, table
-    from ldm.bench.comparison import Comparison
     from ldm.bench.machine import facts
+    from ldm.bench.table import Result
     from ldm.bench.timing import Timing
     from ldm.files import atomic_write
 
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     old = table.read(args.against) if args.against else None
     printed, machine, results = args.json == "-", facts(), []
 
-    def keep(result: Timing | Comparison) -> None:
+    def keep(result: Result) -> None:
         """Each result is written as soon as it is there."""
         results.append(result)
         if not printed:
