@@ -53,9 +53,7 @@ class TrialBatch(NamedTuple):
 class Trial:
     """The network of the settings on random rows: as the stage, without its parts and its data."""
 
-    def __init__(
-        self, settings: UNetSettings, config: Config, count: int, device: torch.device, tokens: int = TOKENS
-    ):
+    def __init__(self, settings: UNetSettings, config: Config, count: int, device: torch.device, tokens: int = TOKENS):
         self.schedule = build(Schedule, settings.schedule, "schedule")
         self.config, self.count, self.device, self.tokens = config, count, device, tokens
         with torch.random.fork_rng(devices=[]):
