@@ -33,17 +33,20 @@ def warm_row(
     guidance_scale: float = 4.0,
     dtype: str = "fp32",
     device: str = "cpu",
+    compile: bool = False,
     quick: bool = False,
 ) -> Row:
     """An image by our pipeline and diffusers'; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Both write PNGs. Raises ConfigError for a sampler that diffusers does not have, ModelError for the model.
+    Both write PNGs; `compile`: ours with a compiled U-Net. Raises ConfigError for a sampler that diffusers does not
+    have, ModelError for the model.
     """
     device, dtype, needs = placed(model, sampler, device, dtype)
     call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
     given = (PROMPT, model, dtype, device, sampler, call)
-    sides = {OURS: Side(draw_ldm, given, needs), PEER: Side(draw_diffusers, (*given, False), needs)}
+    sides = {OURS: Side(draw_ldm, (*given, compile), needs), PEER: Side(draw_diffusers, (*given, False), needs)}
     settings = {"model": model, "sampler": sampler, **call, "dtype": dtype, "device": device}
+    settings |= {"compile": True} if compile else {}
     settings["threads"] = torch.get_num_threads()
     limit, again = MAX_DIFFERENCE[dtype], 0 if quick else 1
     row = Row("warm", "an image, models in memory", sides, settings, limit, device=device, warmup=again)
@@ -73,8 +76,11 @@ def placed(model: str, sampler: str, device: str, dtype: str) -> tuple[str, str,
     return str(torch_device), dtype_name(kind), size * (3 if dtype == "fp32" else 2)  # files have 16 bits mostly
 
 
-def draw_ldm(prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any]) -> Work:
-    pipe, path = Pipeline(prompt, model=model, dtype=dtype, device=device), new_folder() / "image.png"
+def draw_ldm(
+    prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any], compile: bool
+) -> Work:
+    pipe = Pipeline(prompt, model=model, dtype=dtype, device=device, compile=compile)
+    path = new_folder() / "image.png"
 
     def draw() -> None:
         pipe.generate(seed=SEED, sampler=sampler, **call).save(path)

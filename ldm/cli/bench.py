@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", metavar=name.upper(), help=f"training: the {part} whose sizes the U-Net gets (default)")
     runs = "compute: finished runs of `ldm train`, judged by `ldm evaluate RUN/model -o RUN/judged`"
     add("--runs", metavar="RUN", nargs="+", help=runs)
-    add("--compile", action="store_true", default=None, help="training: compile our U-Net too")
+    add("--compile", action="store_true", default=None, help="warm, training: compile our U-Net too")
     out = "samplers: write samplers.png, samplers.svg and samplers.json; compute: compute.svg, compute.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
     json = "write the machine and all results; without FILE print them instead of the text"

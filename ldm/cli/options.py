@@ -177,6 +177,7 @@ MODEL = [
     Option("offload", None, "keep parts in main memory, on the GPU only while they work", SWITCH),
     Option("offload_blocks", None, "the blocks of SD3 and FLUX too, one at a time", BLOCKS),
     Option("attention", "NAME", "of the network: auto, sdpa, chunked, xformers", AUTO),
+    Option("compile", None, "compile the U-Net, by a C++ compiler on a CPU: for many images; other last bits", SWITCH),
 ]
 # The keywords of generate and of Pipeline that these set
 NO_KEYWORDS = ("negative_prompt", "help_samplers", "guidance_preset")  # Pipeline's, or of the command line alone

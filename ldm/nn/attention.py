@@ -166,14 +166,16 @@ class TextCache:
             self._states = states
             self.made.clear()
 
+    def recall(self, module: nn.Module, make: Callable[[], T]) -> T:
+        """What `make` returned for this module when it was first asked."""
+        if module not in self.made:
+            self.made[module] = make()
+        return self.made[module]
+
 
 def remember(cache: TextCache | None, module: nn.Module, make: Callable[[], T]) -> T:
     """What `make` returned for this module at a run's first step; without a cache it is made each time."""
-    if cache is None:
-        return make()
-    if module not in cache.made:
-        cache.made[module] = make()
-    return cache.made[module]
+    return make() if cache is None else cache.recall(module, make)
 
 
 class AttentionPooling(nn.Module):

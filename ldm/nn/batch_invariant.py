@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 ROWS, INNER = 32, 512  # of an image in a matrix product, and the length of its sums: see above
 WIDE = 256  # channels at a U-Net's first level, from which on channels-last is faster in bf16 too
@@ -67,7 +68,7 @@ def batch_invariant(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -
 
 def per_image(function: Callable[[Tensor], Tensor], x: Tensor, training: bool) -> Tensor:
     """function(x) for an elementwise function, with the same bits for an image in every batch."""
-    if training or not x.is_cpu or x[0].numel() % _whole_shares(torch.get_num_threads()) == 0:
+    if training or not x.is_cpu or is_compiling() or x[0].numel() % _whole_shares(torch.get_num_threads()) == 0:
         return function(x)
     return in_blocks(function, x, 1)
 
@@ -102,6 +103,8 @@ def pad_to_even_batch(x: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
 
 def in_blocks(layer: Callable[[Tensor], Tensor], x: Tensor, images: int) -> Tensor:
     """layer(x), computed on blocks of exactly so many images; the last one is filled up with zeros."""
+    if is_compiling():
+        return layer(x)  # compiled code gets two rows in every batch (see ldm.nn.compiled)
     short = -len(x) % images
     padded = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x
     blocks = [layer(block) for block in padded.split(images)]

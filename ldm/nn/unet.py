@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ModelError
@@ -278,7 +279,8 @@ class Encoder(nn.Module):
             cache.follow(states)
         if self.training:
             return inputs
-        RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
+        if not is_compiling():
+            RUN.tiles = cache is not None  # else the bits would depend on what was drawn before
         x, *rest = pad_to_even_batch(*inputs)
         return x.contiguous(memory_format=layout(x.device, x.dtype, self.config)), *rest
 

@@ -20,11 +20,13 @@ from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.memory import memory_of, offload_line, weight_shapes
 from ldm.checkpoint.single import listed_texts
+from ldm.config import require
 from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
 from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
 from ldm.images import to_pil
+from ldm.nn.compiled import CompiledUNet
 from ldm.nn.ip_adapter import ImageAttention
 from ldm.nn.mmdit import MMDiT
 from ldm.nn.step_cache import StepCache
@@ -62,6 +64,7 @@ class Engine:
         dtype: Any = "auto",
         offload: bool | str = False,
         attention: str = "auto",
+        compile: bool = False,
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
         controlnet: Any = None,
@@ -72,7 +75,7 @@ class Engine:
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.text_encoders = text_encoders
         self.device, self.dtype = _place(model, device, dtype, offload)
-        self.placement = Placement(self.device, offload, attention)
+        self.placement = Placement(self.device, offload, attention, compile)
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
         self.info = describe(model, vae, prediction_type, text_encoders=text_encoders)
@@ -89,6 +92,10 @@ class Engine:
         self.ip_adapters: IPAdapters | None = None
         if controlnet is not None or ip_adapter is not None or image_encoder is not None:
             self._attach(controlnet, ip_adapter, image_encoder)
+        if self.placement.compile:
+            beside = self.info.transformer or self.controlnets or self.ip_adapters
+            what = "is for a U-Net alone: not for flow transformers, nor with a controlnet or an ip_adapter"
+            require(beside is None, what, "compile")
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._told_memory = False
@@ -108,6 +115,13 @@ class Engine:
         """What works beside the model, as generate's settings are checked with it: keyword -> what was given."""
         found = {"controlnet": self.controlnets, "ip_adapter": self.ip_adapters}
         return {word: one.given for word, one in found.items() if one is not None}
+
+    def check_settings(self, settings: Settings) -> None:
+        """Raise ConfigError for settings that do not go with this engine's."""
+        if self.controlnets is not None:
+            self.controlnets.check(settings)
+        shared = self.placement.compile and settings.step_cache
+        require(not shared, "compiled code computes all in each step: leave compile out", "step_cache")
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise ModelError where a LoRA does not fit the model; reads headers alone."""
@@ -209,7 +223,7 @@ class Engine:
                     steering = None if s.control is None else self._steering(s, run, requests, model.dtype)
                     unet = unet if steering is None else steering.unet(unet)
                     beside = None if shown is None else ImageAttention(unet, shown, (x.shape[2], x.shape[3]))
-                    network = network_of(unet, run, requests, s.step_cache, beside)
+                    network = network_of(unet, run, requests, s.step_cache, beside, place.compiled(unet))
                     network = network if start.masked is None else start.network(network)
                     network = network if steering is None else steering.network(network)
                     denoise = guided_denoiser(network, cond, uncond, guidance, schedule, run.sigmas, model.dtype)
@@ -293,10 +307,13 @@ def network_of(
     requests: Sequence[ImageRequest],
     step_cache: int | None = None,
     beside: ImageAttention | None = None,
+    compiled: CompiledUNet | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The network for one run of a batch; LCM's and FLUX.1-dev's gets the images' guidance scales. `step_cache`: as in
-    Settings; `beside`: of IP-Adapters."""
-    network: Callable[..., torch.Tensor] = prepared(unet, run, beside) if isinstance(unet, UNet) else unet
+    Settings; `beside`: of IP-Adapters; `compiled`: the U-Net's compiled code, which is called in its place."""
+    network: Callable[..., torch.Tensor] = compiled or unet
+    if isinstance(unet, UNet):
+        network = prepared(unet, run, beside) if compiled is None else partial(compiled, **sizes_of(unet, run))
     network = network if beside is None else beside.network(network)
     if step_cache:
         network = partial(network, deep=StepCache(step_cache))
@@ -309,11 +326,16 @@ def prepared(unet: UNetEncoder, run: Run, beside: ImageAttention | None = None) 
     """A U-Net or a ControlNet for one run; XL's gets the image's original size, its crop (none) and its target size."""
     cache = unet.prepare()
     cache.beside = beside
+    return partial(unet, cache=cache, **sizes_of(unet, run))
+
+
+def sizes_of(unet: UNetEncoder, run: Run) -> dict[str, Any]:
+    """XL's input of sizes; none of other networks."""
     if unet.config.addition_embed_type != "text_time":
-        return partial(unet, cache=cache)
+        return {}
     h, w = run.height, run.width
-    time_ids = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
-    return partial(unet, cache=cache, time_ids=time_ids)
+    sizes = torch.tensor((h, w, 0, 0, h, w), dtype=torch.float32, device=next(unet.parameters()).device)
+    return {"time_ids": sizes}
 
 
 def told_scales(network: Callable[..., torch.Tensor], scales: Sequence[float]) -> Callable[..., torch.Tensor]:

@@ -31,7 +31,7 @@ from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
 OF_PIPELINE += ("controlnet", "ip_adapter", "image_encoder", "dora_scaling", "prediction_type", "device", "dtype")
-OF_PIPELINE += ("offload", "attention", "fast", "text_encoders")
+OF_PIPELINE += ("offload", "attention", "compile", "fast", "text_encoders")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
@@ -60,6 +60,8 @@ class Pipeline:
     offload          whether parts are kept in main memory, and on the device only while they work; "blocks": a flow
                      transformer's blocks too, one at a time, for models that are larger than the device's memory
     attention        of the network: auto, or sdpa, chunked, xformers
+    compile          whether the U-Net is compiled by torch.compile, which needs a C++ compiler on a CPU and a minute or
+                     more for each size, once: what is made is kept. Images are not the same to the bit as without it
     fast             whether the default model draws in few steps, with its shipped few-step LoRA and its settings
     diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
 
@@ -88,6 +90,7 @@ class Pipeline:
         dtype: str = "auto",
         offload: bool | str = False,
         attention: str = "auto",
+        compile: bool = False,
         fast: bool = False,
         **other: Any,
     ):
@@ -239,8 +242,7 @@ class Pipeline:
         engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
         info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
         call = check_request({**given, **engine.attached}, len(self._prompts), info)
-        if engine.controlnets is not None:
-            engine.controlnets.check(call.settings)
+        engine.check_settings(call.settings)
         requests = self._requests(call)
         with self._lock:
             if call.strict:

@@ -11,25 +11,35 @@ import torch
 from ldm import console
 from ldm.checkpoint import Model
 from ldm.config import require
+from ldm.device import missing_compiler
 from ldm.nn.attention import check_backend
+from ldm.nn.compiled import CompiledUNet
 from ldm.nn.lora import clone_shared_weights
 from ldm.nn.offload import at_work
 from ldm.nn.vae import VAE
+from ldm.pipeline.checks import check_bool
 
 
 class Placement:
     """`device` is where parts work; with `offload` they are kept in main memory and go there one at a time.
 
-    With "blocks" the blocks of a flow transformer too. Raises ConfigError for another value.
+    With "blocks" the blocks of a flow transformer too. Raises ConfigError for another value, and where `compile` has no
+    compiler.
     """
 
-    def __init__(self, device: torch.device, offload: Any, attention: Any):
+    def __init__(self, device: torch.device, offload: Any, attention: Any, compile: Any = False):
         known = isinstance(offload, bool) or offload == "blocks"
         require(known, f'expected True, False or "blocks", got {offload!r:.80}', "offload")
         self.device, self.offload, self.attention = device, offload, check_backend(attention, device)
+        self.compile = check_bool(compile, "compile")
         self._last: tuple[Model, Model] | None = None
+        self._compiled: CompiledUNet | None = None  # of the U-Net that was used last
         if offload and device.type == "cpu":
             console.warn("offload saves nothing on a CPU")
+        if self.compile:
+            missing = missing_compiler(device)
+            require(missing is None, f"needs {missing}; install it, or leave compile out", "compile")
+            require(not offload, "the compiled network stays on the device: leave offload out", "compile")
 
     @property
     def home(self) -> torch.device:
@@ -43,6 +53,12 @@ class Placement:
             unet.set_attention(self.attention)
             self._last = shared, dataclasses.replace(shared, unet=unet)
         return self._last[1]
+
+    def compiled(self, unet: Any) -> CompiledUNet | None:
+        """The compiled code of a U-Net, where that was asked for."""
+        if self.compile and (self._compiled is None or self._compiled.unet is not unet):
+            self._compiled = CompiledUNet(unet)
+        return self._compiled
 
     def on(self, part: Any) -> AbstractContextManager:
         """The U-Net, the VAE or the text encoder, ready to work while the block runs.

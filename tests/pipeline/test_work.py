@@ -149,12 +149,25 @@ def test_the_chosen_attention_is_what_runs(tiny_folder, monkeypatch):
         ({"attention": None}, ConfigError, "unknown attention None"),
         ({"offload": "yes"}, ConfigError, "offload: expected True, False or"),
         ({"attention": "xformers", "device": "cpu"}, ModelError, "xformers"),
+        ({"compile": "yes"}, ConfigError, "compile"),
+        ({"compile": True, "device": "cpu", "offload": True}, ConfigError, "compile: .* leave offload out"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(settings, kind, said):
     with pytest.raises(kind, match=said) as error:
         Pipeline("a cat", model="/nowhere", **settings)
     assert "\n" not in str(error.value)
+
+
+def test_compile_is_refused_in_one_line_where_it_cannot_be(tiny_folder, tmp_path, monkeypatch):
+    build("flux").save_pretrained(tmp_path / "flux")
+    with pytest.raises(ConfigError, match="compile: is for a U-Net alone: not for flow transformers"):
+        Pipeline("a cat", model=tmp_path / "flux", device="cpu", compile=True)
+    with pytest.raises(ConfigError, match="step_cache: compiled code"):
+        Pipeline("a cat", model=tiny_folder, device="cpu", compile=True).generate(step_cache=2, **FAST)
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(ConfigError, match=r"compile: needs a C\+\+ compiler \(no-compiler\); install it"):
+        Pipeline("a cat", model="/nowhere", device="cpu", compile=True)
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -38,7 +38,7 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, prediction_type, allow_unapplied, dora_scaling
+    engine    Engine's other keywords: device, offload, attention, compile, prediction_type, allow_unapplied, dora_scaling
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
     machine. Raises LdmError for what cannot be drawn.
@@ -171,8 +171,7 @@ class Resolver:
         sources, controls, prompted = _inputs(given, info)
         fitting = with_few_steps(info, (adapters,)) if adapters else info
         settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
-        if engine.controlnets is not None:
-            engine.controlnets.check(settings)
+        engine.check_settings(settings)
         self._warn(size_warnings(settings, info))
         of_model: dict[str, Any] = {name: str(given[name]) for name in OF_MODEL if given.get(name, "auto") != "auto"}
         if given.get("text_encoders"):

@@ -82,6 +82,7 @@ SETTINGS: dict[str, Setting] = {
     "device": Setting(RUN),
     "offload": Setting(RUN),
     "attention": Setting(RUN),
+    "compile": Setting(RUN),
     "prediction_type": Setting(RUN),
     "allow_unapplied": Setting(RUN),
     "dora_scaling": Setting(RUN),
