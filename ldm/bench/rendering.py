@@ -36,7 +36,7 @@ def render_row(
     Raises as `warm_row`.
     """
     device, dtype, needs = placed(model, sampler, device, dtype)
-    images, batch_size = (min(images, 4), min(batch_size, 4)) if quick else (images, batch_size)
+    images, batch_size = (min(images, 2), min(batch_size, 2)) if quick else (images, batch_size)
     call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
     given = {"model": model, "dtype": dtype, "device": device, "sampler": sampler, "batch_size": batch_size, **call}
     lines, arguments = _lines(images), (model, dtype, device, sampler)
