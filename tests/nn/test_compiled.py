@@ -67,6 +67,10 @@ def test_the_graph_is_whole_and_pairs_give_the_same_bits_in_any_batch(unet, caps
 @pytest.mark.slow
 def test_compiled_code_agrees_and_gives_the_same_bits_in_any_batch(unet):
     check(unet, CompiledUNet(unet))
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    other = UNet(CONFIG).eval()
+    check(other, CompiledUNet(other))  # other weights than those of the code in the folder
 
 
 CODE = """

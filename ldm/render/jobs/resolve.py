@@ -38,7 +38,8 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, compile, prediction_type, allow_unapplied, dora_scaling
+    engine    Engine's other keywords: device, offload, attention, compile, prediction_type, allow_unapplied,
+              dora_scaling
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
     machine. Raises LdmError for what cannot be drawn.
