@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from ldm.colours import colour_profile
-from ldm.data.image_error import ImageError as ImageError
+from ldm.colours import MARKS, coded_profile, colour_profile
 from ldm.data.image_kinds import kind_of
-from ldm.data.png import PIXELS, avif_codes, use_codes, without_texts
+from ldm.data.png import PIXELS, without_texts
 from ldm.data.to_rgb import to_rgb
+from ldm.errors import DataError, one_line
 from ldm.files import format_bytes
 from ldm.images import READABLE
 
@@ -35,6 +35,15 @@ PROGRESSIVE = 3  # bytes per pixel that a progressive JPEG needs beside its pixe
 MAX_FILE = 200_000_000  # bytes
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that undoes it
 ORIENTATION = 0x0112
+AVIF_HEAD = 1 << 16  # bytes in which an AVIF tells its colours
+
+
+class ImageError(DataError):
+    """A file whose pixels cannot be read; `reason` is the same for all that fail in the same way, for counting."""
+
+    def __init__(self, reason: str, detail: str = "", *, where: object = None, hint: str | None = None):
+        self.reason, self.detail = reason, one_line(detail)
+        super().__init__(f"{reason} ({self.detail})" if detail else reason, where=where, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,12 @@ def opened(file: BinaryIO, where: object) -> Iterator[tuple[Image.Image, Header]
         if start.startswith(PNG) and not _is_plain(file, size):
             file, animated, codes = without_texts(file)
         elif start[4:8] == b"ftyp":
-            codes = avif_codes(file)
+            codes = _nclx(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own about sizes and damaged EXIF
             with Image.open(file, formats=READABLE) as image:
                 if codes and (image.format == "PNG" or not image.info.get("icc_profile")):
-                    use_codes(image, codes)
+                    _use_codes(image, codes)
                 yield image, _header(image, animated)
     except ImageError as error:
         raise ImageError(error.reason, error.detail, where=where, hint=error.hint) from None
@@ -179,3 +188,22 @@ def _is_plain(file: BinaryIO, size: int) -> bool:
         position += 12 + length
     file.seek(0)
     return position == size
+
+
+def _nclx(file: BinaryIO) -> tuple[int, int] | None:
+    """(primaries, transfer) of H.273 in an AVIF's head; None where it has none."""
+    file.seek(0)
+    _, found, codes = file.read(AVIF_HEAD).partition(b"colrnclx")
+    file.seek(0)
+    return (int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")) if found else None
+
+
+def _use_codes(image: Image.Image, codes: tuple[int, int]) -> None:
+    """Set the profile that code points mean, in place of whatever else the file says of its colours."""
+    try:
+        profile = coded_profile(*codes)
+    except ValueError as error:
+        raise ImageError("has colours that are not read", str(error), hint="convert it to sRGB") from None
+    for name in MARKS:
+        image.info.pop(name, None)
+    image.info |= {"icc_profile": profile} if profile else {"srgb": 0}

@@ -1,5 +1,4 @@
-"""PNGs that hold more than pixels: texts are left out, and colours and EXIF where they are not sound; colours by code
-points, of PNGs and AVIFs.
+"""PNGs that hold more than pixels: texts are left out, and colours and EXIF where they are not sound.
 
 A text or a profile of more than a megabyte, compressed into a few kilobytes, makes Pillow refuse the image.
 """
@@ -8,18 +7,11 @@ from __future__ import annotations
 
 import io
 import zlib
-from typing import TYPE_CHECKING, BinaryIO
-
-from ldm.colours import MARKS, coded_profile
-from ldm.data.image_error import ImageError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from typing import BinaryIO
 
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 LIMITS = {b"eXIf": 1 << 16, b"iCCP": 1 << 20}  # bytes, of the profile also unpacked
 SIZES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4}  # bytes of other chunks about colours
-AVIF_HEAD = 1 << 16  # bytes in which an AVIF tells its colours
 
 
 def without_texts(file: BinaryIO) -> tuple[BinaryIO, bool, tuple[int, int] | None]:
@@ -103,22 +95,3 @@ class _Pieces(io.RawIOBase):
                 self.position += len(data)
                 return len(data)
         return 0
-
-
-def avif_codes(file: BinaryIO) -> tuple[int, int] | None:
-    """(primaries, transfer) of H.273 in an AVIF's head; None where it has none."""
-    file.seek(0)
-    _, found, codes = file.read(AVIF_HEAD).partition(b"colrnclx")
-    file.seek(0)
-    return (int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")) if found else None
-
-
-def use_codes(image: Image.Image, codes: tuple[int, int]) -> None:
-    """Set the profile that code points mean, in place of whatever else the file says of its colours."""
-    try:
-        profile = coded_profile(*codes)
-    except ValueError as error:
-        raise ImageError("has colours that are not read", str(error), hint="convert it to sRGB") from None
-    for name in MARKS:
-        image.info.pop(name, None)
-    image.info |= {"icc_profile": profile} if profile else {"srgb": 0}

@@ -68,7 +68,7 @@ def open_images(settings: Settings, out: Path) -> ImageSet | PreparedSet | Scene
     from ldm.data.sources.walk import is_prepared
     from ldm.training.data import PreparedSet, SceneSet, read_images, read_prompts, read_training_images
     from ldm.training.data.conditions import with_conditions
-    from ldm.training.data.prior import with_prior
+    from ldm.training.data.images import with_prior
     from ldm.training.finetuning.checks import check_export, check_run_folder
 
     if isinstance(settings, ControlSettings) and not settings.data.folder:

@@ -76,7 +76,7 @@ def _begin(
 
     pick_device(settings.device)
     if settings.report_to or any(getattr(settings, name, None) == value for name, value in NEEDY.items()):
-        from ldm.training.loop.means import check_means
+        from ldm.training.checks import check_means
 
         check_means(settings)
     if isinstance(settings, FinetuneSettings):

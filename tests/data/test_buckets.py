@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm.data.buckets import Batches, BucketConfig, Size, bucket_of, buckets, resized, shuffle_keys
-from ldm.data.histogram import histogram
+from ldm.data.doctor.diagnosis import histogram
 from ldm.errors import ConfigError, DataError
 
 CONFIGS = [

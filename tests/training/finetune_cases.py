@@ -12,7 +12,7 @@ from ldm.config import build as build_settings
 from ldm.training import finetune
 from ldm.training.checkpoints import state
 from ldm.training.data import read_training_images
-from ldm.training.data.prior import with_prior
+from ldm.training.data.images import with_prior
 from ldm.training.finetuning.command import read_arguments, resolve_settings
 from ldm.training.run import stage_module
 from ldm.training.settings import FinetuneSettings

@@ -8,7 +8,7 @@ import torch
 from ldm.diffusion.schedule import Schedule
 from ldm.training.distributed import RowShard
 from ldm.training.loop import seeded
-from ldm.training.loop.ahead import AHEAD, Ahead
+from ldm.training.loop.seeded import AHEAD, Ahead
 from ldm.training.stages.common import diffusion_loss
 from tests.waits import META, Waits
 

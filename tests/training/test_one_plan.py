@@ -10,7 +10,7 @@ from PIL import Image
 import ldm
 from ldm.checkpoint.lora.write import _card
 from ldm.cli import main
-from ldm.data.histogram import histogram
+from ldm.data.doctor.diagnosis import histogram
 from ldm.errors import CheckpointError, DataError
 from ldm.nn.lora import LowRank
 from ldm.training import finetune

@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from ldm.config import require
 from ldm.data.buckets import BucketConfig, cropped
-from ldm.data.doctor.diagnosis import Diagnosis, Finding
+from ldm.data.doctor.diagnosis import Diagnosis, Finding, histogram
 from ldm.data.doctor.image_info import ImageInfo, read_image_info, same_files
 from ldm.data.doctor.near_duplicates import MOST, ThumbnailFile, near_duplicates
 from ldm.data.doctor.page import write_page
-from ldm.data.histogram import histogram
 from ldm.data.sources import Layout, SampledSource, Source, is_hub_id, open_source
 from ldm.data.sources.lost import HINTS, hint_for
 from ldm.errors import DataError

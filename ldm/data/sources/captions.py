@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from ldm.data.sources.columns import CAPTION_COLUMNS, caption_column
+from ldm.data.sources.rows import CAPTION_COLUMNS, caption_column
 from ldm.data.sources.source import captions_of
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # in any case; the first that holds a caption is read

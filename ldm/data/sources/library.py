@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
-from ldm.data.sources.columns import caption_column, rivals
+from ldm.data.sources.rows import caption_column, rivals
 from ldm.data.sources.source import Counts, Sample, Source, captions_of
 from ldm.data.sources.splits import ALL, choose_split
 from ldm.data.sources.tables import HINT, choose_image_column, image_bytes, rival_images

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ldm.data.sources.columns import caption_column, rivals
-from ldm.data.sources.excluded import is_excluded
+from ldm.data.sources.aside import is_excluded
 from ldm.data.sources.lost import NO_IMAGE, NO_NAME, NO_ROW
-from ldm.data.sources.rows import read_rows
+from ldm.data.sources.rows import caption_column, read_rows, rivals
 from ldm.data.sources.source import Counts, captions_of
 from ldm.data.sources.splits import LEAST
 from ldm.data.sources.walk import Listing

@@ -1,17 +1,26 @@
-"""Rows of metadata.csv, metadata.jsonl and metadata.parquet; errors name the line."""
+"""Rows of metadata.csv, .jsonl and .parquet, whose errors name the line; and which column has the captions."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import DataError, first_line, nearest
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_COLUMNS = (
+    "text",
+    "caption",
+    "prompt",
+    "texts",
+    "captions",
+    "prompts",
+    "additional_feature",
+)  # the first that a table has
 HINT = 'write one line an image: {"file_name": "cat.png", "text": "a cat"}'
 MAX_LINE = 1 << 20  # bytes
 MAX_LIST = 1 << 28  # bytes of a JSON list
@@ -112,3 +121,17 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}:{number}", row
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"is not a sound parquet file ({first_line(error)})", where=path) from None
+
+
+def rivals(columns: Sequence[str]) -> list[str]:
+    """A line about the other columns that could be the captions; [] where there is none."""
+    found = [name for name in columns if name and name.lower() in CAPTION_COLUMNS]
+    read = caption_column(found)
+    others = ", ".join(repr(name) for name in found if name != read)
+    return [f"captions are read from {read!r}, not from {others}"] if others else []
+
+
+def caption_column(columns: Sequence[str]) -> str | None:
+    """The column that holds the captions, by its name in any case."""
+    named = {column.lower(): column for column in reversed(columns)}
+    return next((named[name] for name in CAPTION_COLUMNS if name in named), None)

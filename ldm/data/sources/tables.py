@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
-from ldm.data.sources.columns import caption_column, rivals
+from ldm.data.sources.rows import caption_column, rivals
 from ldm.data.sources.source import Counts, Sample, Source, captions_of
 from ldm.errors import DataError, first_line
 

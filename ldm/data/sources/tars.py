@@ -16,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 from ldm.console import progress
 from ldm.data.images import MAX_FILE, ImageError
+from ldm.data.sources.aside import check_excluded, is_excluded
 from ldm.data.sources.captions import CAPTION_SUFFIXES, MAX_CAPTIONS, Captions, parse_captions
-from ldm.data.sources.excluded import check_excluded, is_excluded
 from ldm.data.sources.kohya import read_kohya
 from ldm.data.sources.lost import BESIDE
 from ldm.data.sources.source import Counts, Sample, Source

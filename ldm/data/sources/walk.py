@@ -13,9 +13,8 @@ from typing import BinaryIO
 
 from ldm.console import progress
 from ldm.data.images import ImageError
+from ldm.data.sources.aside import behind, check_excluded, fault_of_link, homes_of, is_excluded
 from ldm.data.sources.captions import CAPTION_SUFFIXES
-from ldm.data.sources.excluded import check_excluded, is_excluded
-from ldm.data.sources.links import behind, fault_of_link, homes_of
 from ldm.data.sources.rows import METADATA
 from ldm.data.sources.source import Skip
 from ldm.errors import DataError

@@ -5,7 +5,7 @@ Shapes:  B images or texts   C, h, w latent channels, height, width   H, W image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,16 @@ class Encoders:
             cond = encode([text or None for text in texts])
         named = {"states": cond.states, "pooled": cond.pooled, "mask": cond.mask}
         return {name: tensor.cpu() for name, tensor in named.items() if tensor is not None}
+
+
+def embed_rows(encoders: Encoders, texts: Sequence[str]) -> dict[str, Embedding]:
+    """Text -> its states (1, S, D), pooled (1, P) and mask (1, S), all embedded together; of "" none."""
+    texts = list(dict.fromkeys(filter(None, texts)))
+    if not texts:
+        return {}
+    tensors = encoders.embed(texts, together=True)
+    parts = [tensors.get(name) for name in EMBEDDED]
+    return {text: tuple(None if p is None else p[i : i + 1] for p in parts) for i, text in enumerate(texts)}
 
 
 class Memory:

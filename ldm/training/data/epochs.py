@@ -18,11 +18,9 @@ from ldm.data.cache import Cache, CachedSample
 from ldm.data.transforms import TransformConfig, View, choose_caption, draw_view, fixed_views, shuffle_tags
 from ldm.errors import DataError
 from ldm.files import format_bytes
-from ldm.training.data.embedding import embed_rows
-from ldm.training.data.encoded import Embedding, Encoders, Memory, Row, nothing
+from ldm.training.data.encoded import Embedding, Encoders, Memory, Row, embed_rows, nothing
 from ldm.training.data.images import ImageSet
-from ldm.training.data.left_out import leave_out, lose
-from ldm.training.data.live import Live
+from ldm.training.data.live import Live, leave_out, lose
 from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded

@@ -165,6 +165,18 @@ def read_training_images(data: FinetuneData) -> ImageSet:
     return images
 
 
+def with_prior(images: ImageSet, folder: str) -> ImageSet:
+    """`images` with those of a prior in `folder` as their `prior`. Raises DataError, ConfigError."""
+    try:
+        images.prior = read_images(images.data.for_prior(folder))
+    except DataError as error:
+        if error.hint is None or "--" not in error.hint:
+            raise
+        hint = "these options are for the data alone: give the images of the prior in a folder of their own"
+        raise DataError(f"the prior: {error.what}", where=error.where, hint=hint) from None
+    return images
+
+
 def _decoded(content: bytes, sample: Sample, size: Size, bucket: Size) -> Image.Image:
     return read_image(io.BytesIO(content), sample.where, at_least=min(resized(size, bucket)))
 

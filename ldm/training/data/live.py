@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ldm.console import warn
+from ldm.data.sources import Sample
 from ldm.data.transforms import View, pixels, to_float
 from ldm.errors import DataError, LdmError, NumericsError
 from ldm.training.data.encoded import Encoders, Memory, nothing
 from ldm.training.data.images import ImageSet
-from ldm.training.data.left_out import lose
 from ldm.training.data.masks import Masks
 from ldm.training.distributed import RowShard, current, rows_of
 
@@ -131,3 +132,27 @@ class Live:
         if digest != item.digest:
             raise DataError("was changed since the training began", where=f"{self.images.source.path}/{item.id}")
         return pixels(image, view)
+
+
+def lose(images: ImageSet, place: int, error: LdmError) -> None:
+    """Leave out an image that was counted as good. Raises DataError where too many are left out."""
+    id, counts, allowed = images.items[place].id, images.source.counts, images.data.max_bad
+    if id not in images.lost:
+        warn(f"{error}; left out")
+    images.lost[id] = error
+    if counts.lost().total() + len(images.lost) > (allowed * counts.found if allowed < 1 else allowed):
+        leave_out(images, images.lost)  # raises, and names them
+
+
+def leave_out(images: ImageSet, bad: Mapping[str, LdmError]) -> None:
+    """Count these images, by id, as skipped. Raises DataError where they are more than `max_bad` allows."""
+
+    def check(sample: Sample) -> None:
+        if error := bad.get(sample.id):
+            raise error if isinstance(error, DataError) else DataError(error.what)
+
+    for _ in images.source.validate(check, desc="leaving out"):
+        pass
+    images.items = [item for item in images.items if item.id not in bad]
+    images.held_out &= {item.digest for item in images.items}
+    images.require()

@@ -15,8 +15,7 @@ from ldm.data.cache.sequence import WINDOW_BYTES, Rows, ShardSequence
 from ldm.data.sources.walk import PREPARED
 from ldm.data.transforms import choose_caption
 from ldm.errors import DataError
-from ldm.training.data.embedding import embed_rows
-from ldm.training.data.encoded import EMBEDDED, Embedding, Encoders, Row
+from ldm.training.data.encoded import EMBEDDED, Embedding, Encoders, Row, embed_rows
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
 from ldm.training.settings import FinetuneData

@@ -20,8 +20,7 @@ from ldm.console import progress
 from ldm.data.transforms import choose_caption, to_float
 from ldm.device import fast_bf16
 from ldm.training.data.conditions import condition_pixels, control_kind
-from ldm.training.data.embedding import embed_rows
-from ldm.training.data.encoded import Embedding, Encoders, Row
+from ldm.training.data.encoded import Embedding, Encoders, Row, embed_rows
 from ldm.training.data.samples import EmojiSamples, stream
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ldm.console import say
 from ldm.errors import ConfigError
 from ldm.settings_files import load
-from ldm.training.finetuning.lora_only import check_lora_only
 from ldm.training.finetuning.options import flatten, parse_overrides, resolve_aliases, setting_name
 from ldm.training.settings import FinetuneSettings
+from ldm.training.settings.features import check_lora_only
 
 if TYPE_CHECKING:
     from ldm.training.data import ImageSet
@@ -140,7 +140,7 @@ def resolve_settings(asked: Arguments) -> tuple[FinetuneSettings, ImageSet]:
     """
     from ldm.training.data import read_training_images
     from ldm.training.data.conditions import control_kind, with_conditions
-    from ldm.training.data.prior import with_prior
+    from ldm.training.data.images import with_prior
     from ldm.training.finetuning import presets
     from ldm.training.finetuning.checks import check_export, check_run_folder
 

@@ -18,10 +18,10 @@ from ldm.config import build, require
 from ldm.errors import ConfigError
 from ldm.training.data import ImageSet
 from ldm.training.finetuning.continued import check_given, settings_of_lora
-from ldm.training.finetuning.lora_only import LORA_ONLY
 from ldm.training.finetuning.options import KEYS, OPTIONS, SWITCHES, nest
 from ldm.training.finetuning.preset_tables import BATCHES, CONTROL, FLOW, LENGTHS, PRESETS, PRIOR, ROOMY, SHARED
 from ldm.training.settings import FinetuneData, FinetuneSettings
+from ldm.training.settings.features import LORA_ONLY
 from ldm.training.settings.finetune_data import FINE_STEP, FINE_UP_TO
 
 LATENT_SIZE = 64  # of models that do not say at which size they draw

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -32,3 +34,20 @@ def uniform(shape: tuple[int, ...], *parts: object) -> Tensor:
 def integers(high: int, shape: tuple[int, ...], *parts: object) -> Tensor:
     """Integer draws in [0, high) of `shape`, on the CPU."""
     return torch.randint(high, shape, generator=generator(*parts))
+
+
+class Ahead:
+    """Normal draws, the next of which a thread makes while a GPU works; they are what `normal` returns."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "noise")
+        self._coming: dict[tuple, Future[Tensor]] = {}
+
+    def normal(self, shape: tuple[int, ...], parts: tuple, following: tuple) -> Tensor:
+        """`normal(shape, *parts)`; expects to be asked for `following`, of the same shape, the next time."""
+        made = self._coming.pop((shape, parts), None)
+        self._coming = {(shape, following): self._thread.submit(normal, shape, *following)}
+        return normal(shape, *parts) if made is None else made.result()
+
+
+AHEAD: defaultdict[str, Ahead] = defaultdict(Ahead)  # the noise of the next batch, by the kind of batches

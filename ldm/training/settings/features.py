@@ -1,14 +1,18 @@
-"""The checks of the settings of a prior and of a ControlNet, where a fine-tuning has some."""
+"""The checks of settings of a prior, of a ControlNet, and of training all weights, where a fine-tuning has some."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ldm.config import require
+from ldm.errors import ConfigError
 
 if TYPE_CHECKING:
     from ldm.training.settings.finetune import FinetuneSettings
 
+# Settings of a LoRA, and their values in the settings.json of every run, which say nothing with train=full.
+LORA_ONLY = {"lora_rank": (None, 16), "lora_alpha": (None,), "targets": (None, ["attention"]), "init": (None,)}
 TEACHER_ONLY = "model is for LoRA and DoRA, beside which the original weights are still there: use images"
 
 
@@ -40,3 +44,12 @@ def check_control(s: FinetuneSettings) -> None:
         require(new, "is that of the ControlNet to go on from: leave it out", name)
     for name in ("init", "text_encoder", "prior", "prior_images", "prediction_type", "zero_terminal_snr"):
         require(not getattr(s, name), "changes the model, which stays as it is beside a ControlNet", name)
+
+
+def check_lora_only(given: Mapping[str, Any], from_file: Mapping[str, Any], other: str) -> None:
+    """Raise ConfigError for settings of a LoRA where all weights are trained, or a ControlNet."""
+    trains = "trains all weights" if other == "train=full" else "trains a ControlNet"
+    for name, usual in LORA_ONLY.items():
+        if given.get(name) is not None or from_file.get(name) not in usual:
+            what = f"{name} is for LoRA, and {other} {trains}"
+            raise ConfigError(what, hint="leave one of them out")

@@ -19,8 +19,8 @@ from ldm.nn.vae import VAE
 from ldm.training.data import Batch, ImageDataset
 from ldm.training.distributed import RowShard, current
 from ldm.training.loop import seeded
-from ldm.training.loop.ahead import AHEAD
 from ldm.training.loop.error_weights import ErrorWeights
+from ldm.training.loop.seeded import AHEAD
 from ldm.training.settings import DistillSettings, FinetuneSettings, UNetSettings
 
 FEWEST = 32  # pairs of held-out image and noise level that the validation loss is a mean of

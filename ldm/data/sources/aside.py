@@ -1,14 +1,18 @@
-"""Links in a folder of images: where they may lead, and what lies behind those that are not followed."""
+"""What of a folder is not read: links that lead out of it, and files that patterns leave out on request."""
 
 from __future__ import annotations
 
 import os
 import stat
+import unicodedata
+from collections import Counter
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from ldm.data.sources.lost import ELSEWHERE
 from ldm.data.sources.source import Skip
+from ldm.errors import DataError
 from ldm.images import SUFFIXES
 
 MOST = 100_000  # files that are looked at behind a link to a folder
@@ -45,3 +49,26 @@ def behind(link: str, where: str, homes: tuple[str, ...]) -> list[Skip]:
     files = (os.path.join(below, file) for below, _, names in os.walk(target) for file in names)
     images = (file for file in islice(files, MOST) if PurePosixPath(file).suffix.lower() in SUFFIXES)
     return [Skip(f"{where}/{os.path.relpath(file, target)}", ELSEWHERE, f"into {target}") for file in images]
+
+
+def check_excluded(excluded: Counter[str], where: object) -> None:
+    """Raise DataError for a pattern that matched nothing: it may be mistyped."""
+    for pattern, count in excluded.items():
+        if not count:
+            hint = "give paths below the folder, such as 'sample/*' or '*.gif'"
+            raise DataError(f"--exclude {pattern!r} matches no file", where=where, hint=hint)
+
+
+def is_excluded(name: str, excluded: Counter[str]) -> bool:
+    """Whether a pattern matches a path or a folder above it; counts what each pattern leaves out.
+
+    A folder's path has "/" at its end.
+    """
+    plain = unicodedata.normalize("NFC", name)
+    above = [f"{parent}/" for parent in PurePosixPath(plain).parents][:-1]
+    for pattern in excluded:
+        wanted = unicodedata.normalize("NFC", pattern).removeprefix("./")
+        if any(fnmatchcase(p, wanted) or fnmatchcase(p.rstrip("/"), wanted.rstrip("/")) for p in (plain, *above)):
+            excluded[pattern] += 1
+            return True
+    return False
