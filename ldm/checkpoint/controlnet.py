@@ -45,11 +45,12 @@ HINT, HINT_DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.c
 RELATIVES = {  # a part of a name -> what has such names, beside a ControlNet's
     "lora_controlnet": "a Control-LoRA, which is not supported",
     "difference": "a ControlNet as the difference to its base model, which is not supported",
-    "control_add_embedding.": "a ControlNet Union, which is read from its diffusers folder",
+    "control_add_embedding.": "a ControlNet Union, which is not supported here",
 }
 OTHERS = {  # likewise, without a ControlNet's
     "lllite": "a ControlNet-LLLite, which is not supported",
-    "adapter.": "a T2I-Adapter, which is read from its diffusers folder",
+    "style_embedding": "a style adapter of T2I-Adapter's, which is not supported",
+    "adapter.": "a T2I-Adapter, which is not supported here",
     "image_proj.": "an IP-Adapter, which has its own option (--ip-adapter)",
     "controlnet_x_embedder.": "a ControlNet for FLUX, which is not supported",
     "pos_embed.": "a ControlNet for Stable Diffusion 3, which is not supported",
@@ -93,7 +94,7 @@ def find_controlnet(name: str | os.PathLike, info: ModelInfo) -> ControlNetFile:
     _check_kind(shapes, path)
     if config is None and KEY in headers[0].metadata:
         config = _config(_stored(headers[0].metadata[KEY], path), path)
-    config = config or _of_base(shapes, info, path)
+    config = config or config_of_base(shapes, info, path)
     check_base(config, info, path)
     names = _names(config, shapes, path)
     on_files = {new: torch.empty(shapes[old], device="meta") for old, new in names.items()}
@@ -154,7 +155,7 @@ def _check_kind(shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
         raise ModelError("holds no ControlNet", where=path)
 
 
-def _of_base(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) -> ControlNetConfig:
+def config_of_base(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) -> ControlNetConfig:
     """The settings of a file without any: the model's U-Net's, and what shapes say of the image's embedding."""
     prefix, hint = _hint(shapes)
     layers = [shapes[f"{prefix}{name}.weight"] for name in hint if f"{prefix}{name}.weight" in shapes]

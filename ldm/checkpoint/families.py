@@ -149,7 +149,7 @@ OTHERS = {  # a part of a name -> what has such names and is none of these
     "control_model.": "a ControlNet, which goes with a model (--controlnet)",
     "controlnet_cond_embedding.": "a ControlNet, which goes with a model (--controlnet)",
     "ip_adapter.": "an IP-Adapter, which goes with a model (--ip-adapter)",
-    "adapter.body.": "a T2I-Adapter, whose folder goes with a model (--controlnet)",
+    "adapter.body.": "a T2I-Adapter, which goes with a model (--controlnet)",
     "joint_blocks.": "a flow transformer of Stable Diffusion 3, which has no U-Net",
     "double_blocks.": "a flow transformer of FLUX, which has no U-Net",
     "emb_params": "a textual inversion, which is not supported",

@@ -42,6 +42,7 @@ FACES = {  # a part of a name -> what has such names
 TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
 STEM, SUBFOLDER = "model", "image_encoder"
 TOWER = ("vision_model.", "visual_projection.")  # beginnings of a tower's names, in a file of a whole CLIP too
+NO_FACE = "it sees faces by InsightFace, which is not here; plus-face looks at a photo of a face by CLIP alone"
 HINT = "give the folder or hub id of a CLIPVisionModelWithProjection: image_encoder, --image-encoder FOLDER"
 
 
@@ -70,6 +71,8 @@ def find_ip_adapter(name: str | os.PathLike, info: ModelInfo) -> IPAdapterFile:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such IP-Adapter"
         raise ModelError(what, where=path, hint="name its .safetensors file")
+    if "faceid" in path.name.lower() and path.suffix != ".safetensors":  # else a user would convert it in vain
+        raise ModelError("is an IP-Adapter FaceID by its name, which is not supported", where=path, hint=NO_FACE)
     refuse_pickle(path)
     on_file = tensors_on_meta([path])
     shapes = {key: tuple(tensor.shape) for key, tensor in on_file.items()}
@@ -89,7 +92,7 @@ def _config(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) 
     plain = "image_proj.proj.weight" in shapes
     for mark, kind in FACES.items():
         if any(mark in key for key in shapes) and not (plain and mark == "image_proj.norm."):
-            raise ModelError(f"is {kind}", where=path)
+            raise ModelError(f"is {kind}", where=path, hint=NO_FACE)
     _check_family(shapes["ip_adapter.1.to_k_ip.weight"][1], info, path)
     layers = cross_attentions(on_meta(lambda: UNet(info.unet)))
     of = {"layers": tuple(layer.to_k.out_features for layer in layers.values())}

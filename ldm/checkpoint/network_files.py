@@ -20,8 +20,9 @@ CONFIG = "config.json"
 
 def network_on_hub(name: str, stem: str) -> Path:
     """The folder of a hub's network whose weights are `stem`.safetensors, also in shards or in 16 bits."""
+    weights = [f"{stem}.safetensors", f"{stem}[.-]*.safetensors"]  # in shards; not STEM_promax.safetensors beside it
     for half in (False, True):
-        folder = fetch(name, [CONFIG, f"{stem}*.safetensors", f"{stem}*.json"], half, first=CONFIG)
+        folder = fetch(name, [CONFIG, *weights, f"{stem}*.json"], half, first=CONFIG)
         if any(folder.glob(f"{stem}*.safetensors")):
             return folder
     raise no_weights(name, f"{stem}.safetensors")

@@ -89,7 +89,11 @@ def test_what_does_not_fit_is_one_line_before_weights_are_read(base, file, tmp_p
         changed(file, other, lambda s: s.update({"ip_adapter.0.to_q_lora.down.weight": torch.ones(1)}))
     )
     face = changed(file, other, lambda s: s.update({"image_proj.proj.0.weight": s.pop("image_proj.proj.weight")}))
-    assert "FaceID" in refused(face)
+    said = refused(face)
+    assert "is an IP-Adapter FaceID, which is not supported" in said and "InsightFace" in said
+    for name in ("ip-adapter-faceid_sd15.bin", "ip-adapter-faceid-plusv2_sdxl.bin"):  # converting it would not help
+        torch.save({}, tmp_path / name)
+        assert "is an IP-Adapter FaceID by its name, which is not supported" in refused(tmp_path / name)
     assert "1 missing (ip_adapter.7.to_v_ip.weight)" in refused(
         changed(file, other, lambda s: s.pop("ip_adapter.7.to_v_ip.weight"))
     )

@@ -1,6 +1,10 @@
 """T2I-Adapters by --controlnet: features and images equal diffusers', with negative controls; batches, bad input."""
 
+import dataclasses
 import json
+import re
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint.controlnet import save_controlnet
+from ldm.checkpoint.controls import find_control
+from ldm.checkpoint.t2i_adapter import is_t2i_adapter, t2i_config, t2i_names
 from ldm.cli import main
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.t2i_adapter import T2IAdapter, config_of
+from ldm.nn.unet_config import UNetConfig
 from ldm.pipeline import Pipeline
 from ldm.render.drawing.runner import render
 from tests.conftest import build_tiny_model
@@ -28,6 +35,18 @@ def loud_adapter(seed=0, **settings):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net
+
+
+def original(state, layers=1):
+    """An adapter's tensors under TencentARC's names, as A1111 and ComfyUI have them in single files."""
+    found = {}
+    for name, tensor in state.items():
+        plain = name.removeprefix("adapter.")
+        if not any(".out_conv." in other for other in state):  # a level's layers are counted on
+            plain = re.sub(r"body\.(\d+)\.resnets\.(\d+)", lambda m: f"body.{int(m[1]) * layers + int(m[2])}", plain)
+            plain = re.sub(r"body\.(\d+)\.in_conv", lambda m: f"body.{int(m[1]) * layers}.in_conv", plain)
+        found[plain.replace(".resnets.", ".body.")] = tensor.contiguous()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +112,49 @@ def test_images_equal_diffusers(names, scale, peer_parts, nets, tiny_folder):
     assert apart(pipe.generate(control_image=[one.rotate(90) for one in images], **call)[0], theirs) > 5
     without = Pipeline("a red cat", tiny_folder, negative_prompt="a dog").generate(seed=7, **STEPS, **SIZE)[0]
     assert apart(without, theirs) > 5
+
+
+@pytest.mark.parametrize("kind", ["a", "grey"])
+def test_single_files_draw_as_the_folders_do(kind, model, nets, tmp_path):
+    folder = nets / kind
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    call = {"seed": 1, "control_image": drawing(), **STEPS, **SIZE}
+    expected = Pipeline("a cat", model, controlnet=folder).generate(**call)[0]
+    names = original(state, 2 if kind == "grey" else 1)
+    if kind == "grey":
+        assert {"body.1.block1.weight", "body.2.in_conv.weight", "body.3.block2.bias"} <= names.keys()
+    for one in (names, {f"adapter.{name}": tensor for name, tensor in names.items()}, state):
+        save_file(one, tmp_path / "t2i.safetensors")
+        mine = Pipeline("a cat", model, controlnet=tmp_path / "t2i.safetensors").generate(**call)[0]
+        assert mine.tobytes() == expected.tobytes()
+    assert apart(expected, Pipeline("a cat", model).generate(seed=1, **STEPS, **SIZE)[0]) > 5
+
+
+def test_a_single_file_of_a_light_adapter(model, tmp_path):
+    net = loud_adapter(3, adapter_type="light_adapter", channels=[32], num_res_blocks=3)
+    save_file(original(net.state_dict()), tmp_path / "light.safetensors")
+    unet = dataclasses.replace(model.unet.config, block_out_channels=(32, 32))
+    file = find_control(tmp_path / "light.safetensors", types.SimpleNamespace(unet=unet, factor=8, name="narrow"))
+    assert file.cell == 8
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        pairs = zip(file.load(torch.device("cpu"), torch.float32)(image), net(image), strict=True)
+    assert all(torch.allclose(mine, expected, rtol=1e-4, atol=1e-4) for mine, expected in pairs)
+
+
+@pytest.mark.parametrize("kind", FIXTURES.T2I_ADAPTERS)
+def test_single_files_of_the_field_are_read_by_their_shapes(kind):
+    settings, shapes = FIXTURES.T2I_ADAPTERS[kind], FIXTURES.read(kind)
+    unet = UNetConfig.from_diffusers(FIXTURES.CONFIGS["xl" if kind.endswith("xl") else "sd15"])
+    on_meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    single = {name: tuple(tensor.shape) for name, tensor in original(on_meta, 2).items()}
+    if kind == "t2i_adapter_sd15":  # the keys of t2iadapter_canny_sd14v1
+        assert len(single) == 38 and single["body.4.in_conv.weight"] == (1280, 640, 1, 1)
+        assert single["body.7.block2.weight"] == (1280, 1280, 1, 1) and single["conv_in.weight"] == (320, 64, 3, 3)
+    names = t2i_names(single, Path("one.safetensors"))
+    assert is_t2i_adapter(single) and {names[key]: shape for key, shape in single.items()} == shapes
+    info = types.SimpleNamespace(unet=unet, factor=8, name="base")
+    assert t2i_config(shapes, info, Path("one.safetensors")) == config_of(settings)
 
 
 def test_the_same_bits_in_any_batch_beside_a_controlnet(model, nets):
@@ -161,7 +223,23 @@ def test_what_does_not_fit_is_one_line(model, nets, tmp_path):
     assert "1 unexpected (adapter.extra.weight)" in refused(folder)
     save_file({**state, "adapter.conv_in.bias": torch.full((32,), float("nan"))}, file)
     assert "holds NaN" in refused(folder)
-    save_file(state, tmp_path / "alone.safetensors")
-    assert "a T2I-Adapter, which is read from its diffusers folder" in refused(tmp_path / "alone.safetensors")
+    alone, single = tmp_path / "alone.safetensors", original(state)
+    for change, words in (
+        ({"body.1.in_conv.bias": None}, "1 missing (adapter.body.1.in_conv.bias)"),
+        ({"body.0.block2.weight": None}, "1 missing (adapter.body.0.resnets.0.block2.weight)"),
+        ({"conv_in.weight": None}, "holds no whole T2I-Adapter"),
+        ({"body.9.block1.weight": torch.ones(1)}, "holds no whole T2I-Adapter"),
+        ({"body.1.down_opt.op.weight": torch.ones(1)}, "1 unexpected (adapter.body.1.resnets.0.down_opt.op.weight)"),
+        ({"conv_in.bias": torch.full((32,), float("nan"))}, "holds NaN"),
+    ):
+        changed = {name: tensor for name, tensor in {**single, **change}.items() if tensor is not None}
+        save_file(changed, alone)
+        assert words in (said := refused(alone)) and str(alone) in said
+    save_file(original(loud_adapter(channels=[32, 48]).state_dict()), alone)
+    assert "it gives features of 32 at 1/8, 48 at 1/16, and the U-Net takes" in refused(alone)
+    save_file({"style_embedding": torch.ones(1)}, alone)
+    assert "a style adapter of T2I-Adapter's, which is not supported" in refused(alone)
+    torch.save(single, tmp_path / "t2iadapter_canny_sd14v1.pth")
+    assert "only safetensors is opened" in refused(tmp_path / "t2iadapter_canny_sd14v1.pth")
     with pytest.raises(ConfigError, match="has no kinds"):
         Pipeline("a cat", model, controlnet=nets / "a").generate(control_image=drawing(), control_mode=1, **STEPS)
