@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm.errors import ConfigError
+from ldm.errors import ConfigError, nearest
+
+BY_MODELS = {"depth": "depth", "normals": "normals", "normal": "normals", "pose": "pose", "openpose": "pose"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,25 +54,28 @@ def _condition(args: argparse.Namespace) -> Any:
 
     from PIL import Image
 
-    from ldm.control import condition_of
+    from ldm.control import ALIASES, KINDS, condition_of
     from ldm.pipeline.sources import open_image
     from ldm.render.prompts.values import size
 
+    kind = BY_MODELS.get(args.kind, args.kind)
+    if kind not in (known := [*KINDS, *ALIASES, *BY_MODELS]):
+        raise ConfigError(f"unknown kind of control {kind!r:.80}", hint=nearest(kind, known))
     wanted = None if args.size is None else size(args.size, "--size", Path())
-    if args.depth_model is not None and args.kind not in ("depth", "normals"):
-        raise ConfigError(f"is of depth and normals, not of {args.kind}", where="--depth-model")
-    if args.kind == "pose":
+    if args.depth_model is not None and kind not in ("depth", "normals"):
+        raise ConfigError(f"is of depth and normals, not of {kind}", where="--depth-model")
+    if kind == "pose":
         from ldm.control.pose import draw_poses, read_poses
 
         people, canvas = read_poses(args.image)
         return draw_poses(people, wanted or canvas)
     image, _, _ = open_image(args.image, "image")
     image = image if wanted is None else image.resize(wanted, Image.Resampling.LANCZOS)
-    if args.kind not in ("depth", "normals"):
-        return condition_of(args.kind, image)
+    if kind not in ("depth", "normals"):
+        return condition_of(kind, image)
     from ldm.control.depth import depth_image, depth_of, normal_image
 
     if args.depth_model is None:
-        raise ConfigError(f"{args.kind} needs a depth model", where="--depth-model", hint="give its folder")
+        raise ConfigError(f"{kind} needs a depth model", where="--depth-model", hint="give its folder")
     depth = depth_of(image, args.depth_model)
-    return depth_image(depth) if args.kind == "depth" else normal_image(depth)
+    return depth_image(depth) if kind == "depth" else normal_image(depth)

@@ -20,6 +20,7 @@ COLOURS += ((0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 2
 COLOURS += ((170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85))
 THICK, AREA = 4, 512 * 512  # pixels of a limb's half width and of a point's radius, in an image of so many pixels
 DIM = 0.6  # of limbs
+FRACTION = 2  # up to which numbers are fractions of the canvas; points outside it are a little above 1
 SIDE = 512  # of the canvas where the file says none
 
 Point = tuple[float, float]
@@ -43,18 +44,20 @@ def read_poses(path: str | Path) -> tuple[list[list[Point | None]], tuple[int, i
     size = tuple(table.get(name, SIDE) for name in ("canvas_width", "canvas_height"))
     if not all(isinstance(side, int) and 0 < side <= 8192 for side in size):
         raise ConfigError(f"the canvas of {size[0]!r:.20} x {size[1]!r:.20} cannot be", where=path)
-    return [_person(person, size, path) for person in people], (size[0], size[1])
+    each = [_triples(person, path) for person in people]
+    pixels = max(max(x, y) for person in each for x, y, _ in person) > FRACTION
+    width, height = size if pixels else (1, 1)
+    found = [[(x / width, y / height) if seen > 0 else None for x, y, seen in person] for person in each]
+    return found, (size[0], size[1])
 
 
-def _person(person: Any, size: tuple[Any, ...], path: str | Path) -> list[Point | None]:
+def _triples(person: Any, path: str | Path) -> list[tuple[float, float, float]]:
+    """(x, y, confidence) of each point."""
     numbers = person.get("pose_keypoints_2d") if isinstance(person, dict) else None
     good = isinstance(numbers, list) and len(numbers) == 3 * POINTS
     if not good or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ConfigError(f"pose_keypoints_2d is no list of {3 * POINTS} numbers (18 points of COCO)", where=path)
-    triples = list(zip(numbers[::3], numbers[1::3], numbers[2::3]))
-    pixels = any(max(x, y) > 1 for x, y, _ in triples)
-    width, height = size if pixels else (1, 1)
-    return [(x / width, y / height) if seen > 0 else None for x, y, seen in triples]
+    return list(zip(numbers[::3], numbers[1::3], numbers[2::3]))
 
 
 def draw_poses(people: list[list[Point | None]], size: tuple[int, int]) -> Image.Image:

@@ -27,7 +27,7 @@ from ldm.nn.offload import moved
 from ldm.nn.unet_config import UNetConfig
 from ldm.nn.vision import VisionTower
 from ldm.pipeline.control import listed
-from ldm.pipeline.sources import HALF, open_image
+from ldm.pipeline.sources import HALF, open_image, open_mask
 
 if TYPE_CHECKING:
     from ldm.pipeline.placement import Placement
@@ -112,7 +112,7 @@ def _rows(value: Any, adapters: int, prompts: int, where: str) -> list[list[tupl
 
 
 def _opened(value: Any, where: str) -> ImageFile:
-    return ImageFile(*open_image(value, where))
+    return ImageFile(*(open_mask if where == MASK else open_image)(value, where))
 
 
 def _scales(value: Any, rows: Sequence[tuple[Shown, ...]], info: ModelInfo | None) -> tuple[Spec, ...]:
@@ -200,7 +200,7 @@ class IPAdapters:
     ) -> list[Prompted]:
         """The adapters at work on a batch, on the device. Raises ModelError as loading does."""
         scales = settings.shown or ()
-        tower, nets = self._at_home(place, dtype)
+        tower, nets = self.load(place, dtype)
         self._encode(place, dtype, requests, tower, nets)
         found = []
         for i, (net, scale) in enumerate(zip(nets, scales, strict=True)):
@@ -216,11 +216,16 @@ class IPAdapters:
             found.append(Prompted(lent, self._by_layer(scale), rows, [empty] * len(rows), masks))
         return found
 
-    def _at_home(self, place: Placement, dtype: torch.dtype) -> tuple[VisionTower, list[IPAdapter]]:
+    def load(self, place: Placement, dtype: torch.dtype) -> tuple[VisionTower, list[IPAdapter]]:
+        """Where weights are kept, in this dtype, read once. Raises ModelError."""
         if dtype not in self._loaded:
             nets = [file.load(place.home, dtype) for file in self.files]
             self._loaded[dtype] = self.vision.load(place.home, dtype), nets
         return self._loaded[dtype]
+
+    def unload(self) -> None:
+        """Forget the weights."""
+        self._loaded.clear()
 
     def _encode(
         self,

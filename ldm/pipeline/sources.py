@@ -181,13 +181,35 @@ def _mask(value: Any, init: Image.Image) -> tuple[Image.Image, str]:
     if numpy.abs(pixels - numpy.asarray(init)[inside]).mean() < SAME:
         console.say("the mask is the image with a hole in it: what is transparent is painted")
         return shape.point(lambda level: 255 - level).convert("RGB"), name
-    bright = pixels.max(axis=1) >= HALF
-    grey = numpy.ptp(pixels, axis=1).max() < SAME
-    if grey and bright.any() and not bright.all():
+    if _is_black_and_white(pixels):
         console.say("the mask is white and black, and transparent: what is transparent counts as black")
         return mask, name
     console.say("the mask is a stroke on a transparent layer: what is opaque is painted")
     return shape.convert("RGB"), name
+
+
+def _is_black_and_white(pixels: numpy.ndarray) -> bool:
+    """Whether colours (n, 3) are greys, some light and some dark."""
+    bright = pixels.max(axis=1) >= HALF
+    return bool(numpy.ptp(pixels, axis=1).max() < SAME and bright.any() and not bright.all())
+
+
+def open_mask(value: Any, where: str) -> tuple[Image.Image, str, str]:
+    """(a mask that goes with no image of its size, in RGB; its path or "given"; the sha256 of its pixels).
+
+    White is where something acts. Where transparency varies that is black, or the shape of a stroke of any colour.
+    Raises ConfigError, for a mask without white too.
+    """
+    mask, name = _opened(value, where, BLACK)
+    alpha = _alpha(value)
+    if alpha is not None and numpy.asarray(alpha).min() < HALF:
+        shape = alpha.point(lambda level: 255 if level >= HALF else 0)
+        require(shape.getbbox() is not None, "the mask is transparent everywhere: it acts nowhere", where)
+        if not _is_black_and_white(numpy.asarray(mask)[numpy.asarray(shape) > 0].astype(int)):
+            mask = shape.convert("RGB")
+    white = mask.convert("L").point(lambda level: 255 if level >= HALF else 0)
+    require(white.getbbox() is not None, "the mask has no white: it acts nowhere", where)
+    return mask, name, _digest(mask)
 
 
 def _alpha(value: Any) -> Image.Image | None:
@@ -220,9 +242,9 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
         raise ConfigError(f"{str(path)!r:.200}: {reason}", where=where) from None
 
 
-def open_image(value: Any, where: str) -> tuple[Image.Image, str, str]:
+def open_image(value: Any, where: str, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, str, str]:
     """(an image or its file in RGB, its absolute path or "given", the sha256 of its pixels). Raises ConfigError."""
-    image, name = _opened(value, where, WHITE)
+    image, name = _opened(value, where, background)
     return image, name, _digest(image)
 
 

@@ -52,9 +52,13 @@ def test_depth_fills_its_range_in_the_image_size(depth_model, tmp_path, capsys):
         ["depth", *words],
         ["edges", *words, "--depth-model", "x"],
         ["normals", *words, "--depth-model", "x"],
+        ["normal", *words],
+        ["dpeth", *words],
     ):
         assert main(["preprocess", *wrong]) == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        said = capsys.readouterr().err.strip()
+        assert len(said.splitlines()) == 1
+    assert "did you mean 'depth'" in said
 
 
 def test_normals_of_a_plane_and_of_a_slope():
@@ -86,6 +90,12 @@ def test_poses_are_drawn_in_openpose_colours(tmp_path, capsys):
     capsys.readouterr()
     file.write_text(json.dumps([{"people": [{"pose_keypoints_2d": keypoints(1 / 600)}]}]))
     assert np.allclose(read_poses(file)[0][0][0], (256 / 600, 40 / 600)) and read_poses(file)[1] == (512, 512)
+    outside = keypoints(1 / 500)
+    outside[3 * 16 + 1] = 1.04  # of a person at the border: still no pixels
+    other = {"pose_keypoints_2d": keypoints(1 / 600)}
+    file.write_text(json.dumps({"people": [{"pose_keypoints_2d": outside}, other]}))
+    (near, _), _ = read_poses(file)
+    assert np.allclose(near[0], (256 / 500, 40 / 500)) and near[16][1] == 1.04
     for bad in ("{", "{}", '{"people": [{"pose_keypoints_2d": [1, 2]}]}', '{"people": [{}], "canvas_width": "x"}'):
         file.write_text(bad)
         with pytest.raises(LdmError):

@@ -16,6 +16,7 @@ from ldm.errors import ConfigError, LdmError
 from ldm.images import read_metadata
 from ldm.nn.ip_adapter import IPAdapter, IPAdapterConfig, cross_attentions
 from ldm.pipeline import Pipeline
+from ldm.pipeline.sources import open_mask
 from ldm.render.drawing.runner import render
 from tests.conftest import build_tiny_model
 from tests.pipeline.test_control import apart, drawing, lora_file, loud
@@ -335,3 +336,20 @@ def test_prompt_files_draw_the_same(here, tiny_folder):
         render(lines, "shared", ip_adapter="1.png", **settings)
     photo(7).save("2.png")  # another image is another job
     assert render("p.txt", "out", **settings).counts["rendered"] == 1
+
+
+def test_a_mask_s_transparency_is_its_shape(tmp_path):
+    plain = open_mask(half(32, True), "ip_adapter_mask")[0]
+    layer = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    for colour in ("black", "white", "red"):  # a stroke of any colour on a transparent layer
+        layer.paste(colour, (0, 0, 16, 32))
+        layer.save(tmp_path / "stroke.png")
+        for value in (layer, tmp_path / "stroke.png"):
+            assert open_mask(value, "ip_adapter_mask")[0].tobytes() == plain.tobytes()
+    layer.paste("white", (0, 0, 16, 32))
+    layer.paste("black", (0, 16, 16, 32))  # white and black: what is transparent is black
+    mask = open_mask(layer, "ip_adapter_mask")[0]
+    assert mask.getpixel((3, 3)) == (255, 255, 255) and mask.getpixel((3, 20)) == mask.getpixel((20, 3)) == (0, 0, 0)
+    for nothing, words in ((Image.new("L", (32, 32), 90), "no white"), (layer.crop((16, 0, 32, 32)), "transparent")):
+        with pytest.raises(ConfigError, match=words):
+            open_mask(nothing, "ip_adapter_mask")

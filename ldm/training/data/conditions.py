@@ -41,7 +41,7 @@ class ControlFolder:
         content = _content(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise DataError("was changed since the training began", where=path)
-        image = read_image(io.BytesIO(content), str(path))
+        image = read_image(io.BytesIO(content), str(path), background=(0, 0, 0))  # conditions are light on black
         original = view.original
         if image.size != (original.width, original.height):
             image = image.resize((original.width, original.height), Image.Resampling.LANCZOS)
