@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class ModelInfo:
     doubts: tuple[str, ...] = ()  # what its name says and nothing inside
     few: few_steps.Sampling | None = None  # how it, or a LoRA, wants to be drawn with where it was made for few steps
     t5: bool = False  # whether T5 reads the prompts, alone or beside CLIP
+    cell: int = 1  # pixels that have to divide height and width for what is used beside it, such as a T2I-Adapter
 
     @property
     def transformer(self) -> MMDiTConfig | None:
@@ -58,8 +60,8 @@ class ModelInfo:
 
     @property
     def multiple(self) -> int:
-        """What divides height and width: pixels per latent, times the transformer's patch size."""
-        return self.factor * (self.transformer.patch_size if self.transformer else 1)
+        """What divides height and width: pixels per latent, times the transformer's patch size, and `cell`."""
+        return math.lcm(self.factor * (self.transformer.patch_size if self.transformer else 1), self.cell)
 
     @property
     def side(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ldm.diffusion.guidance.settings import GUIDANCES, SIGMA_INTERVALS, STEP_INTERVALS
 from ldm.errors import ConfigError
-from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS, adapter_scales
+from ldm.pipeline.keywords import ALIASES, GUIDANCE, SAMPLER, STEPS, adapter_scales, control_modes
 
 
 class HelpSamplers(argparse.Action):
@@ -39,13 +39,6 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r:.80}") from None
-
-
-def _modes(text: str) -> tuple[int | None, ...]:
-    try:
-        return tuple(None if number.strip() == "-" else int(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r:.80}") from None
 
 
 class Preset(argparse.Action):
@@ -154,7 +147,7 @@ CONTROL = [
     Option("controlnet_conditioning_scale", "X,X,…", "how much it does, 0 and up (1)", {"type": _numbers}),
     Option("control_guidance_start", "X,X,…", "from which part of the steps on, 0 to 1 (0)", {"type": _numbers}),
     Option("control_guidance_end", "X,X,…", "to which part of the steps (1)", {"type": _numbers}),
-    Option("control_mode", "N,N,…", "what a ControlNet Union looks at; - for others", {"type": _modes}),
+    Option("control_mode", "N,N+N,…", "what a ControlNet Union looks at; - for others", {"type": control_modes}),
     Option("guess_mode", None, "act where the prompt does not guide", {"action": "store_true", "default": None}),
     Option("ip_adapter", "FILE", "an IP-Adapter, which shows images; may be given several times", {"action": "append"}),
     Option("image_encoder", "FOLDER", "the CLIP vision tower that it looks through (image_encoder/ beside it)"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,8 +208,8 @@ class ControlNet(Encoder):
         timesteps: Tensor,
         states: Tensor,
         *,
-        image: Tensor,
-        scale: float = 1.0,
+        image: Tensor | Sequence[Tensor],
+        scale: float | Sequence[float] = 1.0,
         guess: bool = False,
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -219,6 +219,7 @@ class ControlNet(Encoder):
         """The U-Net's inputs and image (N, 3, f H, f W) in [0, 1] -> its `residuals`.
 
         N divides B: rows of several conditions have the images in the same order. scale: how much of the outputs.
+        A ControlNet Union takes a list of images, one for each of its kinds, and a scale for each.
         guess: outputs grow from a tenth at the highest resolution to the whole in the middle.
         """
         rows = len(x)
@@ -226,7 +227,7 @@ class ControlNet(Encoder):
             time_ids = time_ids.expand(rows, -1)
         inputs = self._ready(cache, states, (x, timesteps, states, mask, pooled, time_ids))
         x, timesteps, states, mask, pooled, time_ids = inputs
-        embedded = remember(cache, self.controlnet_cond_embedding, lambda: self._embed_image(image, x, rows))
+        embedded, scale = self._embed_images(image, scale, x, rows, cache)
         temb = silu(self._embed(x, timesteps, states, mask, pooled, time_ids, None, cache), self.training)
         context = dict.fromkeys(self.attention_levels, (states, mask, None, cache))
         middle, skips = self.down(self.conv_in(x) + embedded, temb, context)
@@ -237,19 +238,36 @@ class ControlNet(Encoder):
         factors = torch.logspace(-1, 0, len(outputs)).tolist() if guess else [1.0] * len(outputs)
         return [output * (factor * scale) for output, factor in zip(outputs, factors)]
 
+    def _embed_images(
+        self, image: Any, scale: Any, x: Tensor, rows: int, cache: TextCache | None
+    ) -> tuple[Tensor, float]:
+        """(what is added to the first convolution of x, how much of the outputs counts)."""
+        made = remember(
+            cache,
+            self.controlnet_cond_embedding,
+            lambda: self._for_rows(self._embed_image(self._embed_condition, image, x, rows), rows),
+        )
+        return made, scale
+
     def _embed_condition(self, image: Tensor) -> Tensor:  # (N, 3, f H, f W) -> (N, C, H, W)
         return self.controlnet_cond_embedding(image)
 
-    def _embed_image(self, image: Tensor, x: Tensor, rows: int) -> Tensor:
-        """Images (N, 3, f H, f W) -> (B, C, H, W) for all rows of x, of which the first `rows` are asked for."""
+    def _embed_image(self, embed: Callable[[Tensor], Tensor], image: Tensor, x: Tensor, rows: int) -> Tensor:
+        """`embed` of images (N, 3, f H, f W) that go with the first `rows` rows of x -> (N, C, H, W)."""
         size = tuple(side * self.control.factor for side in x.shape[2:])
         if tuple(image.shape[2:]) != size or rows % len(image):
             raise ModelError(f"ControlNet: images {tuple(image.shape)} do not fit latents {tuple(x.shape)}")
         image = image.flip(1) if self.control.channel_order == "bgr" else image
-        if self.training or not image.is_cpu:
-            return self._embed_condition(image.to(x.dtype)).repeat(rows // len(image), 1, 1, 1)
-        embedded = in_blocks(self._embed_condition, image.to(x.dtype), 2)
-        return pad_to_even_batch(embedded.repeat(rows // len(image), 1, 1, 1))[0]
+        return self._alike(embed, image.to(x.dtype))
+
+    def _alike(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) with the same bits for an image in every batch, where these are promised."""
+        return function(x) if self.training or not x.is_cpu else in_blocks(function, x, 2)
+
+    def _for_rows(self, embedded: Tensor, rows: int) -> Tensor:
+        """Of N images (N, C, H, W) -> of `rows` rows, and of the one that fills them up."""
+        embedded = embedded.repeat(rows // len(embedded), 1, 1, 1)
+        return embedded if self.training else pad_to_even_batch(embedded)[0]
 
 
 def load_controlnet(config: ControlNetConfig, state: Mapping[str, Tensor], where: object = None) -> ControlNet:

@@ -105,6 +105,7 @@ class Engine:
     def _attach(self, controlnet: Any, ip_adapter: Any, image_encoder: Any) -> None:
         if controlnet is not None:
             self.controlnets = ControlNets(listed(controlnet), self.info)
+            self.info = self.controlnets.fitted(self.info)
         if ip_adapter is None and image_encoder is not None:
             raise ConfigError("needs an ip_adapter", where="image_encoder")
         if ip_adapter not in (None, (), []):
@@ -152,6 +153,18 @@ class Engine:
         texts = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
         vae = {} if self.vae is None else {"vae": str(Path(self.vae).resolve())}
         return {**vae, **({"text_encoders": texts} if texts else {})}
+
+    def load_beside(self) -> None:
+        """Load ControlNets and IP-Adapters, which drawing does too. Raises ModelError."""
+        for networks in (self.controlnets, self.ip_adapters):
+            if networks is not None:
+                networks.load(self.placement, self.load().dtype)
+
+    def unload_beside(self) -> None:
+        """Free the memory of ControlNets and IP-Adapters; they are loaded again when they are needed."""
+        for networks in (self.controlnets, self.ip_adapters):
+            if networks is not None:
+                networks.unload()
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""

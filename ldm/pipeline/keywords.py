@@ -108,6 +108,19 @@ def adapter_scales(text: str, where: str = "ip_adapter_scale") -> tuple[Any, ...
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def control_modes(text: str, where: str = "control_mode") -> tuple[int | tuple[int, ...] | None, ...]:
+    """Kinds of condition from "3", "3,-" (one for each ControlNet, - for one without) or "3+1,-" (two for the first).
+
+    Raises ConfigError.
+    """
+    try:
+        each = [[None if n.strip() == "-" else int(n) for n in one.split("+")] for one in text.split(",")]
+    except ValueError:
+        what, hint = f"expected whole numbers, got {text!r:.80}", "3 or 3,-; for several images of one union 3+1"
+        raise ConfigError(what, where=where, hint=hint) from None
+    return tuple(one[0] if len(one) == 1 else tuple(one) for one in each)  # type: ignore[misc]
+
+
 def adapt_callback(function: Callable) -> Callable:
     """diffusers' callback_on_step_end(pipe, step, timestep, kwargs) as ours; it may look, not change."""
 

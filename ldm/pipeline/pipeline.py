@@ -18,6 +18,7 @@ from ldm.device import dtype_name
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_bool, check_negative, check_prompts
+from ldm.pipeline.control import control_warnings
 from ldm.pipeline.encode import check_plain_prompts
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.fast import check_beside, fast_adapter
@@ -178,7 +179,7 @@ class Pipeline:
         controlnet_conditioning_scale: float | Sequence[float] | None = None,
         control_guidance_start: float | Sequence[float] | None = None,
         control_guidance_end: float | Sequence[float] | None = None,
-        control_mode: int | Sequence[int | None] | None = None,
+        control_mode: int | Sequence[int | Sequence[int] | None] | None = None,
         guess_mode: bool = False,
         ip_adapter_image: Any = None,
         ip_adapter_scale: Any = None,
@@ -219,8 +220,9 @@ class Pipeline:
                     for each ControlNet. It is resized to the size that is drawn, which has its proportions and as many
                     pixels as the model was trained on where nothing else decides it
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end  how much ControlNets do (1), and in
-                    which part of the steps (0 to 1): one number, or one for each
-        control_mode  what a ControlNet Union looks at, by its number: one for each, None for those without kinds
+                    which part of the steps (0 to 1): one number, or one for each control image
+        control_mode  what a ControlNet Union looks at, by its number: one for each ControlNet, None for those without
+                    kinds. A list of several for one union mixes them: it sees as many control images at once
         guess_mode  ControlNets act where the prompt does not guide
         ip_adapter_image  what the IP-Adapter shows: an image, its file, or with one prompt a list of them; with several
                     prompts a list has one for each, with several adapters one for each; each may be a list again
@@ -241,7 +243,10 @@ class Pipeline:
         own = {**dict.fromkeys(GUIDANCE_WORDS), **{k: v for k, v in locals().items() if k in OF_GENERATE}}
         engine, given = self._engine, resolve_aliases(other, own, OF_PIPELINE) if other else own
         info = with_few_steps(engine.info, self._adapters) if any(self._adapters) else engine.info
-        call = check_request({**given, **engine.attached}, len(self._prompts), info)
+        given = {**given, **engine.attached}
+        if engine.controlnets is not None:
+            given = engine.controlnets.with_modes(given, len(self._prompts))
+        call = check_request(given, len(self._prompts), info)
         engine.check_settings(call.settings)
         requests = self._requests(call)
         with self._lock:
@@ -300,6 +305,8 @@ class Pipeline:
         if any(run.area != self._engine.info.side**2 for run in settings.runs):
             for line in size_warnings(settings, self._engine.info):
                 self._warn_once(line)
+        for line in control_warnings(call.controls) if call.controls else ():
+            self._warn_once(line)
 
     def _warn_once(self, line: str) -> None:
         if line not in self._warned:

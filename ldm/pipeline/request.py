@@ -182,7 +182,7 @@ def _size(
         if None in asked:
             check_area(height, width, side, info.multiple)
     elif controls is not None and latents is None and None in asked:
-        height, width = controls.size(side, info.factor, *asked)
+        height, width = controls.size(side, info.multiple, *asked)
     else:
         trained = (side, side) if latents is None else [m * info.factor for m in latents.shape[2:]]
         height, width = (n or checks.check_size(m, x, 1) for n, m, x in zip(asked, trained, SIDES))
@@ -305,7 +305,7 @@ class Request:
     latents: torch.Tensor | None  # (images, C, h, w)
     variations: tuple[tuple[int, float], ...] | None  # (seed, strength) of each image
     sources: Sources | None  # the initial images
-    controls: tuple[tuple[ControlImage, ...], ...] | None  # of each image, one for each ControlNet
+    controls: tuple[tuple[ControlImage, ...], ...] | None  # of each image, those of all ControlNets
     shown: tuple[tuple[Shown, ...], ...] | None  # of each image, what each IP-Adapter shows
     batch_size: int  # images that are denoised together; has no influence on the images
     callback: Callable | None
@@ -358,7 +358,7 @@ class ImageRequest:
     variation: tuple[int, float] | None = None  # (another seed, how far its noise is mixed in, 0 to 1)
     source: Source | None = None  # the initial image, in the size that is drawn
     true_cfg_scale: float | None = None  # the settings': in place of guidance_scale for CFG
-    controls: tuple[ControlImage, ...] = ()  # one for each ControlNet
+    controls: tuple[ControlImage, ...] = ()  # those of all ControlNets
     shown: tuple[Shown, ...] = ()  # one for each IP-Adapter
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.guidance.guided import step_at
 from ldm.images import to_tensor
 from ldm.nn.controlnet import ControlNet, summed
+from ldm.nn.controlnet_union import ControlNetUnion
 from ldm.nn.ip_adapter import unguided_rows
 from ldm.nn.t2i_adapter import FeatureInput, T2IAdapter
 from ldm.nn.unet import UNet
@@ -41,16 +42,23 @@ class Steering:
         run: Run,
         device: torch.device,
     ):
-        modes = settings.modes or (None,) * len(nets)
-        told = [net if mode is None else net.in_mode(mode) for net, mode in zip(nets, modes)]  # type: ignore[operator]
+        self._seen = settings.seen()
+        told = [
+            net.in_modes(modes) if isinstance(net, ControlNetUnion) and (modes := settings.modes_of(images)) else net
+            for net, images in zip(nets, self._seen, strict=True)
+        ]
         self._nets = [net if isinstance(net, T2IAdapter) else ready(net) for net in told]
         self._adapters = [isinstance(net, T2IAdapter) for net in nets]
         self._pooled = [isinstance(net, ControlNet) and net.control.global_pool_conditions for net in nets]
         self._settings = settings
         self._levels, self._step, self._batch = run.sigmas[:-1].tolist(), 0, len(requests)
         known: dict[tuple[int, str], Tensor] = {}
-        columns = [[request.controls[i] for request in requests] for i in range(len(nets))]
-        grey = ["L" if isinstance(net, T2IAdapter) and net.config.in_channels == 1 else "RGB" for net in nets]
+        columns = [[request.controls[i] for request in requests] for i in range(len(settings.scales))]
+        grey = [
+            "L" if isinstance(net, T2IAdapter) and net.config.in_channels == 1 else "RGB"
+            for net, images in zip(nets, self._seen)
+            for _ in images
+        ]
         for image, mode in ((image, mode) for mode, column in zip(grey, columns) for image in column):
             if (id(image), mode) not in known:
                 condition = image.condition(run.height, run.width).convert(mode)
@@ -72,7 +80,8 @@ class Steering:
         """The U-Net with the residuals and the features of all that acts at the step."""
 
         def steered(x: Tensor, timesteps: Tensor, *, states: Tensor, **more: Any) -> Tensor:
-            acting = self._settings.acting(self._step, len(self._levels))
+            shown = set(self._settings.acting(self._step, len(self._levels)))
+            acting = [i for i, images in enumerate(self._seen) if not shown.isdisjoint(images)]
             unguided = unguided_rows(len(x), self._batch, more)
             if self._input is not None:
                 given = [self._scaled_features(i, len(x), unguided) for i in acting if self._adapters[i]]
@@ -84,7 +93,7 @@ class Steering:
             if not acting:
                 return network(x, timesteps, states=states, **more)
             text = {"states": states, "mask": more.get("mask"), "pooled": more.get("pooled")}
-            residuals = summed([self._residuals(i, x, timesteps, text, unguided) for i in acting])
+            residuals = summed([self._residuals(i, shown, x, timesteps, text, unguided) for i in acting])
             return network(x, timesteps, states=states, residuals=residuals, **more)
 
         return steered
@@ -100,26 +109,36 @@ class Steering:
 
     def _scaled_features(self, i: int, rows: int, unguided: int) -> list[Tensor]:
         """Of one T2I-Adapter for all rows; in guess mode zeros for the first `unguided` of them."""
+        (j,) = self._seen[i]
         if i not in self._features:  # each image alone, so that its bits do not depend on the others
-            alone = {id(image): self._nets[i](image) for image in self._images[i]}
-            self._features[i] = [torch.cat(level) for level in zip(*(alone[id(image)] for image in self._images[i]))]
+            alone = {id(image): self._nets[i](image) for image in self._images[j]}
+            self._features[i] = [torch.cat(level) for level in zip(*(alone[id(image)] for image in self._images[j]))]
         found = [
-            feature.repeat(rows // self._batch, 1, 1, 1) * self._settings.scales[i] for feature in self._features[i]
+            feature.repeat(rows // self._batch, 1, 1, 1) * self._settings.scales[j] for feature in self._features[i]
         ]
         for feature in found if self._settings.guess_mode else ():
             feature[:unguided] = 0
         return found
 
     def _residuals(
-        self, i: int, x: Tensor, timesteps: Tensor, text: Mapping[str, Tensor | None], unguided: int
+        self,
+        i: int,
+        shown: Container[int],
+        x: Tensor,
+        timesteps: Tensor,
+        text: Mapping[str, Tensor | None],
+        unguided: int,
     ) -> list[Tensor]:
-        """Of one ControlNet for R rows; in guess mode zeros for the first `unguided` of them."""
+        """Of one ControlNet, by those of its images that are `shown`, for R rows; in guess mode zeros for the first
+        `unguided` of them."""
         guess = self._settings.guess_mode or self._pooled[i]
         skip = unguided if guess else 0
         if skip:
             text, x, timesteps = self._later_rows(text, skip), x[skip:], timesteps[skip:]
-        image, scale = torch.cat(self._images[i]), self._settings.scales[i]
-        found = self._nets[i](x, timesteps, **text, image=image, scale=scale, guess=guess)
+        images = [torch.cat(self._images[j]) for j in self._seen[i]]
+        scales = [self._settings.scales[j] if j in shown else 0.0 for j in self._seen[i]]
+        seen = {"image": images, "scale": scales} if len(images) > 1 else {"image": images[0], "scale": scales[0]}
+        found = self._nets[i](x, timesteps, **text, **seen, guess=guess)
         return [torch.cat([one.new_zeros(skip, *one.shape[1:]), one]) for one in found] if skip else found
 
     def _later_rows(self, text: Mapping[str, Tensor | None], skip: int) -> dict[str, Tensor | None]:

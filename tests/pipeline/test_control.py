@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from ldm.checkpoint.controlnet import save_controlnet
+from ldm.checkpoint.controlnet import ControlNetFile, save_controlnet
 from ldm.cli import main
 from ldm.control import edges
 from ldm.errors import LdmError
@@ -20,6 +20,7 @@ from ldm.images import read_metadata, to_tensor
 from ldm.nn.controlnet import ControlNet
 from ldm.nn.unet import UNet
 from ldm.pipeline import Pipeline
+from ldm.pipeline.control import ControlNets
 from ldm.render.drawing.runner import render
 from tests.conftest import build_tiny_model
 
@@ -242,6 +243,21 @@ def test_metadata_and_conditions_that_are_made(model, nets, tmp_path):
     assert "guess_mode" not in Pipeline("a cat", model).generate(seed=1, **STEPS).metadata[0]
 
 
+def test_transparent_conditions_lie_on_black_and_flat_ones_are_told(model, nets, capsys):
+    layer = Image.new("RGBA", (SIDE, SIDE), (255, 255, 255, 0))
+    plain = Image.new("RGB", (SIDE, SIDE), "black")
+    for image in (layer, plain):
+        ImageDraw.Draw(image).line((8, 8, 50, 40), fill="white", width=3)
+    pipe, call = Pipeline("a cat", model, controlnet=nets / "a"), {"seed": 1, "num_inference_steps": 1}
+    assert (
+        pipe.generate(control_image=layer, **call)[0].tobytes()
+        == pipe.generate(control_image=plain, **call)[0].tobytes()
+    )
+    assert "one colour" not in capsys.readouterr().err
+    pipe.generate(control_image=layer.crop((52, 0, 60, 8)), **call)
+    assert "the control image (given) is of one colour: there is nothing to follow" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -250,7 +266,7 @@ def test_metadata_and_conditions_that_are_made(model, nets, tmp_path):
         ({"control_image": "edge:nothing.png"}, "'edge' is no kind of control that is made here"),
         ({"control_image": 7}, "expected an image or its file"),
         ({"control_image": [drawing()] * 2}, "2 of them for 1 prompts"),
-        ({"control_image": drawing(), "controlnet_conditioning_scale": [1, 1]}, "2 numbers for 1 ControlNets"),
+        ({"control_image": drawing(), "controlnet_conditioning_scale": [1, 1]}, "2 numbers for 1 control images"),
         ({"control_image": drawing(), "controlnet_conditioning_scale": float("nan")}, "not a finite number"),
         (
             {"control_image": drawing(), "control_guidance_start": 0.5, "control_guidance_end": 0.5},
@@ -360,11 +376,57 @@ def test_prompt_files_draw_the_same(files, tiny_folder):
     for path, (image,) in zip(drawn, expected, strict=True):
         assert Image.open(path).tobytes() == image.tobytes(), path
     again = render(None, "again", sources=["out", "more"], model=str(tiny_folder)).paths
-    assert [Image.open(path).tobytes() for path in again] == [Image.open(path).tobytes() for path in drawn]
+    assert sorted(Image.open(path).tobytes() for path in again) == sorted(Image.open(path).tobytes() for path in drawn)
     before = render("p.txt", "out", **settings).counts
     assert before["finished_before"] == 3 and before["rendered"] == 0
     drawing(9).save("other.png")  # another image is another job
     assert render("p.txt", "out", **settings).counts["rendered"] == 1
+
+
+def test_broken_controlnets_fail_their_lines_alone_and_others_leave_memory(files, tiny_folder, monkeypatch):
+    shutil.copytree(files / "a", "broken")
+    weights = Path("broken/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")  # its sha256 is not the manifest's
+    read, held = [], []
+    load, load_file = ControlNets.load, ControlNetFile.load
+    monkeypatch.setattr(ControlNets, "load", lambda nets, *where: held.append(nets) or load(nets, *where))
+    monkeypatch.setattr(ControlNetFile, "load", lambda file, *where: read.append(file.name) or load_file(file, *where))
+    nets = ["broken", str(files / "a"), str(files / "b"), "broken", str(files / "a"), None]
+    lines = [
+        {"prompt": "a cat", "seed": i, **({"controlnet": net, "control_image": "photo.png"} if net else {})}
+        for i, net in enumerate(nets)
+    ]
+    found = render(lines, "out", model=str(tiny_folder), num_inference_steps=1, batch_size=1)
+    assert found.counts["failed"] == 2 and found.counts["rendered"] == 4
+    assert [Path(name).name for name in read] == ["broken", "a", "b"]  # each once
+    assert not any(nets._loaded for nets in held)  # the last line had none
+
+
+def test_a_replay_by_render_tells_of_other_networks(files, tiny_folder, model, capsys):
+    net = shutil.copytree(files / "a", "net")
+    lora = lora_file(Path("lora.safetensors"))
+    line = {"prompt": "a cat", "seed": 1, "controlnet": str(net), "control_image": "photo.png", "lora": str(lora)}
+    settings = {"model": str(tiny_folder), "num_inference_steps": 1}
+    (drawn,) = render([line], "out", **settings).paths
+    render(None, "same", sources=[drawn], model=str(tiny_folder))
+    assert "will differ" not in capsys.readouterr().err
+    shutil.rmtree(net)
+    save_controlnet(loud(model.unet, 9), net, torch.float32)
+    lora_file(lora, 1)
+    render(None, "other", sources=[drawn], model=str(tiny_folder))
+    said = capsys.readouterr().err
+    assert "controlnet is another file than the one that was drawn with" in said and "LoRA lora" in said
+
+
+def test_a_line_s_control_goes_with_the_controlnet_that_is_given(files, tiny_folder):
+    settings = {"model": str(tiny_folder), "num_inference_steps": 1}
+    line = "a cat --d 1 --control edges:photo.png:0.8"
+    given = {"prompt": "a cat", "seed": 1, "controlnet": str(files / "a"), "control_image": "edges:photo.png"}
+    (expected,) = render([{**given, "controlnet_conditioning_scale": 0.8}], "out", **settings).paths
+    (own,) = render([f"{line} --controlnet {files / 'a'}"], "own", **settings).paths
+    (shared,) = render([line], "shared", controlnet=str(files / "a"), **settings).paths
+    assert Path(own).read_bytes() and len({Image.open(path).tobytes() for path in (expected, own, shared)}) == 1
+    assert render([line], "none", **settings).counts["bad_lines"] == 1  # the model has no control of its own
 
 
 def test_render_keeps_conditions_on_request(files, tiny_folder):

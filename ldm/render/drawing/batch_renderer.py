@@ -33,8 +33,9 @@ class BatchRenderer:
 
     def __init__(self, resolver: Resolver, writer: Writer, stop: StopRequest, batch_size: int | None = None):
         self._resolver, self._writer, self._stop, self._batch_size = resolver, writer, stop, batch_size
-        self._broken: dict[tuple[str, str], LdmError] = {}  # models with their LoRAs that could not be loaded
+        self._broken: dict[tuple[str, ...], LdmError] = {}  # weights of groups that could not be loaded
         self._last: Group | None = None
+        self._engine: Engine | None = None  # the one used last
         self._warned: set[str] = set()
         keep_memory()
 
@@ -74,8 +75,12 @@ class BatchRenderer:
         if group.weights in self._broken:
             raise self._broken[group.weights]
         engine, settings = self._resolver.drawable(job.settings)
+        if self._engine is not None and self._engine is not engine:
+            self._engine.unload_beside()
+        self._engine = engine
         try:
             engine.adapted(engine.load(), adapters_of(job.settings))
+            engine.load_beside()
         except LdmError as error:
             self._broken[group.weights] = error
             raise
@@ -114,7 +119,9 @@ class BatchRenderer:
             for row, image, notes in drawn:
                 number = numbers[row]
                 seconds = (time.monotonic() - began) / len(batch)
-                self._writer.put(Drawn(left.pop(number), image, metadata[number] | notes, seconds=seconds))
+                whole, job = metadata[number] | notes, left.pop(number)
+                self._warn(differences(job.source, whole) if job.source else ())  # LoRAs and networks are known now
+                self._writer.put(Drawn(job, image, whole, seconds=seconds))
                 if not any(number in left for number in batch):
                     self._check_stop()
                     began = time.monotonic()

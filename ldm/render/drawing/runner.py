@@ -30,7 +30,7 @@ from ldm.render.output.lines import DONE, is_inside, read_manifest
 from ldm.render.output.manifest import Manifest, Report
 from ldm.render.prompts.entry import Prompts
 from ldm.render.prompts.files import is_infotext_file, open_prompts
-from ldm.render.prompts.line_settings import parse_settings
+from ldm.render.prompts.line_settings import parse_settings, with_own_controls
 from ldm.render.prompts.setting_table import OF_RUN, SETTINGS
 from ldm.render.prompts.templates import NO_WILDCARDS, Wildcards
 from ldm.render.prompts.values import MAX_SEED
@@ -188,7 +188,7 @@ def _resolver(
     # Lines have no parser for these, or (clip_skip) count in another way.
     as_given = {name for name in given if name == "clip_skip" or (name in SETTINGS and SETTINGS[name].parser is None)}
     defaults = parse_settings([(name, value) for name, value in given.items() if name not in as_given], Path())
-    defaults |= {name: _plain(given[name]) for name in as_given}
+    defaults = with_own_controls(defaults) | {name: _plain(given[name]) for name in as_given}
     resolver = Resolver(**of_run)
     if replayed and addable_parts(defaults.get("model", "default")) - defaults.keys():
         return resolver, defaults

@@ -19,6 +19,7 @@ from ldm.pipeline.keywords import MAX_IMAGES
 from ldm.render.jobs.digest_table import Table
 from ldm.render.jobs.filenames import safe_name, same_name
 from ldm.render.prompts.entry import Entry
+from ldm.render.prompts.line_settings import with_own_controls
 from ldm.render.prompts.setting_table import LINE, NOT_CONTENT, TEXTS, of_scope
 from ldm.render.prompts.templates import SIGNS, Wildcards, expand
 
@@ -116,6 +117,8 @@ class Plan:
     def _of_line(self, entry: Entry) -> Iterator[Job]:
         """The jobs of one line; raises LdmError at the first that cannot be."""
         line, given = entry.settings, {**self._defaults, **entry.settings}
+        if "control" in given:
+            line, given = with_own_controls(line), with_own_controls(given)
         asked = {name: value for name, value in given.items() if name not in NOT_RESOLVED}
         varied = bool(asked.get("variation_strength")) and asked.get("variation_seed") is not None
         for number, seed in enumerate(self._seeds(line, given.get("num_images") or 1, varied)):

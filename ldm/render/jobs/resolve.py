@@ -15,7 +15,7 @@ from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
 from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
-from ldm.pipeline.control import Controls, check_controls, listed
+from ldm.pipeline.control import Controls, check_controls, control_warnings, listed
 from ldm.pipeline.engine import Engine
 from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve, size_warnings
@@ -119,9 +119,11 @@ class Resolver:
         options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
         options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder, "text_encoders": texts or None}
         if self._loaded is not None and model == self._default:
-            return Engine(self._loaded, **options), describe(self._loaded)
-        prediction_type = self._options.get("prediction_type")
-        return Engine(model, **options), describe(model, vae, prediction_type, hashed=True, text_encoders=texts)
+            engine, info = Engine(self._loaded, **options), describe(self._loaded)
+        else:
+            engine, prediction_type = Engine(model, **options), self._options.get("prediction_type")
+            info = describe(model, vae, prediction_type, hashed=True, text_encoders=texts)
+        return engine, info if engine.controlnets is None else engine.controlnets.fitted(info)
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:
         """The engine of a job's settings, and what it shares with all jobs that may be in its batch."""
@@ -169,6 +171,8 @@ class Resolver:
         if unknown := given.keys() - SETTINGS.keys():
             raise ConfigError("is not supported in prompt files", where=min(unknown), hint="leave it out")
         engine, info = self.model(given)
+        if engine.controlnets is not None:
+            given = engine.controlnets.with_modes(given)
         sources, controls, prompted = _inputs(given, info)
         fitting = with_few_steps(info, (adapters,)) if adapters else info
         settings = resolve(given, fitting, sources, controls=controls, image_prompts=prompted)
@@ -180,6 +184,7 @@ class Resolver:
         initial: dict[str, Any] = {} if sources is None else {name: given[name] for name in INITIAL if name in given}
         digests = _digests(sources)
         if controls is not None:
+            self._warn(control_warnings(controls.each))
             of_model["controlnet"] = [str(name) for name in listed(given["controlnet"])]
             initial["control_image"] = [str(name) for name in listed(given["control_image"])]
             digests["control_image"] = [image.sha256 for image in controls.each[0]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ldm.render.prompts import values
 from ldm.render.prompts.setting_table import SETTINGS
 from ldm.render.prompts.words import ANY, FILE_WORDS, REFUSED
 
-ADDED = ("lora", "controlnet", "control_image", "controlnet_conditioning_scale")  # of which a line may have several
+# Settings of which a line may have several
+ADDED = ("lora", "control", "controlnet", "control_image", "controlnet_conditioning_scale")
 ADDED += ("ip_adapter", "ip_adapter_image", "ip_adapter_scale", "ip_adapter_mask", "text_encoders")
 PYTHON_ONLY = ("generator",)  # of ALIASES: objects, not text
 PARSED = {name for name, setting in SETTINGS.items() if setting.parser is not None}
@@ -78,6 +79,13 @@ def parse_settings(pairs: Iterable[tuple[str, Any]], folder: Path) -> dict[str, 
                 raise ConfigError(what, where=given)
             settings[target], words[target] = item, given
     return _consistent(settings)
+
+
+def with_own_controls(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a line and of its run, where kinds of `control` without a ControlNet are the model's own."""
+    kinds = settings.get("control")
+    found = {name: value for name, value in settings.items() if name != "control"}
+    return found if kinds is None or found.get("controlnet") is not None else {**found, "controlnet": kinds}
 
 
 def _refuse(neutral: tuple, sentence: str, value: Any, word: str) -> None:

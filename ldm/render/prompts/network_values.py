@@ -54,7 +54,10 @@ def control_image(value: Any, word: str, folder: Path) -> str:
 
 
 def control(value: Any, word: str, folder: Path) -> tuple[tuple[Any, ...], ...]:
-    """(controlnet, control_image, controlnet_conditioning_scale) from KIND:FILE or KIND:FILE:WEIGHT."""
+    """(control, control_image, controlnet_conditioning_scale) from KIND:FILE or KIND:FILE:WEIGHT.
+
+    control is the kind, whose ControlNet of the model is taken where no other is given: see `with_own_controls`.
+    """
     kind, _, tail = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind not in (*KINDS, *ALIASES) or not tail:
         hint = f"KIND:FILE or KIND:FILE:WEIGHT; kinds: {', '.join(KINDS)}"
@@ -67,8 +70,12 @@ def control(value: Any, word: str, folder: Path) -> tuple[tuple[Any, ...], ...]:
     return (ALIASES.get(kind, kind),), (image,), (factor(scale, word, folder),)
 
 
-def mode(value: Any, word: str, _folder: Path) -> int | None:
-    """A kind of condition by its number; None (or -) is for a ControlNet without kinds."""
+def mode(value: Any, word: str, folder: Path) -> Any:
+    """A kind of condition by its number, or those of one union, from "3+1" or [3, 1]; None (or -) is for a ControlNet
+    without kinds."""
+    value = value.split("+") if isinstance(value, str) and "+" in value else value
+    if isinstance(value, (list, tuple)):
+        return tuple(mode(one, word, folder) for one in value)
     value = value.strip() if isinstance(value, str) else value
     return None if value in (None, "-") else check_int(number(value), word, 0, 1000)
 

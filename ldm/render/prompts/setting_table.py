@@ -42,7 +42,7 @@ SETTINGS: dict[str, Setting] = {
     "mask_image": Setting(IMAGE, values.path),
     "outpaint": Setting(IMAGE),
     "control_image": Setting(IMAGE, networks.control_images),
-    "control": Setting(BATCH, networks.control, sets=("controlnet", "control_image", "controlnet_conditioning_scale")),
+    "control": Setting(BATCH, networks.control, sets=("control", "control_image", "controlnet_conditioning_scale")),
     "controlnet": Setting(BATCH, networks.controlnets),
     "controlnet_conditioning_scale": Setting(BATCH, networks.numbers),
     "control_guidance_start": Setting(BATCH, networks.numbers),

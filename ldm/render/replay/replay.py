@@ -26,7 +26,7 @@ from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.sources import DIGESTS
 from ldm.render.output.lines import DONE, FAILED, last_lines
 from ldm.render.prompts.entry import Entry, Prompts
-from ldm.render.prompts.line_settings import parse_settings
+from ldm.render.prompts.line_settings import parse_settings, with_own_controls
 from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
 from ldm.render.replay.a1111_settings import a1111_settings, not_repeated
 from ldm.render.replay.a1111_text import MAX_TEXT, read_infotext, read_infotexts
@@ -164,7 +164,7 @@ def _replay(entry: Entry, read: Callable[[], tuple[dict, list[str], dict]], chan
     try:
         settings, notes, source = read()
         kept = {name: value for name, value in settings.items() if name not in changes.names}
-        settings = _consistent({**kept, **changes.settings}, changes)
+        settings = _consistent(with_own_controls({**kept, **changes.settings}), changes)
         if "prompt" not in settings:
             raise DataError("holds no prompt", hint="--set prompt=TEXT")
     except LdmError as error:
