@@ -26,7 +26,7 @@ from ldm.nn.lora import attach, new_updates
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import VAE
 from ldm.nn.weights import on_meta
-from ldm.training.forecast import Trial, TrialBatch, costs, inputs_of
+from ldm.training.forecast import TOKENS, Trial, TrialBatch, costs, inputs_of
 from ldm.training.loop.step import prepare, take_step
 from ldm.training.settings import UNetSettings
 
@@ -157,7 +157,7 @@ def _drawn(config: UNetConfig, rows: int, dtype: torch.dtype, device: str) -> tu
         return torch.randn(shape, generator=draw).to(device, dtype)
 
     x = normal(rows, config.in_channels, side, side)
-    return x, torch.full((rows,), 500.0, device=device), inputs_of(config, normal, rows)
+    return x, torch.full((rows,), 500.0, device=device), inputs_of(config, normal, rows, TOKENS)
 
 
 def _work(call: Callable[[], Tensor]) -> Work:
@@ -243,7 +243,7 @@ class _Lora(Trial):
 
     def __init__(self, settings: UNetSettings, module: UNet, device: str):
         self.schedule, self.config, self.count = Schedule(), module.config, 1
-        self.module, self.device = module, torch.device(device)
+        self.module, self.device, self.tokens = module, torch.device(device), TOKENS
 
     def batches(self, first_step: int) -> Iterator[TrialBatch]:
         return itertools.repeat(next(super().batches(first_step)))
