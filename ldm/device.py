@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 CGROUP = Path("/sys/fs/cgroup")
 AMPERE = (8, 0)  # compute capability from which on a card has bf16
+QUANTIZATIONS = ("int8",)  # of weights, by torchao
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SPELLINGS = {word: short for short, full in DTYPES.items() for word in (short, full, f"torch.{full}")}
 SPELLINGS |= {"half": "fp16", "torch.half": "fp16", "float": "fp32", "torch.float": "fp32"}
@@ -39,6 +40,19 @@ def pick_device(name: str = "auto") -> torch.device:
     if not present[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"{name} is not available here", where="device", hint="use --device auto or cpu")
     return torch.device(name)
+
+
+def check_quantization(kind: Any, installed: bool = True) -> str | None:
+    """int8, or None. Raises ConfigError for any other value and, if `installed`, where torchao is not there."""
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        what = f"expected {' or '.join(QUANTIZATIONS)}, got {kind!r:.80}"
+        raise ConfigError(what, where="quantization")
+    if installed and find_spec("torchao") is None:
+        hint = "pip install 'ldm-pipeline[int8]', or leave it out"
+        raise ConfigError("the package torchao is not installed", where="quantization", hint=hint)
+    return str(kind)
 
 
 def check_dtype(value: Any, where: str = "dtype") -> str:

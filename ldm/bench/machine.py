@@ -30,6 +30,7 @@ EXTRAS = {  # module -> what it is for, and the extra that installs it
     "ray": ("ldm render --ray", "ray"),
     "tensorboard": ("--tracker tensorboard", "trackers"),
     "wandb": ("--tracker wandb", "trackers"),
+    "torchao": ("--quantization int8", "int8"),
     "xformers": ("--attention xformers", "xformers"),
 }
 FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve")

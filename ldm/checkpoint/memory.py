@@ -17,6 +17,7 @@ from ldm.checkpoint.safety import read_header
 from ldm.files import format_bytes
 
 WIDTH = 2  # bytes of a number: GPUs draw in 16 bits
+ROW = 5  # bytes beside a row in int8: torchao's scale and zero point
 BLOCK = re.compile(r"((?:single_)?transformer_blocks\.\d+)\.")
 OFFLOADS = {False: "all", True: "offload", "blocks": "offload_blocks"}  # `offload` of Pipeline -> key of `device`
 
@@ -45,8 +46,9 @@ def _in_files(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for path in paths for name, tensor in read_header(path).tensors.items()}
 
 
-def memory_of(shapes: Mapping[str, Shapes], width: int = WIDTH) -> dict[str, Any]:
-    """Bytes of a model's weights, of `width` each; `shapes` is component -> name -> shape.
+def memory_of(shapes: Mapping[str, Shapes], width: int = WIDTH, quantization: str | None = None) -> dict[str, Any]:
+    """Bytes of a model's weights, of `width` each; `shapes` is component -> name -> shape. With `quantization` a number
+    in the blocks' linear layers takes one, and each of their rows ROW more.
 
     parts: of each component. block, around: of the network's largest block, and of what is not in a block; a U-Net has
     none. device: at most at once on the GPU, with neither option, with `offload` and with `offload_blocks`; the last
@@ -57,7 +59,9 @@ def memory_of(shapes: Mapping[str, Shapes], width: int = WIDTH) -> dict[str, Any
     blocks: Counter[str] = Counter()
     for name, shape in shapes[network].items():
         match = BLOCK.match(name)
-        blocks[match[1] if match else ""] += width * prod(shape)
+        eight = quantization and match and len(shape) == 2
+        blocks[match[1] if match else ""] += prod(shape) + ROW * shape[0] if eight else width * prod(shape)
+    parts[network] = sum(blocks.values())
     around, largest = blocks.pop("", 0), max(blocks.values(), default=0)
     texts = sum(size for part, size in parts.items() if part.startswith("text_encoder"))
     others = max(texts, parts.get("vae", 0))  # text encoders work together

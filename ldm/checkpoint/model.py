@@ -18,8 +18,16 @@ from ldm.checkpoint.hub import forget, snapshot
 from ldm.checkpoint.safety import read_header, read_json
 from ldm.checkpoint.types import Model, check_prediction_type
 from ldm.console import progress
-from ldm.device import is_out_of_memory, let_go, pick_device, pick_dtype, total_memory, without_collector
-from ldm.errors import ModelError, ResourceError
+from ldm.device import (
+    check_quantization,
+    is_out_of_memory,
+    let_go,
+    pick_device,
+    pick_dtype,
+    total_memory,
+    without_collector,
+)
+from ldm.errors import ConfigError, ModelError, ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +74,21 @@ def load_model(
     cache: bool = True,
     prediction_type: str | None = None,
     text_encoders: Any = None,
+    quantization: str | None = None,
 ) -> Model:
     """A model in eval mode, without gradients: "default", a diffusers folder, a single file or a hub id.
 
     `vae` replaces the autoencoder: a folder or file of one or of a whole model, or a loaded one. `prediction_type`
     (epsilon, v_prediction, sample) overrides the model's. `text_encoders` are files and folders with what a single file
-    of SD3 or FLUX lacks: CLIP-L, CLIP-G, T5, T5's tokenizer. Calls with equal (path, file identity, dtype, device)
-    share one model; `cache=False` loads a separate one, to be trained. Raises ModelError.
+    of SD3 or FLUX lacks: CLIP-L, CLIP-G, T5, T5's tokenizer. `quantization` "int8": a flow transformer's blocks in 8
+    bits (see nn/quantization.py). Calls with equal (path, file identity, dtype, device) share one model; `cache=False`
+    loads a separate one, to be trained. Raises ModelError, ConfigError.
     """
+    eight = check_quantization(quantization)
     if isinstance(model, Model):
         refuse_texts(text_encoders, model.path)
+        if eight:
+            raise ConfigError("a loaded model has its weights already", where="quantization")
         return model if vae is None else _with_vae(model, vae, model.device, model.dtype)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
@@ -84,7 +97,8 @@ def load_model(
     read = _cached if cache else _load
     other = None if file is None else resolve_vae(file)
     texts = () if text_encoders is None else single.listed_texts(text_encoders)
-    loaded = _in_room(lambda: read(path, str(model), device, dtype, other, override, texts), str(model), device)
+    asked = path, str(model), device, dtype, other, override, texts, eight
+    loaded = _in_room(lambda: read(*asked), str(model), device)
     return loaded if vae is file else _with_vae(loaded, vae, device, dtype)
 
 
@@ -137,16 +151,23 @@ def clear_cache() -> None:
 
 
 def _cached(
-    folder: Path, name: str, device, dtype, vae: Path | None, override: str | None, texts: tuple[Path, ...]
+    folder: Path,
+    name: str,
+    device,
+    dtype,
+    vae: Path | None,
+    override: str | None,
+    texts: tuple[Path, ...],
+    quantization: str | None = None,
 ) -> Model:
     """The model from the cache, loaded once for all threads; older versions of the same files are dropped."""
-    source = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), override, texts)
+    source = (folder.resolve(), vae and vae.resolve(), str(device), str(dtype), override, texts, quantization)
     with _lock:
         files = [path for path in (folder, vae, *texts) if path is not None]
         key = (source, *(layouts.identity(path) for path in files))
         if key not in _cache:
             with without_collector():
-                loaded = _load(folder, name, device, dtype, vae, override, texts)
+                loaded = _load(folder, name, device, dtype, vae, override, texts, quantization)
             for old in [old for old in _cache if old[0] == source]:
                 del _cache[old]
             _cache[key] = loaded
@@ -158,8 +179,11 @@ def _cached(
 
 def _held(device: torch.device) -> int:
     """Bytes of the cached models' weights on a device."""
+    from ldm.nn.quantization import stored_bytes
+
     networks = [n for model in _cache.values() for n in (model.unet, model.vae.module, *model.text.modules)]
-    return sum(p.nbytes for network in networks for p in network.parameters() if p.device.type == device.type)
+    held = (p for network in networks for p in network.parameters() if p.device.type == device.type)
+    return sum(map(stored_bytes, held))
 
 
 def resolve(model: str | os.PathLike, weights: bool = True) -> Path:
@@ -190,26 +214,46 @@ def is_single(path: Path) -> bool:
 
 
 def _load(
-    path: Path, name: str, device, dtype, vae: Path | None, override: str | None, texts: tuple[Path, ...] = ()
+    path: Path,
+    name: str,
+    device,
+    dtype,
+    vae: Path | None,
+    override: str | None,
+    texts: tuple[Path, ...] = (),
+    quantization: str | None = None,
 ) -> Model:
     """The model with another autoencoder and prediction type, where these are given."""
     import torch
 
     from ldm.nn.batch_invariant import layout
 
+    place = torch.device("cpu") if quantization else device  # which may have no room for the 16 bits
     if is_single(path):
         plan = single.plan_of(path, override, ("vae",) if vae else (), texts=texts)
-        loaded = single.read_single(path, device, dtype, plan)
+        loaded = single.read_single(path, place, dtype, plan)
     else:
         refuse_texts(texts, path)
-        loaded = _load_folder(path, name, device, dtype, vae)
+        loaded = _load_folder(path, name, place, dtype, vae)
     loaded.unet.to(memory_format=layout(device, dtype, loaded.unet.config))
     if override is not None and override != loaded.schedule.prediction_type:
         loaded.schedule = dataclasses.replace(loaded.schedule, prediction_type=override)
     loaded = loaded if vae is None else _with_vae(loaded, vae, device, dtype)
     if device.type == "cpu":
         loaded.vae.to(memory_format=torch.channels_last)  # measured: decoding takes 0.84 of the time, in bf16 0.73
-    return loaded
+    return _in_8_bits(loaded, device) if quantization else loaded
+
+
+def _in_8_bits(model: Model, device: torch.device) -> Model:
+    """The model on `device`, its transformer's blocks in 8 bits. Changes its networks."""
+    from ldm.nn.mmdit import MMDiT
+    from ldm.nn.quantization import quantized
+
+    if not isinstance(model.unet, MMDiT):
+        raise ConfigError("is for SD3 and FLUX, and this is a U-Net", where="quantization", hint="leave it out")
+    unet = quantized(model.unet, device)
+    model.vae.to(device)
+    return dataclasses.replace(model, unet=unet, text=model.text.to(device))
 
 
 def settings_of(path: Path | None) -> Mapping[str, Mapping[str, Any]]:

@@ -169,6 +169,7 @@ MODEL = [
     Option("dtype", "NAME", "auto, fp32, bf16, fp16", AUTO),
     Option("offload", None, "keep parts in main memory, on the GPU only while they work", SWITCH),
     Option("offload_blocks", None, "the blocks of SD3 and FLUX too, one at a time", BLOCKS),
+    Option("quantization", "NAME", "int8: weights of SD3 and FLUX in 8 bits, by torchao; not exact (none)"),
     Option("attention", "NAME", "of the network: auto, sdpa, chunked, xformers", AUTO),
     Option("compile", None, "compile the U-Net, by a C++ compiler on a CPU: for many images; other last bits", SWITCH),
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.nn.lora import clone_shared_weights
 from ldm.nn.mmdit import MMDiT
+from ldm.nn.quantization import stored_bytes
 
 Part = TypeVar("Part")  # a module, or an object that holds some, as VAE and the text encoders do
 
@@ -27,7 +28,7 @@ class BlockLender:
     @contextmanager
     def __call__(self, block: nn.Module) -> Iterator[nn.Module]:
         """`block` on the device while the block of the caller runs."""
-        size = sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+        size = sum(map(stored_bytes, (*block.parameters(), *block.buffers())))
         self.placed += size
         self.most = max(self.most, self.placed)
         try:

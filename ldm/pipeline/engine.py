@@ -17,11 +17,11 @@ from PIL import Image
 
 from ldm import console
 from ldm.checkpoint import Model, load_model
-from ldm.checkpoint.describe import describe
+from ldm.checkpoint.describe import ModelInfo, describe
 from ldm.checkpoint.memory import memory_of, offload_line, weight_shapes
 from ldm.checkpoint.single import listed_texts
 from ldm.config import require
-from ldm.device import dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
+from ldm.device import check_quantization, dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
 from ldm.diffusion.denoiser import sample
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.errors import ConfigError, ModelError, NumericsError, ResourceError
@@ -45,6 +45,7 @@ from ldm.pipeline.placement import Placement
 from ldm.pipeline.request import ImageRequest, Run, Settings
 from ldm.pipeline.steering import Steering
 
+EITHER = "leave one of them out"
 DECODED_AT_ONCE = 4 * 64 * 64  # latents (h * w, of all images) that a GPU decodes in one call: four images of 512x512
 
 # called as (i, x, x0) after step i of a batch, x and x0 (B, C, h, w)
@@ -71,9 +72,10 @@ class Engine:
         ip_adapter: Any = None,
         image_encoder: Any = None,
         text_encoders: Any = None,
+        quantization: str | None = None,
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
-        self.text_encoders = text_encoders
+        self.text_encoders, self.quantization = text_encoders, check_quantization(quantization)
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention, compile)
         if vae is not None or prediction_type is not None:
@@ -82,6 +84,8 @@ class Engine:
         if offload == "blocks" and self.info.transformer is None:
             what = "blocks of a U-Net cannot be lent one at a time"
             raise ConfigError(what, where="offload", hint="use offload without blocks")
+        if self.quantization:
+            _check_quantized(model, self.info)
         for line in self.info.notes:
             console.say(line)
         for line in self.info.doubts:
@@ -126,6 +130,8 @@ class Engine:
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise ModelError where a LoRA does not fit the model; reads headers alone."""
+        if self.quantization and adapters:
+            raise ConfigError("LoRAs are merged into weights of 16 bits", where="quantization", hint=EITHER)
         self._adapters.check(adapters, self.model, self.prediction_type, self.text_encoders)
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
@@ -136,23 +142,27 @@ class Engine:
         if self.placement.offload and not self._told_memory:
             self._tell_memory(self.model, dtype)
         options = {"prediction_type": self.prediction_type, "text_encoders": self.text_encoders}
+        options |= {"quantization": self.quantization}
         return load_model(self.model, place, dtype, vae=self.vae, **options)
 
     def _tell_memory(self, model: str | os.PathLike, dtype: torch.dtype) -> None:
         """Say, before the weights are read, where they will be."""
         self._told_memory = True
-        memory = memory_of(weight_shapes(model, self.vae, self.text_encoders), dtype.itemsize)
-        console.say(f"memory: weights in {dtype_name(dtype)}, {offload_line(memory, self.placement.offload)}")
+        shapes, eight = weight_shapes(model, self.vae, self.text_encoders), self.quantization
+        memory, kind = memory_of(shapes, dtype.itemsize, eight), f" and {eight}" if eight else ""
+        console.say(f"memory: weights in {dtype_name(dtype)}{kind}, {offload_line(memory, self.placement.offload)}")
 
     @functools.cached_property
     def other_parts(self) -> dict[str, Any]:
-        """The files in place of the model's own parts, or of those that it lacks, for the image's metadata.
+        """The files in place of the model's own parts, or of those that it lacks, and how weights are kept, for the
+        image's metadata.
 
         Their paths are absolute; what they hold is in the model's hash.
         """
         texts = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
         vae = {} if self.vae is None else {"vae": str(Path(self.vae).resolve())}
-        return {**vae, **({"text_encoders": texts} if texts else {})}
+        found = {**vae, **({"text_encoders": texts} if texts else {})}
+        return found | ({"quantization": self.quantization} if self.quantization else {})
 
     def load_beside(self) -> None:
         """Load ControlNets and IP-Adapters, which drawing does too. Raises ModelError."""
@@ -201,7 +211,7 @@ class Engine:
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
             if self.controlnets is not None or self.ip_adapters is not None:
                 added |= self._metadata_of_attached()
-            if self.vae is not None or self.text_encoders:
+            if self.vae is not None or self.text_encoders or self.quantization:
                 added |= self.other_parts
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
@@ -399,6 +409,14 @@ def _place_of_loaded(
     if dtype != "auto" and model.dtype != picked_dtype:
         raise ConfigError(f"the given model is loaded in {dtype_name(model.dtype)}", where="dtype")
     return picked if offload else model.device, model.dtype
+
+
+def _check_quantized(model: Any, info: ModelInfo) -> None:
+    """Raise ConfigError where weights are not kept in 8 bits: of U-Nets, and of what is loaded already."""
+    if isinstance(model, Model):
+        raise ConfigError("a loaded model has its weights already", where="quantization")
+    if info.transformer is None:
+        raise ConfigError("is for SD3 and FLUX, and this is a U-Net", where="quantization", hint="leave it out")
 
 
 def _check_replaced(model: Any, vae: Any) -> None:

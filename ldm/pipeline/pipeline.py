@@ -32,7 +32,7 @@ from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
 OF_PIPELINE += ("controlnet", "ip_adapter", "image_encoder", "dora_scaling", "prediction_type", "device", "dtype")
-OF_PIPELINE += ("offload", "attention", "compile", "fast", "text_encoders")
+OF_PIPELINE += ("offload", "attention", "compile", "fast", "text_encoders", "quantization")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
@@ -60,6 +60,7 @@ class Pipeline:
     device, dtype    auto, cpu, cuda, mps; auto, fp32, bf16, fp16, or torch's names and objects for these
     offload          whether parts are kept in main memory, and on the device only while they work; "blocks": a flow
                      transformer's blocks too, one at a time, for models that are larger than the device's memory
+    quantization     int8: the weights of a flow transformer's blocks in 8 bits, by torchao (extra `int8`); not exact
     attention        of the network: auto, or sdpa, chunked, xformers
     compile          whether the U-Net is compiled by torch.compile, which needs a C++ compiler on a CPU and a minute or
                      more for each size, once: what is made is kept. Images are not the same to the bit as without it
@@ -90,6 +91,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         offload: bool | str = False,
+        quantization: str | None = None,
         attention: str = "auto",
         compile: bool = False,
         fast: bool = False,
@@ -355,6 +357,8 @@ class Pipeline:
         The LoRAs of `lora` are merged into it, those of tags in prompts are not. What was made for few steps keeps the
         settings to draw with, in the card.
         """
+        if self._engine.quantization:
+            raise ConfigError("weights of 8 bits cannot be saved", where="quantization", hint="leave it out")
         info = with_few_steps(self._engine.info, [self._everywhere])
         with self._lock:
             model = self._engine.adapted(self._engine.load(), self._everywhere)

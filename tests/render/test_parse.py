@@ -201,7 +201,7 @@ def test_every_word_is_taken_as_flag_and_as_key(tmp_path, word, name):
     values = {"size": "64x96", "sampler": "Euler", "spacing": "trailing", "negative_prompt": "no", "clip_skip": "1"}
     values |= dict.fromkeys(("image", "mask_image", "lora"), "x.png") | dict.fromkeys(("eta", "guidance_rescale"), "0")
     values |= {"variation_strength": "0.3", "hires_strength": "0.3", "dtype": "bf16", "guess_mode": "true"}
-    values |= {"control_image": "x.png", "control": "edges:x.png:0.5"}
+    values |= {"quantization": "int8", "control_image": "x.png", "control": "edges:x.png:0.5"}
     values |= dict.fromkeys(("ip_adapter", "ip_adapter_image", "ip_adapter_mask", "text_encoders"), "x.png")
     value = values.get(name, {"strength": "0.8", "name": "cat", "model": "default"}.get(name, "3"))
     needs_image = name == "mask_image"

@@ -17,7 +17,7 @@ from ldm.render.prompts.setting_table import IMAGE, of_scope
 WINDOW = 1024  # jobs that are looked ahead
 WINDOW_TEXT = 16 << 20  # characters of their texts, at most
 VARY = of_scope(IMAGE)  # settings that may differ inside a batch
-LOADED = ("model", "vae", "text_encoders", "dtype", "controlnet", "ip_adapter", "image_encoder")
+LOADED = ("model", "vae", "text_encoders", "dtype", "quantization", "controlnet", "ip_adapter", "image_encoder")
 MOST = {"cpu": BATCH, "cuda": 64, "mps": BATCH}  # images in a batch
 TENSORS = 32  # of the size of the U-Net's first level that are taken to be alive at once: an estimate, on the safe side
 SPARE = 0.7  # of the free memory that is planned with

@@ -29,7 +29,7 @@ FILES = ("image", "control_image", "ip_adapter_image", "ip_adapter_scale")  # of
 OF_IMAGE = of_scope(IMAGE) - {*INITIAL, "control_image", "ip_adapter_image", "ip_adapter_mask"} | {
     "lora"
 }  # image by image
-OF_MODEL = ("model", "vae", "dtype")
+OF_MODEL = ("model", "vae", "dtype", "quantization")
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
 
 
@@ -104,6 +104,7 @@ class Resolver:
         key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
         key += (listed(settings.get("controlnet")), listed(settings.get("ip_adapter")))
         key += (settings.get("image_encoder"), tuple(settings.get("text_encoders") or ()))
+        key += (settings.get("quantization"),)
         return _once(self._models, key, lambda: self._engine(*key))
 
     def _engine(
@@ -115,9 +116,11 @@ class Resolver:
         ip_adapter: tuple,
         image_encoder: str | None,
         texts: tuple[str, ...],
+        quantization: str | None,
     ) -> tuple[Engine, ModelInfo]:
         options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
         options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder, "text_encoders": texts or None}
+        options |= {"quantization": quantization}
         if self._loaded is not None and model == self._default:
             engine, info = Engine(self._loaded, **options), describe(self._loaded)
         else:

@@ -59,6 +59,7 @@ SETTINGS: dict[str, Setting] = {
     "model": Setting(BATCH, values.model, "--model"),
     "vae": Setting(BATCH, option="--vae"),
     "text_encoders": Setting(BATCH, networks.paths),
+    "quantization": Setting(BATCH, values.quantization, "--quantization"),
     "lora": Setting(BATCH, networks.loras, "--lora"),
     "dtype": Setting(BATCH, values.dtype, "--dtype"),
     "num_inference_steps": Setting(BATCH, values.whole(1, MAX_STEPS), "--steps", counts=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import require
-from ldm.device import check_dtype
+from ldm.device import check_dtype, check_quantization
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError
 from ldm.files import spelt_alike
@@ -133,6 +133,11 @@ def model(value: Any, word: str, folder: Path) -> str:
         return path(value, word, folder)
     except ConfigError:
         return value.strip()
+
+
+def quantization(value: Any, word: str, _folder: Path) -> str | None:
+    """int8; whether its package is there is asked where the model is."""
+    return check_quantization(value, installed=False)
 
 
 def dtype(value: Any, word: str, _folder: Path) -> str:
