@@ -301,7 +301,7 @@ def test_a_training_here_is_estimated_by_steps_that_are_tried(tmp_path, tiny_fol
     said = re.search(r"\n  a LoRA of rank \d+ on the model \S+: (\d+) steps of (\d+) \w+ at 32 px", out)
     steps, images = map(int, said.groups())
     assert steps * images > 12 and f"for {steps} steps of " in out
-    assert re.search(r"\n  time: about .*one was tried here", out) and re.search(r"\n  memory: [\d.]+ GB", out)
+    assert re.search(r"\n  time: about .*one was tried here", out) and re.search(r"\n  memory: [\d.]+ [MG]B", out)
     assert "A training here" in page.read_text() and state(data) == before
     asked = ["--json", "--resolution", "128", "--model"]
     for model, reason in {str(tiny_folder): "a step at 128 px is not tried", str(tmp_path): "no estimate ("}.items():
