@@ -108,7 +108,7 @@ def adapter_scales(text: str, where: str = "ip_adapter_scale") -> tuple[Any, ...
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def control_modes(text: str, where: str = "control_mode") -> tuple[int | tuple[int, ...] | None, ...]:
+def control_modes(text: str, where: str = "control_mode") -> tuple[int | tuple[int | None, ...] | None, ...]:
     """Kinds of condition from "3", "3,-" (one for each ControlNet, - for one without) or "3+1,-" (two for the first).
 
     Raises ConfigError.
@@ -118,7 +118,7 @@ def control_modes(text: str, where: str = "control_mode") -> tuple[int | tuple[i
     except ValueError:
         what, hint = f"expected whole numbers, got {text!r:.80}", "3 or 3,-; for several images of one union 3+1"
         raise ConfigError(what, where=where, hint=hint) from None
-    return tuple(one[0] if len(one) == 1 else tuple(one) for one in each)  # type: ignore[misc]
+    return tuple(one[0] if len(one) == 1 else tuple(one) for one in each)
 
 
 def adapt_callback(function: Callable) -> Callable:
