@@ -75,7 +75,7 @@ class Engine:
         quantization: str | None = None,
     ):
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
-        self.text_encoders, self.quantization = text_encoders, check_quantization(quantization)
+        self.text_encoders, self.quantization = text_encoders, check_quantization(quantization, installed=False)
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention, compile)
         if vae is not None or prediction_type is not None:
@@ -85,7 +85,7 @@ class Engine:
             what = "blocks of a U-Net cannot be lent one at a time"
             raise ConfigError(what, where="offload", hint="use offload without blocks")
         if self.quantization:
-            _check_quantized(model, self.info)
+            _check_quantized(self.quantization, model, self.info)
         for line in self.info.notes:
             console.say(line)
         for line in self.info.doubts:
@@ -411,12 +411,13 @@ def _place_of_loaded(
     return picked if offload else model.device, model.dtype
 
 
-def _check_quantized(model: Any, info: ModelInfo) -> None:
-    """Raise ConfigError where weights are not kept in 8 bits: of U-Nets, and of what is loaded already."""
+def _check_quantized(kind: str, model: Any, info: ModelInfo) -> None:
+    """Raise ConfigError where weights are not kept in 8 bits: of U-Nets, of what is loaded already, without torchao."""
     if isinstance(model, Model):
         raise ConfigError("a loaded model has its weights already", where="quantization")
     if info.transformer is None:
         raise ConfigError("is for SD3 and FLUX, and this is a U-Net", where="quantization", hint="leave it out")
+    check_quantization(kind)
 
 
 def _check_replaced(model: Any, vae: Any) -> None:

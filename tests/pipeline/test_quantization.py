@@ -43,6 +43,8 @@ def test_without_torchao_it_is_refused_in_one_line(folder, tmp_path, monkeypatch
     assert "torchao is not installed" in error and "ldm-pipeline[int8]" in error and error.count("\n") == 1
     with pytest.raises(ConfigError, match="expected int8, got 'int4'"):
         Pipeline("a cat", folder, quantization="int4")
+    with pytest.raises(ConfigError, match="is for SD3 and FLUX"):  # nothing is to be installed for a U-Net
+        Pipeline("a cat", "default", quantization="int8")
     lines = ["a cat", {"prompt": "a dog", "quantization": "int4"}]
     out = render(lines, tmp_path / "out", model="default", steps=1, dry_run=True)
     assert out.counts["bad_lines"] == 1
