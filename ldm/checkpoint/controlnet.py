@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ldm.checkpoint.describe import ModelInfo
-from ldm.checkpoint.families import FAMILIES
 from ldm.checkpoint.folder import is_hub_id, write_json
 from ldm.checkpoint.network_files import (
     CONFIG,
+    check_text_width,
     hash_of_network,
     network_on_hub,
     read_checked,
@@ -56,7 +56,6 @@ OTHERS = {  # likewise, without a ControlNet's
     "pos_embed.": "a ControlNet for Stable Diffusion 3, which is not supported",
     "lora_": "a LoRA, which goes with a model (--lora)",
 }
-TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,7 @@ def _hint(shapes: Mapping[str, Any]) -> tuple[str, list[str]]:
 def _check_width(width: int, info: ModelInfo, path: Path) -> None:
     if isinstance(info.unet, MMDiTConfig):
         raise ModelError(f"goes with a U-Net, and the model {info.name} is a flow transformer", where=path)
-    wanted = info.unet.text_width
-    if width != wanted:
-        kinds = [f"{TITLES[n]} (text of width {n})" if n in TITLES else f"text of width {n}" for n in (width, wanted)]
-        raise ModelError(f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}", where=path)
+    check_text_width(width, info, path)
 
 
 def check_base(config: ControlNetConfig, info: ModelInfo, path: Path) -> None:

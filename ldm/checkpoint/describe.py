@@ -32,6 +32,7 @@ from ldm.nn.unet_config import UNetConfig
 
 LARGE = 1 << 30  # bytes from which on hashing shows a bar
 CLIP_LAYERS = 12  # transformers' default
+LATENT_SIZE = 64  # of models that do not say at which size they draw
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class ModelInfo:
     def side(self) -> int:
         """Height and width in pixels that the model was trained on; 0 where that is not known."""
         return (self.unet.sample_size or 0) * self.factor
+
+    @property
+    def usual_side(self) -> int:
+        """Height and width in pixels where none are given: `side`, or Stable Diffusion 1's where that is not known."""
+        return self.side or LATENT_SIZE * self.factor
 
     def card_number(self, name: str, kind: Callable, default: Any, most: float = 1000) -> Any:
         """A setting from the model's card, as a number above 0. Raises ConfigError where it is none."""

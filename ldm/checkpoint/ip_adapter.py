@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ldm.checkpoint.describe import ModelInfo
-from ldm.checkpoint.families import FAMILIES
 from ldm.checkpoint.folder import is_hub_id
 from ldm.checkpoint.network_files import (
     CONFIG,
+    check_text_width,
     hash_of_network,
     network_on_hub,
     read_checked,
@@ -39,7 +39,6 @@ FACES = {  # a part of a name -> what has such names
     "_lora.": "an IP-Adapter FaceID with a LoRA, which is not supported",
     "image_proj.norm.": "an IP-Adapter FaceID, which is not supported",
 }
-TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
 STEM, SUBFOLDER = "model", "image_encoder"
 TOWER = ("vision_model.", "visual_projection.")  # beginnings of a tower's names, in a file of a whole CLIP too
 NO_FACE = "it sees faces by InsightFace, which is not here; plus-face looks at a photo of a face by CLIP alone"
@@ -93,7 +92,8 @@ def _config(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) 
     for mark, kind in FACES.items():
         if any(mark in key for key in shapes) and not (plain and mark == "image_proj.norm."):
             raise ModelError(f"is {kind}", where=path, hint=NO_FACE)
-    _check_family(shapes["ip_adapter.1.to_k_ip.weight"][1], info, path)
+    family = "choose an IP-Adapter that was trained for this model's family"
+    check_text_width(shapes["ip_adapter.1.to_k_ip.weight"][1], info, path, family)
     layers = cross_attentions(on_meta(lambda: UNet(info.unet)))
     of = {"layers": tuple(layer.to_k.out_features for layer in layers.values())}
     if plain:
@@ -107,14 +107,6 @@ def _config(shapes: Mapping[str, tuple[int, ...]], info: ModelInfo, path: Path) 
     inner = shapes["image_proj.layers.0.0.to_q.weight"][0]
     depth = len({key.split(".")[2] for key in shapes if key.startswith("image_proj.layers.")})
     return IPAdapterConfig("plus", width, features, tokens=tokens, hidden=hidden, inner=inner, depth=depth, **of)
-
-
-def _check_family(width: int, info: ModelInfo, path: Path) -> None:
-    wanted = info.unet.text_width
-    if width != wanted:
-        kinds = [f"{TITLES[n]} (text of width {n})" if n in TITLES else f"text of width {n}" for n in (width, wanted)]
-        what = f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}"
-        raise ModelError(what, where=path, hint="choose an IP-Adapter that was trained for this model's family")
 
 
 # The tower

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.describe import ModelInfo
+from ldm.checkpoint.families import FAMILIES
 from ldm.checkpoint.folder import digest_of, weight_files
 from ldm.checkpoint.hub import fetch, no_weights
 from ldm.checkpoint.safety import check_manifest, read_header, read_tensors
@@ -16,6 +18,7 @@ from ldm.errors import LdmError, ModelError
 from ldm.files import sha256
 
 CONFIG = "config.json"
+TITLES = {family.unet["cross_attention_dim"]: family.title for family in FAMILIES.values() if not family.inpainting}
 
 
 def network_on_hub(name: str, stem: str) -> Path:
@@ -37,6 +40,13 @@ def hash_of_network(folder: Path, stem: str) -> str:
     """One sha256 over the settings and weights of a folder."""
     files = [folder / CONFIG, *weight_files(folder, stem)]
     return digest_of({file.name: sha256(file) for file in files})
+
+
+def check_text_width(width: int, info: ModelInfo, path: Path, hint: str | None = None) -> None:
+    """Raise ModelError where a network reads text of another width than the model's U-Net."""
+    if width != (wanted := info.unet.text_width):
+        kinds = [f"{TITLES[n]} (text of width {n})" if n in TITLES else f"text of width {n}" for n in (width, wanted)]
+        raise ModelError(f"is for {kinds[0]}, and the model {info.name} is {kinds[1]}", where=path, hint=hint)
 
 
 def tensors_on_meta(files: Sequence[Path]) -> dict[str, Tensor]:

@@ -178,8 +178,7 @@ class Engine:
 
     def adapted(self, model: Model, adapters: tuple[Adapter, ...]) -> Model:
         """A loaded model with these LoRAs, and with the attention of this engine."""
-        if self.placement.attention != "auto":
-            model = self.placement.model(model)
+        model = self.placement.model(model)
         return self._adapters.model(model, adapters) if adapters else model
 
     def generate(
@@ -196,8 +195,7 @@ class Engine:
         fp32, alone. Raises NumericsError where that does not help, ResourceError where one image has no room.
         """
         model = self.load()
-        size = min(batch_size, self._fitting(settings)) if self._room else batch_size
-        waiting = deque(self._batches(model, settings, requests, size))
+        waiting = deque(self._batches(model, settings, requests, min(batch_size, self._fitting(settings))))
         while waiting:
             rows = waiting.popleft()
             batch = [requests[row] for row in rows]
@@ -209,10 +207,7 @@ class Engine:
                 waiting = deque(part for one in (rows, *waiting) for part in batched(one, half))
                 continue
             added = {key: value for key, value in adapted.info.items() if key == "lora"}
-            if self.controlnets is not None or self.ip_adapters is not None:
-                added |= self._metadata_of_attached()
-            if self.vae is not None or self.text_encoders or self.quantization:
-                added |= self.other_parts
+            added |= self._metadata_of_attached() | self.other_parts
             for row, image, finite in zip(rows, images, torch.isfinite(images).flatten(1).all(1)):
                 if finite:
                     yield row, to_pil(image[None])[0], added

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.errors import ConfigError, nearest
 
-STEPS, GUIDANCE, SAMPLER, BATCH, LATENT_SIZE = 25, 6.0, "dpmpp_2m", 8, 64  # where the model says nothing
+STEPS, GUIDANCE, SAMPLER, BATCH = 25, 6.0, "dpmpp_2m", 8  # where the model says nothing
 MAX_STEPS, MAX_GUIDANCE, MAX_SIZE, MAX_PROMPT, MAX_IMAGES = 1000, 1000.0, 8192, 100_000, 100_000
 
 # Keywords of diffusers, A1111 and kohya -> ours.

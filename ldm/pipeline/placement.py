@@ -48,6 +48,8 @@ class Placement:
 
     def model(self, shared: Model) -> Model:
         """`shared` with this attention, in a U-Net of its own on the same weights."""
+        if self.attention == "auto":
+            return shared
         if self._last is None or self._last[0] is not shared:
             unet = clone_shared_weights(shared.unet)
             unet.set_attention(self.attention)

@@ -29,7 +29,6 @@ from ldm.pipeline.keywords import (
     GUIDANCE,
     GUIDANCE_WORDS,
     HIRES_STRENGTH,
-    LATENT_SIZE,
     MAX_IMAGES,
     MAX_SIZE,
     SAMPLER,
@@ -176,7 +175,7 @@ def _size(
 ) -> tuple[int, int]:
     """(height, width): the given ones, or those of initial images, latents, control images, or the model's training."""
     asked = [n if n is None else checks.check_size(n, x, info.multiple) for x, n in ((x, given.get(x)) for x in SIDES)]
-    side = info.side or LATENT_SIZE * info.factor
+    side = info.usual_side
     if sources is not None:
         height, width = sources.size(info.multiple, *asked)
         if None in asked:
@@ -325,8 +324,7 @@ def check_request(given: Mapping[str, Any], prompts: int, info: ModelInfo) -> Re
         seeds = (seeds[0],) * len(seeds)  # as in A1111: the variation's seed counts up instead
     scale, batch_size = given["guidance_scale"], given["batch_size"]
     scales = (card_scale(info),) * len(seeds) if scale is None else checks.check_guidances(scale, len(seeds))
-    if info.transformer:
-        check_scales(scales, info)
+    check_scales(scales, info)
     if checks.is_given(given, "latents"):
         latents = checks.check_latents(given["latents"], len(seeds))
     if checks.is_given(given, "image", "mask_image", "outpaint"):

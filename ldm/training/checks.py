@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,9 +12,7 @@ from ldm.checkpoint.parts import model_folder
 from ldm.config import build, require
 from ldm.data.cache.prepared import read_info
 from ldm.data.sources.walk import is_prepared
-from ldm.device import missing_compiler, pick_device
 from ldm.errors import ConfigError, DataError, ModelError, nearest
-from ldm.training.loop.trackers import check_trackers
 from ldm.training.parts import is_mmdit, network_config, text_parts, vae_part
 from ldm.training.settings import (
     AutoencoderSettings,
@@ -118,16 +115,3 @@ def check_same(given: Mapping[str, Any], config: Mapping[str, Any], init: str) -
         have = config[name]
         same = list(value) == list(have) if isinstance(value, (list, tuple)) else value == have
         require(same, f"asks for {value}, but {init} has {have}: leave it out, or leave out init", f"model.{name}")
-
-
-def check_means(settings: Settings) -> None:
-    """Raise ConfigError if this machine lacks fp16, a compiler, or the package of an optimizer or a tracker."""
-    device = pick_device(settings.device)
-    fits = settings.precision != "fp16" or device.type == "cuda"
-    require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
-    there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
-    require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
-    if getattr(settings, "compile", False) and (missing := missing_compiler(device)):
-        raise ConfigError(f"needs {missing}", where="compile", hint="install it, or leave compile=false")
-    if settings.report_to:
-        check_trackers(settings)

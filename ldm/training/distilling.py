@@ -85,11 +85,9 @@ def _config(config: str | Path) -> dict[str, Any]:
 def _side(mapping: Mapping[str, Any]) -> int:
     """The pixels a side that the model was trained on."""
     from ldm.checkpoint.describe import describe
-    from ldm.pipeline.keywords import LATENT_SIZE
 
     model, vae = mapping.get("model", "default"), mapping.get("vae")
     for name, value in (("model", model), ("vae", vae)):
         if not isinstance(value, str | os.PathLike | None):
             raise ConfigError(f"expected a path or a name, got {value!r:.80}", where=name)
-    info = describe(model or "default", vae)
-    return (info.unet.sample_size or LATENT_SIZE) * info.factor
+    return describe(model or "default", vae).usual_side

@@ -150,7 +150,7 @@ def forecast_lines(settings: UNetSettings, steps: int) -> list[str]:
         f"{kind}: {_short(parameters)} parameters, {flops / 1e12:.3g} TFLOPs to train on one image",
         f"{steps} steps of {count} images ({_short(steps * count)} in all)",
     ]
-    room, peak = _room(device), state + activations
+    room, peak = free_memory(device), state + activations
     rate = _speed(settings, device)
     fits = state + kept < SHARE * room
     most = int((SHARE * room - state) // kept)
@@ -203,11 +203,6 @@ def _speed(settings: UNetSettings, device: torch.device) -> float:
             float((a @ a)[0, 0])
             took.append(time.perf_counter() - began)
     return 2 * size**3 / min(took)
-
-
-def _room(device: torch.device) -> int:
-    """Free bytes, of the device or of the system."""
-    return free_memory(device)
 
 
 def _numbers(path: Path) -> int:

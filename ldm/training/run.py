@@ -8,20 +8,14 @@ from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ldm import files
-from ldm.device import pick_device
 from ldm.training.distributed import current
 from ldm.training.settings import DistillSettings, FinetuneSettings, Settings, as_dict
 
 if TYPE_CHECKING:
     from ldm.training.data import DrawnSet, ImageSet, PreparedSet, SceneSet
-
-
-FEATURES = {"control": "control", "prior": "prior", "prior_images": "prior"}  # settings that have stages of their own
-NEEDY = {"precision": "fp16", "optimizer": "adamw8bit", "compile": True}  # values that need more than PyTorch
 
 
 def run(
@@ -55,14 +49,9 @@ def run(
             from ldm.training.data.samples import lost_workers
 
             stack.enter_context(lost_workers(out))
-        stage = group.on_all(lambda: stage_module(settings).open_stage(settings, out, images))
+        module = import_module(f"ldm.training.stages.{settings.module}")  # imports no more than its stage needs
+        stage = group.on_all(lambda: module.open_stage(settings, out, images))
         return fit(stage, settings, out, checkpoint, allow_changed)
-
-
-def stage_module(settings: Settings) -> ModuleType:
-    """The module of the stage, or of what its settings ask for beside it."""
-    name = next((module for name, module in FEATURES.items() if getattr(settings, name, None)), settings.stage)
-    return import_module(f"ldm.training.stages.{name}")  # imports no more than its stage needs
 
 
 def _begin(
@@ -73,12 +62,9 @@ def _begin(
     Where the folder has no settings yet they are written: what is interrupted from here on can be resumed.
     """
     from ldm.training.checkpoints.state import check_new
+    from ldm.training.loop.step import check_means
 
-    pick_device(settings.device)
-    if settings.report_to or any(getattr(settings, name, None) == value for name, value in NEEDY.items()):
-        from ldm.training.checks import check_means
-
-        check_means(settings)
+    check_means(settings)
     if isinstance(settings, FinetuneSettings):
         from ldm.training.finetuning.checks import check_finetune as check
     elif isinstance(settings, DistillSettings):

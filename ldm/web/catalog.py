@@ -109,15 +109,15 @@ class Catalog:
     def described(self, model: str) -> dict[str, Any]:
         """What the page shows of a model: its own defaults, and which samplers and spacings go with it."""
         info = self.info(model)
-        side = info.unet.sample_size or 64
+        side = info.usual_side
         inpainting = info.unet.in_channels != info.latent_channels
-        own = resolve({"height": side * info.factor, "width": side * info.factor}, info) if not inpainting else None
+        own = resolve({"height": side, "width": side}, info) if not inpainting else None
         flow = info.schedule.prediction_type == "flow"
         samplers = [name for name in names.SAMPLER_NAMES if _fits(name, info.schedule.prediction_type)]
         return {
             "name": model,
-            "width": side * info.factor,
-            "height": side * info.factor,
+            "width": side,
+            "height": side,
             "factor": info.multiple,
             "steps": own.num_inference_steps if own else 25,
             "guidance_scale": card_scale(info),

@@ -1,6 +1,7 @@
 """Captioned pictures and small models, and fine-tunings of them that take a second."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from ldm.training.checkpoints import state
 from ldm.training.data import read_training_images
 from ldm.training.data.images import with_prior
 from ldm.training.finetuning.command import read_arguments, resolve_settings
-from ldm.training.run import stage_module
 from ldm.training.settings import FinetuneSettings
 from tests.training.conftest import threads
 
@@ -58,7 +58,7 @@ def stage_of(out):
     settings = settings_of(out)
     images = read_training_images(settings.data)
     images = with_prior(images, settings.prior) if settings.prior else images
-    return stage_module(settings).open_stage(settings, out, images)
+    return import_module(f"ldm.training.stages.{settings.module}").open_stage(settings, out, images)
 
 
 def last_tensors(out, part="model."):

@@ -12,7 +12,7 @@ from ldm import Pipeline
 from ldm.checkpoint import load_model
 from ldm.checkpoint.lora import networks, read_lora, with_loras
 from ldm.errors import CheckpointError, ConfigError, DataError
-from ldm.training.finetuning.forecast import kind_of, trial_batch
+from ldm.training.finetuning.forecast import STAGES, trial_batch
 from ldm.training.finetuning.presets import Facts, for_images, for_model
 from ldm.training.settings import as_dict
 from ldm.training.stages.finetune import Finetune
@@ -210,7 +210,7 @@ def test_a_trial_of_a_step_has_the_prior_in_it(models, data, tmp_path):
     kept = pictures(tmp_path / "kept", 3)
     for words, count in (({}, 4), ({"prior": str(kept), "prior_weight": 0.5}, 8)):
         settings, _ = resolved(data, tmp_path / "run", models("1.5"), **{**QUICK, **words})
-        stage, seen = kind_of(settings)(settings, tmp_path / "run"), []
+        stage, seen = STAGES[settings.module](settings, tmp_path / "run"), []
         stage.model.unet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
         stage.module.train()
         stage.loss(trial_batch(stage), 0, 0)

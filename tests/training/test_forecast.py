@@ -69,5 +69,5 @@ def test_what_would_take_too_long_is_estimated_and_said_so(parts, monkeypatch, u
     assert text.tokens == text.load().max_length != 77
     flops = costs(unet_config(settings, vae_part(settings), text), False, text.tokens)[1]
     assert f"speed: {1e5 / flops:.3g} images/s" in lines
-    monkeypatch.setattr("ldm.training.forecast._room", lambda *_: 10)
+    monkeypatch.setattr("ldm.training.forecast.free_memory", lambda *_: 10)
     assert "does not fit into the free memory" in "\n".join(forecast_lines(settings, 10))

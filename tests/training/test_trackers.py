@@ -10,7 +10,7 @@ import pytest
 
 from ldm.errors import ConfigError
 from ldm.training import train
-from ldm.training.checks import check_means
+from ldm.training.loop.step import check_means
 from ldm.training.loop.trackers import Trackers
 from tests.training.processes import together, train_shared
 from tests.training.toy import toy_settings, train_toy

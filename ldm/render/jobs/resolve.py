@@ -101,31 +101,24 @@ class Resolver:
 
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
-        key = settings.get("model", self._default), settings.get("vae"), settings.get("dtype") or "auto"
-        key += (listed(settings.get("controlnet")), listed(settings.get("ip_adapter")))
-        key += (settings.get("image_encoder"), tuple(settings.get("text_encoders") or ()))
-        key += (settings.get("quantization"),)
-        return _once(self._models, key, lambda: self._engine(*key))
+        words = ("vae", "image_encoder", "quantization")
+        asked: dict[str, Any] = {
+            "dtype": settings.get("dtype") or "auto",
+            **{word: settings.get(word) for word in words},
+        }
+        for word in ("controlnet", "ip_adapter", "text_encoders"):
+            asked[word] = listed(settings.get(word)) or None
+        model = settings.get("model", self._default)
+        return _once(self._models, (model, *asked.values()), lambda: self._engine(model, asked))
 
-    def _engine(
-        self,
-        model: str,
-        vae: str | None,
-        dtype: str,
-        controlnet: tuple,
-        ip_adapter: tuple,
-        image_encoder: str | None,
-        texts: tuple[str, ...],
-        quantization: str | None,
-    ) -> tuple[Engine, ModelInfo]:
-        options = {"vae": vae, "dtype": dtype, "controlnet": controlnet or None, **self._options}
-        options |= {"ip_adapter": ip_adapter or None, "image_encoder": image_encoder, "text_encoders": texts or None}
-        options |= {"quantization": quantization}
+    def _engine(self, model: str, asked: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
+        """For `asked`, Engine's keywords that a line decides; all others are those of the run."""
+        options = {**self._options, **asked}
         if self._loaded is not None and model == self._default:
             engine, info = Engine(self._loaded, **options), describe(self._loaded)
         else:
             engine, prediction_type = Engine(model, **options), self._options.get("prediction_type")
-            info = describe(model, vae, prediction_type, hashed=True, text_encoders=texts)
+            info = describe(model, asked["vae"], prediction_type, hashed=True, text_encoders=asked["text_encoders"])
         return engine, info if engine.controlnets is None else engine.controlnets.fitted(info)
 
     def drawable(self, settings: Mapping[str, Any]) -> tuple[Engine, Settings]:

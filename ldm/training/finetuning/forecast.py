@@ -22,6 +22,7 @@ from ldm.training.stages.finetune import Finetune
 from ldm.training.stages.prior import WithPrior
 
 CAPTION = "an image of a thing"
+STAGES: dict[str, type[Finetune]] = {"finetune": Finetune, "prior": WithPrior, "control": Control}  # by their module
 MAX_SCALE = 2  # times the side of the model's images: the trial must not run out of memory
 
 
@@ -31,7 +32,7 @@ def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = Non
     Raises ModelError, ResourceError out of memory.
     """
     try:
-        stage = kind_of(settings)(settings, out)
+        stage = STAGES[settings.module](settings, out)
         for image_set, kind in ((images, ""), (images and images.prior, "prior: ")):
             if image_set is not None:
                 image_set.cut = stage.model.text.truncated
@@ -42,13 +43,6 @@ def measure(settings: FinetuneSettings, out: Path, images: ImageSet | None = Non
             raise
         hint = "lower batch_size (and raise accumulation), or set gradient_checkpointing"
         raise ResourceError(f"a step does not fit into memory ({error})", where=settings.model, hint=hint) from None
-
-
-def kind_of(settings: FinetuneSettings) -> type[Finetune]:
-    """The stage of these settings."""
-    if settings.control is not None:
-        return Control
-    return WithPrior if settings.prior or settings.prior_images else Finetune
 
 
 def trial_batch(stage: Finetune) -> Batch:

@@ -24,7 +24,6 @@ from ldm.training.settings import FinetuneData, FinetuneSettings
 from ldm.training.settings.features import LORA_ONLY
 from ldm.training.settings.finetune_data import FINE_STEP, FINE_UP_TO
 
-LATENT_SIZE = 64  # of models that do not say at which size they draw
 # Sizes of models by the width of their U-Net: the default model is small, SD 1.x and 2.x are sd, XL is xl.
 SMALL_WIDTH = 256  # channels of the first level, below which a model is small
 SMALL_TRANSFORMER = 768  # width below which a flow transformer is small: SD3-medium's is 1536
@@ -138,7 +137,7 @@ def read_facts(given: Mapping[str, Any]) -> Facts:
     return Facts(
         width=transformer.width if transformer else info.unet.block_out_channels[0],
         xl=info.unet.takes_sizes,
-        side=(info.unet.sample_size or LATENT_SIZE) * info.factor,
+        side=info.usual_side,
         flow=info.schedule.is_flow,
         device=device.type,
         memory=total_memory(device) if device.type == "cuda" else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.device import half_dtype
+from ldm.config import require
+from ldm.device import half_dtype, missing_compiler, pick_device
+from ldm.errors import ConfigError
 from ldm.nn.lora import clone_shared_weights
 from ldm.training.checkpoints.state import TrainState, trainable
 from ldm.training.distributed import ALONE, Alone
@@ -22,7 +25,21 @@ from ldm.training.loop.averages import averages_of, update_average
 from ldm.training.loop.gradient_checkpointing import checkpoint_gradients
 from ldm.training.loop.optimizers import learning_rate, make_optimizer
 from ldm.training.loop.stage import Stage
+from ldm.training.loop.trackers import check_trackers
 from ldm.training.settings import Settings
+
+
+def check_means(settings: Settings) -> None:
+    """Raise ConfigError if this machine lacks fp16, a compiler, or the package of an optimizer or a tracker."""
+    device = pick_device(settings.device)
+    fits = settings.precision != "fp16" or device.type == "cuda"
+    require(fits, f"fp16 is for CUDA, not for {device.type}: use bf16 or fp32", "precision")
+    there = settings.optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
+    require(there, "adamw8bit needs a package: pip install bitsandbytes, or use adamw", "optimizer")
+    if getattr(settings, "compile", False) and (missing := missing_compiler(device)):
+        raise ConfigError(f"needs {missing}", where="compile", hint="install it, or leave compile=false")
+    if settings.report_to:
+        check_trackers(settings)
 
 
 def precision(settings: Settings, device: torch.device) -> AbstractContextManager:

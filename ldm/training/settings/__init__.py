@@ -12,7 +12,7 @@ from ldm.training.settings.read import (
     packaged_configs,
     read_settings,
 )
-from ldm.training.settings.renamed import RENEWED, with_new_names, with_new_value
+from ldm.training.settings.renamed import with_new_names, with_new_value
 from ldm.training.settings.stages import PIECE, AutoencoderSettings, TextSettings, UNetSettings
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "MAX_SAMPLES",
     "OFF",
     "PIECE",
-    "RENEWED",
     "SETTINGS",
     "AutoencoderSettings",
     "ControlSettings",

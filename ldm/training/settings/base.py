@@ -48,6 +48,11 @@ class Settings:
     log_every: int = 20  # steps
     keep: int = 2  # checkpoints
 
+    @property
+    def module(self) -> str:
+        """The module of ldm.training.stages that trains them."""
+        return self.stage
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every", "validate_every", "log_every"):
             require(getattr(self, name) >= 1, f"must be at least 1, not {getattr(self, name)}", name)

@@ -105,5 +105,10 @@ class FinetuneSettings(Settings):
         return any(getattr(self, f.name) != f.default for f in fields(self) if f.name.startswith(feature))
 
     @property
+    def module(self) -> str:
+        """A ControlNet and a prior have modules of their own."""
+        return "control" if self.control else "prior" if self.prior or self.prior_images else self.stage
+
+    @property
     def alpha(self) -> float:
         return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)

@@ -13,10 +13,6 @@ RENAMED_VALUES = {("prior_target", "pictures"): "images"}
 DTYPES = ("precision", "save_dtype", "cache_dtype", "data.cache_dtype")  # settings that take any spelling of a dtype
 
 
-# Settings of which some values have, or had, other names: see with_new_value.
-RENEWED = {"cache", "data.cache", *DTYPES, "data", "scenes", "exclude", *(name for name, _ in RENAMED_VALUES)}
-
-
 def with_new_names(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings under their present names, with the present names of their values."""
     renamed = {RENAMED.get(name, name): value for name, value in mapping.items()}

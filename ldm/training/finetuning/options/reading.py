@@ -13,7 +13,7 @@ from ldm.training.finetuning.options.foreign_options import ALIASES, FOREIGN, ID
 from ldm.training.finetuning.options.foreign_reading import in_our_words, with_meanings
 from ldm.training.finetuning.options.ldm_options import KEYS, NULLABLE, PATHS, TEXTS
 from ldm.training.finetuning.options.values import READERS
-from ldm.training.settings import RENEWED, with_new_names, with_new_value
+from ldm.training.settings import with_new_names, with_new_value
 
 
 def resolve_aliases(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -62,9 +62,7 @@ def _checked(value: Any, name: str, plain: str, key: str) -> Any:
         if isinstance(text, str):
             _check_text(text, name, is_path)
     reader = None if isinstance(value, (int, float)) else READERS.get(plain.removeprefix("data."))
-    if reader:
-        return reader(value, name)
-    return with_new_value(key, value) if key in RENEWED else value
+    return reader(value, name) if reader else with_new_value(key, value)
 
 
 def _check_text(text: str, name: str, is_path: bool) -> None:
