@@ -159,10 +159,14 @@ class Engine:
 
         Their paths are absolute; what they hold is in the model's hash.
         """
-        texts = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
-        vae = {} if self.vae is None else {"vae": str(Path(self.vae).resolve())}
-        found = {**vae, **({"text_encoders": texts} if texts else {})}
-        return found | ({"quantization": self.quantization} if self.quantization else {})
+        found: dict[str, Any] = {}
+        if self.vae is not None:
+            found["vae"] = str(Path(self.vae).resolve())
+        if self.text_encoders:
+            found["text_encoders"] = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
+        if self.quantization:
+            found["quantization"] = self.quantization
+        return found
 
     def load_beside(self) -> None:
         """Load ControlNets and IP-Adapters, which drawing does too. Raises ModelError."""
