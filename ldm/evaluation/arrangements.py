@@ -32,7 +32,7 @@ LAYOUTS: tuple[tuple[Box, ...], ...] = (  # where several of the same may stand;
     tuple(_ROW),
     tuple(_QUARTERS),
 )
-PAIR_SIZES, COUNT_SIZES, ROW_SIZES, ALONE_SIZES = (46, 53, 60), (43, 49, 56), (34, 38), (90, 102)
+SMALL_SIZES, ROW_SIZES, ALONE_SIZES = (43, 49, 54), (34, 38), (90, 102)
 CARD_PX = 24.0  # RGB distance from the background from which a pixel may belong to a card
 
 
@@ -90,7 +90,7 @@ def _pair(judge: Judge, pixels: np.ndarray, background: Background, prompt: Prom
     verdicts: dict[str, Verdict] = {}
     for side in (s for first in sides for s in (first, OPPOSITE[first])):
         if side not in verdicts:
-            verdicts[side] = _cell(judge, pixels, background, SIDES[side], PAIR_SIZES)
+            verdicts[side] = _cell(judge, pixels, background, SIDES[side], SMALL_SIZES)
     splits = [(verdicts[side], verdicts[OPPOSITE[side]]) for side in sides]
     return _best([Arrangement(background, split, _ranks(split, prompt)) for split in splits])
 
@@ -114,7 +114,7 @@ def _count(judge: Judge, pixels: np.ndarray, background: Background, prompt: Pro
     verdicts: dict[Box, Verdict] = {}
     best = (-1.0, LAYOUTS[0], "")
     for cells in LAYOUTS:
-        sizes = ALONE_SIZES if len(cells) == 1 else ROW_SIZES if cells == LAYOUTS[5] else COUNT_SIZES
+        sizes = ALONE_SIZES if len(cells) == 1 else ROW_SIZES if cells == LAYOUTS[5] else SMALL_SIZES
         total: dict[str, float] = {}
         for box in cells:
             if box not in verdicts:
@@ -154,7 +154,7 @@ def _card(judge: Judge, pixels: np.ndarray, background: Background, box: Box) ->
         np.linalg.norm(pixels[top:bottom, left:right].astype(np.float32) - background.rgb, axis=2) > CARD_PX
     )
     if part.sum() < 64:  # no card: judge the part as it is
-        return _cell(judge, pixels, background, box, PAIR_SIZES), background.colour
+        return _cell(judge, pixels, background, box, SMALL_SIZES), background.colour
     x, y, side = _extent(part)
     inner = side * layout.CARD_SHARE
     down, along = np.mgrid[: len(pixels), : len(pixels)] + 0.5

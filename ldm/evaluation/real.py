@@ -26,7 +26,7 @@ def _spec(prompt: Prompt, seed: int) -> Spec:
     colour = prompt.colour or draw.pick(tuple(COLOURS))
     if prompt.family == "pair":
         position = draw.pick(BESIDE) if prompt.detail == "and" else prompt.detail
-        both = places.pair(draw, position, places.PAIR_SIZE)
+        both = places.pair(draw, position, places.SMALL_SIZE)
         objects = [Placed(thing, *place) for thing, place in zip(prompt.objects, both)]
     elif prompt.family == "count":
         size, points = places.several(draw, int(prompt.detail))

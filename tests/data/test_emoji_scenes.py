@@ -261,3 +261,6 @@ def test_a_still_scene_has_one_place_for_each_arrangement(kind, ways):
 
     sides = {tuple((p.x, p.y, p.size) for p in still.spec(i).objects) for i in range(150)}
     assert len(sides) == ways and len(seen(free)) > 100
+    placed = {one for scene in sides for one in scene}
+    assert {size for _, _, size in placed} == ({48, 96} if kind == "card" else {48})  # of single objects, and half
+    assert all((x - size // 2) % 8 == (y - size // 2) % 8 == 0 for x, y, size in placed)  # whole latents

@@ -5,10 +5,12 @@ from __future__ import annotations
 from ldm.data.emoji.draws import Draw
 
 FRAME = 128
-PAIR_SIZE, PAIR_ALONG, PAIR_ACROSS = (46, 60), 4, 10  # jitter along and across the line between the two
-COUNT_SIZE = {2: (46, 60), 3: (42, 56), 4: (42, 56)}  # px; a row of three is drawn smaller
+SMALL_SIZE = (42, 54)  # px of an object in pairs and counts
+PAIR_ALONG, PAIR_ACROSS = 4, 10  # jitter along and across the line between the two
 ROW_OF_THREE = (34, 40)
-CARD_SIZE, TWO_CARDS_SIZE, CARD_SHARE = (92, 112), (54, 60), 0.72  # share of the card's side that its object takes
+# In the fixed layout an object has one of two sizes, so that what is learned of it in one kind of scene serves the
+# others: the middle of SMALL_SIZE on two cards too, and on one card that of a single object.
+CARD_SIZE, TWO_CARDS_SIZE, CARD_SHARE = (104, 120), (52, 60), 6 / 7  # share of the card's side that its object takes
 
 Place = tuple[int, int]  # centre: x to the right, y down
 
@@ -61,7 +63,7 @@ def several(draw: Draw, count: int, fixed: bool = False) -> tuple[int, list[Plac
     `fixed`: one arrangement for each count, each object in the middle of its cell.
     """
     low, middle, high, gap = FRAME // 4, FRAME // 2, FRAME - FRAME // 4, FRAME // 2
-    size = side(draw, COUNT_SIZE[count], fixed)
+    size = side(draw, SMALL_SIZE, fixed)
     if count == 2:
         points = [(low, middle), (high, middle)] if fixed or draw.chance(0.7) else [(middle, low), (middle, high)]
     elif count == 4:

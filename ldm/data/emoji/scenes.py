@@ -275,7 +275,7 @@ def _pair(draw: Draw, config: SceneConfig) -> Spec:
     (a, b), background = _two_objects(draw, config), _draw_background(draw, config)
     relation = draw.pick(tuple(captions.RELATIONS))
     position = draw.pick(("left", "right", "above", "below")) if relation == "and" else relation
-    places = layout.pair(draw, position, layout.PAIR_SIZE, _is_fixed(draw, config))
+    places = layout.pair(draw, position, layout.SMALL_SIZE, _is_fixed(draw, config))
     placed = [Placed(thing, *place) for thing, place in zip((a, b), places)]
     judged = [(relation, a.codepoints, b.codepoints)]
     phrase = captions.pair(draw, relation, a, b)
