@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.bench.timing import COMPILED, OURS, PEER, Row, Side, Work
+from ldm.bench.timing import COMPILED, OURS, PEER, PEER_FP32, Row, Side, Work
 from ldm.device import check_dtype, dtype_name, fast_bf16, keep_memory, missing_compiler, pick_device, pick_dtype
 from ldm.diffusion.denoiser import target
 from ldm.diffusion.schedule import Schedule
@@ -73,6 +73,8 @@ def unet_row(size: str, dtype: str = "auto", device: str = "cpu", quick: bool = 
     sides = {OURS: Side(unet_ldm, (config, dtype, device), needs)}
     sides[PEER] = Side(unet_diffusers, (config, dtype, device, False), needs)
     settings = {**sized, "dtype": dtype, "device": device, "threads": torch.get_num_threads()}
+    if dtype != "fp32" and not quick:
+        sides[PEER_FP32] = Side(unet_diffusers, (config, "fp32", device, False), _unet_bytes(config, "fp32"))
     if device == "cpu" and util.find_spec("openvino") and not quick:  # converting takes a minute and more
         sides["openvino"] = Side(unet_openvino, (config, dtype), 2 * _unet_bytes(config, "fp32"))
     row = Row(f"unet-{size}", f"U-Net of {title}, a step", sides, settings, LIMITS[dtype], True, device=device)

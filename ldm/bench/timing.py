@@ -27,6 +27,7 @@ from ldm.errors import first_line
 from ldm.files import format_bytes
 
 OURS, PEER, COMPILED = "ldm", "diffusers", "diffusers compiled"
+PEER_FP32 = "diffusers fp32"  # what diffusers computes in where nothing is asked for
 KILLED = "out of memory"
 PROCESS = 0.7e9  # bytes of a process with torch, transformers and diffusers, and room for the system
 SHARED = ("torch", "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip")

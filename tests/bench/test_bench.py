@@ -18,7 +18,7 @@ from PIL import Image
 from ldm.bench import Timing, alternate, bench, networks, table, timing
 from ldm.bench.networks import lora_row, unet_row, vae_row
 from ldm.bench.rendering import render_row
-from ldm.bench.timing import COMPILED, OURS, PEER, Row, Side, Work, measure
+from ldm.bench.timing import COMPILED, OURS, PEER, PEER_FP32, Row, Side, Work, measure
 from ldm.bench.warm import FLOW_PEERS, warm_row
 from ldm.checkpoint import save_model
 from ldm.cli import main
@@ -204,10 +204,18 @@ def test_openvino_agrees_where_it_is_installed(size, small, in_this_process):
     assert measure(dataclasses.replace(one, sides=sides), 1).agreement["openvino: difference of the RMS"] < 1e-4
 
 
+def test_bf16_is_measured_against_fp32_too(small, in_this_process):
+    assert PEER_FP32 not in unet_row("sd15", "fp32").sides
+    one = unet_row("sd15", "bf16")
+    found = measure(dataclasses.replace(one, sides={name: one.sides[name] for name in (OURS, PEER_FP32)}), 1)
+    assert found.seconds.keys() == {OURS, PEER_FP32}
+    assert 1e-4 < found.agreement["diffusers fp32: difference of the RMS"] < 0.05
+
+
 @pytest.mark.slow
 def test_compiled_networks_agree_too(small):
     for one in (unet_row("sd15", "bf16"), vae_row("fp32")):
-        assert measure(one, 1).seconds.keys() == {OURS, PEER, COMPILED}
+        assert measure(one, 1).seconds.keys() - {PEER_FP32} == {OURS, PEER, COMPILED}
 
 
 def test_without_a_compiler_it_is_said(monkeypatch):
