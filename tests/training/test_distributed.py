@@ -117,8 +117,11 @@ def test_a_run_of_some_processes_goes_on_with_others(first, sharded, tmp_path, c
     assert len(losses_of(tmp_path / "run")) == len(losses_of(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "sharded"),
+    [(0, False), (1, False), (0, True), pytest.param(1, True, marks=pytest.mark.slow)],
+    ids=["0-ddp", "1-ddp", "0-fsdp", "1-fsdp"],
+)
 def test_where_one_is_killed_the_others_end_with_its_number(victim, sharded, tmp_path):
     def die(step, micro):
         if step == 7 and current().rank == victim:
