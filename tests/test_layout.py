@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ldm"
 
 FLOORS = (  # a room imports only from lower floors; errors is the lowest
     ("errors",),
-    ("config", "settings_files", "files", "console", "device", "colours"),
+    ("config", "settings_files", "files", "file_names", "console", "device", "colours"),
     ("images", "prompts", "report", "hub"),
     ("nn",),
     ("diffusion", "data", "control"),

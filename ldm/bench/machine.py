@@ -224,7 +224,7 @@ def _disk() -> dict[str, str]:
     places = {"here": Path(), "temporary": Path(os.environ.get("TMPDIR", "/tmp")), "cache": _cache()}
     found = {}
     for name, place in places.items():
-        probe = place.expanduser().absolute()
+        probe = place.absolute()
         while not probe.exists():
             probe = probe.parent
         found[name] = f"{format_bytes(shutil.disk_usage(probe).free)} free"
@@ -232,7 +232,7 @@ def _disk() -> dict[str, str]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface")))
 
 
 def _offline_by_environment() -> bool:
@@ -266,6 +266,6 @@ def _paths() -> dict[str, str]:
     return {
         "python": sys.executable,
         "package": str(Path(ldm.__file__).parent),
-        "cache": str(_cache().expanduser()),
+        "cache": str(_cache()),
         "here": str(Path().absolute()),
     }

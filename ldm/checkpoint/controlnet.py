@@ -114,7 +114,7 @@ def place_of(name: str | os.PathLike) -> Path:
         raise ConfigError(f"expected a folder, a file or a hub id, got {name!r:.80}", where="controlnet")
     if is_hub_id(os.fspath(name)):
         return network_on_hub(os.fspath(name), STEM)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         raise ModelError("no such ControlNet", where=path, hint="name its folder or its .safetensors file")
     if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def convert(
     """
     import torch
 
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     to_single = out.suffix.lower() == single.SUFFIX
     if out.suffix.lower() in PICKLES:
         raise ModelError(

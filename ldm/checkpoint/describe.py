@@ -233,7 +233,7 @@ def _hash(root: Path, skip: tuple[str, ...], texts: tuple[Path, ...] = ()) -> st
 
 def hash_of(path: str | Path) -> str:
     """sha256 of a file, or of every file of a folder (an autoencoder's). Raises ModelError where it cannot be read."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         if not path.is_dir():
             return sha256(path)

@@ -56,7 +56,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     that is none of these has the kind "other" and a description in `what`. Raises ModelError: pickles, damaged and
     missing files.
     """
-    path = default_folder() if str(path) == "default" else Path(path).expanduser()
+    path = default_folder() if str(path) == "default" else Path(os.path.expanduser(path))
     if not path.exists():
         raise ModelError("no such file or folder", where=path)
     info = _folder(path) if path.is_dir() else _file(path)

@@ -64,7 +64,7 @@ def find_ip_adapter(name: str | os.PathLike, info: ModelInfo) -> IPAdapterFile:
     """The adapter of a file, checked to fit a model. Raises ConfigError, ModelError; reads no weight."""
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ConfigError(f"expected a file, got {name!r:.80}", where="ip_adapter")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not isinstance(info.unet, UNetConfig):
         raise ModelError(f"IP-Adapters go with U-Nets, and {info.name} has none", where=path)
     if not path.is_file():
@@ -172,7 +172,7 @@ def _place(name: Any, adapters: Sequence[IPAdapterFile], model: Path | None) -> 
         raise ConfigError(f"expected a folder or a hub id, got {name!r:.80}", where="image_encoder")
     if is_hub_id(os.fspath(name)):
         return network_on_hub(os.fspath(name), STEM)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     for folder in (path, path / SUBFOLDER):
         if (folder / CONFIG).is_file():
             return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def find_place(name: str, kind: str, subfolder: str | None = None, weights: bool
         return _inside(name, default_folder(), kind, subfolder)
     if is_hub_id(name):
         return _on_hub(name, kind, subfolder, weights)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         refuse_pickle(path)
         return Place(name, path, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def depth_of(image: Image.Image, model: str | Path) -> np.ndarray:
     """
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not (folder / "config.json").is_file():
         hint = "give a transformers depth model's folder, such as of Depth-Anything-V2-Small-hf"
         raise ConfigError("holds no depth model", where=folder, hint=hint)

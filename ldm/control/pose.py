@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_poses(path: str | Path) -> tuple[list[list[Point | None]], tuple[int, i
     Raises ConfigError.
     """
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        found = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot be read as JSON ({getattr(error, 'strerror', None) or error})", where=path) from None
     table = found[0] if isinstance(found, list) and found else found

@@ -30,7 +30,7 @@ VARIANTS = 64  # sizes and kinds of calls of one process; torch would stop at 8
 def code_folder() -> Path:
     """Where compiled code is kept: the folder that TORCHINDUCTOR_CACHE_DIR names, else ldm's in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.setdefault(KEPT, str(Path(cache).expanduser() / "ldm" / "compiled")))
+    return Path(os.environ.setdefault(KEPT, str(Path(os.path.expanduser(cache)) / "ldm" / "compiled")))
 
 
 class GivenTexts(TextCache):

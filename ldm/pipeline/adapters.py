@@ -189,7 +189,7 @@ def _adapter(item: Any) -> Adapter:
         if not _number(weight) or not math.isfinite(weight):
             raise ConfigError(f"the weight of {path} is not a finite number: {weight!r:.80}", where="lora")
     weight, text_weight = float(weights[0]), float(weights[-1])
-    return Adapter(Path(path).expanduser(), weight, None if text_weight == weight else text_weight)
+    return Adapter(Path(os.path.expanduser(path)), weight, None if text_weight == weight else text_weight)
 
 
 def _number(value: Any) -> bool:

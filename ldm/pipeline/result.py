@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import ConfigError, ResourceError
-from ldm.files import atomic_write, require_writable, slug, unused_path
+from ldm.file_names import slug, unused_path
+from ldm.files import atomic_write, require_writable
 from ldm.images import Metadata, encode, file_format
 from ldm.images import grid as make_grid
 from ldm.pipeline.metadata import parameters

@@ -23,7 +23,7 @@ from ldm.colours import MARKS, colour_profile
 from ldm.config import require
 from ldm.data.images import read_image
 from ldm.errors import ConfigError, DataError, nearest
-from ldm.files import spelt_alike
+from ldm.file_names import spelt_alike
 from ldm.images import READABLE, flatten
 from ldm.pipeline.checks import check_int, check_size
 from ldm.pipeline.keywords import MAX_SIZE
@@ -216,7 +216,7 @@ def _alpha(value: Any) -> Image.Image | None:
     """The transparency of an image or its file, upright; None for one without any, or that cannot be opened."""
     if not isinstance(value, Image.Image):
         try:
-            with Image.open(spelt_alike(Path(value).expanduser()), formats=READABLE) as opened:
+            with Image.open(spelt_alike(Path(os.path.expanduser(value))), formats=READABLE) as opened:
                 return _alpha(opened)
         except (OSError, ValueError, SyntaxError):
             return None
@@ -231,7 +231,7 @@ def _opened(value: Any, where: str, background: tuple[int, int, int]) -> tuple[I
         return flatten(ImageOps.exif_transpose(value), background), "given"
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise ConfigError(f"expected an image or its file, got {value!r:.80}", where=where)
-    path = spelt_alike(Path(value).expanduser())
+    path = spelt_alike(Path(os.path.expanduser(value)))
     try:
         with path.open("rb") as file:
             return read_image(file, path, background=background), str(path.resolve())

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ldm.errors import ConfigError, require
-from ldm.files import slug
+from ldm.file_names import slug
 from ldm.images import Metadata, read_metadata
 from ldm.pipeline.keywords import GUIDANCE_WORDS
 from ldm.render.replay.a1111_settings import a1111_settings

@@ -41,10 +41,10 @@ class Catalog:
         cls, models: Sequence[Any], vaes: Sequence[Any], loras: Sequence[Any], lora_dir: Any, texts: Any = ()
     ) -> Catalog:
         """From what the command line or `ldm.web` was given. Raises ConfigError and ModelError before any work."""
-        folder = None if lora_dir is None else Path(lora_dir).expanduser()
+        folder = None if lora_dir is None else Path(os.path.expanduser(lora_dir))
         if folder is not None and not folder.is_dir():
             raise ConfigError("no such folder", where=f"lora_dir {folder}")
-        paths = [Path(lora).expanduser() for lora in loras]
+        paths = [Path(os.path.expanduser(lora)) for lora in loras]
         for path in paths:
             read_lora_header(path)
         if folder is not None:

@@ -78,7 +78,7 @@ def web(
     require(0 < max_gb <= 1e6, f"{max_gb:g} is outside 0 to 1,000,000", "max_gb")
     models = [model] if isinstance(model, str | os.PathLike) or not isinstance(model, Sequence) else list(model)
     catalog = Catalog.of(models or ["default"], _listed(vae), _listed(lora), lora_dir, _listed(text_encoders))
-    folder = Path(output).expanduser()
+    folder = Path(os.path.expanduser(output))
     require_place(folder)
     listening = _listening(listen, port)
     try:

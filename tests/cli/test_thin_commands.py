@@ -70,3 +70,32 @@ def test_public_names():
     assert {"Pipeline", "train", "evaluate"} <= set(dir(ldm))
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         _ = ldm.Pipelin
+
+
+UNKNOWN_HOME = "~nobody-has-this-name/x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "a cat", "--model", UNKNOWN_HOME),
+        ("generate", "a cat", "--lora", UNKNOWN_HOME),
+        ("generate", "a cat", "--image", UNKNOWN_HOME),
+        ("generate", "a cat", "--control", f"edges={UNKNOWN_HOME}"),
+        ("inspect", UNKNOWN_HOME),
+        ("convert", UNKNOWN_HOME, "out"),
+        ("render", UNKNOWN_HOME, "-o", "out"),
+        ("verify", UNKNOWN_HOME),
+        ("evaluate", "default", "--prompts", UNKNOWN_HOME),
+        ("data", "check", UNKNOWN_HOME),
+        ("finetune", UNKNOWN_HOME, "-o", "run"),
+        ("finetune", "images", "-o", "run", "--model", UNKNOWN_HOME),
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_a_place_that_is_not_there(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    assert main(list(words)) in (2, 3, 4)
+    told = capsys.readouterr().err
+    assert "nobody-has-this-name" in told and "internal error" not in told and len(told.splitlines()) == 1

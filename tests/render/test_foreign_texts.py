@@ -185,7 +185,7 @@ def test_hires_fix_has_words_in_prompt_lines(tmp_path):
 
 def test_names_typed_by_people_find_files_of_another_unicode_form(tmp_path):
     from ldm.checkpoint.lora import find_lora
-    from ldm.files import spelt_alike
+    from ldm.file_names import spelt_alike
 
     decomposed = unicodedata.normalize("NFD", "Möbel")
     (tmp_path / "sub").mkdir()

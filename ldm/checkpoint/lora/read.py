@@ -86,7 +86,7 @@ class LoraFile:
 
 def lora_path(path: str | Path) -> Path:
     """The LoRA's file: `path` itself, or the one inside that folder. Raises ModelError."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_dir():
         return path
     if (path / FILE).is_file():
@@ -106,7 +106,7 @@ def find_lora(name: str, folder: str | os.PathLike) -> Path:
 
     Raises ConfigError where there is none (with the nearest name) or more than one.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if not folder.is_dir():
         raise ConfigError("no such folder", where=f"lora_dir {folder}")
     known: dict[str, list[Path]] = {}

@@ -56,7 +56,7 @@ def target_at(model: Any, prediction_type: str | None = None, text_encoders: Any
     """The layers of a model's folder or file, or of a loaded model; None where weights would have to be fetched."""
     if not isinstance(model, (str, os.PathLike)):
         return target_of(model)
-    path = default_folder() if str(model) == "default" else Path(model).expanduser()
+    path = default_folder() if str(model) == "default" else Path(os.path.expanduser(model))
     if path.is_dir():
         return target_in(read_layout(path, skip=("vae",)))
     if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def find_font(font: str | Path | None = None) -> Path:
 
     Raises DataError, which says how to install the font, where there is none or the file is another font.
     """
-    places = [Path(p).expanduser() for p in ((font,) if font else PLACES)]
+    places = [Path(os.path.expanduser(p)) for p in ((font,) if font else PLACES)]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise DataError("the font Noto Color Emoji was not found", where=font, hint=HINT)

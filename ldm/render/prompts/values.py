@@ -16,7 +16,7 @@ from ldm.config import require
 from ldm.device import check_dtype, check_quantization
 from ldm.diffusion.names import resolve, resolve_spacing
 from ldm.errors import ConfigError
-from ldm.files import spelt_alike
+from ldm.file_names import spelt_alike
 from ldm.pipeline.checks import check_guidance, check_int, check_prompts, check_size
 from ldm.pipeline.keywords import MAX_IMAGES
 
@@ -104,7 +104,7 @@ def path(value: Any, word: str, folder: Path) -> str:
     """A file beside the prompt file or in the working directory."""
     good = isinstance(value, (str, os.PathLike)) and bool(os.fspath(value))
     require(good, f"expected a file, got {value!r:.80}", word)
-    given = Path(os.fspath(value)).expanduser()
+    given = Path(os.path.expanduser(value))
     try:
         for candidate in map(spelt_alike, (folder / given, given)):
             if candidate.exists():

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import files
 from ldm.checkpoint.safety import verify_manifest
 from ldm.console import warn
 from ldm.errors import CheckpointError, ModelError, first_line
+from ldm.file_names import unused_path
 from ldm.training.checkpoints.state import (
     ABOUT,
     FORMAT,
@@ -59,7 +59,7 @@ def newest(run: Path, look: bool = False) -> Path | None:
 
 def set_aside(folder: Path, kind: str) -> str:
     """Rename a checkpoint to KIND-… (KIND-…-2 if that exists) and return its new name."""
-    new = files.unused_path(folder.parent, f"{kind}-{folder.name}", "")
+    new = unused_path(folder.parent, f"{kind}-{folder.name}", "")
     folder.rename(new)
     return new.name
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def control_kind(control: str) -> str | None:
     name = ALIASES.get(control, control)
     if name in KINDS:
         return name
-    if Path(control).expanduser().is_dir():
+    if Path(os.path.expanduser(control)).is_dir():
         return None
     hint = f"{nearest(control, [*KINDS, *ALIASES])}; a folder has a condition of the same name for each image"
     raise ConfigError(f"{control!r:.80} is neither a kind of control nor a folder", where="control", hint=hint)
@@ -68,7 +69,7 @@ def with_conditions(images: ImageSet, control: str) -> ImageSet:
     images.control = kind = control_kind(control)
     if kind is not None:
         return images
-    folder = Path(control).expanduser()
+    folder = Path(os.path.expanduser(control))
     whole, data = folder.resolve(), Path(images.data.folder).resolve()
     if data == whole or (whole.is_relative_to(data) and any((data / i.id).is_relative_to(whole) for i in images.items)):
         what = f"lies in {images.data.folder}, and its files are trained on as images"

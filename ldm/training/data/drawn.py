@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_prompts(path: str, count: int, data: DataSettings) -> DrawnSet:
     Empty lines and those that begin with # are left out. Raises DataError where none is left, or it is no text.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise DataError(f"cannot be read ({what})", where=path) from None
