@@ -144,9 +144,8 @@ def render(
         return _rendered(run, result, result.counts())
     rendered = _render(run, strict, axes)
     if keep_conditions:
-        console.say(
-            f"conditions: {write_conditions(rendered.folder, rendered.keys)} in {rendered.folder / 'conditions'}"
-        )
+        written = write_conditions(rendered.folder, rendered.keys)
+        console.say(f"conditions: {written} in {rendered.folder / 'conditions'}")
     if gallery:
         console.say(f"gallery: {write_gallery(rendered.folder)}")
     if contact_sheet:

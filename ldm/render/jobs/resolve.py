@@ -26,11 +26,11 @@ from ldm.render.prompts.setting_table import IMAGE, SETTINGS, of_scope
 
 INITIAL = ("image", "mask_image", "outpaint")  # where an image begins; the size may come from it
 FILES = ("image", "control_image", "ip_adapter_image", "ip_adapter_scale")  # of lines that are resolved each anew
-OF_IMAGE = of_scope(IMAGE) - {*INITIAL, "control_image", "ip_adapter_image", "ip_adapter_mask"} | {
-    "lora"
-}  # image by image
+OF_IMAGE = {"lora", *of_scope(IMAGE)} - {*INITIAL, "control_image", "ip_adapter_image", "ip_adapter_mask"}
 OF_MODEL = ("model", "vae", "dtype", "quantization")
 REMEMBERED = 1 << 12  # combinations of settings, and hashes of files
+
+Resolved = tuple[dict[str, Any], dict[str, Any]]  # settings with every default, and the digest of each file they name
 
 
 class Resolver:
@@ -63,13 +63,12 @@ class Resolver:
         """As it was asked for."""
         return str(self._options.get("device", "auto"))
 
-    def __call__(self, asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def __call__(self, asked: Mapping[str, Any]) -> Resolved:
         prompt, adapters = self._prompt(asked)
         negative = asked.get("negative_prompt", "")
         Prompt.parse(negative or "", where="negative_prompt")
-        shared, digests = self._remembered(
-            {name: value for name, value in asked.items() if name not in OF_IMAGE}, adapters
-        )
+        of_batch = {name: value for name, value in asked.items() if name not in OF_IMAGE}
+        shared, digests = self._remembered(of_batch, adapters)
         engine, info = self.model(shared)
         if adapters:
             info = with_few_steps(info, (adapters,))
@@ -101,13 +100,9 @@ class Resolver:
 
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
         """The engine that draws with a line's model, and the facts about it. Raises ModelError, the same each time."""
-        words = ("vae", "image_encoder", "quantization")
-        asked: dict[str, Any] = {
-            "dtype": settings.get("dtype") or "auto",
-            **{word: settings.get(word) for word in words},
-        }
-        for word in ("controlnet", "ip_adapter", "text_encoders"):
-            asked[word] = listed(settings.get(word)) or None
+        asked: dict[str, Any] = {"dtype": settings.get("dtype") or "auto"}
+        asked |= {word: settings.get(word) for word in ("vae", "image_encoder", "quantization")}
+        asked |= {word: listed(settings.get(word)) or None for word in ("controlnet", "ip_adapter", "text_encoders")}
         model = settings.get("model", self._default)
         return _once(self._models, (model, *asked.values()), lambda: self._engine(model, asked))
 
@@ -146,9 +141,7 @@ class Resolver:
                 self._warned.add(line)
                 console.warn(line)
 
-    def _remembered(
-        self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _remembered(self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]) -> Resolved:
         """`_resolved`, once for all lines that ask for the same; images are read each time."""
         if any(asked.get(name) is not None for name in FILES):
             return self._resolved(asked, adapters)
@@ -159,9 +152,7 @@ class Resolver:
             self._shared[key] = self._resolved(asked, adapters)
         return self._shared[key]
 
-    def _resolved(
-        self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _resolved(self, asked: Mapping[str, Any], adapters: tuple[Adapter, ...]) -> Resolved:
         """(the settings of a job that its batch may share, with every default of the model; digests of its images)."""
         given = {"model": self._default, **{name: value for name, value in asked.items() if value is not None}}
         if unknown := given.keys() - SETTINGS.keys():

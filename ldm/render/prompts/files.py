@@ -25,10 +25,7 @@ from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.replay.a1111_text import FIRST_FIELD, MAX_TEXT, read_infotexts
 
 FOREIGN = {  # how files begin that are no list of prompts -> (what they are, what to do)
-    "<!doctype": ("HTML or XML", "save the prompts as plain text"),
-    "<html": ("HTML or XML", "save the prompts as plain text"),
-    "<?xml": ("HTML or XML", "save the prompts as plain text"),
-    "<svg": ("HTML or XML", "save the prompts as plain text"),
+    **dict.fromkeys(("<!doctype", "<html", "<?xml", "<svg"), ("HTML or XML", "save the prompts as plain text")),
     "{\\rtf": ("RTF", "save it as plain text"),
     "version https://git-lfs": ("a pointer of git-lfs", "run git lfs pull"),
 }
@@ -68,10 +65,8 @@ def open_prompts(prompts: str | os.PathLike | Iterable) -> Prompts:
 
     Raises ConfigError where there is no such file, or it is refused as a whole, or holds no prompt.
     """
-    if not isinstance(prompts, (str, os.PathLike)):
-        name = "prompts"
-    else:
-        name = "stdin" if os.fspath(prompts) == "-" else str(Path(prompts))
+    name = str(Path(prompts)) if isinstance(prompts, (str, os.PathLike)) else "prompts"
+    name = "stdin" if name == "-" else name
     entries = read_entries(prompts)
     first = next(entries, None)
     if first is None:
@@ -134,9 +129,9 @@ def _is_header(line: str | ConfigError) -> bool:
     """Whether a first line that is not in a .csv names columns all the same: `prompt,seed`."""
     if not isinstance(line, str):
         return False
-    cells = [cell.strip(" \"'\r\n") for cell in re.split("[,;\t]", line)]
     if EXCEL.fullmatch(line):
         return True
+    cells = [cell.strip(" \"'\r\n") for cell in re.split("[,;\t]", line)]
     names = {WORDS.get(find_word(cell) or "") for cell in cells if not is_comment(cell)}
     return len(cells) > 1 and "prompt" in names and None not in names
 
