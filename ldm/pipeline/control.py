@@ -173,10 +173,14 @@ def _rows(value: Any, counts: Sequence[int], prompts: int) -> list[list[Any]]:
     elif all(are_lists):  # of each prompt
         require(len(value) == prompts, f"{len(value)} lists for {prompts} prompts", "control_image")
         wrong = next((len(row) for row in value if len(row) != count), count)
-        require(wrong == count, f"{wrong} images for {seeing}", "control_image")
+        require(wrong == count, f"{_images(wrong)} for {seeing}", "control_image")
         return [list(row) for row in value]
-    require(len(value) == count, f"{len(value)} images for {seeing}", "control_image")
+    require(len(value) == count, f"{_images(len(value))} for {seeing}", "control_image")
     return [list(value)] * prompts
+
+
+def _images(count: int) -> str:
+    return "one image" if count == 1 else f"{count} images"
 
 
 def _read(value: Any) -> ControlImage:
