@@ -171,6 +171,7 @@ MODEL = [
     Option("offload_blocks", None, "the blocks of SD3 and FLUX too, one at a time", BLOCKS),
     Option("quantization", "NAME", "int8: weights of SD3 and FLUX in 8 bits, by torchao; not exact (none)"),
     Option("attention", "NAME", "of the network: auto, sdpa, chunked, xformers", AUTO),
+    Option("backend", "NAME", "of the U-Net on a CPU: torch, or openvino, which needs its package; not exact (torch)"),
     Option("compile", None, "compile the U-Net, by a C++ compiler on a CPU: for many images; other last bits", SWITCH),
 ]
 # The keywords of generate and of Pipeline that these set

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ldm.errors import ConfigError, ModelError, nearest
 from ldm.nn.batch_invariant import Linear
@@ -65,7 +66,7 @@ def attention(
     """
     if backend == "auto":
         trains = q.requires_grad and torch.is_grad_enabled()
-        slow = trains or q.shape[1] * k.shape[1] >= MANY_SCORES
+        slow = trains or (q.shape[1] * k.shape[1] >= MANY_SCORES and not is_compiling())  # else thousands of nodes
         backend = "chunked" if slow and q.device.type == "cpu" and q.dtype != torch.float32 else "sdpa"
     bias = None
     if mask is not None:

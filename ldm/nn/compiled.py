@@ -56,14 +56,18 @@ class CompiledUNet:
 
     def __init__(self, unet: UNet, backend: str = "inductor"):
         self.unet = unet
-        self._folder = code_folder()
-        cpu = next(unet.parameters()).is_cpu
-        options = {"freezing": True} if cpu and backend == "inductor" else None  # weights as its convolutions want them
-        self._states: Tensor | None = None  # the texts that `_kept` is made of
+        self._texts: tuple[Tensor | None, ...] = (None, None)  # the texts, and their mask, that `_kept` is made of
         self._kept: list[Tensor] = []
-        how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend, "options": options}
-        self._forward: Callable[..., Tensor] = torch.compile(self._with_texts, **how)
         self._known: set[tuple[Any, ...]] = set()
+        self._forward = self._code(backend)
+
+    def _code(self, backend: str) -> Callable[..., Tensor]:
+        """The U-Net on texts that are given, compiled when it is called."""
+        self._folder = code_folder()
+        cpu = next(self.unet.parameters()).is_cpu
+        options = {"freezing": True} if cpu and backend == "inductor" else None  # weights as its convolutions want them
+        how: dict[str, Any] = {"dynamic": False, "fullgraph": True, "backend": backend, "options": options}
+        return torch.compile(self._with_texts, **how)
 
     @torch.no_grad()
     def __call__(
@@ -82,8 +86,9 @@ class CompiledUNet:
         given["time_ids"] = None if time_ids is None else time_ids.expand(rows, -1)
         self._announce(given, perturb_in)
         fixed: dict[str, Any] = {"perturb_in": tuple(perturb_in)} if perturb_in else {}
-        if self._states is not states:
-            self._states, self._kept = states, self._made_of(states, inputs.get("mask"))
+        mask = inputs.get("mask")
+        if self._texts[0] is not states or self._texts[1] is not mask:
+            self._texts, self._kept = (states, mask), self._made_of(states, mask)
         with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=4 * VARIANTS):
             if not x.is_cpu:
                 return self._forward(kept=self._kept, **given, **fixed)
@@ -94,11 +99,8 @@ class CompiledUNet:
                 parts.append(self._forward(kept=kept, **two, **fixed))
         return torch.cat(parts)[:rows]
 
-    def _with_texts(self, x: Tensor, timesteps: Tensor, states: Tensor, kept: list[Tensor], **inputs: Any) -> Tensor:
-        """What is compiled."""
-        alone = len(kept) % 2  # the text's embedding, before the pairs of keys and values
-        pairs = zip(kept[alone::2], kept[alone + 1 :: 2])
-        return self.unet(x, timesteps, states, cache=GivenTexts([*kept[:alone], *pairs]), **inputs)
+    def _with_texts(self, *inputs: Any, **more: Any) -> Tensor:
+        return with_texts(self.unet, *inputs, **more)
 
     def _made_of(self, states: Tensor, mask: Tensor | None) -> list[Tensor]:
         """The text's embedding where there is one, then keys and values (B, S, C) of each layer in their order."""
@@ -118,8 +120,19 @@ class CompiledUNet:
         if kind not in self._known:
             self._known.add(kind)
             height, width = x.shape[2:]
-            what = f"compiling the network for latents of {width}x{height}: a minute or more"
-            console.say(f"{what}, less where {self._folder} has the code already")
+            console.say(f"compiling the network for latents of {width}x{height}: {self._takes()}")
+
+    def _takes(self) -> str:
+        return f"a minute or more, less where {self._folder} has the code already"
+
+
+def with_texts(
+    unet: UNet, x: Tensor, timesteps: Tensor, states: Tensor, kept: Sequence[Tensor], **inputs: Any
+) -> Tensor:
+    """UNet.forward with what it makes of the texts alone: its embedding where there is one, then keys and values."""
+    alone = len(kept) % 2
+    pairs = zip(kept[alone::2], kept[alone + 1 :: 2])
+    return unet(x, timesteps, states, cache=GivenTexts([*kept[:alone], *pairs]), **inputs)
 
 
 def _two(rows: Tensor) -> Tensor:

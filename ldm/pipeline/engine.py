@@ -66,6 +66,7 @@ class Engine:
         offload: bool | str = False,
         attention: str = "auto",
         compile: bool = False,
+        backend: str = "torch",
         allow_unapplied: bool = False,
         dora_scaling: str = "linear",
         controlnet: Any = None,
@@ -77,7 +78,7 @@ class Engine:
         self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.text_encoders, self.quantization = text_encoders, check_quantization(quantization, installed=False)
         self.device, self.dtype = _place(model, device, dtype, offload)
-        self.placement = Placement(self.device, offload, attention, compile)
+        self.placement = Placement(self.device, offload, attention, compile, backend)
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
         self.info = describe(model, vae, prediction_type, text_encoders=text_encoders)
@@ -96,10 +97,10 @@ class Engine:
         self.ip_adapters: IPAdapters | None = None
         if controlnet is not None or ip_adapter is not None or image_encoder is not None:
             self._attach(controlnet, ip_adapter, image_encoder)
-        if self.placement.compile:
+        if word := self.placement.makes_code:
             beside = self.info.transformer or self.controlnets or self.ip_adapters
             what = "is for a U-Net alone: not for flow transformers, nor with a controlnet or an ip_adapter"
-            require(beside is None, what, "compile")
+            require(beside is None, what, word)
         self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
         self._tokens = PromptTokens()
         self._told_memory = False
@@ -125,8 +126,8 @@ class Engine:
         """Raise ConfigError for settings that do not go with this engine's."""
         if self.controlnets is not None:
             self.controlnets.check(settings)
-        shared = self.placement.compile and settings.step_cache
-        require(not shared, "compiled code computes all in each step: leave compile out", "step_cache")
+        word = self.placement.makes_code
+        require(not (word and settings.step_cache), f"compiled code computes all: leave {word} out", "step_cache")
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise ModelError where a LoRA does not fit the model; reads headers alone."""

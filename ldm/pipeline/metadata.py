@@ -80,10 +80,11 @@ def _shared(model: Model, placement: Placement, settings: Settings) -> dict[str,
         "attention": placement.attention,
         "offload": placement.offload,
         **({"compile": True} if placement.compile else {}),
+        **({"backend": placement.backend} if placement.backend != "torch" else {}),
         "device": str(device) if device.type != "cuda" else f"{device} {torch.cuda.get_device_name(device)}",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": _versions(),
+        "versions": _versions(placement.backend),
     }
 
 
@@ -133,9 +134,9 @@ def _text_report(
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def _versions(backend: str) -> dict[str, str]:
     found = {"ldm": ldm.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in dict.fromkeys((*PACKAGES, backend)):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -32,7 +32,7 @@ from ldm.prompts import Prompt
 
 OF_PIPELINE: tuple[str, ...] = ("prompt", "model", "negative_prompt", "lora", "lora_dir", "allow_unapplied", "vae")
 OF_PIPELINE += ("controlnet", "ip_adapter", "image_encoder", "dora_scaling", "prediction_type", "device", "dtype")
-OF_PIPELINE += ("offload", "attention", "compile", "fast", "text_encoders", "quantization")
+OF_PIPELINE += ("offload", "attention", "compile", "backend", "fast", "text_encoders", "quantization")
 OF_GENERATE: tuple[str, ...] = ("num_images", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 OF_GENERATE += ("sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip", "emphasis", "strict", "latents")
 OF_GENERATE += ("true_cfg_scale", "step_cache", "callback", "batch_size")
@@ -64,6 +64,7 @@ class Pipeline:
     attention        of the network: auto, or sdpa, chunked, xformers
     compile          whether the U-Net is compiled by torch.compile, which needs a C++ compiler on a CPU and a minute or
                      more for each size, once: what is made is kept. Images are not the same to the bit as without it
+    backend          torch, or openvino (extra `openvino`): on a CPU the U-Net's code is OpenVINO's, made for each size
     fast             whether the default model draws in few steps, with its shipped few-step LoRA and its settings
     diffusers' and A1111's names of these are accepted too (see ldm.pipeline.keywords.ALIASES).
 
@@ -94,6 +95,7 @@ class Pipeline:
         quantization: str | None = None,
         attention: str = "auto",
         compile: bool = False,
+        backend: str = "torch",
         fast: bool = False,
         **other: Any,
     ):

@@ -11,11 +11,13 @@ import torch
 from ldm import console
 from ldm.checkpoint import Model
 from ldm.config import require
+from ldm.device import check_backend as check_code
 from ldm.device import missing_compiler
 from ldm.nn.attention import check_backend
 from ldm.nn.compiled import CompiledUNet
 from ldm.nn.lora import clone_shared_weights
 from ldm.nn.offload import at_work
+from ldm.nn.openvino import OpenVinoUNet
 from ldm.nn.vae import VAE
 from ldm.pipeline.checks import check_bool
 
@@ -24,14 +26,16 @@ class Placement:
     """`device` is where parts work; with `offload` they are kept in main memory and go there one at a time.
 
     With "blocks" the blocks of a flow transformer too. Raises ConfigError for another value, and where `compile` has no
-    compiler.
+    compiler or `backend` no package.
     """
 
-    def __init__(self, device: torch.device, offload: Any, attention: Any, compile: Any = False):
+    def __init__(
+        self, device: torch.device, offload: Any, attention: Any, compile: Any = False, backend: Any = "torch"
+    ):
         known = isinstance(offload, bool) or offload == "blocks"
         require(known, f'expected True, False or "blocks", got {offload!r:.80}', "offload")
         self.device, self.offload, self.attention = device, offload, check_backend(attention, device)
-        self.compile = check_bool(compile, "compile")
+        self.compile, self.backend = check_bool(compile, "compile"), check_code(backend, device)
         self._last: tuple[Model, Model] | None = None
         self._compiled: CompiledUNet | None = None  # of the U-Net that was used last
         if offload and device.type == "cpu":
@@ -40,6 +44,7 @@ class Placement:
             missing = missing_compiler(device)
             require(missing is None, f"needs {missing}; install it, or leave compile out", "compile")
             require(not offload, "the compiled network stays on the device: leave offload out", "compile")
+            require(self.backend == "torch", f"{backend} compiles the network itself: leave compile out", "compile")
 
     @property
     def home(self) -> torch.device:
@@ -56,10 +61,15 @@ class Placement:
             self._last = shared, dataclasses.replace(shared, unet=unet)
         return self._last[1]
 
+    @property
+    def makes_code(self) -> str | None:
+        """The setting, if any, by which a U-Net is called as code that is made of it: compile or backend."""
+        return "compile" if self.compile else "backend" if self.backend != "torch" else None
+
     def compiled(self, unet: Any) -> CompiledUNet | None:
         """The compiled code of a U-Net, where that was asked for."""
-        if self.compile and (self._compiled is None or self._compiled.unet is not unet):
-            self._compiled = CompiledUNet(unet)
+        if self.makes_code and (self._compiled is None or self._compiled.unet is not unet):
+            self._compiled = OpenVinoUNet(unet) if self.backend == "openvino" else CompiledUNet(unet)
         return self._compiled
 
     def on(self, part: Any) -> AbstractContextManager:

@@ -80,3 +80,16 @@ def test_many_tokens_in_16_bits_go_by_heads_and_have_the_same_bits_in_every_batc
     assert torch.equal(together, torch.cat(alone)) and not torch.equal(together, fused)
     assert together.shape == fused.shape and together.is_contiguous()
     assert (together.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_compiled_code_is_not_of_thousands_of_chunks(monkeypatch):
+    q = torch.randn(1, 1024, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    used = []
+    for name in ("sdpa", "chunked"):
+        plain = BACKENDS[name]
+        monkeypatch.setitem(BACKENDS, name, lambda *given, name=name, plain=plain: used.append(name) or plain(*given))
+    with torch.no_grad():
+        whole = attention(q, q, q, 2)
+        monkeypatch.setattr("ldm.nn.attention.is_compiling", lambda: True)
+        assert (attention(q, q, q, 2) - whole).abs().max() < 0.02
+    assert used == ["chunked", "sdpa"]

@@ -151,6 +151,7 @@ def test_the_chosen_attention_is_what_runs(tiny_folder, monkeypatch):
         ({"attention": "xformers", "device": "cpu"}, ModelError, "xformers"),
         ({"compile": "yes"}, ConfigError, "compile"),
         ({"compile": True, "device": "cpu", "offload": True}, ConfigError, "compile: .* leave offload out"),
+        ({"backend": "openvno"}, ConfigError, "backend: expected torch or openvino, got 'openvno'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_read(settings, kind, said):
@@ -163,7 +164,7 @@ def test_compile_is_refused_in_one_line_where_it_cannot_be(tiny_folder, tmp_path
     build("flux").save_pretrained(tmp_path / "flux")
     with pytest.raises(ConfigError, match="compile: is for a U-Net alone: not for flow transformers"):
         Pipeline("a cat", model=tmp_path / "flux", device="cpu", compile=True)
-    with pytest.raises(ConfigError, match="step_cache: compiled code"):
+    with pytest.raises(ConfigError, match="step_cache: compiled code computes all: leave compile out"):
         Pipeline("a cat", model=tiny_folder, device="cpu", compile=True).generate(step_cache=2, **FAST)
     monkeypatch.setenv("CXX", "no-compiler")
     with pytest.raises(ConfigError, match=r"compile: needs a C\+\+ compiler \(no-compiler\); install it"):

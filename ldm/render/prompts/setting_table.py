@@ -84,6 +84,7 @@ SETTINGS: dict[str, Setting] = {
     "offload": Setting(RUN),
     "attention": Setting(RUN),
     "compile": Setting(RUN),
+    "backend": Setting(RUN),
     "prediction_type": Setting(RUN),
     "allow_unapplied": Setting(RUN),
     "dora_scaling": Setting(RUN),

@@ -36,6 +36,7 @@ from ldm.render.replay.overrides import Changes
 LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # What our metadata holds beside settings: `differences` compares it.
 OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload", "compile")
+OF_THE_MACHINE += ("backend",)
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
 COMPARED = {**DIGESTS, "control_image": "control_sha256", "ip_adapter_image": "ip_adapter_image_sha256"}
 COMPARED |= {"ip_adapter_mask": "ip_adapter_mask_sha256"}
@@ -314,6 +315,8 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
         old, new = (values.get(name) for values in (source, metadata))
         if name == "compile":
             old, new = bool(old), bool(new)  # recorded where it is so
+        if name == "backend":
+            old, new = old or "torch", new or "torch"
         if name == "versions":
             name = "torch"
             old, new = (value.get("torch") if isinstance(value, Mapping) else None for value in (old, new))
