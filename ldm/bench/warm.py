@@ -14,7 +14,7 @@ from ldm.bench.networks import with_compiled
 from ldm.bench.timing import OURS, PEER, Row, Side, Work, new_folder
 from ldm.checkpoint import check_model
 from ldm.checkpoint.describe import describe
-from ldm.device import dtype_name, pick_device, pick_dtype
+from ldm.device import check_backend, dtype_name, pick_device, pick_dtype
 from ldm.errors import ConfigError, ModelError, one_line
 from ldm.pipeline.checks import check_int
 from ldm.pipeline.pipeline import Pipeline
@@ -34,19 +34,22 @@ def warm_row(
     dtype: str = "fp32",
     device: str = "cpu",
     compile: bool = False,
+    backend: str = "torch",
     quick: bool = False,
 ) -> Row:
     """An image by our pipeline and diffusers'; folder, noise, sampler, steps, dtype and threads are equal.
 
-    Both write PNGs; `compile`: ours with a compiled U-Net. Raises ConfigError for a sampler that diffusers does not
-    have, ModelError for the model.
+    Both write PNGs; `compile`, `backend`: ours with a U-Net's code of torch.compile or of OpenVINO. Raises ConfigError
+    for a sampler that diffusers does not have, ModelError for the model.
     """
     device, dtype, needs = placed(model, sampler, device, dtype)
     call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
     given = (PROMPT, model, dtype, device, sampler, call)
-    sides = {OURS: Side(draw_ldm, (*given, compile), needs), PEER: Side(draw_diffusers, (*given, False), needs)}
+    check_backend(backend, torch.device(device))
+    words = {"compile": compile, "backend": backend}
+    sides = {OURS: Side(draw_ldm, (*given, words), needs), PEER: Side(draw_diffusers, (*given, False), needs)}
     settings = {"model": model, "sampler": sampler, **call, "dtype": dtype, "device": device}
-    settings |= {"compile": True} if compile else {}
+    settings |= {"compile": True} if compile else {"backend": backend} if backend != "torch" else {}
     settings["threads"] = torch.get_num_threads()
     limit, again = MAX_DIFFERENCE[dtype], 0 if quick else 1
     row = Row("warm", "an image, models in memory", sides, settings, limit, device=device, warmup=again)
@@ -77,9 +80,9 @@ def placed(model: str, sampler: str, device: str, dtype: str) -> tuple[str, str,
 
 
 def draw_ldm(
-    prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any], compile: bool
+    prompt: str, model: str, dtype: str, device: str, sampler: str, call: dict[str, Any], words: dict[str, Any]
 ) -> Work:
-    pipe = Pipeline(prompt, model=model, dtype=dtype, device=device, compile=compile)
+    pipe = Pipeline(prompt, model=model, dtype=dtype, device=device, **words)
     path = new_folder() / "image.png"
 
     def draw() -> None:

@@ -27,7 +27,7 @@ import argparse
 from ldm.errors import ConfigError
 
 SETTINGS = ("repeats", "model", "steps", "sampler", "guidance_scale", "dtype", "device", "profile", "prompts", "out")
-SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile", "quick", "runs")
+SETTINGS += ("images", "batch_size", "config", "vae", "text", "compile", "backend", "quick", "runs")
 ROWS = "cold, warm, render, unet-sd15, unet-sd21, unet-xl, vae, training, lora-sd15, lora-sd21, lora-xl"
 
 
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs = "compute: finished runs of `ldm train`, judged by `ldm evaluate RUN/model -o RUN/judged`"
     add("--runs", metavar="RUN", nargs="+", help=runs)
     add("--compile", action="store_true", default=None, help="warm, training: compile our U-Net too")
+    add("--backend", metavar="NAME", help="warm: torch or openvino, by which our U-Net is computed (torch)")
     out = "samplers: write samplers.png, samplers.svg and samplers.json; compute: compute.svg, compute.json (nothing)"
     add("-o", "--output", dest="out", metavar="FOLDER", help=out)
     json = "write the machine and all results; without FILE print them instead of the text"

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from ldm import Pipeline, device, render
+from ldm.bench.timing import OURS, PEER, measure
+from ldm.bench.warm import warm_row
 from ldm.cli import main
 from ldm.errors import ConfigError
 from ldm.nn.openvino import OpenVinoUNet
@@ -86,3 +88,11 @@ def test_it_is_refused_in_one_line_where_it_cannot_be(tiny_folder, tmp_path, mon
         Pipeline("a cat", tiny_folder, device="cpu", compile=True, backend="openvino")
     with pytest.raises(ConfigError, match="step_cache: compiled code computes all: leave backend out"):
         Pipeline("a cat", tiny_folder, device="cpu", backend="openvino").generate(step_cache=2, **FEW)
+
+
+@installed
+def test_bench_measures_it():
+    row = warm_row(steps=2, backend="openvino", quick=True)
+    assert row.settings["backend"] == "openvino"
+    found = measure(row, 1)
+    assert set(found.seconds) == {OURS, PEER} and found.agreement["diffusers: difference of 255"] <= 2
