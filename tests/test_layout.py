@@ -247,6 +247,14 @@ def test_what_may_come_from_diffusers_and_transformers(module, line, fine):
     assert (faults_of_peers(line, module, is_package=False) == []) == fine
 
 
+def test_homes_are_put_in_by_os_path():
+    """Path.expanduser raises RuntimeError for a user who does not exist; os.path.expanduser leaves the name."""
+    found = [path for path in PACKAGE.rglob("*.py") if ".expanduser()" in path.read_text(encoding="utf-8")]
+    assert not found and any(
+        "os.path.expanduser(" in path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")
+    )
+
+
 def test_no_room_has_a_circle_of_imports():
     sources = {module_of(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py") for path in FILES}
     found = circles(import_graph(sources))
