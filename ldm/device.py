@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 CGROUP = Path("/sys/fs/cgroup")
 AMPERE = (8, 0)  # compute capability from which on a card has bf16
 QUANTIZATIONS = ("int8",)  # of weights, by torchao
-BACKENDS = ("torch", "openvino")  # by whose code a U-Net is computed
+UNET_BACKENDS = ("torch", "openvino")  # by whose code a U-Net is computed
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SPELLINGS = {word: short for short, full in DTYPES.items() for word in (short, full, f"torch.{full}")}
 SPELLINGS |= {"half": "fp16", "torch.half": "fp16", "float": "fp32", "torch.float": "fp32"}
@@ -56,10 +56,10 @@ def check_quantization(kind: Any, installed: bool = True) -> str | None:
     return str(kind)
 
 
-def check_backend(name: Any, device: torch.device) -> str:
+def check_unet_backend(name: Any, device: torch.device) -> str:
     """torch or openvino. Raises ConfigError for any other value, and where openvino is not there or has no device."""
-    if name not in BACKENDS:
-        raise ConfigError(f"expected {' or '.join(BACKENDS)}, got {name!r:.80}", where="backend")
+    if name not in UNET_BACKENDS:
+        raise ConfigError(f"expected {' or '.join(UNET_BACKENDS)}, got {name!r:.80}", where="backend")
     if name == "openvino" and device.type != "cpu":
         raise ConfigError(f"openvino is for CPUs, not for {device.type}", where="backend", hint="use device cpu")
     if name == "openvino" and find_spec("openvino") is None:

@@ -23,6 +23,7 @@ from ldm.diffusion.denoiser import target
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.batch_invariant import layout
 from ldm.nn.lora import attach, new_updates
+from ldm.nn.openvino import openvino_code
 from ldm.nn.unet import UNet, UNetConfig
 from ldm.nn.vae import VAE
 from ldm.nn.weights import on_meta
@@ -188,8 +189,6 @@ def unet_diffusers(config: UNetConfig, dtype: str, device: str, compiled: bool) 
 
 def unet_openvino(config: UNetConfig, dtype: str) -> Work:
     """diffusers' U-Net, converted from memory, with fixed shapes."""
-    import openvino
-
     x, t, inputs = _drawn(config, 2, torch.float32, "cpu")
     states, added = inputs.pop("states"), _added(inputs)
     names = tuple(added or ())
@@ -204,11 +203,7 @@ def unet_openvino(config: UNetConfig, dtype: str) -> Work:
             return self.unet(x, t, states, added_cond_kwargs=more, return_dict=False)[0]
 
     given = (x, t, states, *(added or {}).values())
-    with torch.no_grad():
-        model = openvino.convert_model(Traced(), example_input=given, input=[list(tensor.shape) for tensor in given])
-    hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype]}
-    hints |= {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    run, arrays = openvino.compile_model(model, "CPU", hints), [tensor.numpy() for tensor in given]
+    run, arrays = openvino_code(Traced(), given, pick_dtype(dtype, torch.device("cpu"))), [t.numpy() for t in given]
     return Work(lambda: run(arrays), lambda: torch.from_numpy(run(arrays)[0]).float())
 
 

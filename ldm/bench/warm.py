@@ -14,7 +14,7 @@ from ldm.bench.networks import with_compiled
 from ldm.bench.timing import OURS, PEER, Row, Side, Work, new_folder
 from ldm.checkpoint import check_model
 from ldm.checkpoint.describe import describe
-from ldm.device import check_backend, dtype_name, pick_device, pick_dtype
+from ldm.device import check_unet_backend, dtype_name, pick_device, pick_dtype
 from ldm.errors import ConfigError, ModelError, one_line
 from ldm.pipeline.checks import check_int
 from ldm.pipeline.pipeline import Pipeline
@@ -45,11 +45,11 @@ def warm_row(
     device, dtype, needs = placed(model, sampler, device, dtype)
     call = {"num_inference_steps": check_steps(steps), "guidance_scale": guidance_scale}
     given = (PROMPT, model, dtype, device, sampler, call)
-    check_backend(backend, torch.device(device))
+    check_unet_backend(backend, torch.device(device))
     words = {"compile": compile, "backend": backend}
     sides = {OURS: Side(draw_ldm, (*given, words), needs), PEER: Side(draw_diffusers, (*given, False), needs)}
     settings = {"model": model, "sampler": sampler, **call, "dtype": dtype, "device": device}
-    settings |= {"compile": True} if compile else {"backend": backend} if backend != "torch" else {}
+    settings |= {word: value for word, value in words.items() if value not in (False, "torch")}
     settings["threads"] = torch.get_num_threads()
     limit, again = MAX_DIFFERENCE[dtype], 0 if quick else 1
     row = Row("warm", "an image, models in memory", sides, settings, limit, device=device, warmup=again)

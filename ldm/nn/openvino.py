@@ -38,7 +38,7 @@ class OpenVinoUNet(CompiledUNet):
         key = (perturb_in, len(kept), *there, *(tensor.shape for tensor in tensors))
         if key not in self._models:
             network = _Plain(self.unet, kept, there, {"perturb_in": perturb_in} if perturb_in else {})
-            self._models[key] = _compiled(network, tensors, next(self.unet.parameters()).dtype)
+            self._models[key] = openvino_code(network, tensors, next(self.unet.parameters()).dtype)
         (found,) = self._models[key]([tensor.numpy() for tensor in tensors]).values()
         x = there["x"]
         return torch.from_numpy(found).to(x.dtype)
@@ -66,7 +66,8 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _compiled(network: nn.Module, tensors: Sequence[Tensor], dtype: torch.dtype) -> Callable[..., Any]:
+def openvino_code(network: nn.Module, tensors: Sequence[Tensor], dtype: torch.dtype) -> Callable[..., Any]:
+    """A network's code for inputs of these shapes, computing in `dtype`: arrays of fp32 -> {output: array of fp32}."""
     import openvino  # type: ignore[import-not-found]
 
     with torch.no_grad(), warnings.catch_warnings():

@@ -11,8 +11,7 @@ import torch
 from ldm import console
 from ldm.checkpoint import Model
 from ldm.config import require
-from ldm.device import check_backend as check_code
-from ldm.device import missing_compiler
+from ldm.device import check_unet_backend, missing_compiler
 from ldm.nn.attention import check_backend
 from ldm.nn.compiled import CompiledUNet
 from ldm.nn.lora import clone_shared_weights
@@ -35,7 +34,7 @@ class Placement:
         known = isinstance(offload, bool) or offload == "blocks"
         require(known, f'expected True, False or "blocks", got {offload!r:.80}', "offload")
         self.device, self.offload, self.attention = device, offload, check_backend(attention, device)
-        self.compile, self.backend = check_bool(compile, "compile"), check_code(backend, device)
+        self.compile, self.backend = check_bool(compile, "compile"), check_unet_backend(backend, device)
         self._last: tuple[Model, Model] | None = None
         self._compiled: CompiledUNet | None = None  # of the U-Net that was used last
         if offload and device.type == "cpu":

@@ -82,7 +82,7 @@ def test_it_is_refused_in_one_line_where_it_cannot_be(tiny_folder, tmp_path, mon
     error = capsys.readouterr().err
     assert "openvino is not installed" in error and "ldm-pipeline[openvino]" in error and error.count("\n") == 1
     with pytest.raises(ConfigError, match="openvino is for CPUs, not for meta"):
-        device.check_backend("openvino", torch.device("meta"))
+        device.check_unet_backend("openvino", torch.device("meta"))
     monkeypatch.setattr(device, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match="openvino compiles the network itself: leave compile out"):
         Pipeline("a cat", tiny_folder, device="cpu", compile=True, backend="openvino")

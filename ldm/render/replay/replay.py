@@ -35,8 +35,8 @@ from ldm.render.replay.overrides import Changes
 
 LEVELS = ("timesteps", "sigmas")  # in place of steps and spacing
 # What our metadata holds beside settings: `differences` compares it.
-OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload", "compile")
-OF_THE_MACHINE += ("backend",)
+UNSAID = {"compile": False, "backend": "torch"}  # recorded where they are something else
+OF_THE_MACHINE = ("dtype", "device", "threads", "cpu_capability", "versions", "attention", "offload", *UNSAID)
 OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
 COMPARED = {**DIGESTS, "control_image": "control_sha256", "ip_adapter_image": "ip_adapter_image_sha256"}
 COMPARED |= {"ip_adapter_mask": "ip_adapter_mask_sha256"}
@@ -312,11 +312,7 @@ def differences(source: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[
         other = [name for name in was if name in now and was[name] != now[name] and not name.startswith("_")]
         lines += [f"{name} was {was[name]!r:.80}, is {now[name]!r:.80}: it will differ" for name in other]
     for name in OF_THE_MACHINE:
-        old, new = (values.get(name) for values in (source, metadata))
-        if name == "compile":
-            old, new = bool(old), bool(new)  # recorded where it is so
-        if name == "backend":
-            old, new = old or "torch", new or "torch"
+        old, new = (values.get(name, UNSAID.get(name)) for values in (source, metadata))
         if name == "versions":
             name = "torch"
             old, new = (value.get("torch") if isinstance(value, Mapping) else None for value in (old, new))
