@@ -28,6 +28,7 @@ from ldm.training.checkpoints.state import TrainState
 from ldm.training.distributed import current
 from ldm.training.distributed.checks import check_same_inputs
 from ldm.training.loop.averages import averaged
+from ldm.training.loop.compile_check import check_compiled
 from ldm.training.loop.logs import BEST, Best, RunLogs
 from ldm.training.loop.optimizers import checkpoint_bytes, learning_rate
 from ldm.training.loop.stage import Stage
@@ -182,6 +183,8 @@ class _Run:
         self.group.hear()
         if self.signal:
             raise self._stopped(f"at step {self.state.step}, before another one")
+        if getattr(self.settings, "compile", False) and self.group.world == 1:
+            check_compiled(self.stage, self.settings, first[0], self.state.step)
         return chain(first, batches)
 
     def _step(self, batches: Iterator[Any], bar) -> None:
