@@ -156,20 +156,18 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # (B, C, h, w) -> (B, C, *size)
-        if is_compiling() and size == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.conv(doubled(x))
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(doubled(x, size) if is_compiling() else F.interpolate(x, size=size, mode="nearest"))
 
 
-def doubled(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C, 2h, 2w), each number four times, as `interpolate` does it.
+def doubled(x: Tensor, size: torch.Size) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), as `interpolate` does it; size: (2h or 2h - 1, 2w or 2w - 1).
 
     For code that is compiled: in bf16 on a CPU the gradient of `interpolate` is zero there (torch 2.13), and nothing
     below the last level would be trained.
     """
     batch, channels, height, width = x.shape
     x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
-    return x.reshape(batch, channels, 2 * height, 2 * width)
+    return x.reshape(batch, channels, 2 * height, 2 * width)[:, :, : size[0], : size[1]]
 
 
 def sinusoidal(values: Tensor, channels: int) -> Tensor:

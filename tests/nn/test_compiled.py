@@ -83,13 +83,20 @@ def test_compiled_code_never_interpolates_and_its_doubling_has_the_same_gradient
         return graph.forward
 
     torch.compile(unet, backend=look)(*inputs(2))
+    torch.compiler.reset()
+    torch.compile(unet, backend=look)(*inputs(2, side=7))
     assert "conv2d" in "".join(graphs) and "interpolate" not in "".join(graphs)
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    want, found = F.interpolate(x, size=(8, 10), mode="nearest"), doubled(x)
-    assert torch.equal(found, want)
-    weights = torch.randn_like(want)
-    one, other = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, want))
-    assert torch.allclose(one, other, atol=1e-6)
+    for size in ((8, 10), (7, 9), (7, 10)):
+        want, found = F.interpolate(x, size=size, mode="nearest"), doubled(x, size)
+        assert torch.equal(found, want)
+        weights = torch.randn_like(want)
+        one, other = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, want))
+        assert torch.allclose(one, other, atol=1e-6)
+    for length in range(1, 200):
+        row = torch.arange(length, dtype=torch.float32).view(1, 1, 1, length)
+        for size in ((1, 2 * length - 1), (2, 2 * length)):
+            assert torch.equal(doubled(row, size), F.interpolate(row, size=size, mode="nearest"))
 
 
 @pytest.mark.slow

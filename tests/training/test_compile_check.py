@@ -62,3 +62,9 @@ def test_a_run_with_a_lost_gradient_stops_before_its_first_step(stage, tmp_path)
     name, length = re.search(r"gradient of (\S+) has length (\S+),", str(found.value)).groups()
     assert float(length) == 0 and not name.startswith("up_blocks.1")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_first_step_that_is_not_finite_is_left_to_the_run(stage):
+    batch = next(stage.batches(0))
+    batch.latents.fill_(float("nan"))
+    check_compiled(compiled(stage, wrong), stage.settings, batch, 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.errors import NumericsError
+from ldm.training.checkpoints.state import trainable
 from ldm.training.loop.stage import Stage
 from ldm.training.loop.step import precision
 from ldm.training.settings import Settings
@@ -37,6 +39,8 @@ def check_compiled(stage: Stage, settings: Settings, batch: Any, step: int) -> N
     for name, value in kept.items():
         stage.tensors[name].copy_(value)
     least = SMALL * sum(length**2 for length in right.values()) ** 0.5 or 1.0
+    if not math.isfinite(least):  # a bad step, which the run itself tells
+        return
     off = {name: max(one, least) / max(right[name], least) for name, one in found.items()}
     worst = max(off, key=lambda name: max(off[name], 1 / off[name]), default=None)
     if worst is not None and not 1 / NEAR < off[worst] < NEAR:
@@ -52,7 +56,7 @@ def _lengths(stage: Stage, settings: Settings, batch: Any, step: int) -> dict[st
     with precision(settings, device):
         loss = stage.loss(batch, step, 0)
     loss.backward()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = trainable(module)
     nothing = torch.zeros((), device=device)
     lengths = [nothing if p.grad is None else p.grad.float().norm() for p in trained.values()]
     module.zero_grad(set_to_none=True)
