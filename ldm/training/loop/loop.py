@@ -183,8 +183,8 @@ class _Run:
         self.group.hear()
         if self.signal:
             raise self._stopped(f"at step {self.state.step}, before another one")
-        if getattr(self.settings, "compile", False) and self.group.world == 1:
-            check_compiled(self.stage, self.settings, first[0], self.state.step)
+        what = self.stage, self.settings, first[0], self.state.step, self.state.parallel
+        self.group.agreed(partial(check_compiled, *what))
         return chain(first, batches)
 
     def _step(self, batches: Iterator[Any], bar) -> None:
