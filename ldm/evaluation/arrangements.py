@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.data.emoji import layout
-from ldm.evaluation.judge import FRAME, Background, Judge, Verdict, around, background_of, commonest
+from ldm.evaluation.judge import FRAME, SAME, Background, Judge, Verdict, around, background_of, commonest
 from ldm.evaluation.lists import Prompt
 
 H, T = FRAME / 2, FRAME / 3
@@ -33,7 +33,6 @@ LAYOUTS: tuple[tuple[Box, ...], ...] = (  # where several of the same may stand;
     tuple(_QUARTERS),
 )
 SMALL_SIZES, ROW_SIZES, ALONE_SIZES = (43, 49, 54), (34, 38), (90, 102)
-CARD_PX = 24.0  # RGB distance from the background from which a pixel may belong to a card
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def _card(judge: Judge, pixels: np.ndarray, background: Background, box: Box) ->
     left, top, right, bottom = (round(v) for v in box)
     part = np.zeros(pixels.shape[:2], bool)
     part[top:bottom, left:right] = (
-        np.linalg.norm(pixels[top:bottom, left:right].astype(np.float32) - background.rgb, axis=2) > CARD_PX
+        np.linalg.norm(pixels[top:bottom, left:right].astype(np.float32) - background.rgb, axis=2) > SAME
     )
     if part.sum() < 64:  # no card: judge the part as it is
         return _cell(judge, pixels, background, box, SMALL_SIZES), background.colour
