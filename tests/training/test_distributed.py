@@ -1,5 +1,6 @@
 """Two processes on the loopback against one: gradients, weights, losses, samples, checkpoints, signals and failures."""
 
+import itertools
 import json
 import os
 import signal
@@ -303,3 +304,17 @@ def test_fsdp_takes_a_model_to_its_device_layer_by_layer(monkeypatch):
     monkeypatch.setattr(stage.module, "to", lambda device: pytest.fail("the whole module was moved"))
     monkeypatch.setattr("ldm.training.loop.step.wrap_module", lambda group, stage, ema, device: Single())
     prepare(stage, toy_settings(), CPU, SimpleNamespace(world=2, sharded=True))
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_other_averages_are_scored_and_exported_as_by_one_process(sharded, tmp_path):
+    words = {**SGD, "ema_lengths": (0.05, 0.2), "ema": 0.15}
+    train_shared(tmp_path / "one", **words)
+    assert together(2, lambda rank: train_shared(tmp_path / "two", **words) and 0, sharded) == [0, 0]
+    one, two = (json.loads((tmp_path / run / "scores.jsonl").read_text().splitlines()[-1]) for run in ("one", "two"))
+    scores = [one["validation_loss"], *(one[f"validation_loss ema {decay}"] for decay in (0.05, 0.2))]
+    assert min(abs(a - b) for a, b in itertools.pairwise(scores)) > 1e-3
+    assert two == pytest.approx(one, rel=1e-5)
+    for folder in ("model", "model-ema-0.05", "model-ema-0.2"):
+        found, expected = (json.loads((tmp_path / run / folder / "weights.txt").read_text()) for run in ("two", "one"))
+        assert all(torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5) for a, b in zip(found, expected))

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm.training.checkpoints.state import trainable
-from ldm.training.distributed.alone import local
+from ldm.training.checkpoints.state import TrainState, trainable
+from ldm.training.distributed.alone import SHARDED, local
 
 
 def averages_of(ema: nn.Module, module: nn.Module) -> dict[str, Tensor]:
@@ -26,14 +26,30 @@ def update_average(average: dict[str, Tensor], module: nn.Module, decay: float) 
 
 
 @contextmanager
-def averaged(ema: nn.Module, average: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """`ema` with the weights of another average, inside of the block."""
-    own = dict(ema.named_parameters())
-    before = {name: own[name].data for name in average}
+def averaged(state: TrainState, decay: float) -> Iterator[nn.Module]:
+    """`state.ema` with the weights of the average of this decay, inside of the block."""
+    state.parallel.settle()  # what FSDP2's root keeps of a forward pass is not what it shards
+    average, own = state.averages[decay], dict(state.ema.named_parameters())
+    before = {name: _kept(own[name]) for name in average}
     try:
-        for name, value in average.items():
-            own[name].data = value
-        yield ema
+        _give(own, average)
+        yield state.ema
     finally:
-        for name, data in before.items():
-            own[name].data = data
+        state.parallel.settle()
+        _give(own, before)
+
+
+def _kept(parameter: Tensor) -> Tensor:
+    """What `_give` restores: a copy of a shard, which is written into."""
+    return parameter.detach().clone() if hasattr(parameter, SHARDED) else parameter.data
+
+
+@torch.no_grad()
+def _give(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give parameters the memory of these values; a shard, which FSDP2 holds on to, takes a copy."""
+    for name, value in values.items():
+        if hasattr(value, SHARDED):
+            shard, new = local([parameters[name], value])
+            shard.copy_(new)
+        else:
+            parameters[name].data = value

@@ -281,7 +281,7 @@ class _Run:
         step = self.state.step
         scores, image = self.stage.validate(self.state.ema, step), self.stage.sample_grid(self.state.ema)
         for decay in self.settings.ema_lengths:
-            with averaged(self.state.ema, self.state.averages[decay]) as ema:
+            with averaged(self.state, decay) as ema:
                 scores |= {f"{name} ema {decay:g}": v for name, v in self.stage.validate(ema, step).items()}
         if not self.group.first:
             return
@@ -347,7 +347,7 @@ class _Run:
         if step is not None:
             load_ema(self.state, read_tensors(self.out / "checkpoints" / f"step-{step:08d}"))
         for decay in self.settings.ema_lengths:
-            with averaged(self.state.ema, self.state.averages[decay]) as other:
+            with averaged(self.state, decay) as other:
                 found = self.state.parallel.gathered(other)
                 folder = self.out / f"model-ema-{decay:g}"
                 self.group.on_first(partial(self._exported_average, found, folder))
