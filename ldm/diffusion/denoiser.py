@@ -7,6 +7,7 @@ Network: predict(x_in (B, C, H, W), timesteps (B,) fp32) -> raw (B, C, H, W).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -135,7 +136,12 @@ def min_snr_weight(prediction_type: str, alpha: torch.Tensor, sigma: torch.Tenso
     return torch.minimum(alpha**2, snr_gamma * sigma**2)  # flow: x0's error is t times the velocity's
 
 
-def training_loss(
+def training_loss(*inputs: Any, **options: Any) -> torch.Tensor:
+    """The loss of `training_losses`, (B,) fp32."""
+    return training_losses(*inputs, **options)[0]
+
+
+def training_losses(
     predict: Predict,
     schedule: Schedule,
     x0: torch.Tensor,
@@ -146,8 +152,8 @@ def training_loss(
     contrast: float = 0.0,
     mask: torch.Tensor | None = None,
     other: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mean squared error of the network's answer, one number per image: (B,) fp32.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, the same without `contrast`): mean squared error of the network's answer, a number per image, (B,) fp32.
 
     x0, noise (B, C, H, W); timesteps (B,): integers in [0, T) for betas, floats in (0, 1) for flow.
     snr_gamma: min-SNR weighting (5 is usual); None: every timestep weighs the same.
@@ -167,12 +173,13 @@ def training_loss(
         with torch.no_grad():
             answer = teacher(*inputs).float()
     predicted = predict(*inputs).float()
-    loss = mean_square(predicted - answer, mask)
+    loss = plain = mean_square(predicted - answer, mask)
     if contrast:
-        loss = loss - contrast * mean_square(predicted - (answer.roll(1, 0) if other is None else other), mask)
+        loss = plain - contrast * mean_square(predicted - (answer.roll(1, 0) if other is None else other), mask)
     if snr_gamma is not None:
-        loss = loss * min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
-    return loss
+        weight = min_snr_weight(schedule.prediction_type, alpha, sigma, snr_gamma)
+        loss, plain = loss * weight, plain * weight
+    return loss, plain
 
 
 def mean_square(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -4,17 +4,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.diffusion.denoiser import training_loss
+from ldm.diffusion.denoiser import training_loss, training_losses
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError
 from ldm.training import train
 from ldm.training.checkpoints import state
 from ldm.training.checkpoints.reading import read_tensors
+from ldm.training.data import Batch
 from ldm.training.distributed import RowShard, processes
 from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import read_settings
-from ldm.training.stages.common import validation_scores
+from ldm.training.stages.common import diffusion_loss, validation_scores
 from tests.training.finetune_cases import apart, last_tensors
 from tests.training.processes import together
 from tests.training.toy import Toy, train_toy
@@ -29,11 +30,11 @@ def draws():
 
 def test_contrast_subtracts_the_error_against_another_images_target():
     x0, noise, answer = draws()
-    loss = training_loss(lambda x, t: answer, FLOW, x0, noise, torch.tensor([0.2, 0.5, 0.9]), contrast=0.05)
+    loss, plain = training_losses(lambda x, t: answer, FLOW, x0, noise, torch.tensor([0.2, 0.5, 0.9]), contrast=0.05)
     target = noise - x0
     own = ((answer - target) ** 2).mean((1, 2, 3))
     other = ((answer - target[[2, 0, 1]]) ** 2).mean((1, 2, 3))
-    assert torch.allclose(loss, own - 0.05 * other)
+    assert torch.allclose(loss, own - 0.05 * other) and torch.allclose(plain, own)
 
 
 def test_a_mask_counts_the_places_that_it_shows():
@@ -112,6 +113,23 @@ def test_what_is_learned_badly_counts_more_and_nothing_less_than_the_floor():
     assert easy + hard == pytest.approx(2) and hard / easy == pytest.approx(1.75 / 0.5, rel=0.05)
     weights.seen(["easy"], torch.tensor([float("nan")]), torch.tensor([0.3]), RowShard(1))
     assert weights.errors.isfinite().all()
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_error_of_a_sample_has_no_contrast_in_it(unet_settings, snr_gamma):
+    """Less the contrast it is often negative, and was left out."""
+    words = ["weight_floor=0.5", "schedule={prediction_type: flow}", "sampler=euler"]
+    settings = read_settings(str(unet_settings), [*words, *([f"snr_gamma={snr_gamma}"] if snr_gamma else [])])
+    x0, _, answer = draws()
+    batch = Batch(x0, [""] * 3, None, None, ["a", "b", "c"], RowShard(3))
+    found = []
+    for contrast in (0.0, 0.9):
+        weights = ErrorWeights(0.5)
+        for step in range(60):
+            diffusion_loss(lambda x, t: answer, FLOW, settings, batch, step, 0, contrast=contrast, weights=weights)
+        found.append(weights.tensors)
+    assert (found[0]["errors"] != 1).sum() == 3
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_weights_by_error_resume_to_the_bit(unet_settings, tmp_path, one_thread):

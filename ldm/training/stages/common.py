@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.console import say
 from ldm.device import sent
-from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, x0_error
+from ldm.diffusion.denoiser import Denoise, Predict, sample, training_loss, training_losses, x0_error
 from ldm.diffusion.schedule import Schedule
 from ldm.nn.mmdit_config import MMDiTConfig
 from ldm.nn.text import Conditioning
@@ -124,9 +124,9 @@ def diffusion_loss(
     u = shape_timesteps(u, s.timesteps, shift if s.timestep_shift is None else s.timestep_shift)
     timesteps = timesteps_at(schedule, part.of(u))
     more = {"contrast": contrast, "mask": batch.mask, "other": other}
-    losses = training_loss(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, **more)
+    losses, plain = training_losses(predict, schedule, x0, noise, timesteps, s.snr_gamma, teacher, **more)
     if weights is not None:
-        plain, losses = losses, losses * sent(weights.of(batch.ids, part), losses.device)
+        losses = losses * sent(weights.of(batch.ids, part), losses.device)
         weights.seen(batch.ids, plain, u, part)
     return batch.weight * part.mean(losses)
 
