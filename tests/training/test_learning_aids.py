@@ -184,6 +184,9 @@ def test_what_the_aids_do_not_go_with_is_refused():
         (["weight_floor=0"], "weight_floor: must be above 0"),
         (["ema_lengths=[1.5]"], "ema_lengths: must be in"),
         (["validation_levels=-1"], "validation_levels: must be 0 to 20"),
+        (["snr_gamma=0"], "snr_gamma: must be positive, got 0"),
+        (["snr_gamma=-5"], "snr_gamma: must be positive, got -5"),
+        (["guidance_scale=0"], "guidance_scale: must be above 0, at most 1000"),
     ):
         with pytest.raises(ConfigError, match=said):
             read_settings("emoji/unet", [*base, *words])

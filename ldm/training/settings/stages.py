@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ldm.config import require
+from ldm.diffusion.guidance.settings import MAX_SCALE
 from ldm.training.settings.base import Settings
 
 
@@ -27,6 +28,10 @@ class AutoencoderSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(not self.data.masks, WHOLE, "data.masks")
+        for name in ("l1", "mse", "gradient", "kl"):
+            require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
+        require(self.l1 + self.mse + self.gradient > 0, "no image is learned without it, mse or gradient", "l1")
+        require(0 <= self.crop_until <= 1, f"must be 0 to 1, got {self.crop_until}", "crop_until")
         size = self.data.resolution
         factor = 2 ** (len(self.model.get("block_out_channels", (64,))) - 1)
         require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
@@ -71,6 +76,8 @@ class TextSettings(Settings):
         for name in ("contrast", "naming", "order", "anchor", "named", "mirrored"):
             require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
         require(0 <= self.everyday_until <= 1, "must be in [0, 1]", "everyday_until")
+        for name, least in (("vocabulary", 1), ("max_length", 3), ("tokenizer_captions", 1)):
+            require(getattr(self, name) >= least, f"must be at least {least}, got {getattr(self, name)}", name)
         names = self.naming > 0 and not self.data.folder
         require(self.contrast > 0 or names, "nothing is trained without it and without naming", "contrast")
         require(not names or self.named + self.mirrored > 0, "needs captions to read", "named")
@@ -110,6 +117,9 @@ class UNetSettings(Settings):
         super().__post_init__()
         require(self.text_rate >= 0, f"must not be negative, got {self.text_rate}", "text_rate")
         require(self.timestep_shift > 0, f"must be positive, got {self.timestep_shift}", "timestep_shift")
+        gamma, scale = self.snr_gamma, self.guidance_scale
+        require(gamma is None or gamma > 0, f"must be positive, got {gamma}", "snr_gamma")
+        require(0 < scale <= MAX_SCALE, f"must be above 0, at most {MAX_SCALE:g}, got {scale}", "guidance_scale")
         require(0 <= self.noise_offset < 10, f"must be 0 to 10, got {self.noise_offset}", "noise_offset")
         floor = self.weight_floor
         require(floor is None or 0 < floor <= 1, f"must be above 0, at most 1, got {floor}", "weight_floor")
