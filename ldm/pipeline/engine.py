@@ -296,12 +296,14 @@ class Engine:
     def _batches(
         self, model: Model, settings: Settings, requests: Sequence[ImageRequest], size: int
     ) -> list[list[int]]:
-        """Which requests are drawn together: at most `size`, of the same LoRAs, chunks of text, kind of begin."""
+        """Which requests are drawn together: at most `size`, of the same LoRAs, chunks of text, kind of begin, and
+        steps at which a step cache is renewed."""
         groups: dict[tuple, list[int]] = {}
         runs = [run.steps for run in settings.runs]
         chunks = cache(lambda prompts: [self._tokens.chunks(model.text, prompts, steps) for steps in runs])
         for row, request in enumerate(requests):
-            groups.setdefault((request.adapters, request.form, *chunks(request.prompts)), []).append(row)
+            alike = request.adapters, request.form, request.renewals(settings), *chunks(request.prompts)
+            groups.setdefault(alike, []).append(row)
         return [part for rows in groups.values() for part in batched(rows, size)]
 
     def _generate_in_fp32(self, settings: Settings, request: ImageRequest) -> Image.Image:

@@ -18,7 +18,7 @@ from ldm.checkpoint import Model
 from ldm.config import require
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.denoiser import sample as run_sampler
-from ldm.diffusion.guidance.guided import guided_denoiser
+from ldm.diffusion.guidance.guided import guided_denoiser, zero_init
 from ldm.diffusion.schedule import Schedule
 from ldm.errors import ConfigError, nearest
 from ldm.images import to_pil, to_tensor
@@ -67,12 +67,34 @@ class Denoiser:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """x (B, C, h, w) at one sigma, or one for each image -> fp32, what the model takes them to be without noise."""
+        """x (B, C, h, w) at one sigma, or one for each image -> fp32, what the model takes them to be without noise.
+
+        Raises ConfigError for sigmas that differ where something depends on the step: guidance in a part of the steps,
+        the skipped steps of cfg_zero, prompts that change.
+        """
         require(
             len(x) == len(self.requests), f"{len(x)} latents, and the denoiser has {len(self.requests)} images", "x"
         )
         levels = torch.as_tensor(sigma, dtype=torch.float32).cpu()
+        require(
+            levels.numel() in (1, len(x)),
+            f"{levels.numel()} sigmas for {len(x)} images: give one, or one each",
+            "sigma",
+        )
+        if levels.numel() > 1 and bool((levels != levels.view(-1)[0]).any()):
+            self._check_stepless()
         return self._along(self.sigmas)(x.to(self.model.device), levels.expand(len(x)))
+
+    def _check_stepless(self) -> None:
+        """Raise ConfigError where the step that a sigma belongs to decides something for all images."""
+        guidance = self.settings.guidance
+        by_step = {
+            "a guidance interval": guidance.interval or guidance.sigma_interval,
+            "zero_init_steps": guidance.kind == "cfg_zero" and zero_init(guidance, self.schedule),
+            "a prompt that changes from step to step": any(map(callable, self.conditions)),
+        }
+        for what, used in by_step.items():
+            require(not used, f"the images' sigmas differ, and {what} needs one step for all: give one sigma", "sigma")
 
     def sample(
         self,

@@ -381,3 +381,11 @@ class ImageRequest:
         shows: equal for all of a batch."""
         counts = [(len(one.images), len(one.masks)) for one in self.shown]
         return self.source is not None, self.source is not None and self.source.mask is not None, *counts
+
+    def renewals(self, settings: Settings) -> tuple[Any, ...]:
+        """What a step cache is renewed by: whether there is guidance, and the steps at which texts change. () without a
+        step cache. Equal for all of a batch."""
+        if not settings.step_cache:
+            return ()
+        texts = [(run.steps, prompt) for run in settings.runs for prompt in self.prompts if prompt is not None]
+        return self.cfg_scale > 1, *(tuple(step for step, _ in prompt.at_steps(n)) for n, prompt in texts)

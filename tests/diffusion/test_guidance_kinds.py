@@ -196,19 +196,21 @@ def test_flow_steps_at_the_same_whole_timestep_are_told_apart():
     assert network.calls == [6]
 
 
+@pytest.mark.parametrize("schedule, sigmas", [(SCHEDULE, SIGMAS), (FLOW, FLOW_SIGMAS)], ids=["sample", "flow"])
+@pytest.mark.parametrize("interval", [None, (0.1, 0.2)])
 @pytest.mark.parametrize("kind", GUIDANCES)
-def test_each_picture_has_its_own_scale_and_the_same_bits_in_any_batch(kind):
+def test_each_picture_has_its_own_scale_and_the_same_bits_in_any_batch(kind, interval, schedule, sigmas):
     scales, x = (1.0, 3.0, 7.5), torch.randn(3, 4, 90, 100, generator=torch.Generator().manual_seed(1))
-    guidance = Guidance(kind, scale=scales, rescale=0.6)
-    together = guide(Network(), COND, UNCOND, guidance, SCHEDULE, SIGMAS)
+    guidance = Guidance(kind, scale=scales, rescale=0.6, interval=interval)
+    together = guide(Network(), COND, UNCOND, guidance, schedule, sigmas)
     apart = []
     for i in range(3):
         conditions = (Rows(c.values[i : i + 1]) for c in (COND, UNCOND))
-        apart.append(guide(Network(), *conditions, dataclasses.replace(guidance, scale=scales[i]), SCHEDULE, SIGMAS))
+        apart.append(guide(Network(), *conditions, dataclasses.replace(guidance, scale=scales[i]), schedule, sigmas))
     for step in range(3):
-        raw = together(x, SIGMAS[step])
+        raw = together(x, sigmas[step])
         for i in range(3):
-            assert torch.equal(raw[i : i + 1], apart[i](x[i : i + 1], SIGMAS[step]))
+            assert torch.equal(raw[i : i + 1], apart[i](x[i : i + 1], sigmas[step]))
 
 
 def test_conditions_may_change_with_the_step_and_are_joined_once_each():

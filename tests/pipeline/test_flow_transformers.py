@@ -139,6 +139,16 @@ def test_an_image_is_the_same_alone_in_a_batch_offloaded_and_from_the_folder(mod
     assert metadata["schedule"]["_class_name"] == "FlowMatchEulerDiscreteScheduler"
 
 
+def test_steps_that_cfg_zero_skips_are_of_guided_images_alone(models):
+    settings = {"num_inference_steps": 3, "guidance": "cfg_zero", **SIZE}
+    pipe = Pipeline(PROMPTS[0], models("sd35")[2])
+    several = pipe.generate(**settings, num_images=2, seed=7, guidance_scale=[1, 4])
+    for i, scale in enumerate((1, 4)):
+        assert np.array_equal(
+            pixels(several)[i], pixels(pipe.generate(**settings, seed=7 + i, guidance_scale=scale))[0]
+        )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_again_diffusers_reads_the_folder_and_draws_the_same(models, kind, tmp_path):
     pipe, folder, model = models(kind)

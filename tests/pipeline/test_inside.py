@@ -49,6 +49,23 @@ def test_any_sampler_and_noise_levels_may_be_tried(pipe):
     assert pixels(look.decode(found)) == pixels(expected)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings", "what"),
+    [
+        ("a cat", {"guidance_interval": (0.0, 0.5)}, "a guidance interval needs"),
+        ("a cat", {"guidance_sigma_interval": (0.3, 5.0)}, "a guidance interval needs"),
+        ("a [cat:dog:0.5]", {}, "a prompt that changes from step to step needs"),
+    ],
+)
+def test_what_acts_step_by_step_needs_one_sigma_for_all(tiny_folder, prompt, settings, what):
+    look = Pipeline(prompt, model=tiny_folder).denoiser(**FAST, num_images=2, **settings)
+    assert look(look.start, torch.tensor([3.0, 3.0])).shape == look.start.shape
+    with pytest.raises(ConfigError, match=f"sigma: the images' sigmas differ, and {what} one step for all"):
+        look(look.start, torch.tensor([0.5, 3.0]))
+    with pytest.raises(ConfigError, match="3 sigmas for 2 images"):
+        look(look.start, torch.tensor([0.5, 3.0, 4.0]))
+
+
 def test_images_become_latents_and_back(pipe):
     look = pipe.denoiser(**FAST)
     (image,) = pipe.generate(**FAST)

@@ -29,6 +29,15 @@ def test_images_say_that_they_are_inexact(tiny_folder, tmp_path):
         pipe.generate(step_cache=0)
 
 
+@pytest.mark.parametrize("prompts", [["a cat", "a dog"], ["a cat", "a [cat|dog]"]])
+def test_reused_features_do_not_depend_on_the_rest_of_the_batch(tiny_folder, prompts):
+    settings = {"steps": 6, "step_cache": 3, "guidance_interval": (0.2, 0.7)}
+    together = Pipeline(prompts, tiny_folder).generate(seed=[1, 2], guidance_scale=[1, 4], **settings)
+    for i, (prompt, scale) in enumerate(zip(prompts, (1, 4))):
+        (alone,) = Pipeline(prompt, tiny_folder).generate(seed=1 + i, guidance_scale=scale, **settings)
+        assert alone.tobytes() == together[i].tobytes()
+
+
 def test_presets_are_intervals(capsys):
     assert Guidance(interval="half").interval == (0.0, 0.5) and Guidance(sigma_interval="xl").sigma_interval[0] == 0.28
     with pytest.raises(ConfigError, match="guidance_interval: expected two numbers or half, most, got 'hlaf'"):

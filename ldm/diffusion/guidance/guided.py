@@ -33,11 +33,13 @@ def guided_denoiser(
     network(x, timesteps, **condition.inputs) -> raw, in `dtype`. A condition may be a function of the step (from 0).
     Rows through the network: B with the prompt, B more where a scale is above 1, B more for PAG (with the keywords
     perturb=mask (B',) bool, True where self-attention is to be the identity, and perturb_in=layers), in the order u, c,
-    p. Outside of the interval there are B rows, in steps of zero-init none. Made for one run, with which APG's momentum
-    begins. Raises ConfigError for scales that are neither one nor one an image, and for conditions that do not fit.
+    p. Outside of the interval there are B rows, in steps of zero-init none where every scale is above 1, else B. Made
+    for one run, with which APG's momentum begins. Raises ConfigError for scales that are neither one nor one an image,
+    and for conditions that do not fit.
     """
     cond_at, uncond_at = (c if callable(c) else (lambda step, c=c: c) for c in (cond, uncond))
     weights = _weights(guidance.scale, cond_at(0), uncond_at(0))
+    all_guided = bool((weights > 1).all())
     levels, skipped = sigmas[:-1].tolist(), zero_init(guidance, schedule) if guidance.kind == "cfg_zero" else 0
     parts = [part for part, used in (("u", (weights > 1).any()), ("c", True), ("p", guidance.pag_scale)) if used]
     combine: Callable[..., Tensor] = plain if guidance.kind == "cfg" and not guidance.rescale else Combination(guidance)
@@ -49,21 +51,27 @@ def guided_denoiser(
             joined.update(now, all=type(now["c"]).cat([now[part] for part in parts]))
         return joined["all"]
 
+    def per_image(x: Tensor) -> Tensor:
+        if "w" not in joined:
+            joined["w"] = sent(weights, x.device).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
+        return joined["w"]
+
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         c_skip, c_out, x_in, timesteps = precondition(schedule, x, sigma, dtype)
         level = float(sigma[0])  # on the CPU: no wait for the device
         step = step_at(level, levels)
-        if len(parts) == 1 or not guidance.applies(step, len(levels), level):
-            raw = network(x_in, timesteps, **cond_at(step).inputs).float()
-        elif step < skipped:
+        alone = len(parts) == 1 or not guidance.applies(step, len(levels), level)
+        zeroed = not alone and step < skipped  # where the scale is above 1
+        if zeroed and all_guided:
             raw = torch.zeros_like(x, dtype=torch.float32)
+        elif alone or zeroed:
+            raw = network(x_in, timesteps, **cond_at(step).inputs).float()
+            raw = torch.where(per_image(x) > 1, 0.0, raw) if zeroed else raw
         else:
             perturbed = _perturbed(guidance, x, len(parts)) if "p" in parts else {}
             repeated = (torch.cat([one] * len(parts)) for one in (x_in, timesteps))
             raw = network(*repeated, **conditions(step).inputs, **perturbed).float()
-            if "w" not in joined:
-                joined["w"] = sent(weights, x.device).expand(len(x)).view(-1, *[1] * (x.ndim - 1))
-            raw = combine(w=joined["w"], **dict(zip(parts, raw.chunk(len(parts)))))
+            raw = combine(w=per_image(x), **dict(zip(parts, raw.chunk(len(parts)))))
         return c_skip * x + c_out * raw
 
     return denoise
