@@ -30,7 +30,7 @@ SETTINGS += ("controlnet",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", default="default", help="a folder or a hub id (the shipped model)")
-    lists = "everyday, all, tuning, small, everyday-30, pairs-20, counts-20, cards-20, unknown, or a file"
+    lists = "everyday, all, tuning, small, everyday-30, pairs-20, counts-20, cards-20, unknown, strangers, or a file"
     add("--prompts", metavar="LIST", default="everyday", help=f"{lists} (everyday)")
     add("-o", "--output", metavar="DIR", help="folder for scores.json and sheet.png (none)")
     add("-n", "--num-prompts", dest="n", type=int, metavar="N", help="only the first N prompts")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=float, metavar="X", help="(the model's)")
     add("--sampler", metavar="NAME", help="(the model's)")
     add("--spacing", metavar="NAME", help="(the model's)")
-    add("--batch-size", type=int, metavar="N", help="images drawn together; changes no image")
+    add("--batch-size", type=int, metavar="N", help="images drawn together; on a CPU it changes no image")
     add("--lora", metavar="FILE", help="a LoRA, or the run that made it")
     add("--fast", action="store_true", default=None, help="with the shipped few-step LoRA of the shipped model")
     add("--control", metavar="KIND", help="draw each by this condition of its true scene, such as edges")

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="PATH", help="a file (.png .jpg .webp) or a folder; default: named by the prompt")
     add("-n", *names_of("num_images"), type=int, default=1, metavar="N", help="images to draw (1)")
     add("--seed", type=int, metavar="N", help="of the first image; -1 or nothing: drawn, and kept in the file")
-    add("--batch-size", metavar="N", type=int, help=f"images drawn together ({BATCH}); changes no image")
+    add("--batch-size", metavar="N", type=int, help=f"images drawn together ({BATCH}); on a CPU it changes no image")
     strict = "refuse prompts that the model does not see as a whole, instead of a warning"
     add("--strict", action="store_true", help=strict)
     add("--format", metavar="NAME", help="png, jpg, webp (by the name of the file, or png)")

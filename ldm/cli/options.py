@@ -148,7 +148,12 @@ CONTROL = [
     Option("control_guidance_start", "X,X,…", "from which part of the steps on, 0 to 1 (0)", {"type": _numbers}),
     Option("control_guidance_end", "X,X,…", "to which part of the steps (1)", {"type": _numbers}),
     Option("control_mode", "N,N+N,…", "what a ControlNet Union looks at; - for others", {"type": control_modes}),
-    Option("guess_mode", None, "act where the prompt does not guide", {"action": "store_true", "default": None}),
+    Option(
+        "guess_mode",
+        None,
+        "act on the answer with the prompt alone, and less at high resolutions",
+        {"action": "store_true", "default": None},
+    ),
     Option("ip_adapter", "FILE", "an IP-Adapter, which shows images; may be given several times", {"action": "append"}),
     Option("image_encoder", "FOLDER", "the CLIP vision tower that it looks through (image_encoder/ beside it)"),
     Option("ip_adapter_image", "IMAGE", "what it shows; may be given several times", {"action": "append"}),

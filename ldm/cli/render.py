@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the run: lines without a seed get theirs from it (0)")
     add("-n", *names_of("num_images"), type=int, metavar="N", help="images of a line (1)")
     add("--wildcards", metavar="FOLDER", help="where __name__ in prompts finds name.txt")
-    add("--batch-size", type=int, metavar="N", help="images drawn together (by free memory); changes no image")
+    add("--batch-size", type=int, metavar="N", help="images drawn together (by free memory); changes no image on a CPU")
     add("--shard", metavar="I/N", help="draw only this part of the file")
     add("--ray", metavar="ADDRESS", help="draw on a Ray cluster: host:port, auto, or local (starts one here)")
     add("--strict", action="store_true", help="draw nothing if a line is bad")

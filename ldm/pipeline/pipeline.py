@@ -227,7 +227,7 @@ class Pipeline:
                     which part of the steps (0 to 1): one number, or one for each control image
         control_mode  what a ControlNet Union looks at, by its number: one for each ControlNet, None for those without
                     kinds. A list of several for one union mixes them: it sees as many control images at once
-        guess_mode  ControlNets act where the prompt does not guide
+        guess_mode  ControlNets act on the answer with the prompt alone, and less at high resolutions
         ip_adapter_image  what the IP-Adapter shows: an image, its file, or with one prompt a list of them; with several
                     prompts a list has one for each, with several adapters one for each; each may be a list again
         ip_adapter_scale  how much it does (1): a number, or a mapping of levels as diffusers has it, such as
