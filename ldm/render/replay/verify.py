@@ -34,7 +34,7 @@ MOST_INPUTS = 2000  # images of a folder that are looked through for the input o
 # Releases that draw some images otherwise than those before: version -> what.
 REVISIONS = {
     "0.2.0": "DoRA weights other than 1, emoji in prompts, transparent masks, initial images in other colours than sRGB"
-    ", bf16 on a CPU"
+    ", bf16 on a CPU, images without guidance beside guided ones by cfg_zero or a step cache"
 }
 
 
