@@ -73,7 +73,11 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     """How a set is read."""
     add = parser.add_argument
     add("--captions", metavar="HOW", default="auto", help="auto, names (of folders and files), whole (auto)")
-    add("--split", metavar="NAME", help="train, validation, test or all, if the set has splits (train)")
+    add(
+        "--split",
+        metavar="NAME",
+        help="train, validation, test or all (train, if 95 %% of the images are in it; else you are asked)",
+    )
     add("--layout", metavar="NAME", default="auto", help="auto, files, kohya, metadata, tars, parquet (auto)")
     add("--exclude", metavar="PATTERN", action="append", default=[], help="leave these out: 'sample/*', '*.gif'")
 

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-changed", metavar="NAME", action="append", default=[], help="a setting that may differ on --resume")
     add("--dry-run", action="store_true", help="check everything, print counts, settings and estimate, train nothing")
     for title, options in OPTIONS.items():
-        group = parser.add_argument_group(f"{title} (defaults in brackets)")
+        group = parser.add_argument_group(
+            f"{title} (in brackets: the default, unless a preset for the model says otherwise)"
+        )
         for name, (value, text) in options.items():
             _add(group, name, value, text)
     shown = {name for options in OPTIONS.values() for name in options}
