@@ -28,8 +28,8 @@ EXTRAS = {  # module -> what it is for, and the extra that installs it
     "bitsandbytes": ("8-bit optimizers", "bitsandbytes"),
     "open_clip": ("Open CLIP's text encoders", "open-clip"),
     "ray": ("ldm render --ray", "ray"),
-    "tensorboard": ("--tracker tensorboard", "trackers"),
-    "wandb": ("--tracker wandb", "trackers"),
+    "tensorboard": ("--report-to tensorboard", "trackers"),
+    "wandb": ("--report-to wandb", "trackers"),
     "torchao": ("--quantization int8", "int8"),
     "xformers": ("--attention xformers", "xformers"),
 }
