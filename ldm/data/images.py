@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from ldm.colours import MARKS, coded_profile, colour_profile
+from ldm.colours import MARKS, coded_profile, colour_profile, to_srgb
 from ldm.data.image_kinds import kind_of
 from ldm.data.png import PIXELS, without_texts
 from ldm.data.to_rgb import to_rgb
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PNG = b"\x89PNG\r\n\x1a\n"
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 MAX_MEMORY = 198_000_000  # bytes that reading one image may take
 MAX_PIXELS = 64_000_000
 DECODING = {"WEBP": 16, "AVIF": 10, "GIF": 2}  # measured bytes per pixel while the whole image is decoded
@@ -84,6 +84,22 @@ def read_image(
         else:
             result = to_rgb(image, factor, background)
         return upright(result, header)
+
+
+def read_with_alpha(file: BinaryIO, where: object = None) -> Image.Image:
+    """The first frame in RGBA (sRGB), upright; where it is opaque everywhere in RGB, as `read_image` gives it.
+
+    A 16-bit grey image is flattened on black. Raises ImageError as `read_image` does.
+    """
+    with opened(file, where) as (image, header):
+        scale(image, header, None)
+        if header.transparent and not image.mode.startswith("I"):
+            result = upright(to_srgb(image).convert("RGBA"), header)
+            result.info = {}  # its profile was used
+            if result.getextrema()[3][0] < 255:
+                return result
+    file.seek(0)
+    return read_image(file, where, background=BLACK)
 
 
 def upright(image: Image.Image, header: Header) -> Image.Image:

@@ -11,22 +11,21 @@ import binascii
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from ldm.checkpoint import load_model
-from ldm.data.images import read_image
+from ldm.data.images import read_image, read_with_alpha
 from ldm.errors import ConfigError, DataError, LdmError, require
 from ldm.images import encode
 from ldm.pipeline import checks
 from ldm.pipeline.keywords import ALIASES, EDITING_WORDS, GUIDANCE_WORDS, resolve_aliases
 from ldm.pipeline.pipeline import OF_GENERATE, OF_PIPELINE, Pipeline
 from ldm.pipeline.request import Request, check_request
-from ldm.pipeline.sources import BLACK, WHITE
 from ldm.render.prompts.entry import Entry
 from ldm.render.prompts.line_settings import WORDS, find_word
 from ldm.render.sheets.axes import Axis, grid_entries, read_axes
@@ -40,7 +39,8 @@ OFFERED: tuple[str, ...] = ("prompt", "negative_prompt", *CHOSEN, "num_images", 
 OFFERED += ("guidance_scale", "height", "width", "sampler", "spacing", "timesteps", "sigmas", "eta", "clip_skip")
 OFFERED += ("true_cfg_scale", "step_cache")
 OFFERED += ("emphasis", "strict", *GUIDANCE_WORDS, *EDITING_WORDS, "grid")
-SERVERS = tuple(name for name in (*OF_PIPELINE, *OF_GENERATE) if name not in OFFERED)
+SERVERS = ("device", "dtype", "offload", "attention", "allow_unapplied", "lora_dir", "text_encoders")
+ABSENT = tuple(name for name in (*OF_PIPELINE, *OF_GENERATE) if name not in (*OFFERED, *SERVERS))
 AXES = ("prompt", "negative_prompt", "seed", "guidance_scale", "num_inference_steps", "sampler", "spacing", "eta")
 AXES += ("clip_skip", "strength", "width", "height", "size", "variation_seed", "variation_strength")
 AXES += ("guidance_rescale",)
@@ -91,8 +91,11 @@ class Reader:
     def _named(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The fields under our names, images kept as files; None and absent mean the model's own."""
         for word in given:
-            if ALIASES.get(word, word) in SERVERS:
+            name = ALIASES.get(word, word)
+            if name in SERVERS:
                 raise ConfigError("is chosen where the server is started, not by its clients", where=str(word)[:80])
+            if name in ABSENT:
+                raise ConfigError("is not available to the server's clients", where=str(word)[:80])
         fields = resolve_aliases(given, dict.fromkeys(OFFERED))
         fields = {name: value for name, value in fields.items() if value is not None}
         require(isinstance(fields.get("prompt"), str), "expected a text", "prompt")
@@ -103,14 +106,14 @@ class Reader:
         for name in ("timesteps", "sigmas"):
             levels = fields.get(name, [])
             require(isinstance(levels, list) and len(levels) <= limits.MAX_STEPS + 1, "expected a short list", name)
-        for name, background in zip(IMAGES, (WHITE, BLACK)):
+        for name in IMAGES:
             if name in fields:
-                fields[name] = self._kept(fields[name], name, background)
+                fields[name] = self._kept(fields[name], name)
         fields["lora"] = [list(pair) for pair in _loras(fields.get("lora", []))]
         self.pipeline(fields)
         return {name: value for name, value in fields.items() if value != []}
 
-    def _kept(self, value: Any, where: str, background: tuple[int, int, int]) -> dict[str, str]:
+    def _kept(self, value: Any, where: str) -> dict[str, str]:
         """{"input": digest} of an image: base64 text, {"id": …} of the gallery, or {"input": …}."""
         if isinstance(value, Mapping) and len(value) == 1:
             ((kind, name),) = value.items()
@@ -123,7 +126,7 @@ class Reader:
                 raise ConfigError("there is no such image", where=where)
         else:
             data = decode_base64(value, where)
-        return {"input": self.store.add_input(encode(opened(data, where, background)))}
+        return {"input": self.store.add_input(encode(OPENED[where](data, where)))}
 
     def _cells(self, fields: dict[str, Any], axes: Sequence[Axis]) -> list[dict[str, Any]]:
         plain = {name: value for name, value in fields.items() if name != "grid"}
@@ -148,7 +151,7 @@ class Reader:
         for run in request.settings.runs:
             pixels = run.width * run.height
             require(pixels <= limits.MAX_PIXELS, f"{run.width}x{run.height} are too many pixels", "size")
-        steps = max(request.settings.num_inference_steps, request.settings.hires_steps or 0)
+        steps = max(request.settings.num_inference_steps, *(run.steps for run in request.settings.runs))
         require(steps <= limits.MAX_STEPS, f"{steps} steps are more than {limits.MAX_STEPS}", "num_inference_steps")
         return request
 
@@ -187,7 +190,7 @@ class Reader:
                 data = self.store.input_bytes(call[name]["input"])
                 if data is None:
                     raise ConfigError("the image to begin at is gone", where=name)
-                call[name] = opened(data, name)
+                call[name] = OPENED[name](data, name)
         return call
 
 
@@ -238,10 +241,22 @@ def decode_base64(value: Any, where: str) -> bytes:
         raise ConfigError("expected an image as base64 text", where=where, hint="URLs are not fetched") from None
 
 
-def opened(data: bytes, where: str, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An image of limited size, upright, in RGB. Raises ConfigError."""
+def opened(data: bytes, where: str) -> Image.Image:
+    """An image of limited size, upright, in RGB, transparency laid on white. Raises ConfigError."""
+    return _limited(read_image, data, where)
+
+
+def opened_mask(data: bytes, where: str) -> Image.Image:
+    """A mask of limited size, upright: in RGBA where it is transparent anywhere, else in RGB. Raises ConfigError."""
+    return _limited(read_with_alpha, data, where)
+
+
+OPENED = {"image": opened, "mask_image": opened_mask}  # a mask's transparency may be its shape: see pipeline/sources
+
+
+def _limited(read: Callable[[BinaryIO], Image.Image], data: bytes, where: str) -> Image.Image:
     try:
-        image = read_image(io.BytesIO(data), background=background)
+        image = read(io.BytesIO(data))
     except DataError as error:
         raise ConfigError(error.what, where=where, hint=error.hint) from None
     require(image.width * image.height <= 4 * limits.MAX_PIXELS, f"{image.width}x{image.height} is too large", where)
