@@ -47,6 +47,14 @@ def steps_left(n: int, strength: float, where: str = "strength") -> int:
     return steps
 
 
+def steps_before(left: int, strength: float) -> int:
+    """The fewest steps of which `strength` (above 0, up to 1) leaves so many: the inverse of `steps_left`."""
+    n = max(left, math.floor(left / strength) - 1)
+    while int(n * strength) < left:
+        n += 1
+    return n
+
+
 def img2img_sigmas(sigmas: Tensor, strength: float, where: str = "strength") -> Tensor:
     """The end of `sigmas` (n + 1,) that image-to-image runs through. Raises ConfigError where no step is left."""
     n = len(sigmas) - 1

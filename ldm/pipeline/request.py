@@ -141,7 +141,7 @@ def resolve(
     if info.transformer or info.unet.embeds_guidance or given.get("true_cfg_scale") is not None:
         found["true_cfg_scale"] = _true_cfg_scale(given, info)
     if found.get("num_inference_steps") is None:
-        found["num_inference_steps"] = info.card_number("num_inference_steps", int, STEPS)
+        found["num_inference_steps"] = card_steps(info)
     if given.get("eta") is not None:
         found["eta"] = checks.check_eta(given["eta"], sampler)
     elif "eta" in info.card and sampler == info.card.get("sampler"):
@@ -281,6 +281,11 @@ def check_scales(scales: Sequence[float], info: ModelInfo) -> None:
 def card_scale(info: ModelInfo) -> float:
     """The guidance scale that a model's card asks for, or 6. Raises ConfigError where it says no number."""
     return info.card_number("guidance_scale", float, GUIDANCE)
+
+
+def card_steps(info: ModelInfo) -> int:
+    """The number of steps that a model's card asks for, or 25. Raises ConfigError where it says no number."""
+    return info.card_number("num_inference_steps", int, STEPS)
 
 
 def card_hires_strength(info: ModelInfo) -> float:

@@ -1,7 +1,8 @@
 """A1111's API, for the programs that speak it: /sdapi/v1/….
 
-A field that is not given is the model's own default, not A1111's. Fields are taken (TAKEN), change nothing in any value
-(IGNORED), or are refused unless they hold a value that changes nothing (NEUTRAL); any other field is refused by name.
+A field that is not given is the model's own default, not A1111's; a given one means the same as there. Fields are
+taken (TAKEN), change nothing in any value (IGNORED), or are refused unless they hold a value that changes nothing
+(NEUTRAL); any other field is refused by name.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ldm.checkpoint.describe import ModelInfo
 from ldm.diffusion import names
+from ldm.diffusion.inpaint import steps_before
 from ldm.errors import ConfigError, nearest, require
 from ldm.images import Metadata, encode
+from ldm.pipeline.checks import check_int, check_part
 from ldm.pipeline.metadata import parameters
+from ldm.pipeline.request import card_hires_strength, card_steps
+from ldm.render.replay.a1111_settings import automatic_spacing
+from ldm.web import limits
 from ldm.web.api import metadata_of
+from ldm.web.catalog import Catalog
 from ldm.web.http import Context, answering, draw, read_json, refuse_unknown
 from ldm.web.jobs import Job
-from ldm.web.request import decode_base64, opened
+from ldm.web.request import decode_base64, opened_mask
 
 TAKEN = {  # A1111's field -> ours, where the value is the same
     "prompt": "prompt",
@@ -33,15 +41,14 @@ TAKEN = {  # A1111's field -> ours, where the value is the same
     "seed": "seed",
     "subseed": "variation_seed",
     "subseed_strength": "variation_strength",
-    "sampler_name": "sampler",
-    "sampler_index": "sampler",
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
     "width": "width",
     "height": "height",
     "eta": "eta",
 }
-TAKEN_OTHERWISE = ("batch_size", "n_iter", "scheduler", "override_settings", "save_images", "send_images")
+TAKEN_OTHERWISE = ("batch_size", "n_iter", "sampler_name", "sampler_index", "scheduler", "override_settings")
+TAKEN_OTHERWISE += ("save_images", "send_images")
 TXT2IMG = ("enable_hr", "hr_scale", "hr_second_pass_steps", "denoising_strength")
 IMG2IMG = ("init_images", "mask", "denoising_strength", "inpainting_mask_invert")
 IGNORED = ("do_not_save_samples", "do_not_save_grid", "force_task_id", "comments", "include_init_images")
@@ -126,26 +133,20 @@ def routes(context: Context) -> list[Route]:
 async def txt2img(context: Context, request: Request) -> Response:
     """Draw images of a prompt."""
     given = await read_json(request)
-    return await _draw(context, request, given, await context.thread(fields_of, given, TXT2IMG))
+    return await _draw(context, request, given, await context.thread(fields_of, given, TXT2IMG, context.catalog))
 
 
 async def img2img(context: Context, request: Request) -> Response:
     """Draw images that begin at another, with or without a mask."""
     given = await read_json(request)
-    fields = await context.thread(fields_of, given, IMG2IMG)
+    fields = await context.thread(fields_of, given, IMG2IMG, context.catalog)
     require("image" in fields, "one image is needed", "init_images")
     return await _draw(context, request, given, fields)
 
 
-def fields_of(given: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
+def fields_of(given: Mapping[str, Any], own: tuple[str, ...], catalog: Catalog) -> dict[str, Any]:
     """A request in our words. Raises ConfigError for a field that is unknown or not supported."""
-    known = (*TAKEN, *TAKEN_OTHERWISE, *own, *IGNORED, *NEUTRAL)
-    unused = set() if given.get("enable_hr") else set(HIRES if own == TXT2IMG else ())
-    unused |= set() if given.get("mask") else set(UNMASKED)
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"unknown field {name!r:.80}", where=name[:80], hint=nearest(name[:80], known))
-    refuse_unknown({name: value for name, value in given.items() if name not in unused}, NEUTRAL, HINTS)
+    _check_known(given, own)
     fields = {ours: given[name] for name, ours in TAKEN.items() if given.get(name) is not None}
     if fields.get("variation_seed") == -1 and not fields.get("variation_strength"):
         fields.pop("variation_seed")
@@ -156,15 +157,29 @@ def fields_of(given: Mapping[str, Any], own: tuple[str, ...]) -> dict[str, Any]:
     for count in counts:
         require(type(count) is int and 1 <= count <= 64, "expected a number from 1 to 64", "batch_size")
     fields["num_images"] = (counts[0] if counts else 1) * (counts[1] if len(counts) > 1 else 1)
-    scheduler = given.get("scheduler")
-    if scheduler is not None and (not isinstance(scheduler, str) or scheduler.lower() != "automatic"):
-        fields["spacing"] = scheduler
+    if sampler := given.get("sampler_name") or given.get("sampler_index"):  # clients send an index beside the name
+        fields["sampler"] = sampler
     fields |= _overrides(given.get("override_settings"))
+    model = fields.get("model", catalog.default)
+    catalog.pick("model", model)
+    info = catalog.info(model)
+    fields |= _scheduler(given.get("scheduler"), fields.get("sampler"), info)
     if given.get("enable_hr"):
-        fields |= _hires(given)
+        fields |= _hires(given, fields, info)
     if own == IMG2IMG:
         fields |= _images(given)
     return fields
+
+
+def _check_known(given: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Raise ConfigError for a field that is unknown or not supported."""
+    known = (*TAKEN, *TAKEN_OTHERWISE, *own, *IGNORED, *NEUTRAL)
+    unused = set() if given.get("enable_hr") else set(HIRES if own == TXT2IMG else ())
+    unused |= set() if given.get("mask") else set(UNMASKED)
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown field {name!r:.80}", where=name[:80], hint=nearest(name[:80], known))
+    refuse_unknown({name: value for name, value in given.items() if name not in unused}, NEUTRAL, HINTS)
 
 
 def _overrides(given: Any) -> dict[str, Any]:
@@ -192,13 +207,32 @@ def _without_hash(title: Any) -> Any:
     return title.partition(" [")[0] if isinstance(title, str) else title
 
 
-def _hires(given: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {"hires_scale": given.get("hr_scale") or 2.0}
-    if given.get("hr_second_pass_steps"):
-        fields["hires_steps"] = given["hr_second_pass_steps"]
-    if given.get("denoising_strength") is not None:
-        fields["hires_strength"] = given["denoising_strength"]
-    return fields
+def _scheduler(scheduler: Any, sampler: Any, info: ModelInfo) -> dict[str, Any]:
+    """The spacing of a schedule type; "Automatic" is A1111's choice for a sampler that is named, else the model's."""
+    if scheduler in (None, ""):
+        return {}
+    if not isinstance(scheduler, str) or scheduler.lower() != "automatic":
+        return {"spacing": scheduler}
+    if sampler is None or info.schedule.is_flow:
+        return {}
+    own, joined = names.resolve(sampler)
+    spacing = None if joined else automatic_spacing(own)  # "DPM++ 2M Karras" says it itself
+    return {} if spacing is None else {"spacing": spacing}
+
+
+def _hires(given: Mapping[str, Any], fields: Mapping[str, Any], info: ModelInfo) -> dict[str, Any]:
+    """Hires-fix: A1111 runs the requested steps, or as many as before; we run a share, the strength, of hires_steps."""
+    found: dict[str, Any] = {"hires_scale": given.get("hr_scale") or 2.0}
+    strength, steps = given.get("denoising_strength"), given.get("hr_second_pass_steps")
+    if strength is None:
+        found["hires_strength"] = card_hires_strength(info)
+    else:
+        found["hires_strength"] = check_part(strength, "denoising_strength")
+    if steps not in (None, 0):
+        steps = check_int(steps, "hr_second_pass_steps", 1, limits.MAX_STEPS)
+    else:
+        steps = check_int(fields.get("num_inference_steps", card_steps(info)), "steps", 1, limits.MAX_STEPS)
+    return {**found, "hires_steps": steps_before(steps, found["hires_strength"])}
 
 
 def _images(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,13 +244,17 @@ def _images(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("mask"):
         invert = given.get("inpainting_mask_invert") or 0
         require(invert in (0, 1), "expected 0 or 1", "inpainting_mask_invert")
-        fields["mask_image"] = _inverted(given["mask"]) if invert else given["mask"]
+        fields["mask_image"] = _mask(given["mask"], bool(invert))
     return fields
 
 
-def _inverted(mask: Any) -> str:
-    image = ImageOps.invert(opened(decode_base64(mask, "mask"), "mask", (0, 0, 0)))
-    return base64.b64encode(encode(image)).decode("ascii")
+def _mask(mask: Any, invert: bool) -> str:
+    """A mask as A1111 reads it: where its transparency varies, what is opaque is white, and what is not is black."""
+    image = opened_mask(decode_base64(mask, "mask"), "mask")
+    if image.mode == "RGBA":
+        image = image.getchannel("A").point(lambda level: 255 if level > 128 else 0)
+    image = image.convert("RGB")
+    return base64.b64encode(encode(ImageOps.invert(image) if invert else image)).decode("ascii")
 
 
 async def _draw(context: Context, request: Request, given: dict[str, Any], fields: dict[str, Any]) -> Response:

@@ -10,7 +10,16 @@ from sampler_cases import SD, build_peer, distance, gaussian
 from ldm.diffusion.denoiser import denoiser, sample
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
-from ldm.diffusion.inpaint import Original, add_noise, img2img_sigmas, mask_known_region, slerp, with_mask
+from ldm.diffusion.inpaint import (
+    Original,
+    add_noise,
+    img2img_sigmas,
+    mask_known_region,
+    slerp,
+    steps_before,
+    steps_left,
+    with_mask,
+)
 from ldm.diffusion.names import FLOW_SAMPLERS
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import Schedule
@@ -246,6 +255,13 @@ def test_strength_rounds_as_diffusers_does(n, strength):
         return
     assert torch.equal(img2img_sigmas(sigmas, strength), sigmas[n - steps :])
     assert len(img2img_sigmas(sigmas, strength)) == steps + 1
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.05, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.55, 0.7, 0.999, 1.0])
+def test_the_steps_of_which_so_many_are_left_are_the_fewest(strength):
+    for left in (1, 2, 7, 10, 33, 100):
+        n = steps_before(left, strength)
+        assert steps_left(n, strength) == left and (n == 1 or int((n - 1) * strength) < left)
 
 
 def test_blending_is_the_formula_of_a1111():

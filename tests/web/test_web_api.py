@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import Pipeline
 from ldm.images import encode, read_metadata
+from ldm.web import sdapi
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("requests")
@@ -60,7 +61,8 @@ def test_what_a_request_does_not_say_is_the_models_own(client, tiny_folder):
         ({"vae": "x"}, "there is no vae 'x'"),
         ({"lora": ["../x"]}, "there is no lora '../x'"),
         ({"device": "cpu"}, "chosen where the server is started"),
-        ({"latents": [1]}, "chosen where the server is started"),
+        ({"latents": [1]}, "latents: is not available"),
+        ({"controlnet": "x"}, "controlnet: is not available"),
         ({"num_images": 65}, "65 images are more than 64"),
         ({"steps": 201}, "201 steps are more than 200"),
         ({"width": 8192, "height": 8192}, "too many pixels"),
@@ -105,6 +107,37 @@ def test_inpainting_keeps_what_is_not_painted_and_outpainting_grows(client):
     job = client.draw(image={"id": job["images"][0]}, outpaint={"left": 16, "bottom": 8}, seed=1)
     line = client.get(f"/api/images/{job['images'][0]}").json()
     assert (line["width"], line["height"]) == (48, 40)
+
+
+def hole():
+    """The image of `square` with its left half erased."""
+    image = square().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    return image
+
+
+def stroke():
+    """A red stroke over the left half of a transparent layer."""
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 16, 32))
+    return image
+
+
+LEFT, RIGHT = (0, 0, 16, 32), (16, 0, 32, 32)
+
+
+def same(box, image):
+    """Whether `image` is `square` within a box, to the bit."""
+    return image.crop(box).tobytes() == square().crop(box).tobytes()
+
+
+@pytest.mark.parametrize("mask", [hole, stroke])
+def test_a_mask_is_read_by_its_transparency_as_generate_reads_it(mask, client, tiny_folder):
+    job = client.draw(image=as_text(square()), mask_image=as_text(mask()), strength=0.5, seed=1)
+    drawn = Image.open(io.BytesIO(client.get(f"/images/{job['images'][0]}.png").content))
+    assert same(RIGHT, drawn) and not same(LEFT, drawn)
+    given = {"image": square(), "mask_image": mask(), "strength": 0.5, "seed": 1, "num_inference_steps": 2}
+    assert Pipeline("a cat", model=tiny_folder).generate(**given)[0].tobytes() == drawn.tobytes()
 
 
 def test_events_of_a_job_end_with_it_and_hold_previews(client):
@@ -216,8 +249,79 @@ def test_a1111s_img2img_with_a_mask(client):
 
 
 @pytest.mark.parametrize(
+    ("mask", "invert", "kept", "painted"),
+    [(stroke, 0, RIGHT, LEFT), (stroke, 1, LEFT, RIGHT), (hole, 0, LEFT, RIGHT), (hole, 1, RIGHT, LEFT)],
+)
+def test_a_mask_of_an_a1111_client_is_painted_where_it_is_opaque(mask, invert, kept, painted, client):
+    """A1111's create_binary_mask takes the alpha channel where it varies, of a hole as of a stroke."""
+    sent = {"prompt": "a cat", "steps": 4, "init_images": [as_text(square())], "mask": as_text(mask()), "seed": 1}
+    sent |= {"denoising_strength": 0.5, "inpainting_mask_invert": invert}
+    drawn = image_of(client.post("/sdapi/v1/img2img", sent).json()["images"][0])
+    assert same(kept, drawn) and not same(painted, drawn)
+
+
+def fields_of(client, **given):
+    return sdapi.fields_of({"prompt": "a cat", **given}, sdapi.TXT2IMG, client.server.context.catalog)
+
+
+@pytest.mark.parametrize(
+    ("given", "sampler"),
+    [
+        ({"sampler_name": "DPM++ 2M", "sampler_index": "Euler a"}, "DPM++ 2M"),  # what webuiapi sends always
+        ({"sampler_name": "", "sampler_index": "Euler a"}, "Euler a"),
+        ({"sampler_index": "Euler a"}, "Euler a"),
+        ({}, None),
+    ],
+)
+def test_the_name_of_a_sampler_goes_before_its_index(given, sampler, client):
+    assert fields_of(client, **given).get("sampler") == sampler
+
+
+FLOW = {"override_settings": {"sd_model_checkpoint": "default"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "spacing"),
+    [
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Automatic"}, "karras"),
+        ({"sampler_name": "DPM++ 2M SDE", "scheduler": "automatic"}, "exponential"),
+        ({"sampler_name": "Euler a", "scheduler": "automatic"}, "linspace"),
+        ({"sampler_name": "LCM", "scheduler": "automatic"}, None),
+        ({"sampler_name": "DPM++ 2M Exponential", "scheduler": "automatic"}, None),  # the name says it
+        ({"sampler_name": "DPM++ 2M", "scheduler": "Beta"}, "Beta"),
+        ({"sampler_name": "DPM++ 2M"}, None),  # the model's own
+        ({"scheduler": "automatic"}, None),
+        ({"sampler_name": "DPM++ 2M", "scheduler": "automatic", **FLOW}, None),  # the default model has its own
+    ],
+)
+def test_an_automatic_schedule_is_a1111s(given, spacing, client):
+    assert fields_of(client, **given).get("spacing") == spacing
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "second"),
+    [
+        ({"hr_second_pass_steps": 10, "denoising_strength": 0.5}, 20, 10),
+        ({"hr_second_pass_steps": 10, "denoising_strength": 0.7}, 20, 10),
+        ({"hr_second_pass_steps": 0, "denoising_strength": 0.5}, 20, 20),
+        ({"denoising_strength": 0.05}, 20, 20),  # of 400, more than one run may have
+        ({"hr_second_pass_steps": 3}, 20, 3),
+    ],
+)
+def test_the_second_pass_of_an_a1111_client_has_the_steps_that_it_asks_for(given, first, second, client):
+    fields = fields_of(client, enable_hr=True, steps=20, **given)
+    request = client.server.context.reader._check(fields)
+    assert [run.steps for run in request.settings.runs] == [first, second]
+    assert request.settings.hires_strength == given.get("denoising_strength", 0.7)
+
+
+@pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"enable_hr": True, "hr_second_pass_steps": 201}, "hr_second_pass_steps: 201 is outside"),
+        ({"enable_hr": True, "denoising_strength": 0}, "denoising_strength"),
+        ({"override_settings": {"sd_model_checkpoint": ["x"]}}, "there is no model"),
+        ({"sampler_name": "Eulr", "scheduler": "automatic"}, "unknown sampler"),
         ({"stepps": 4}, "did you mean 'steps'"),
         ({"restore_faces": True}, "restore_faces: True is not supported"),
         ({"tiling": True}, "tiling"),

@@ -166,6 +166,11 @@ def _strength(
     return {}
 
 
+def automatic_spacing(sampler: str) -> str | None:
+    """What A1111 takes for "Automatic"; None where the sampler's own timesteps are meant."""
+    return AUTOMATIC.get(sampler) or PLAIN.get(sampler, "linspace")
+
+
 def _with_spacing(settings: dict[str, Any], fields: Mapping[str, str], changes: Changes) -> dict[str, Any]:
     """`settings` with the spacing that a text means by not naming one."""
     sampler = {**settings, **changes.settings}.get("sampler")
@@ -173,8 +178,7 @@ def _with_spacing(settings: dict[str, Any], fields: Mapping[str, str], changes: 
     if named or sampler is None or fields.get("Version", "").startswith("ldm"):
         return settings
     schedule = fields.get("Schedule type", fields.get("Scheduler", ""))
-    spacing = AUTOMATIC.get(sampler) if schedule else None
-    spacing = spacing or PLAIN.get(sampler, "linspace")
+    spacing = automatic_spacing(sampler) if schedule else PLAIN.get(sampler, "linspace")
     return settings if spacing is None else {**settings, "spacing": spacing}
 
 
