@@ -85,11 +85,12 @@ class Segments:
 
 
 def intervals_at(progress: float, first: int, last: int) -> int:
-    """Into how many intervals a segment is cut after this share of the training: doubled in equal parts of it.
+    """Into how many intervals a segment is cut after this share of the training: `first`, doubled up to `last`, each
+    number in an equal part of it.
 
     The interval shrinks from segment / first to segment / last, as in easy consistency tuning (Geng et al. 2024).
     """
-    stages = max(0, (last - 1).bit_length() - (first - 1).bit_length()) + 1
+    stages = 1 + (-(-last // first) - 1).bit_length()  # first << (stages - 1) is the first that is not below last
     stage = min(int(progress * stages), stages - 1)
     return min(first << stage, last)
 

@@ -97,6 +97,9 @@ def test_the_interval_shrinks_to_the_last():
     assert [intervals_at(i / 10, 1, 16) for i in range(10)] == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]
     assert [intervals_at(p, 2, 6) for p in (0, 0.34, 0.67, 1.0)] == [2, 4, 6, 6]
     assert intervals_at(0.5, 3, 3) == 3
+    for first, last, seen in ((3, 16, [3, 6, 12, 16]), (5, 8, [5, 8]), (3, 4, [3, 4]), (1, 5, [1, 2, 4, 5])):
+        count = len(seen)
+        assert [intervals_at((i + 0.5) / count, first, last) for i in range(count)] == seen
 
 
 def in_network_scale(schedule, predict, x, sigma):

@@ -146,15 +146,31 @@ def test_a_trajectory_is_the_teachers_own_and_its_segments_are_what_is_learned(
     assert set(batches[0].captions) <= known and kept == ["000001", "000002"]
 
 
+@pytest.mark.parametrize(("rows", "accumulation", "steps"), [(1, 1, 4), (3, 2, 2)])
+def test_each_segment_is_learned_as_often(rows, accumulation, steps, tiny_folder, tmp_path, small_pieces):
+    """Also where a batch has fewer rows than there are segments, and of the held-out ways."""
+    (tmp_path / "captions.txt").write_text("a red cat\na blue dog\na cat\na dog\n")
+    words = (*WAYS, "segments=4", "latent_pool=8", "renew=0", f"prompts={tmp_path / 'captions.txt'}", "validation=4")
+    words += (f"batch_size={rows}", f"accumulation={accumulation}", f"steps={steps}", "data.resolution=16")
+    stage = stage_of(tiny_folder, tmp_path, *words)
+    which = [batch.which.tolist() for batch in stage.batches(0)]
+    counts = torch.tensor([number for batch in which for number in batch]).bincount(minlength=4)
+    assert counts.tolist() == [rows * accumulation * steps // 4] * 4
+    assert [batch.which.tolist() for batch in stage.batches(1)] == which[accumulation:]
+    assert torch.cat([batch.which for batch in stage.held_out]).tolist() == [0, 1, 2, 3]
+
+
 def test_what_was_drawn_is_not_drawn_again(tiny_folder, images, tmp_path, small_pieces, monkeypatch):
     words = (*WAYS, f"data={images}", "validation=1")
     first = next(stage_of(tiny_folder, tmp_path, *words).batches(0))
     (tmp_path / "settings.json").touch()  # as a run has it
     again, more = stage_of(tiny_folder, tmp_path, *words), stage_of(tiny_folder, tmp_path, *words, "teacher_steps=2")
+    seed, side = (stage_of(tiny_folder, tmp_path, *words, word) for word in ("seed=4", "data.resolution=16"))
     monkeypatch.setattr(trajectories.Trajectories, "_ways", lambda *_: pytest.fail("the teacher is asked"))
     assert torch.equal(next(again.batches(0)).latents, first.latents)
-    with pytest.raises(pytest.fail.Exception):  # another way is wanted
-        next(more.batches(0))
+    for other in (more, seed, side):
+        with pytest.raises(pytest.fail.Exception):  # another way is wanted
+            next(other.batches(0))
 
 
 @pytest.mark.parametrize("method", ["guidance", "consistency", "trajectory"])

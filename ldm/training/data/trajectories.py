@@ -95,7 +95,7 @@ class Trajectories:
         for start in range(0, len(captions), s.batch_size):
             texts = list(captions[start : start + s.batch_size])
             noise = seeded.normal((len(texts), *self.shape), s.seed, "validation", start)
-            found.append(self._crossing(self._ways(noise, texts), texts, RowShard(len(texts))))
+            found.append(self._crossing(self._ways(noise, texts), texts, RowShard(len(texts)), start))
         return found
 
     def _batch(self, oldest: int, step: int, micro: int) -> Crossing:
@@ -104,11 +104,13 @@ class Trajectories:
         part = current().part(s.batch_size)
         places = [(oldest + slots[row] // PIECE, slots[row] % PIECE) for row in part.own or (0,)]
         ways = torch.stack([self._kept[piece][0][at] for piece, at in places])
-        return self._crossing(ways, [self._kept[piece][1][at] for piece, at in places], part)
+        captions = [self._kept[piece][1][at] for piece, at in places]
+        return self._crossing(ways, captions, part, (step * s.accumulation + micro) * s.batch_size)
 
-    def _crossing(self, ways: Tensor, captions: list[str], part: RowShard) -> Crossing:
-        """One segment of each of these ways (B, n + 1, C, h, w), in turn."""
-        which, rows = part.of(torch.arange(part.size)) % self.settings.segments, torch.arange(len(ways))
+    def _crossing(self, ways: Tensor, captions: list[str], part: RowShard, before: int) -> Crossing:
+        """One segment of each of these ways (B, n + 1, C, h, w), in turn; `before`: rows of the batches before it."""
+        which = part.of(before + torch.arange(part.size)) % self.settings.segments
+        rows = torch.arange(len(ways))
         batch = self.described(ways[rows, which], captions, part)
         return Crossing(**vars(batch), ends=sent(ways[rows, which + 1], batch.latents.device), which=which)
 

@@ -130,7 +130,7 @@ class Distill:
         s, vae = self.settings, self.model.vae
         captions, held_out = captions_of(images, max(s.validation, s.samples))
         shape = (vae.latent_channels, *[s.data.resolution // vae.factor] * 2)
-        known = (sorted(self.inputs.items()), self.scale, s.teacher_steps, s.segments, s.precision)
+        known = (sorted(self.inputs.items()), self.scale, s.teacher_steps, s.segments, s.precision, s.seed, shape)
         origin = " ".join(map(str, known))
         self.trajectories = Trajectories(s, captions, self._described, self._ways, shape, self.out, origin)
         self.lines = self.trajectories.lines
