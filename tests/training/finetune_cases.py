@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.checkpoint.lora import read_lora
+from ldm.checkpoint.safety import verify_manifest
 from ldm.config import build as build_settings
 from ldm.training import finetune
 from ldm.training.checkpoints import state
@@ -72,6 +74,21 @@ def apart(one, other):
     assert one.keys() == other.keys()
     most = max(value.abs().max().item() for value in other.values())
     return max((one[name] - value).abs().max().item() for name, value in other.items()) / most
+
+
+def assert_own_folders(out):
+    """A LoRA's run with ema=0 and ema_lengths=[0.9] has the weights in its folder, the average in one beside them."""
+    last = Path(out, "model-ema-0.9")
+    assert verify_manifest(Path(out)) and verify_manifest(last)
+    assert sorted(path.name for path in last.iterdir()) == sorted(
+        ["pytorch_lora_weights.safetensors", f"{Path(out).name}.safetensors", "manifest.json", "README.md"]
+    )
+    for folder, part in ((out, "model."), (last, f"average.{0.9:.9f}/")):
+        found, wanted = read_lora(folder).layers, last_tensors(out, part)
+        assert len(found) == sum(name.endswith(".up") for name in wanted)
+        for name, layer in found.items():
+            trained = wanted[f"{name.removeprefix('unet.')}.up"]
+            assert torch.allclose(layer.up.view(trained.shape).float(), trained, atol=1e-4) and trained.any()
 
 
 def norm(values):

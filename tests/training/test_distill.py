@@ -24,7 +24,7 @@ from ldm.training.loop import loop, seeded
 from ldm.training.settings import stages
 from ldm.training.stages.distill import open_stage
 from tests.training.conftest import threads
-from tests.training.finetune_cases import last_tensors, pictures
+from tests.training.finetune_cases import assert_own_folders, last_tensors, pictures
 
 QUICK = ["steps=4", "batch_size=4", "learning_rate=0.01", "lora_rank=2", "guidance_scale=3", "device=cpu"]
 QUICK += ["precision=fp32", "warmup=0", "ema=0.5", "samples=0", "save_every=2", "validate_every=4", "log_every=1"]
@@ -213,6 +213,12 @@ def test_the_file_carries_how_it_is_drawn(tiny_folder, images, tmp_path, capsys)
     settings = ["init=" + str(out), "guidance_scale=null", f"data={images}"]
     stage = stage_of(tiny_folder, tmp_path / "more", *settings)
     assert stage.scale == 1.0 and (stage.teacher.conv_in.weight != load_model(tiny_folder).unet.conv_in.weight).any()
+
+
+def test_each_average_is_a_lora_of_its_own(tiny_folder, images, tmp_path):
+    out = distill(tiny_folder, tmp_path / "run", f"data={images}", "steps=2", "ema=0", "ema_lengths=[0.9]")
+    assert_own_folders(out)
+    assert header(out / "model-ema-0.9" / "run.safetensors")[KEY] == header(out / "run.safetensors")[KEY]
 
 
 def test_a_whole_model_is_told_any_scale(tiny_folder, images, tmp_path):

@@ -16,7 +16,7 @@ from ldm.training.loop import seeded
 from ldm.training.loop.error_weights import ErrorWeights
 from ldm.training.settings import read_settings
 from ldm.training.stages.common import diffusion_loss, validation_scores
-from tests.training.finetune_cases import apart, last_tensors
+from tests.training.finetune_cases import apart, assert_own_folders, last_tensors, pictures, run
 from tests.training.processes import together
 from tests.training.toy import Toy, train_toy
 
@@ -98,6 +98,11 @@ def test_several_averages_follow_their_decays_and_resume_to_the_bit(tmp_path):
     assert one.read_bytes() == other.read_bytes()
     scores = (tmp_path / "whole/scores.jsonl").read_text()
     assert "validation_loss ema 0.05" in scores and "validation_loss ema 0.2" in scores
+
+
+def test_each_average_of_a_fine_tuning_is_a_lora_of_its_own(tiny_folder, tmp_path):
+    run(pictures(tmp_path / "pictures", 4), tmp_path / "run", str(tiny_folder), steps=2, ema_lengths=[0.9])
+    assert_own_folders(tmp_path / "run")
 
 
 def test_what_is_learned_badly_counts_more_and_nothing_less_than_the_floor():

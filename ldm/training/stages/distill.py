@@ -55,7 +55,7 @@ from ldm.training.stages.common import (
     square_ids,
     timesteps_at,
 )
-from ldm.training.stages.export import save_whole
+from ldm.training.stages.export import lora_folder, save_whole
 
 SCALE_WIDTH = 256  # of the scale's embedding, as LCM has it
 TEACHERS_SAMPLER = "dpmpp_2m"  # of `trajectory`: it adds no noise, so that one noise leads to one image
@@ -268,7 +268,8 @@ class Distill:
 
     @torch.no_grad()
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
-        """Write both files of a LoRA into the run's folder, or a model into `folder`; returns that folder."""
+        """Write both files of a LoRA into the run's folder (those of another average into `folder`), or a model into
+        `folder`; returns that folder."""
         s = self.settings
         if s.train == "full":
             assert isinstance(ema, UNet)
@@ -279,9 +280,10 @@ class Distill:
         header = {KEY: json.dumps(self.sampling), MODEL_KEY: self.model.hash}
         note = distill_note(s, self.sampling, scores)
         name = lora_name(s.name or self.out.resolve().name)
-        write_lora_into(self.out, name, self.original(), {"unet": updates_of(ema)}, dtype, note, metadata=header)
-        say(f"to draw with it: ldm generate … --lora {self.out}")
-        return self.out
+        place = lora_folder(self.out, folder)
+        write_lora_into(place, name, self.original(), {"unet": updates_of(ema)}, dtype, note, metadata=header)
+        say(f"to draw with it: ldm generate … --lora {place}")
+        return place
 
 
 def _texts(batch: Batch) -> Conditioning:

@@ -18,6 +18,11 @@ from ldm.training.settings import FinetuneSettings
 SMALL = 100_000_000  # parameters up to which a model is written in files that git hosts take
 
 
+def lora_folder(out: Path, folder: Path) -> Path:
+    """Where a LoRA is written: the run's own folder `out`, those of other averages into the `folder` of each."""
+    return out if folder == out / "model" else folder
+
+
 def save_whole(
     model: Model, folder: Path, dtype: torch.dtype | str, card: Callable[[Mapping[str, nn.Module]], str]
 ) -> Path:

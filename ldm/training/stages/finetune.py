@@ -49,7 +49,7 @@ from ldm.training.stages.common import (
     square_ids,
     validation_scores,
 )
-from ldm.training.stages.export import save_finetuned
+from ldm.training.stages.export import lora_folder, save_finetuned
 
 Stage = TypeVar("Stage", bound="Finetune")
 
@@ -188,7 +188,8 @@ class Finetune:
 
     @torch.no_grad()
     def export(self, ema: nn.Module, folder: Path, scores: dict[str, float]) -> Path:
-        """Write both files of a LoRA into the run's folder, or a model into `folder`; returns that folder."""
+        """Write both files of a LoRA into the run's folder (those of another average into `folder`), or a model into
+        `folder`; returns that folder."""
         s, plain = self.settings, self._plain(ema)
         model = dataclasses.replace(self.model, unet=networks_of(plain)["unet"], text=self._text(plain))
         if s.train == "full":
@@ -196,8 +197,9 @@ class Finetune:
         layers = {part: updates_of(network) for part, network in networks_of(ema).items()}
         dtype = getattr(torch, DTYPES[s.save_dtype or "fp32"])
         note = finetune_note(s, self.data.lines, scores)
-        write_lora_into(self.out, self._name, model, layers, dtype, note, self._words())
-        return self.out
+        place = lora_folder(self.out, folder)
+        write_lora_into(place, self._name, model, layers, dtype, note, self._words())
+        return place
 
     @property
     def _name(self) -> str:
