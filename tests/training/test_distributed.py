@@ -215,6 +215,8 @@ def test_what_many_processes_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr("ldm.training.distributed.checks.current", lambda: two)
     two = type("Two", (), {"world": 2, "rank": 1, "sharded": False})
     check_processes(toy_settings(stage="unet", optimizer="muon"))
+    for stage in ("control", "distill"):
+        check_processes(toy_settings(stage=stage))
     refused("stage: text compares the images of a batch", stage="text")
     refused("batch_size: 1 images are too few for 2 processes", batch_size=1)
     two.sharded = True
@@ -223,6 +225,7 @@ def test_what_many_processes_cannot_do_is_refused(monkeypatch):
     refused("optimizer: adamw8bit needs whole tensors", optimizer="adamw8bit")
     refused("precision: fp16 does not go with FSDP2", precision="fp16")
     refused("stage: autoencoder is small", stage="autoencoder")
+    refused("stage: distill asks a teacher that is whole", stage="distill")
 
 
 def test_an_error_of_the_first_process_is_that_of_all(tmp_path):

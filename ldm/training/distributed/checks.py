@@ -14,7 +14,8 @@ from ldm.errors import DataError
 from ldm.training.distributed.alone import Alone, current
 from ldm.training.settings import Settings, as_dict
 
-BY_ROWS = ("autoencoder", "unet", "finetune")  # stages whose loss is a mean over the images of a batch
+# Stages whose loss is a mean over the images of a batch.
+BY_ROWS = ("autoencoder", "unet", "finetune", "control", "distill")
 
 
 def check_processes(settings: Settings) -> None:
