@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import ldm
@@ -20,6 +22,7 @@ from ldm.errors import ConfigError, DataError, Interrupted
 from ldm.training.command import open_images
 from ldm.training.data import read_images, trajectories
 from ldm.training.distilling import read_distill
+from ldm.training.finetuning import prior
 from ldm.training.loop import loop, seeded
 from ldm.training.settings import stages
 from ldm.training.stages.distill import open_stage
@@ -243,6 +246,51 @@ def test_captions_alone_are_enough(tiny_folder, tmp_path, capsys):
     (tmp_path / "captions.txt").write_text("# nothing\n")
     with pytest.raises(DataError, match=r"captions\.txt: holds no caption"):
         distill(tiny_folder, tmp_path / "other", *words)
+
+
+@pytest.fixture(scope="module")
+def guided(tiny_folder, images, tmp_path_factory):
+    """A LoRA that does without guidance."""
+    out = tmp_path_factory.mktemp("runs") / "guided"
+    return distill(tiny_folder, out, "method=guidance", f"data={images}", "learning_rate=0.05", "data.held_out=0")
+
+
+def drawn(model, out, *words):
+    """The images that are drawn of two captions, (2, H, W, 3)."""
+    out.mkdir(exist_ok=True)
+    (out / "captions.txt").write_text("a red cat\na blue dog\n")
+    stage_of(model, out, f"prompts={out / 'captions.txt'}", "data.held_out=0", *words)
+    return np.stack([np.asarray(Image.open(out / f"drawn/0000{i}.png")) for i in range(2)]).astype(float)
+
+
+def expected(model, like, scale, **more):
+    made = Pipeline(["a red cat", "a blue dog"], model, **more)
+    height, width = like.shape[1:3]
+    found = made.generate(seed=[3, 4], height=height, width=width, guidance_scale=scale)
+    return np.stack(list(map(np.asarray, found))).astype(float)
+
+
+def test_images_are_drawn_by_the_teacher(tiny_folder, guided, tmp_path, monkeypatch):
+    """The model with its LoRA, guided as it is asked; on a GPU too, where it is read again in 16 bits."""
+    words = (f"init={guided}", "guidance_scale=null")
+    found = drawn(tiny_folder, tmp_path / "run", *words)
+    right, wrong = expected(tiny_folder, found, 1, lora=guided), expected(tiny_folder, found, 1)
+    assert np.array_equal(found, right) and np.abs(found - wrong).mean() > 2
+    monkeypatch.setattr(prior, "pick_dtype", lambda *_: torch.bfloat16)
+    half = drawn(tiny_folder, tmp_path / "half", *words)
+    assert 0 < np.abs(half - right).mean() < 0.2 * np.abs(half - wrong).mean()
+
+
+def test_images_are_drawn_with_the_teachers_guidance(tiny_folder, guided, tmp_path):
+    """Also by a model that will be told its scale; another one's images are not taken for them."""
+    told = ("train=full", "method=guidance", "guidance_range=[1,7]", "guidance_scale=null")
+    for words, scale, more in (
+        (("guidance_scale=2",), 2, {}),
+        (told, 4, {}),
+        (("guidance_scale=4", f"init={guided}"), 4, {"lora": guided}),
+    ):
+        found = drawn(tiny_folder, tmp_path, *words)
+        assert np.array_equal(found, expected(tiny_folder, found, scale, **more)), words
 
 
 def distilled_dry(model, folder, words, capsys):

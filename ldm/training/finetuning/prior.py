@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from ldm.training.finetuning.base_model import read_base
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_prior(settings: FinetuneSettings, model: Model, out: Path) -> ImageSet:
@@ -41,14 +44,22 @@ def draw_prior(settings: FinetuneSettings, model: Model, folder: Path) -> Path:
     return draw_images(settings, model, _prompts(settings), folder)
 
 
-def draw_images(settings: FinetuneSettings, model: Model, prompts: list[str], folder: Path) -> Path:
+def draw_images(
+    settings: FinetuneSettings,
+    model: Model,
+    prompts: list[str],
+    folder: Path,
+    how: Mapping[str, Any] = NONE,
+    inputs: Mapping[str, str] = NONE,
+) -> Path:
     """`folder` with an image of each prompt and its caption, drawn by `model` in the resolution of the settings.
 
-    FOLDER.json beside it says what they were drawn from: a folder of the same model, prompts, seed and size is left as
-    it is, any other is drawn again. Raises ModelError, ResourceError.
+    `how`: settings of generate in place of the model's own. `inputs`: the sha256 of what `model` was changed by, by
+    name. FOLDER.json beside the folder says what the images were drawn from: a folder of the same model, prompts, seed,
+    size and settings is left as it is, any other is drawn again. Raises ModelError, ResourceError.
     """
     count = len(prompts)
-    origin, path = _origin(settings, model, prompts), folder.with_name(f"{folder.name}.json")
+    origin, path = {**_origin(settings, model, prompts), **how, **inputs}, folder.with_name(f"{folder.name}.json")
     if len(list(folder.glob("*.png"))) == count and _read(path) == origin:
         return folder
     path.unlink(missing_ok=True)
@@ -60,7 +71,7 @@ def draw_images(settings: FinetuneSettings, model: Model, prompts: list[str], fo
             seeds = [settings.seed + start + i for i in range(len(batch))]
             with hushed():
                 size = settings.data.resolution
-                images = Pipeline(batch, model=model).generate(seed=seeds, height=size, width=size)
+                images = Pipeline(batch, model=model).generate(seed=seeds, height=size, width=size, **how)
             for i, (prompt, image) in enumerate(zip(batch, images), start):
                 image.save(tmp / f"{i:05d}.png")
                 (tmp / f"{i:05d}.txt").write_text(_words(prompt) + "\n", encoding="utf-8")
@@ -93,11 +104,14 @@ def _read(path: Path) -> Any:
 
 
 def _in_drawing_dtype(settings: FinetuneSettings, model: Model) -> Model:
-    """The model as it draws: `model` itself in fp32, on a GPU read again in 16 bits, which is several times as fast."""
+    """The model as it draws: `model` itself in fp32; on a GPU read again in 16 bits, which is several times as fast,
+    with the weights that the network of `model` has now."""
     dtype = pick_dtype("auto", model.device)
     if dtype == torch.float32:
         return dataclasses.replace(model, unet=clone_shared_weights(model.unet))
-    return read_base(settings, model.device, dtype)
+    other = read_base(settings, model.device, dtype)
+    other.unet.load_state_dict(model.unet.state_dict())
+    return other
 
 
 def _prompts(settings: FinetuneSettings) -> list[str]:

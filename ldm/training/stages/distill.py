@@ -31,7 +31,7 @@ from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.guidance.guided import guided_denoiser
 from ldm.nn.lora import frozen_copy, updates_of
 from ldm.nn.text import Conditioning
-from ldm.nn.unet import UNet, load_unet
+from ldm.nn.unet import UNet, UNetConfig, load_unet
 from ldm.pipeline.adapters import Adapter, few_steps_of
 from ldm.pipeline.request import Settings as Drawing
 from ldm.pipeline.request import card_scale, resolve
@@ -58,6 +58,7 @@ from ldm.training.stages.common import (
 from ldm.training.stages.export import lora_folder, save_whole
 
 SCALE_WIDTH = 256  # of the scale's embedding, as LCM has it
+SCALE_WEIGHT = "time_embedding.cond_proj.weight"
 TEACHERS_SAMPLER = "dpmpp_2m"  # of `trajectory`: it adds no noise, so that one noise leads to one image
 
 
@@ -69,7 +70,8 @@ def open_stage(settings: DistillSettings, out: Path, images: ImageSet | SceneSet
     if isinstance(images, DrawnSet):
         data, prompts = images.within(out), list(images.prompts)
         drawing = dataclasses.replace(settings.network, data=data)
-        current().on_first(lambda: str(draw_images(drawing, stage.original(), prompts, Path(data.folder or ""))))
+        what = stage.original(), prompts, Path(data.folder or ""), stage.how, stage.inputs
+        current().on_first(lambda: str(draw_images(drawing, *what)))
         images = read_images(data)
     return stage.open(images)
 
@@ -85,6 +87,7 @@ class Distill:
         self.out, self.device = Path(out), pick_device(s.device)
         info = describe(model or s.model, None if model else s.vae)
         model = model or load_base(s.network, self.device)
+        self.config = model.unet.config  # the teacher's, which is told no scale
         if s.guidance_range:
             model = dataclasses.replace(model, unet=_with_scale_input(model.unet))
         self.model = for_training(s.network, model)
@@ -109,7 +112,13 @@ class Distill:
 
     def original(self) -> Model:
         """The model before it is trained."""
-        return dataclasses.replace(self.model, unet=self.teacher)
+        return dataclasses.replace(self.model, unet=_with_config(self.teacher, self.config))
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """How the teacher draws: generate's settings."""
+        names = ("sampler", "spacing", "num_inference_steps")
+        return {**{name: getattr(self.teachers, name) for name in names}, "guidance_scale": self.scale}
 
     def open(self, images: ImageSet | SceneSet) -> Distill:
         """Encode the images. Raises DataError."""
@@ -297,7 +306,14 @@ def _with_scale_input(unet: UNet) -> UNet:
         return unet
     zeros = torch.zeros(unet.config.block_out_channels[0], SCALE_WIDTH, device=unet.conv_in.weight.device)
     config = dataclasses.replace(unet.config, time_cond_proj_dim=SCALE_WIDTH)
-    return load_unet(config, {**unet.state_dict(), "time_embedding.cond_proj.weight": zeros})
+    return load_unet(config, {**unet.state_dict(), SCALE_WEIGHT: zeros})
+
+
+def _with_config(unet: UNet, config: UNetConfig) -> UNet:
+    """The same network, without the guidance's scale as an input where `config` has none."""
+    if unet.config == config:
+        return unet
+    return load_unet(config, {name: value for name, value in unet.state_dict().items() if name != SCALE_WEIGHT})
 
 
 def teacher_scale(settings: DistillSettings, info: ModelInfo) -> float:
