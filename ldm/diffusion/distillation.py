@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.device import sent
 from ldm.diffusion.denoiser import Denoise, Predict, mean_square
 from ldm.diffusion.guidance.guided import classifier_free
 from ldm.diffusion.schedule import Schedule
@@ -34,15 +35,15 @@ HUBER = 0.00054  # c of the pseudo-Huber distance, for errors of unit size (Song
 
 
 def guided_teacher(both: Callable[[Tensor, Tensor], Tensor], scales: Tensor) -> Predict:
-    """The teacher with guidance as predict(x (B, C, H, W), timesteps (B,)) -> raw; scales (B,).
+    """The teacher with guidance as predict(x (B, C, H, W), timesteps (B,)) -> raw; scales (B,) on the CPU.
 
     `both` is its network for 2 B rows, without the prompt and then with it; with no scale above 1 for B rows with it.
     """
     if not bool((scales > 1).any()):
         return both
-    w = scales.view(-1, 1, 1, 1)
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
+        w = sent(scales, x.device).view(-1, 1, 1, 1)
         u, c = both(torch.cat([x, x]), torch.cat([timesteps, timesteps])).float().chunk(2)
         return torch.where(w > 1, classifier_free(c, u, w), c)
 
@@ -102,10 +103,10 @@ def consistency_target(teacher: Denoise, target: Denoise, x: Tensor, t: Tensor, 
         found = teacher(x, t)
         if bool((before <= s).all()):
             return found
-        ratio = (before.double() / t.double()).float().to(x.device).view(wide)
+        ratio = sent((before.double() / t.double()).float(), x.device).view(wide)
         below = target(found + ratio * (x - found), before)
         share = (s.double() * (t.double() - before.double()) / (before.double() * (t.double() - s.double()))).float()
-        share = torch.where(before <= s, 1.0, share).to(x.device).view(wide)
+        share = sent(torch.where(before <= s, 1.0, share), x.device).view(wide)
         return torch.where(share == 1, found, share * found + (1 - share) * below)
 
 
@@ -126,7 +127,7 @@ def consistency_loss(
     """
     t, before, s = (sigma.float() for sigma in sigmas)
     wide = (-1, *[1] * (x0.ndim - 1))
-    level = t.to(x0.device).view(wide)
+    level = sent(t, x0.device).view(wide)
     x = x0.float() + level * noise.float()
     wanted = consistency_target(teacher, target, x, t, before, s)
     error = (student(x, t) - wanted) * (1 + level**-2).sqrt()
@@ -140,6 +141,6 @@ def crossing_loss(student: Denoise, x: Tensor, end: Tensor, t: Tensor, s: Tensor
     `consistency_loss`.
     """
     t, s = t.float(), s.float()
-    level, ratio = (value.to(x.device).view(-1, *[1] * (x.ndim - 1)) for value in (t, s / t))
+    level, ratio = (sent(value, x.device).view(-1, *[1] * (x.ndim - 1)) for value in (t, s / t))
     wanted = (end.float() - ratio * x.float()) / (1 - ratio)
     return mean_square((student(x, t) - wanted) * (1 + level**-2).sqrt(), None)

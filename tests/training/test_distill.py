@@ -1,5 +1,6 @@
 """`ldm distill` on a tiny model: what its loss is made of, exact resuming, files that carry how they are drawn."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,12 +23,15 @@ from ldm.errors import ConfigError, DataError, Interrupted
 from ldm.training.command import open_images
 from ldm.training.data import read_images, trajectories
 from ldm.training.distilling import read_distill
-from ldm.training.finetuning import prior
+from ldm.training.finetuning import base_model, prior
+from ldm.training.finetuning.base_model import frozen_dtype
 from ldm.training.loop import loop, seeded
-from ldm.training.settings import stages
+from ldm.training.settings import DistillSettings, stages
+from ldm.training.stages import distill as distilling
 from ldm.training.stages.distill import open_stage
 from tests.training.conftest import threads
 from tests.training.finetune_cases import assert_own_folders, last_tensors, pictures
+from tests.waits import META, Waits
 
 QUICK = ["steps=4", "batch_size=4", "learning_rate=0.01", "lora_rank=2", "guidance_scale=3", "device=cpu"]
 QUICK += ["precision=fp32", "warmup=0", "ema=0.5", "samples=0", "save_every=2", "validate_every=4", "log_every=1"]
@@ -297,6 +301,54 @@ def distilled_dry(model, folder, words, capsys):
     distill(model, folder / "dry", *words, dry_run=True)
     assert not (folder / "dry").exists()
     return capsys.readouterr().err
+
+
+def on_meta(batch):
+    moved = {name: value.to(META) for name, value in vars(batch).items() if name in ("latents", "ends")}
+    return dataclasses.replace(batch, **moved, cond=batch.cond.to(META, torch.float32))
+
+
+@pytest.mark.parametrize("method", ["guidance", "consistency", "trajectory", "range"])
+def test_no_step_waits_for_the_device(method, tiny_folder, images, tmp_path, small_pieces):
+    """Nor is there a tensor that the device misses."""
+    told = ("train=full", "method=guidance", "guidance_range=[1,5]", "guidance_scale=null")
+    words = told if method == "range" else (f"method={method}",)
+    stage = stage_of(tiny_folder, tmp_path, *WAYS, *words, f"data={images}", "intervals=[4,4]", "validation=1")
+    batch = on_meta(next(stage.batches(0)))
+    stage.device, stage.average = META, stage.module.to(META)
+    stage.teacher.to(META)
+    stage.uncond = stage.uncond.to(META, torch.float32)
+    with Waits() as counted:
+        assert stage.loss(batch, 0, 0).device == META
+        if method == "trajectory":
+            assert stage._ways(batch).device == META
+    assert counted.launches and not +counted.waits
+
+
+def test_a_base_in_16_bits_is_asked_in_autocast(tiny_folder, images, tmp_path, small_pieces, monkeypatch):
+    """As on a GPU: the teacher's ways, losses and scores, and the grid; the autoencoder stays in fp32."""
+    half = lambda *_: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(base_model, "frozen_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(distilling, "drawing_precision", half, raising=False)
+    stage = stage_of(tiny_folder, tmp_path, *WAYS, f"data={images}", "validation=1", "samples=1")
+    assert stage.teacher.conv_in.weight.dtype == torch.bfloat16
+    decode, seen = stage.model.vae.decode, []
+    monkeypatch.setattr(
+        stage.model.vae, "decode", lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or decode(*given)
+    )
+    with half():
+        assert stage.loss(next(stage.batches(0)), 0, 0).isfinite()
+        assert stage.validate(stage.module, 0)["validation_loss"] > 0
+        assert stage.sample_grid(stage.module) is not None
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kept"), [("auto", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_the_precision_is_that_of_the_frozen_base_too(precision, kept, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert frozen_dtype(DistillSettings(precision=precision).network, torch.device("cuda")) is kept
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from ldm.training.loop.compile_check import check_compiled
 from ldm.training.loop.logs import BEST, Best, RunLogs
 from ldm.training.loop.optimizers import checkpoint_bytes, learning_rate
 from ldm.training.loop.stage import Stage
-from ldm.training.loop.step import Outcome, precision, prepare, take_step
+from ldm.training.loop.step import Outcome, drawing_precision, precision, prepare, take_step
 from ldm.training.loop.trackers import Trackers
 from ldm.training.parts import fingerprints
 from ldm.training.reports.page import write_page
@@ -264,7 +264,7 @@ class _Run:
             return
         try:
             device = next(self.state.module.parameters()).device
-            half = nullcontext() if device.type == "cpu" else precision(self.settings, device)  # CPUs keep their bits
+            half = drawing_precision(self.settings, device)
             with nullcontext() if self.group.sharded else self.stop.at_once(), torch.no_grad(), half:
                 self._score()
         except NumericsError as error:

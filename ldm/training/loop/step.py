@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ def precision(settings: Settings, device: torch.device) -> AbstractContextManage
     """Autocast to the settings' 16 bits, or none."""
     half = half_dtype(settings.precision, device)
     return torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+
+
+def drawing_precision(settings: Settings, device: torch.device) -> AbstractContextManager:
+    """The autocast of networks that draw or are scored: as `precision`, but none on a CPU, whose bits stay."""
+    return nullcontext() if device.type == "cpu" else precision(settings, device)
 
 
 def prepare(stage: Stage, settings: Settings, device: torch.device, group: Alone = ALONE) -> TrainState:

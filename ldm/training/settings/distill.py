@@ -98,5 +98,5 @@ class DistillSettings(Settings):
     def network(self) -> FinetuneSettings:
         """What is trained of which model, as a fine-tuning has it."""
         names = ("model", "vae", "init", "train", "lora_rank", "lora_alpha", "targets", "attention", "name")
-        names += ("gradient_checkpointing", "steps", "batch_size", "learning_rate", "seed", "device")
+        names += ("gradient_checkpointing", "steps", "batch_size", "learning_rate", "seed", "device", "precision")
         return FinetuneSettings(**{name: getattr(self, name) for name in names})

@@ -43,10 +43,12 @@ from ldm.training.distributed import RowShard, current
 from ldm.training.finetuning.base_model import for_training, load_base, make_module
 from ldm.training.finetuning.prior import draw_images
 from ldm.training.loop import seeded
+from ldm.training.loop.step import drawing_precision
 from ldm.training.reports.card import distill_card, distill_note
 from ldm.training.settings import DistillSettings, lora_name
 from ldm.training.stages.common import (
     conditioned,
+    decoded,
     diffusion_loss,
     draw_grid,
     fixed_samples,
@@ -144,7 +146,8 @@ class Distill:
         self.trajectories = Trajectories(s, captions, self._described, self._ways, shape, self.out, origin)
         self.lines = self.trajectories.lines
         say("\n".join(self.lines))
-        self.held_out = self.trajectories.held_out(held_out[: s.validation])
+        with drawing_precision(s, self.device):
+            self.held_out = self.trajectories.held_out(held_out[: s.validation])
         self.prompts = list(map(plain_text, s.validation_prompts)) or held_out[: s.samples]
         return self
 
@@ -160,7 +163,7 @@ class Distill:
         s, schedule = self.settings, self.model.schedule
         if isinstance(batch, Crossing):
             return batch.weight * batch.part.mean(self._crossing_loss(self.module, batch))
-        scales = sent(batch.part.of(self._scales(batch.part.size, step, micro)), self.device)
+        scales = batch.part.of(self._scales(batch.part.size, step, micro))
         student, teacher = self._student(self.module, batch, scales), self._teacher(batch, scales)
         if s.method == "guidance":
             return diffusion_loss(student, schedule, s, batch, step, micro, teacher=teacher)
@@ -197,7 +200,7 @@ class Distill:
         return torch.stack([start, *seen[self.stride - 1 :: self.stride]])
 
     def _scales(self, size: int, *place: int) -> Tensor:
-        """The guidance of each row of a batch."""
+        """The guidance of each row of a batch, on the CPU."""
         s = self.settings
         if s.guidance_range is None:
             return torch.full((size,), self.scale)
@@ -205,7 +208,7 @@ class Distill:
         return low + (high - low) * seeded.uniform((size,), s.seed, "guidance", *place)
 
     def _student(self, unet: nn.Module, batch: Batch, scales: Tensor) -> Predict:
-        told = scales if self.settings.guidance_range else None
+        told = sent(scales, self.device) if self.settings.guidance_range else None
         network, cond = conditioned(unet, batch.time_ids, told), _texts(batch)
         return lambda x, timesteps: network(x, timesteps, cond)
 
@@ -230,7 +233,7 @@ class Distill:
         if self.validation:
             losses = []
             for number, (batch, noise, u) in enumerate(self.validation):
-                scales = self._scales(len(noise), -1, number).to(self.device)
+                scales = self._scales(len(noise), -1, number)
                 student, teacher = self._student(ema, batch, scales), self._teacher(batch, scales)
                 at = timesteps_at(schedule, u).to(self.device)
                 more = {"teacher": teacher, "mask": batch.mask}
@@ -246,8 +249,7 @@ class Distill:
         if not self.prompts:
             return None
         latents = torch.cat([self._drawn_by_teacher(), self._drawn(ema)])
-        decoded = torch.cat([self.model.vae.decode(one).cpu() for one in latents.split(self.settings.batch_size)])
-        return images.grid(images.to_pil(decoded), columns=len(self.prompts))
+        return images.grid(images.to_pil(decoded(self.model.vae, latents)), columns=len(self.prompts))
 
     def _drawn(self, unet: nn.Module) -> Tensor:
         """The student's latents (B, C, h, w) of the grid."""
