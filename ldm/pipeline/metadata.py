@@ -16,7 +16,9 @@ import ldm
 from ldm.checkpoint.lora import read_lora_header
 from ldm.device import dtype_name
 from ldm.diffusion.diffusers_config import write_scheduler
-from ldm.diffusion.names import SAMPLER_NAMES, SPACING_NAMES
+from ldm.diffusion.inpaint import steps_left
+from ldm.diffusion.names import SAMPLER_NAMES
+from ldm.diffusion.schedule_types import schedule_type
 from ldm.diffusion.spacings import DISTILLED
 from ldm.nn.text import cut_off
 from ldm.pipeline.encode import named_emoji
@@ -30,14 +32,10 @@ if TYPE_CHECKING:
     from ldm.pipeline.placement import Placement
     from ldm.pipeline.request import ImageRequest, Settings
 
-# Our spacings under the schedule names of A1111 that give the same timesteps, where the names are not the same.
-SCHEDULE_TYPES = {"leading": "DDIM", "linspace": "Uniform", "trailing": "Simple"}
-SAME_TYPES = ("simple", "karras", "exponential", "beta", "sgm_uniform", "ays")
-SCHEDULE_TYPES |= {name: SPACING_NAMES[name][0] for name in SAME_TYPES}
 # A1111's fields in its order -> our keyword; None: computed in `parameters`
 LABELS: dict[str, str | None] = {"Steps": "num_inference_steps", "Sampler": None, "Schedule type": None}
 LABELS |= {"CFG scale": "guidance_scale", "Seed": "seed", "Size": None, "Model hash": None, "Model": "model"}
-LABELS |= {"Denoising strength": None, "Clip skip": None, "Hires upscale": "hires_scale", "Hires steps": "hires_steps"}
+LABELS |= {"Denoising strength": None, "Clip skip": None, "Hires upscale": "hires_scale", "Hires steps": None}
 LABELS |= {"Hires upscaler": None, "Variation seed": "variation_seed", "Variation seed strength": "variation_strength"}
 LABELS |= dict.fromkeys(("Mask blur", "Lora hashes", "RNG", "Version"))
 NOT_READ = "the negative prompt is not read: with this model it needs a true_cfg_scale above 1"
@@ -175,11 +173,12 @@ def parameters(record: dict) -> str:
     prompt = " ".join([record["prompt"], *map(_tag, loras)])
     computed = {
         "Sampler": SAMPLER_NAMES[record["sampler"]][0],
-        "Schedule type": SCHEDULE_TYPES.get(record["spacing"]),
+        "Schedule type": _schedule_type(record),
         "Size": f"{record['width']}x{record['height']}",
         "Model hash": (record["model_hash"] or "")[:10] or None,
         "Denoising strength": record.get("hires_strength") or record.get("strength"),
         "Clip skip": record["clip_skip"] + 1 if record.get("clip_skip") else None,  # 1 is A1111's for none skipped
+        "Hires steps": _steps_of_second_run(record) if hires else None,
         "Hires upscaler": "Lanczos" if hires else None,
         "Mask blur": 0 if record.get("mask_sha256") or record.get("outpaint") else None,
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['short_hash']}" for lora in loras) or None,
@@ -190,6 +189,18 @@ def parameters(record: dict) -> str:
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {record['negative_prompt']}" if record["negative_prompt"] else ""
     return f"{prompt}{negative}\n{line}"
+
+
+def _schedule_type(record: dict) -> str | None:
+    """A1111's schedule type that gives the same steps; None where none does."""
+    schedule = record.get("schedule") or {}
+    total, offset = schedule.get("num_train_timesteps", 1000), schedule.get("steps_offset", 0)
+    return schedule_type(record["spacing"], record["sampler"], record["num_inference_steps"], total, offset)
+
+
+def _steps_of_second_run(record: dict) -> int:
+    """As A1111 counts: those that are run. Ours are those of which hires_strength is run."""
+    return steps_left(record.get("hires_steps") or record["num_inference_steps"], record["hires_strength"])
 
 
 def _quoted(value: Any) -> str:

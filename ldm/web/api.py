@@ -16,7 +16,7 @@ from ldm.errors import ConfigError, require
 from ldm.file_names import slug
 from ldm.images import Metadata, read_metadata
 from ldm.pipeline.keywords import GUIDANCE_WORDS
-from ldm.render.replay.a1111_settings import a1111_settings
+from ldm.render.replay.a1111_settings import a1111_settings, fit_spacing
 from ldm.render.replay.a1111_text import read_infotext
 from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
@@ -219,8 +219,11 @@ def restored(found: Metadata, context: Context) -> tuple[dict[str, Any], list[st
     if text is None:
         raise ConfigError("the image says nothing of how it was made", where="image")
     settings, notes, source = a1111_settings(text, Path(), Changes({}, frozenset()))
-    fields = {name: _listed(value) for name, value in settings.items() if name in RESTORED}
     model = source.get("model")
+    here = model if model in context.catalog.models else context.catalog.default
+    settings, more = fit_spacing(settings, str(source["program"]), context.catalog.info(here).schedule)
+    notes += more
+    fields = {name: _listed(value) for name, value in settings.items() if name in RESTORED}
     if model in context.catalog.models:
         fields["model"] = model
     elif model:

@@ -304,7 +304,7 @@ def test_golden_pictures(pipe, case):
         ("mask", "Denoising strength: 0.8, Mask blur: 0, "),
         ("outpaint", "Denoising strength: 1.0, Mask blur: 0, "),
         ("variation", "Variation seed: 4, Variation seed strength: 0.4, "),
-        ("hires", "Denoising strength: 0.5, Hires upscale: 1.5, Hires upscaler: Lanczos, "),
+        ("hires", "Denoising strength: 0.5, Hires upscale: 1.5, Hires steps: 2, Hires upscaler: Lanczos, "),
     ],
 )
 def test_a1111s_text_says_it_in_its_words(pipe, case, line):

@@ -9,13 +9,14 @@ from PIL import Image
 from prompt_files import jobs_of
 
 from ldm import images
+from ldm.diffusion.inpaint import steps_left
 from ldm.errors import ConfigError, LdmError, NumericsError
 from ldm.pipeline.metadata import parameters
 from ldm.render.output.lines import last_lines
 from ldm.render.output.manifest import Manifest
 from ldm.render.prompts.entry import Entry
 from ldm.render.replay.a1111_text import read_infotext, split_fields
-from ldm.render.replay.replay import differences, keywords, read_replays
+from ldm.render.replay.replay import differences, fitted_to, keywords, read_replays
 
 A1111 = """a cat, (best:1.2)
 on two lines <lora:style:0.8> <hypernet:old:1>
@@ -70,6 +71,7 @@ def test_an_a1111_picture_says_what_it_can_and_names_the_rest(tmp_path, format):
         "variation_strength": 0.2,
         "hires_scale": 2.0,
         "hires_strength": 0.5,
+        "hires_steps": 40,  # A1111 runs as many as before, 20, at the end of 40
     }
     assert replay.notes == (
         "not repeated: prompt: <hypernet:old:1>",
@@ -467,3 +469,60 @@ def test_a_picture_of_the_default_model_comes_out_to_the_bit(tmp_path):
     (changed,) = read_replays([tmp_path / "old.png"], ["steps=3"])
     own, call = keywords(changed)
     assert Pipeline(**own).generate(**call)[0].tobytes() != first[0].tobytes()
+
+
+def hires_of(tmp_path, strength, *changes, more="", version="v1.10.1"):
+    line = f"x\nSteps: 20, Sampler: Euler a, Seed: 1, Size: 64x64, Denoising strength: {strength}, Hires upscale: 2"
+    return settings_of(tmp_path, f"{line}{more}, RNG: CPU, Version: {version}", *changes).get("hires_steps")
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.5, 0.55, 0.7, 1])
+def test_a1111s_hires_steps_are_those_that_are_run(tmp_path, strength):
+    """setup_img2img_steps: steps = int(requested / min(strength, 0.999)), of which the last `requested` are run."""
+    for more, ran in ((", Hires steps: 10", 10), (", Hires steps: 0", 20), ("", 20)):
+        steps = hires_of(tmp_path, strength, more=more)
+        assert steps_left(steps, strength) == ran and steps in (int(ran / min(strength, 0.999) + x) for x in (0, 1))
+    assert hires_of(tmp_path, strength, "steps=12") == hires_of(tmp_path, strength, more=", Hires steps: 12")
+
+
+def test_hires_steps_that_are_changed_or_unknown(tmp_path):
+    assert hires_of(tmp_path, 0.5, "hires_steps=7", more=", Hires steps: 10") == 7
+    assert hires_of(tmp_path, 0.5, "hires_strength=0.25", more=", Hires steps: 10") == 40
+    assert hires_of(tmp_path, 0.5, version="ldm 0.1.0") is None  # of ours they are as many as before
+    line = "x\nSteps: 20, Sampler: Euler a, Seed: 1, Hires upscale: 2, Hires steps: 10, RNG: CPU, Version: v1.10.1"
+    replay = replay_of(tmp_path, line)
+    assert "hires_steps" not in replay.entry.settings and "not repeated: Hires steps: 10" in replay.notes[0]
+    error = replay_of(tmp_path, f"{line}, Denoising strength: 0.005").entry.error
+    assert "the end of 2,000, and 1000 are the most" in str(error)
+
+
+@pytest.mark.parametrize(("steps", "strength", "ran"), [(None, 0.7, 14), (10, 0.7, 7), (10, 0.5, 5), (11, 0.5, 5)])
+def test_our_hires_steps_are_written_as_a1111_counts_and_come_back(tmp_path, steps, strength, ran):
+    settings = {"num_inference_steps": 20, "hires_scale": 2.0, "hires_steps": steps, "hires_strength": strength}
+    text = parameters(record_of(sampler="dpmpp_2m", spacing="karras", eta=None, **settings))
+    assert f"Hires steps: {ran}, " in text
+    assert steps_left(settings_of(tmp_path, text)["hires_steps"], strength) == ran
+    assert settings_of(tmp_path, "", record=record_of(**settings)).get("hires_steps") == steps  # the chunk is exact
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ("Sampler: Euler, Schedule type: Uniform", None),
+        ("Sampler: DPM++ 2M, Schedule type: Uniform", "Schedule type: Uniform (linspace has other timesteps here"),
+        ("Sampler: DPM++ 2M", "Schedule type: Uniform (linspace has other timesteps here with dpmpp_2m and 20 steps)"),
+        ("Sampler: Euler, Schedule type: DDIM", None),
+        ("Sampler: Euler, Schedule type: DDIM, Steps: 30", "Schedule type: DDIM"),
+        ("Sampler: Euler, Schedule type: Align Your Steps", "Schedule type: Align Your Steps"),
+        ("Sampler: DPM++ 2M, Schedule type: Karras", None),
+        ("Sampler: DPM++ 2M, Version: ldm 0.1.0", "not given: spacing"),
+        ("Sampler: LCM, Version: ldm 0.1.0", None),
+    ],
+)
+def test_a_schedule_type_with_other_timesteps_is_noted(tiny_folder, tmp_path, fields, note):
+    steps = "" if "Steps:" in fields else "Steps: 20, "
+    (replay,) = read_replays(
+        [picture(tmp_path / "a.png", f"x\n{steps}{fields}, CFG scale: 2, Seed: 1, Size: 8x8, RNG: CPU")]
+    )
+    notes = fitted_to(replay, tiny_folder).notes
+    assert len(notes) == (note is not None) and (note is None or note in notes[0])

@@ -217,6 +217,19 @@ def test_a_png_brings_its_settings_back_and_they_draw_it_again(client):
     assert client.post("/api/read", {"image": as_text(square())}).status_code == 422
 
 
+@pytest.mark.parametrize(("model", "spacing"), [("default", None), (TINY, "karras")])
+def test_what_a_text_of_a1111_says_can_be_asked_for_with_a_flow_model_too(model, spacing, client):
+    """Such a text means a spacing always, which the shipped model refuses."""
+    line = f"Steps: 3, Sampler: DPM++ 2M Karras, CFG scale: 5, Seed: 9, Size: 32x32, Model: {model}, RNG: CPU"
+    text, file = PngInfo(), io.BytesIO()
+    text.add_text("parameters", f"a dog\n{line}")
+    square().save(file, "PNG", pnginfo=text)
+    found = client.post("/api/read", {"image": base64.b64encode(file.getvalue()).decode()}).json()
+    assert found["fields"].get("spacing") == spacing and found["fields"]["model"] == model
+    assert ("not repeated: spacing: karras (a flow model has its own)" in found["notes"]) == (spacing is None)
+    assert client.server.context.reader.read(found["fields"]).steps == [3]
+
+
 # A1111's
 
 

@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.diffusion.inpaint import steps_before
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.schedule_types import is_same
+from ldm.diffusion.spacings import DISTILLED
 from ldm.errors import ConfigError
-from ldm.pipeline.keywords import UNSUPPORTED
+from ldm.pipeline.keywords import MAX_STEPS, UNSUPPORTED
 from ldm.render.prompts.line_settings import WORDS, parse_settings
 from ldm.render.prompts.setting_table import SETTINGS
 from ldm.render.replay.a1111_text import Infotext
@@ -58,6 +62,7 @@ AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2s_ancestral": 
 AUTOMATIC |= {"dpmpp_2m_sde": "exponential", "dpmpp_3m_sde": "exponential"}
 PLAIN = {"ddim": "leading", "unipc": "leading", "lcm": None, "tcd": None, "ddpm": None}  # of others: linspace
 SPACINGS = {"ddim": "leading", "ddim_uniform": "leading", "discrete": "linspace"}  # of A1111, ComfyUI, sd.cpp
+NEARLY = {"leading": "DDIM", "linspace": "Uniform", "ays": "Align Your Steps"}  # ours -> theirs, not always the same
 _NETWORK = re.compile(
     r"\s*<(?!lora:|lyco:)(\w+):[^<>]*>\s*", re.IGNORECASE
 )  # A1111's other extra networks: <hypernet:name:1>
@@ -83,6 +88,7 @@ def a1111_settings(text: Infotext, base: Path, changes: Changes) -> tuple[dict, 
     if "variation_strength" not in settings:
         settings.pop("variation_seed", None)
     settings = _with_spacing(settings, fields, changes)
+    settings = _with_hires_steps(settings, fields, changes, notes)
     notes += [not_repeated("text", piece) for piece in text.rest]
     notes += _notes_on_noise(fields) + _notes_on_gaps(settings, changes)
     keys = {"model": "Model", "model_hash": "Model hash", "lora": "Lora hashes"}
@@ -104,7 +110,7 @@ def _of_field(
         return {}
     if word == "strength":
         return _strength(name, value, fields, base, changes, notes)
-    if word == "hires_steps" and (value.strip() == "0" or "Hires upscale" not in fields):  # 0: as many as before
+    if word == "hires_steps" and (value.strip() == "0" or "Hires upscale" not in fields):  # see _with_hires_steps
         return {}
     if word == "spacing" and value.strip().lower() == "automatic":
         return {}
@@ -180,6 +186,54 @@ def _with_spacing(settings: dict[str, Any], fields: Mapping[str, str], changes: 
     schedule = fields.get("Schedule type", fields.get("Scheduler", ""))
     spacing = automatic_spacing(sampler) if schedule else PLAIN.get(sampler, "linspace")
     return settings if spacing is None else {**settings, "spacing": spacing}
+
+
+def _with_hires_steps(
+    settings: dict[str, Any], fields: Mapping[str, str], changes: Changes, notes: list[str]
+) -> dict[str, Any]:
+    """`settings` with the steps of the second run as we count them.
+
+    A1111's "Hires steps" are all run, at the end of a longer schedule (setup_img2img_steps); without them, or with 0,
+    as many as "Steps". Ours are those of the schedule, of which hires_strength is run.
+    """
+    if "Hires upscale" not in fields or "hires_steps" in changes.names:
+        return settings
+    kept = {name: value for name, value in settings.items() if name != "hires_steps"}
+    ours = fields.get("Version", "").startswith("ldm") and "Hires steps" not in fields  # of 0.1: as many as before
+    if ours or {"timesteps", "sigmas"} & changes.names:
+        return kept
+    known = {**settings, **changes.settings}
+    ran, strength = settings.get("hires_steps") or known.get("num_inference_steps"), known.get("hires_strength")
+    if not ran or not strength:
+        why = "how much of them is run is not given; --set hires_strength=X"
+        notes += [not_repeated("Hires steps", settings["hires_steps"], why)] if "hires_steps" in settings else []
+        return kept
+    steps = steps_before(ran, strength)
+    if steps > MAX_STEPS:
+        what = f"{ran} steps at a strength of {strength:g} are the end of {steps:,}, and {MAX_STEPS} are the most"
+        raise ConfigError(what, where="Hires steps", hint="--set hires_steps=N")
+    return {**kept, "hires_steps": steps}
+
+
+def fit_spacing(settings: Mapping[str, Any], program: str, schedule: Schedule) -> tuple[dict[str, Any], list[str]]:
+    """(settings, notes) of a text for a model with this schedule: what its spacing cannot be, or is not quite.
+
+    A1111's texts mean a spacing even where they name none, which a flow model refuses.
+    """
+    spacing, sampler, steps = (settings.get(name) for name in ("spacing", "sampler", "num_inference_steps"))
+    if spacing is not None and schedule.is_flow:
+        kept = {name: value for name, value in settings.items() if name != "spacing"}
+        return kept, [not_repeated("spacing", spacing, "a flow model has its own")]
+    notes = []
+    if program.startswith("ldm"):
+        unnamed = spacing is None and not schedule.is_flow and sampler is not None and sampler not in DISTILLED
+        notes += ["not given: spacing, which A1111 had no name for (the model's own is taken)"] if unnamed else []
+        return dict(settings), notes
+    known = spacing in NEARLY and sampler is not None and steps is not None
+    if known and not is_same(spacing, sampler, steps, schedule.num_train_timesteps, schedule.steps_offset):
+        why = f"{spacing} has other timesteps here with {sampler} and {steps} steps"
+        notes.append(not_repeated("Schedule type", NEARLY[spacing], why))
+    return dict(settings), notes
 
 
 def _notes_on_noise(fields: Mapping[str, str]) -> list[str]:

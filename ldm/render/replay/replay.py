@@ -28,7 +28,7 @@ from ldm.render.output.lines import DONE, FAILED, last_lines
 from ldm.render.prompts.entry import Entry, Prompts
 from ldm.render.prompts.line_settings import parse_settings, with_own_controls
 from ldm.render.prompts.setting_table import BATCH, IMAGE, SETTINGS, of_scope
-from ldm.render.replay.a1111_settings import a1111_settings, not_repeated
+from ldm.render.replay.a1111_settings import a1111_settings, fit_spacing, not_repeated
 from ldm.render.replay.a1111_text import MAX_TEXT, read_infotext, read_infotexts
 from ldm.render.replay.foreign_json import is_json, read_foreign
 from ldm.render.replay.overrides import Changes
@@ -73,23 +73,19 @@ def read_replays(sources: Sequence[str | os.PathLike], changes: Sequence[str] = 
 
 
 def fitted_to(replay: Replay, model: Any, changes: Sequence[str] = ()) -> Replay:
-    """The replay less the spacing of another program's text where the model is a flow model, which has its own.
+    """The replay of a text with the spacing that the model can have, and a note where that is not the text's.
 
-    A1111's texts mean a spacing even where they name none. One that `changes` ask for stays.
+    One that `changes` ask for stays.
     """
     entry = replay.entry
-    spacing = (entry.settings or {}).get("spacing")
-    if spacing is None or "program" not in replay.source or "spacing" in Changes.read(changes).names:
+    if entry.settings is None or "program" not in replay.source or "spacing" in Changes.read(changes).names:
         return replay
     try:
-        flow = describe(entry.settings.get("model", model)).schedule.is_flow
+        schedule = describe(entry.settings.get("model", model)).schedule
     except LdmError:  # told where the model is loaded
         return replay
-    if not flow:
-        return replay
-    settings = {name: value for name, value in entry.settings.items() if name != "spacing"}
-    note = not_repeated("spacing", spacing, "a flow model has its own")
-    return Replay(replace(entry, settings=settings), (*replay.notes, note))
+    settings, notes = fit_spacing(entry.settings, str(replay.source["program"]), schedule)
+    return Replay(replace(entry, settings=settings), (*replay.notes, *notes))
 
 
 def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str], model: Any = "default") -> Prompts:
