@@ -24,7 +24,7 @@ PREDICTION_TYPES |= {"x": "sample", "x0": "sample", "sample": "sample"}
 
 def check_prediction_type(value: str | None) -> str | None:
     """epsilon, v_prediction or sample (or short: eps, v, x0) as diffusers spells it. Raises ConfigError."""
-    if value is not None and value not in PREDICTION_TYPES:
+    if value is not None and not (isinstance(value, str) and value in PREDICTION_TYPES):
         raise ConfigError(f"unknown prediction type {value!r:.80}", hint=nearest(str(value), PREDICTION_TYPES))
     return value and PREDICTION_TYPES[value]
 

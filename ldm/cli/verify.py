@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", metavar="N", type=int, default=0, help="0 to 255: how far a channel may be off (0)")
     add("--model", metavar="MODEL", help="where the image's model is, if it cannot be found by its name")
     add("--vae", metavar="PATH", help="the VAE that it was drawn with, in place of the model's")
+    add("--prediction-type", metavar="NAME", help="what it was drawn with, where its metadata (before 0.2.0) lacks it")
     add("--lora-dir", metavar="FOLDER", help="where the LoRAs of tags are")
     add("--device", metavar="NAME", help="cpu, cuda, mps (that of the image)")
     add("--json", action="store_true", help="print one JSON document")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("there are no images", hint="write ldm verify IMAGE, or --golden")
     from ldm.render.replay.verify import Verified, verdicts
 
-    names = ("model", "vae", "lora_dir", "device")
+    names = ("model", "vae", "lora_dir", "device", "prediction_type")
     found = []
     for verdict in verdicts(args.sources, args.tolerance, **{name: getattr(args, name) for name in names}):
         found.append(verdict)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-OWN = ("vae", "text_encoders", "lora", "lora_dir", "port", "listen", "token", "host", "max_gb")
+OWN = ("vae", "text_encoders", "prediction_type", "lora", "lora_dir", "port", "listen", "token", "host", "max_gb")
 COMMON = ("device", "dtype", "offload", "attention", "allow_unapplied")
 
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="PATH", action="append", default=[], help="a VAE that can be chosen")
     texts = "what a file of SD3 or FLUX lacks of CLIP and T5; several times"
     add("--text-encoders", metavar="PATH", action="append", default=[], help=texts)
+    add("--prediction-type", metavar="NAME", help="of one model: epsilon, v_prediction, sample (what the model says)")
     add("--lora", metavar="FILE", action="append", default=[], help="a LoRA that can be chosen")
     add("--lora-dir", metavar="FOLDER", help="all LoRAs in it can be chosen, and named by <lora:name:0.8> in prompts")
     add("--allow-unapplied", action="store_true", help="warn of a LoRA's keys that fit nowhere, instead of refusing it")

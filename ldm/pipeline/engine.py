@@ -20,6 +20,7 @@ from ldm.checkpoint import Model, load_model
 from ldm.checkpoint.describe import ModelInfo, describe
 from ldm.checkpoint.memory import memory_of, offload_line, weight_shapes
 from ldm.checkpoint.single import listed_texts
+from ldm.checkpoint.types import check_prediction_type
 from ldm.config import require
 from ldm.device import check_quantization, dtype_name, is_out_of_memory, let_go, pick_device, pick_dtype, without_tf32
 from ldm.diffusion.denoiser import sample
@@ -75,7 +76,7 @@ class Engine:
         text_encoders: Any = None,
         quantization: str | None = None,
     ):
-        self.model, self.vae, self.prediction_type = model, vae, prediction_type
+        self.model, self.vae, self.prediction_type = model, vae, check_prediction_type(prediction_type)
         self.text_encoders, self.quantization = text_encoders, check_quantization(quantization, installed=False)
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention, compile, backend)
@@ -101,7 +102,8 @@ class Engine:
             beside = self.info.transformer or self.controlnets or self.ip_adapters
             what = "is for a U-Net alone: not for flow transformers, nor with a controlnet or an ip_adapter"
             require(beside is None, what, word)
-        self._adapters = Adapters(check_bool(allow_unapplied, "allow_unapplied"), dora_scaling)
+        self.allow_unapplied = check_bool(allow_unapplied, "allow_unapplied")
+        self._adapters = Adapters(self.allow_unapplied, dora_scaling)
         self._tokens = PromptTokens()
         self._told_memory = False
         self._room: dict[int, int] = {}  # pixels of an image -> images of a batch that memory had room for
@@ -155,7 +157,7 @@ class Engine:
 
     @functools.cached_property
     def other_parts(self) -> dict[str, Any]:
-        """The files in place of the model's own parts, or of those that it lacks, and how weights are kept, for the
+        """The files in place of the model's own parts, or of those that it lacks, and how weights are read, for the
         image's metadata.
 
         Their paths are absolute; what they hold is in the model's hash.
@@ -167,6 +169,10 @@ class Engine:
             found["text_encoders"] = [str(path.resolve()) for path in listed_texts(self.text_encoders)]
         if self.quantization:
             found["quantization"] = self.quantization
+        if self.prediction_type is not None:
+            found["prediction_type"] = self.prediction_type
+        if self.allow_unapplied:
+            found["allow_unapplied"] = True
         return found
 
     def load_beside(self) -> None:

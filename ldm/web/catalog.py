@@ -18,6 +18,7 @@ from ldm.checkpoint.lora import read_lora_header
 from ldm.checkpoint.lora.read import FILE
 from ldm.checkpoint.model import addable_parts, refuse_texts
 from ldm.checkpoint.single import listed_texts
+from ldm.checkpoint.types import check_prediction_type
 from ldm.diffusion import names
 from ldm.errors import ConfigError, nearest
 from ldm.nn.text import TextEncoder
@@ -35,10 +36,17 @@ class Catalog:
     loras: Mapping[str, Path] = field(default_factory=dict)
     lora_dir: Path | None = None
     texts: tuple[Path, ...] = ()  # of the single files of SD3 and FLUX
+    prediction_type: str | None = None  # of the one model; None: what it says
 
     @classmethod
     def of(
-        cls, models: Sequence[Any], vaes: Sequence[Any], loras: Sequence[Any], lora_dir: Any, texts: Any = ()
+        cls,
+        models: Sequence[Any],
+        vaes: Sequence[Any],
+        loras: Sequence[Any],
+        lora_dir: Any,
+        texts: Any = (),
+        prediction_type: str | None = None,
     ) -> Catalog:
         """From what the command line or `ldm.web` was given. Raises ConfigError and ModelError before any work."""
         folder = None if lora_dir is None else Path(os.path.expanduser(lora_dir))
@@ -50,7 +58,12 @@ class Catalog:
         if folder is not None:
             paths += [path.parent if path.name == FILE else path for path in sorted(folder.rglob("*.safetensors"))]
         named = _named(models, "model"), _named(vaes, "vae"), _named(paths, "lora")
-        found = cls(*named, folder, listed_texts(texts))
+        if prediction_type is not None and len(named[0]) > 1:
+            hint = "give one, or write the others anew by ldm convert --prediction-type"
+            raise ConfigError(f"is of one model, and there are {len(named[0])}", where="prediction_type", hint=hint)
+        if prediction_type is not None and isinstance(models[0], Model):
+            raise ConfigError("a loaded model has its schedule already", where="prediction_type")
+        found = cls(*named, folder, listed_texts(texts), check_prediction_type(prediction_type))
         for name in found.models:
             found.info(name)
         if texts and not any("text_encoders" in found.addable(name) for name in found.models):
@@ -75,7 +88,7 @@ class Catalog:
         return describe(self.pick("model", model), **self.parts(model, vae))
 
     def parts(self, model: str, vae: str | None = None) -> dict[str, Any]:
-        """Pipeline's keywords for parts that are not the model's own: the VAE of this name, and what its file lacks.
+        """Pipeline's keywords for what is not the model's own: the VAE of this name, what its file lacks or has wrong.
 
         A file without a VAE gets the first one.
         """
@@ -87,6 +100,8 @@ class Catalog:
             parts["vae"] = self.pick("vae", vae)
         if self.texts and "text_encoders" in addable:
             parts["text_encoders"] = self.texts
+        if self.prediction_type is not None:
+            parts["prediction_type"] = self.prediction_type
         return parts
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
@@ -101,7 +116,8 @@ class Catalog:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def _text(self, model: str) -> TextEncoder:
-        return text_without_weights(self.pick("model", model), text_encoders=self.parts(model).get("text_encoders"))
+        texts = self.parts(model).get("text_encoders")
+        return text_without_weights(self.pick("model", model), self.prediction_type, text_encoders=texts)
 
     def __hash__(self) -> int:
         return id(self)

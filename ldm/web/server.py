@@ -48,6 +48,7 @@ def web(
     lora: Any = (),
     lora_dir: str | os.PathLike | None = None,
     text_encoders: Any = (),
+    prediction_type: str | None = None,
     port: int | None = None,
     listen: str = "127.0.0.1",
     token: str | None = None,
@@ -65,6 +66,7 @@ def web(
     lora_dir     all LoRAs in this folder can be chosen, and named by <lora:name:0.8> in prompts
     text_encoders  what single files of SD3 and FLUX among the models lack of CLIP and T5; one without a VAE gets the
                  first of vae
+    prediction_type  epsilon, v_prediction or sample, where the one model does not say it or says it wrongly
     port         7860, or a free one where that is taken; 0: a free one
     listen       an address of this machine; another than loopback needs a token of 16 characters or more
     host         names beside "localhost" under which the server may be asked for
@@ -77,7 +79,8 @@ def web(
     token = check_access(listen, token)
     require(0 < max_gb <= 1e6, f"{max_gb:g} is outside 0 to 1,000,000", "max_gb")
     models = [model] if isinstance(model, str | os.PathLike) or not isinstance(model, Sequence) else list(model)
-    catalog = Catalog.of(models or ["default"], _listed(vae), _listed(lora), lora_dir, _listed(text_encoders))
+    parts = _listed(vae), _listed(lora), lora_dir, _listed(text_encoders), prediction_type
+    catalog = Catalog.of(models or ["default"], *parts)
     folder = Path(os.path.expanduser(output))
     require_place(folder)
     listening = _listening(listen, port)

@@ -1,7 +1,9 @@
 """`ldm generate` from end to end, in this process, on a tiny model."""
 
+import json
 import resource
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from ldm.checkpoint import load_model, save_model
 from ldm.cli import main
 from ldm.images import Metadata, encode, read_metadata
+from ldm.render.sheets import gallery
 
 FAST = ["--steps", "2", "--sampler", "ddim"]
 
@@ -149,7 +152,7 @@ def test_it_runs_outside_the_main_thread(generate, files):
     assert codes == [0] and files() == ["a-cat.png"]
 
 
-def test_loras_by_file_and_by_tag(generate, tmp_path, capsys):
+def test_loras_by_file_and_by_tag(generate, tiny_folder, tmp_path, capsys):
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     pair = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
     (tmp_path / "loras").mkdir()
@@ -164,6 +167,16 @@ def test_loras_by_file_and_by_tag(generate, tmp_path, capsys):
     assert "1 of 3 keys match no layer of this model: unet.nowhere" in capsys.readouterr().err
     assert generate("a cat", "--lora", str(file), "--allow-unapplied") == 0
     assert "1 keys are not applied: unet.nowhere" in capsys.readouterr().err
+    assert read_metadata("a-cat.png").ldm["allow_unapplied"] is True
+    assert generate("--from", "a-cat.png", "-o", "again.png") == 0
+    assert pixels("again.png") == pixels("a-cat.png")
+    model = ["--model", str(tiny_folder)]
+    assert main(["render", "--from", "a-cat.png", "-o", "once/", *model, "--dora-scaling", "peft"]) == 0
+    assert main(["render", "--from", "once/", "-o", "twice/"]) == 0 and main(["verify", "twice/"]) == 0
+    line = json.loads(Path("twice/manifest.jsonl").read_text())
+    assert line["allow_unapplied"] is True and line["settings"]["dora_scaling"] == "peft"
+    command = gallery.command({**line["settings"], **gallery.allowed(line)}, "x.png")
+    assert command == "ldm generate --from x.png"
 
 
 def pixels(name):

@@ -6,7 +6,10 @@ from importlib.metadata import requires
 import pytest
 
 import ldm.web
+from ldm.checkpoint import load_model
 from ldm.cli import main
+from ldm.errors import ConfigError
+from ldm.web.catalog import Catalog
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
@@ -33,6 +36,11 @@ def test_an_install_without_the_extra_pulls_none_of_its_packages():
         (["--lora", "/no/such.safetensors"], "/no/such.safetensors"),
         (["--port", "99999999"], "cannot be listened on"),
         (["-o", "{file}"], "is a file, not a folder"),
+        (["--prediction-type", "velocity"], "unknown prediction type 'velocity'"),
+        (
+            ["--prediction-type", "v", "--model", "a", "--model", "b"],
+            "prediction_type: is of one model, and there are 2",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(words, message, tmp_path, capsys):
@@ -44,3 +52,13 @@ def test_what_cannot_be_served_is_refused_in_one_line(words, message, tmp_path, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "gallery").exists()
+
+
+def test_the_one_model_predicts_what_is_given(tiny_folder):
+    (plain, other) = (Catalog.of([tiny_folder], [], [], None, prediction_type=word) for word in (None, "eps"))
+    said = [catalog.described(catalog.default)["prediction_type"] for catalog in (plain, other)]
+    assert said == ["v_prediction", "epsilon"]
+    assert (plain.parts(plain.default), other.parts(other.default)) == ({}, {"prediction_type": "epsilon"})
+    assert other.text(other.default).token_ids("a cat")
+    with pytest.raises(ConfigError, match="a loaded model has its schedule already"):
+        Catalog.of([load_model(tiny_folder)], [], [], None, prediction_type="v")

@@ -46,6 +46,14 @@ def test_another_vae_is_in_the_hashes(tiny_folder, tmp_path):
     assert settings["vae"] == str(tmp_path / "vae") and hashes["model"] != plain["model"] and len(hashes["vae"]) == 64
 
 
+def test_what_a_run_draws_by_is_in_settings_and_key(tiny_folder):
+    line = {"prompt": "a", "seed": 1, "model": str(tiny_folder)}
+    (plain, hashes), (other, same) = (Resolver(prediction_type=word)(line) for word in (None, "v_prediction"))
+    assert other == {**plain, "prediction_type": "v_prediction"} and same == hashes
+    assert Resolver(prediction_type="v_prediction")(other)[0] == other
+    assert Resolver(allow_unapplied=True, attention="sdpa")(line) == (plain, hashes)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import ldm
+from ldm.checkpoint import load_model
 from ldm.cli import main
 from ldm.errors import ConfigError
 from ldm.images import Metadata, encode, read_metadata
@@ -108,6 +109,45 @@ def test_what_cannot_be_drawn_again_says_why(drawn, tmp_path, more, cause):
 def test_a_model_of_another_place_can_be_named(drawn, tiny_folder, tmp_path):
     path = changed(drawn / "a.png", tmp_path / "b.png", model="somebodys")
     assert verdict_of(path, model=tiny_folder).result == "same bytes"
+
+
+def test_what_a_model_was_taken_to_predict_is_in_the_metadata(tiny_folder, tmp_path, capsys):
+    model = ["--model", str(tiny_folder), "--steps", "2", "--seed", "3"]
+    a, b, out, again = (str(tmp_path / name) for name in ("a.png", "b.png", "out", "again"))
+    assert main(["generate", "a cat", *model, "--prediction-type", "eps", "-o", a]) == 0
+    assert main(["generate", "a cat", *model, "-o", b]) == 0
+    metadata, plain = (read_metadata(path).ldm for path in (a, b))
+    assert metadata["prediction_type"] == "epsilon" and plain.keys() == metadata.keys() - {"prediction_type"}
+    place = {"model": tiny_folder}
+    assert verdict_of(a, **place).result == verdict_of(b, **place).result == "same bytes"
+    loaded = load_model(tiny_folder, dtype="fp32", prediction_type="epsilon", cache=False)
+    assert verdict_of(a, model=loaded).result == "same bytes"
+    old = changed(tmp_path / "a.png", tmp_path / "old.png", prediction_type=None)
+    assert "prediction_type was 'epsilon', is 'v_prediction': it will differ" in verdict_of(old, **place).causes
+    assert main(["verify", str(old), "--model", str(tiny_folder), "--prediction-type", "epsilon"]) == 0
+    damaged = changed(tmp_path / "a.png", tmp_path / "damaged.png", prediction_type=["eps"])
+    assert "the metadata is damaged" in verdict_of(damaged, **place).causes[0]
+    assert main(["generate", "--from", a, *model[:2], "-o", str(tmp_path / "c.png")]) == 0
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+
+    (tmp_path / "p.txt").write_text("a cat --d 3 --s 2\n")
+    for word, finished in (("v_prediction", 0), ("epsilon", 0), ("eps", 1)):  # what was drawn by another is no such job
+        capsys.readouterr()
+        words = ["render", str(tmp_path / "p.txt"), "-o", out, *model[:2], "--prediction-type", word]
+        assert main(words) == 0 and f"{finished} finished before" in capsys.readouterr().err
+    images = [json.loads(line)["path"] for line in (tmp_path / "out/manifest.jsonl").open()]
+    drawn = [Image.open(tmp_path / "out" / name).tobytes() for name in images]
+    assert drawn[0] == Image.open(b).tobytes() and drawn[1] == Image.open(a).tobytes()
+    assert main(["render", "--from", str(tmp_path / "out" / images[1]), "-o", again, *model[:2]]) == 0
+    (name,) = (tmp_path / "again").glob("*.png")
+    assert Image.open(name).tobytes() == drawn[1]
+    assert main(["render", "--from", again, "-o", again + "2"]) == 0  # of its manifest
+    (name,) = (tmp_path / "again2").glob("*.png")
+    assert Image.open(name).tobytes() == drawn[1] and main(["verify", again]) == 0
+    capsys.readouterr()
+    both = ["--from", a, "--from", b]
+    assert main(["render", *both, "-o", again + "3", *model[:2]]) == 0
+    assert "some images were drawn with --prediction-type epsilon and others without" in capsys.readouterr().err
 
 
 def test_the_input_of_image_to_image_is_found_by_its_pixels(tiny_folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ldm import console
@@ -135,8 +136,8 @@ def render(
         "metadata": metadata,
         "ray": ray,
     }
-    entries = _prompts(prompts, sources, changes, settings.get("model"))
-    resolver, defaults = _resolver(settings, entries.dtype, bool(sources))
+    entries = _prompts(prompts, sources, changes, settings)
+    resolver, defaults = _resolver(settings, entries.of_run, bool(sources))
     entries = gridded(entries, axes, checked["seed"]) if axes else entries
     run = Run(prompts=entries, defaults=defaults, resolver=resolver, **checked)
     if dry_run:
@@ -154,7 +155,7 @@ def render(
     return rendered
 
 
-def _prompts(prompts: Any, sources: Any, changes: Sequence[str], model: Any = None) -> Prompts:
+def _prompts(prompts: Any, sources: Any, changes: Sequence[str], settings: Mapping[str, Any]) -> Prompts:
     """Where the entries come from. Raises ConfigError unless it is one of prompts and sources."""
     if bool(sources) == (prompts is not None):
         what = "there are prompts and images to be drawn again" if sources else "there are no prompts"
@@ -164,26 +165,25 @@ def _prompts(prompts: Any, sources: Any, changes: Sequence[str], model: Any = No
     if not sources and is_infotext_file(prompts):
         console.say(f"{prompts}: A1111's settings of an image, drawn again as --from does")
         sources = prompts
-    return replayed(sources, changes, model or "default") if sources else open_prompts(prompts)
+    return replayed(sources, changes, settings) if sources else open_prompts(prompts)
 
 
 def _resolver(
-    settings: Mapping[str, Any], dtype: str = "auto", replayed: bool = False
+    settings: Mapping[str, Any], recorded: Mapping[str, Any] = MappingProxyType({}), replayed: bool = False
 ) -> tuple[Resolver, dict[str, Any]]:
     """(who resolves lines, the settings of lines that leave them out), from Pipeline's and generate's keywords.
 
-    `dtype` is used where they have none. Raises ConfigError for what no line could be drawn with; the parts that a
+    `recorded` are used where they have none. Raises ConfigError for what no line could be drawn with; the parts that a
     model's file lacks may be said by the images that are drawn again (`replayed`).
     """
     given = {ALIASES.get(word, word): value for word, value in settings.items() if value is not None}
+    given["dtype"] = check_dtype(given.get("dtype", "auto"))
+    given |= {name: value for name, value in recorded.items() if given.get(name) in (None, False, "auto")}
     of_run = {name: given.pop(name) for name in OF_RUN if name in given}
     if _in_memory(given.get("model")):
         of_run["loaded"] = given.pop("model")
     if isinstance(given.get("lora"), tuple):  # (path, weight)
         given["lora"] = [given["lora"]]
-    given["dtype"] = check_dtype(given.get("dtype", "auto"))
-    if given["dtype"] == "auto":
-        given["dtype"] = dtype
     # Lines have no parser for these, or (clip_skip) count in another way.
     as_given = {name for name in given if name == "clip_skip" or (name in SETTINGS and SETTINGS[name].parser is None)}
     defaults = parse_settings([(name, value) for name, value in given.items() if name not in as_given], Path())

@@ -21,7 +21,7 @@ from ldm.pipeline.metadata import parameters
 from ldm.render.jobs.jobs import Job
 from ldm.render.output.manifest import Manifest, Report
 
-REMARKS = ("truncated", "unknown_words", "remarks")
+REMARKS = ("truncated", "unknown_words", "remarks", "allow_unapplied")
 WAITING = 16  # images at most between the networks and the disk
 
 

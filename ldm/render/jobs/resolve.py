@@ -82,6 +82,7 @@ class Resolver:
             "guidance_scale": scale,
             **shared,
             **_variation(asked),
+            **({"prediction_type": engine.prediction_type} if engine.prediction_type else {}),
         }
         if info.few is not None:
             self._warn(info.few.remarks(asked))
@@ -91,11 +92,12 @@ class Resolver:
         if "text_encoders" in shared:
             hashes["text_encoders"] = "in the model's"
         if adapters:
-            self._check_fit(engine, adapters)
+            paths = (adapter.path for adapter in adapters)
+            _once(self._fitting, (id(engine), *paths), lambda: engine.check(adapters))
             settings["lora"] = [adapter.as_list() for adapter in adapters]
             hashes["lora"] = [[self._hash(str(adapter.path)), *adapter.as_list()[1:]] for adapter in adapters]
             if (dora := self._options.get("dora_scaling", "linear")) != "linear":
-                hashes["dora_scaling"] = dora
+                settings["dora_scaling"] = dora
         return settings, hashes
 
     def model(self, settings: Mapping[str, Any]) -> tuple[Engine, ModelInfo]:
@@ -130,9 +132,6 @@ class Resolver:
         (prompt,), _, (adapters,) = take_adapters(*texts, lora, self._lora_dir)
         Prompt.parse(prompt)
         return prompt, adapters
-
-    def _check_fit(self, engine: Engine, adapters: tuple[Adapter, ...]) -> None:
-        _once(self._fitting, (id(engine), *(adapter.path for adapter in adapters)), lambda: engine.check(adapters))
 
     def _warn(self, lines: Iterable[str]) -> None:
         """Each line once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +43,7 @@ class Prompts:
 
     name: str  # for messages
     entries: Iterable[Entry]  # read once
-    dtype: str = "auto"  # that of images that are drawn again, where all have the same
+    of_run: Mapping[str, Any] = field(default_factory=dict)  # render's settings of images that are drawn again
     grids: bool = False  # whether they are cells of grids
 
 

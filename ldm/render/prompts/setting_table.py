@@ -85,9 +85,9 @@ SETTINGS: dict[str, Setting] = {
     "attention": Setting(RUN),
     "compile": Setting(RUN),
     "backend": Setting(RUN),
-    "prediction_type": Setting(RUN),
+    "prediction_type": Setting(RUN, option="--prediction-type"),
     "allow_unapplied": Setting(RUN),
-    "dora_scaling": Setting(RUN),
+    "dora_scaling": Setting(RUN, option="--dora-scaling"),
     "lora_dir": Setting(RUN),
 }
 TEXTS = tuple(name for name, setting in SETTINGS.items() if setting.parser is values.prompt)  # may hold templates

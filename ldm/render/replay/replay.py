@@ -21,7 +21,7 @@ from ldm.device import DTYPES
 from ldm.diffusion.guidance import Guidance
 from ldm.errors import ConfigError, DataError, LdmError
 from ldm.images import read_metadata
-from ldm.pipeline.keywords import GUIDANCE_WORDS
+from ldm.pipeline.keywords import ALIASES, GUIDANCE_WORDS
 from ldm.pipeline.pipeline import Pipeline
 from ldm.pipeline.sources import DIGESTS
 from ldm.render.output.lines import DONE, FAILED, last_lines
@@ -41,6 +41,7 @@ OF_THE_MODEL = ("model", "model_hash", "commit", "schedule", "lora")
 COMPARED = {**DIGESTS, "control_image": "control_sha256", "ip_adapter_image": "ip_adapter_image_sha256"}
 COMPARED |= {"ip_adapter_mask": "ip_adapter_mask_sha256"}
 NETWORKS = ("controlnet", "ip_adapter", "image_encoder")  # settings whose files have a hash
+OF_A_RUN = ("prediction_type", "allow_unapplied", "dora_scaling")  # recorded where they were given
 REMARKS = ("truncated", "unknown_words", "remarks", "named", "few_steps", "inexact", "job")
 SHOWN = 5  # notes on what is not repeated
 
@@ -88,11 +89,16 @@ def fitted_to(replay: Replay, model: Any, changes: Sequence[str] = ()) -> Replay
     return Replay(replace(entry, settings=settings), (*replay.notes, *notes))
 
 
-def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str], model: Any = "default") -> Prompts:
-    """The entries of images, manifests and folders to be drawn again, by `model` where they do not name one at hand.
+def replayed(
+    sources: str | os.PathLike | Sequence, changes: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> Prompts:
+    """The entries of images, manifests and folders to be drawn again.
 
-    Raises ConfigError as `read_replays` does.
+    `settings` are render's, for what images do not say, such as the model where they do not name one at hand. Raises
+    ConfigError as `read_replays` does.
     """
+    given = {ALIASES.get(word, word): value for word, value in (settings or {}).items() if value is not None}
+    model = given.get("model", "default")
     sources = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     replays = [
         fitted_to(replay, model, changes) for replay in read_replays(sources, changes)
@@ -102,12 +108,29 @@ def replayed(sources: str | os.PathLike | Sequence, changes: Sequence[str], mode
         console.warn(note)
     if len(notes) > SHOWN:
         console.warn(f"{len(notes) - SHOWN} more things are not repeated")
-    if any(_scaled_as_peft(replay.source) for replay in replays):
-        console.warn("drawn with --dora-scaling peft: give it to this command too")
     dtypes = {replay.source.get("dtype") for replay in replays}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "auto"
+    of_run = {"dtype": dtypes.pop()} if len(dtypes) == 1 and dtypes <= set(DTYPES) else {}
+    of_run |= _of_one_run([replay for replay in replays if replay.entry.error is None], given)
     entries = [replace(replay.entry, source=_comparable(replay.source)) for replay in replays]
-    return Prompts(", ".join(map(str, sources[:3])), entries, dtype)
+    return Prompts(", ".join(map(str, sources[:3])), entries, of_run)
+
+
+def _of_one_run(replays: Sequence[Replay], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the images were drawn with that is the same for all of a run; warns where it is not, and not `given`."""
+    found: dict[str, Any] = {}
+    for name in OF_A_RUN:
+        concerned = replays if name == "prediction_type" else [one for one in replays if one.entry.settings.get("lora")]
+        values = {of_run(replay.source).get(name) for replay in concerned}
+        if given.get(name) or values <= {None}:
+            continue
+        if name == "prediction_type" and not isinstance(given.get("model", ""), (str, os.PathLike)):
+            continue  # the schedule of a loaded model is its own
+        if len(values) == 1 or name == "allow_unapplied":
+            found[name] = max(filter(None, values))
+        else:
+            option = f"--{name.replace('_', '-')} {max(filter(None, values))}"
+            console.warn(f"some images were drawn with {option} and others without: draw them apart, those with it")
+    return found
 
 
 def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +158,8 @@ def _of_manifest(path: Path, changes: Changes) -> Iterator[Replay]:
             settings = line.get("settings")
             if line["status"] not in (DONE, FAILED) or not isinstance(settings, Mapping):
                 raise DataError("the line holds no settings")
-            return _of_metadata({**settings, "seed": line.get("seed")}, folder, changes)
+            beside = {name: line[name] for name in OF_A_RUN if name in line}
+            return _of_metadata({**settings, "seed": line.get("seed"), **beside}, folder, changes)
 
         yield _replay(entry, read, changes)
     if not number:
@@ -201,8 +225,8 @@ def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) ->
     """(settings, notes, source) of an `ldm` chunk or of a manifest's settings; paths are looked up from `folder`."""
     settings, notes = {}, []
     compared = (*OF_THE_MODEL, *OF_THE_MACHINE, *COMPARED.values())
-    source = {name: metadata[name] for name in (*compared, *NETWORKS) if metadata.get(name) is not None}
-    no_settings = {*compared, *REMARKS} - {"lora"}
+    source = {name: metadata[name] for name in (*compared, *NETWORKS, *OF_A_RUN) if metadata.get(name) is not None}
+    no_settings = {*compared, *REMARKS, *OF_A_RUN} - {"lora"}
     for name, value in metadata.items():
         if name in changes.names or name in no_settings:
             continue
@@ -215,6 +239,10 @@ def _of_metadata(metadata: Mapping[str, Any], folder: Path, changes: Changes) ->
             raise DataError("was drawn from an image that has no file", where=name, hint=hint)
         elif value is not None:
             _add(settings, notes, name, value, folder)
+    if "model" in changes.names:
+        source.pop("prediction_type", None)  # of another model
+    if any(type(source.get(name, kind())) is not kind for name, kind in zip(OF_A_RUN, (str, bool, str))):
+        raise DataError("the metadata is damaged", where=", ".join(OF_A_RUN))
     _check_guidance({**settings, **changes.settings})
     if "model" not in changes.names and (model := _model(metadata, folder)):
         settings["model"] = model
@@ -338,10 +366,13 @@ def _other_loras(source: Any, loras: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _scaled_as_peft(source: Mapping[str, Any]) -> bool:
+def of_run(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Pipeline's keywords that an image was drawn with and that are no settings of a prompt line."""
+    found = {name: source[name] for name in OF_A_RUN if name in source}
     loras = source.get("lora")
     listed = loras if isinstance(loras, (list, tuple)) else ()
-    return any(isinstance(one, Mapping) and one.get("dora_scaling") == "peft" for one in listed)
+    peft = any(isinstance(one, Mapping) and one.get("dora_scaling") == "peft" for one in listed)
+    return found | ({"dora_scaling": "peft"} if peft else {})
 
 
 def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -355,8 +386,7 @@ def keywords(replay: Replay) -> tuple[dict[str, Any], dict[str, Any]]:
     pipeline = {name: call.pop(name) for name in inspect.signature(Pipeline).parameters if name in call}
     if "dtype" not in pipeline and isinstance(replay.source.get("dtype"), str):
         pipeline["dtype"] = replay.source["dtype"]
-    if _scaled_as_peft(replay.source):
-        pipeline["dora_scaling"] = "peft"
+    pipeline |= of_run(replay.source)
     if isinstance(call.get("seed"), tuple):
         call["num_images"] = len(call["seed"])
     if "lora" in pipeline:

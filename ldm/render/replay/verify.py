@@ -85,6 +85,7 @@ def verify(
     vae: str | os.PathLike | None = None,
     lora_dir: str | os.PathLike | None = None,
     device: str | None = None,
+    prediction_type: str | None = None,
 ) -> Verified:
     """Draw images again from their own metadata, and compare.
 
@@ -92,11 +93,13 @@ def verify(
     tolerance  0 to 255: how far a channel may be off
     model, vae, lora_dir   where the metadata's own cannot be found: a model of another place, a folder with its LoRAs
     device     another than the image was drawn on
+    prediction_type  what images were drawn with whose metadata does not tell it (before 0.2.0)
 
     Raises ConfigError for a source that does not exist or holds no images. An image that cannot be drawn again is a
     verdict with its cause.
     """
-    return Verified(tuple(verdicts(sources, tolerance, model=model, vae=vae, lora_dir=lora_dir, device=device)))
+    options = {"model": model, "vae": vae, "lora_dir": lora_dir, "device": device, "prediction_type": prediction_type}
+    return Verified(tuple(verdicts(sources, tolerance, **options)))
 
 
 def verdicts(
@@ -216,6 +219,8 @@ def _drawn(replay: Replay, options: Mapping[str, Any]) -> tuple[Image.Image, Map
     from ldm.pipeline import Pipeline
 
     own, call = keywords(replay)
+    if not isinstance(options.get("model", ""), (str, os.PathLike)):
+        own.pop("prediction_type", None)  # the schedule of a loaded model is its own
     own |= {"device": "cpu"} if str(replay.source.get("device", "")).startswith("cpu") else {}
     threads = replay.source.get("threads")
     with _threads(threads if isinstance(threads, int) else 0), console.hushed():

@@ -61,11 +61,16 @@ def _data(folder: Path, title: str) -> dict[str, Any]:
             "url": quote(line["path"]),
             "where": line.get("where"),
             "settings": {"prompt": ""} | {name: value for name, value in settings.items() if name not in common},
-            "command": command(line["settings"], line["path"]),
+            "command": command(line["settings"] | allowed(line), line["path"]),
         }
         for line, settings in zip(lines, every)
     ]
     return {"title": title, "common": common, "images": images, "failures": failures(folder)}
+
+
+def allowed(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest's line has beside its settings and an image is drawn again with."""
+    return {"allow_unapplied": True} if line.get("allow_unapplied") is True else {}
 
 
 def _plain(value: Any) -> str | int | float | None:
