@@ -1,12 +1,16 @@
 """Low-rank updates against PEFT's own layers, and what merging must not change."""
 
+import copy
+
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.errors import ConfigError, ModelError
 from ldm.nn.lora import (
+    LoraLayer,
     LowRank,
     attach,
     clone_shared_weights,
@@ -79,6 +83,25 @@ def test_merged_and_applied_equal_pefts_layer(name, dora):
     attach(net, {"layer": update})
     torch.testing.assert_close(net.train()(x), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net.eval()(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1.0015, 0.9985, 1.006])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_magnitude_near_the_norm_counts_in_bf16_as_in_the_merged_weight(factor, autocast):
+    """Rounded to bf16, whose numbers are 0.008 apart above 1, the first two are 1 and the last is 1.0078."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 512), torch.randn(256, 96)
+    down, up = torch.randn(4, 96) * 0.05, torch.randn(512, 4) * 0.02
+    whole = layer.weight.detach() + up @ down
+    update = LowRank(down, up, 4.0, factor * whole.norm(dim=1))
+    plain = F.linear(x, whole)
+    adapted = LoraLayer(layer if autocast else copy.deepcopy(layer).bfloat16(), update).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = adapted(x if autocast else x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    change = found.detach().double() - F.linear(x, whole, layer.bias)
+    measured = 1 + (change * plain).sum() / plain.square().sum()  # by least squares: rounding is no part of it
+    assert measured.item() == pytest.approx(factor, abs=2e-4)
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
