@@ -122,6 +122,16 @@ def test_text_encoders_learn_where_they_are_asked_to(runs):
     assert settings_of(out).text_encoder and not settings_of(runs("lora")[1]).text_encoder
 
 
+def test_a_full_run_with_its_text_encoder_is_one_to_start_from(runs):
+    from ldm.training.stages.start import start_from
+
+    _, out, _ = runs("full")
+    expected = last_tensors(out, "ema.")
+    assert any(name.startswith("text_encoder.") for name in expected)
+    found = start_from(str(out), "unet").state_dict()
+    assert found and all(torch.equal(value, expected[f"unet.{name}"]) for name, value in found.items())
+
+
 def test_a_full_run_leaves_a_model_for_both(runs):
     base, out, model = runs("full")
     assert model == out / "model" and not (out / "pytorch_lora_weights.safetensors").exists()
