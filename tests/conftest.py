@@ -58,7 +58,7 @@ def tiny_text(width=32):
     return ClipText(transformers.CLIPTextModel(config).eval(), tokenizer, frozenset(WORDS))
 
 
-def tiny_vae(latent_channels=4):
+def tiny_vae(latent_channels=4, **more):
     """Factor 8."""
     from ldm.nn.vae import VAE
 
@@ -72,6 +72,7 @@ def tiny_vae(latent_channels=4):
         "norm_num_groups": 4,
         "sample_size": 32,
         "scaling_factor": 0.5,
+        **more,
     }
     vae = VAE.from_config(config)
     vae.module.eval()

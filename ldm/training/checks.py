@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.checkpoint.describe import describe
-from ldm.checkpoint.parts import model_folder
+from ldm.checkpoint.parts import find_vae, model_folder
 from ldm.config import build, require
 from ldm.data.cache.prepared import read_info
 from ldm.data.sources.walk import is_prepared
@@ -28,9 +28,11 @@ def check_stage(settings: Settings) -> None:
     from ldm.data.emoji import find_font
 
     if init := getattr(settings, "init", None):
-        model_folder(init)
+        folder = model_folder(init)
     if isinstance(settings, AutoencoderSettings):
         _known_names(settings.model, _autoencoder_names(), "model")
+        if init:
+            settings.check_sizes(find_vae(str(folder)).factor)
     elif isinstance(settings, TextSettings):
         from transformers import CLIPTextConfig, CLIPVisionConfig
 

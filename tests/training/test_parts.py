@@ -117,7 +117,7 @@ def test_standardized_autoencoder_has_unit_latents_and_the_same_pictures():
     from tests.conftest import tiny_vae
 
     torch.manual_seed(0)
-    vae = tiny_vae()
+    vae = tiny_vae(shift_factor=0.3)
     for p in vae.module.parameters():
         p.data += 0.05 * torch.randn_like(p)
     x = torch.rand(48, 3, 32, 32) * 2 - 1
@@ -127,12 +127,34 @@ def test_standardized_autoencoder_has_unit_latents_and_the_same_pictures():
         relative = posterior.std / posterior.mean.std((0, 2, 3))[:, None, None]
         standardize(vae.module, x)
         after = vae.module.encode(x).latent_dist
-    assert vae.module.config.scaling_factor == 1.0
+    assert vae.module.config.scaling_factor == 1.0 and vae.module.config.shift_factor is None
     assert after.mean.mean((0, 2, 3)).abs().max() < 1e-4
     assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(4), atol=1e-3)
     assert torch.allclose(after.std, relative, rtol=1e-3)
     with torch.no_grad():
         assert torch.allclose(vae.module.decode(after.mean).sample, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("lacks", [("use_quant_conv", "use_post_quant_conv"), ("use_post_quant_conv",)])
+def test_an_autoencoder_without_1x1_convolutions_gets_a_scale_and_a_shift(lacks):
+    from ldm.nn.vae import VAE
+    from ldm.training.stages.autoencoder import standardize
+    from tests.conftest import tiny_vae
+
+    torch.manual_seed(0)
+    module = tiny_vae(shift_factor=0.3, **dict.fromkeys(lacks, False)).module
+    for p in module.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    x = torch.rand(16, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = module.decode(module.encode(x).latent_dist.mean).sample
+        standardize(module, x)
+        latents, _ = VAE(module).moments(x)
+        decoded = module.decode(latents / module.config.scaling_factor + module.config.shift_factor).sample
+    assert abs(latents.mean()) < 1e-4 and abs(latents.std() - 1) < 1e-4
+    assert torch.allclose(decoded, expected, atol=1e-4)
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
 
 
 def test_crops_are_parts_of_their_pictures():

@@ -183,6 +183,34 @@ def test_decoder_alone_leaves_the_latents_as_they_were(on_pictures, tmp_path):
     assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
 
 
+def test_an_autoencoder_without_1x1_convolutions_is_one_to_start_from(on_pictures, tmp_path):
+    """As SD3's and FLUX's."""
+    given = [f"data.folder={on_pictures / 'pictures'}", "crop=0", "crops=1", "steps=2"]
+    given += ["model.use_quant_conv=false", "model.use_post_quant_conv=false"]
+    with threads(1):
+        first = train(on_pictures / "vae.json", tmp_path / "first", given)
+        train(on_pictures / "vae.json", tmp_path / "whole", [*given, f"init={first}"])
+        frozen = train(on_pictures / "vae.json", tmp_path / "frozen", [*given, f"init={first}", "freeze_encoder=true"])
+    before, after = load_vae_from(first), load_vae_from(frozen)
+    old, new = before.module.state_dict(), after.module.state_dict()
+    assert all(torch.equal(value, new[name]) for name, value in old.items() if name.startswith("encoder."))
+    assert not torch.equal(old["decoder.conv_out.weight"], new["decoder.conv_out.weight"])
+    assert before.scaling_factor == after.scaling_factor != 1 and before.shift_factor == after.shift_factor != 0
+
+
+def test_sizes_fit_the_autoencoder_to_start_from(on_pictures, tmp_path):
+    settings = {key: value for key, value in AUTOENCODER.items() if key not in ("model", "crop", "crops")}
+    (tmp_path / "vae.json").write_text(json.dumps(settings))
+    given = [f"init={on_pictures / 'vae'}", f"data.folder={on_pictures / 'pictures'}"]
+    for words, said in (
+        (["data.resolution=36", "data.bucket_step=4"], "data.resolution: 36 is not a multiple of the autoencoder's 8"),
+        (["data.bucket_step=4"], "data.bucket_step: 4 is not a multiple of the autoencoder's 8"),
+        (["crop=12"], "crop: must be 0 to 32 by 8"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train(tmp_path / "vae.json", tmp_path / "run", [*given, *words])
+
+
 def test_three_stages_on_drawn_scenes(tmp_path):
     model = three_stages(tmp_path, "data.scenes.objects=everyday", "steps=2", "validation=4")
     assert 0 <= last_scores(tmp_path / "text")["synonyms"] <= 1

@@ -32,14 +32,17 @@ class AutoencoderSettings(Settings):
             require(getattr(self, name) >= 0, f"must not be negative, got {getattr(self, name)}", name)
         require(self.l1 + self.mse + self.gradient > 0, "no image is learned without it, mse or gradient", "l1")
         require(0 <= self.crop_until <= 1, f"must be 0 to 1, got {self.crop_until}", "crop_until")
-        size = self.data.resolution
-        factor = 2 ** (len(self.model.get("block_out_channels", (64,))) - 1)
-        require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
-        require(0 <= self.crop <= size and self.crop % factor == 0, f"must be 0 to {size} by {factor}", "crop")
+        self.check_sizes(2 ** (len(self.model.get("block_out_channels", (64,))) - 1))
         fits = self.crops >= 1 and self.batch_size % self.crops == 0
         require(fits, f"must divide batch_size {self.batch_size}, got {self.crops}", "crops")
-        for name in ("use_quant_conv", "use_post_quant_conv"):  # they take the scale of the latents
-            require(self.model.get(name, True), "is needed", f"model.{name}")
+
+    def check_sizes(self, factor: int) -> None:
+        """Raise ConfigError unless whole images and crops are multiples of the autoencoder's factor."""
+        size, step = self.data.resolution, self.data.buckets.step
+        require(size % factor == 0, f"{size} is not a multiple of the autoencoder's {factor}", "data.resolution")
+        fits = not self.data.folder or self.data.square or step % factor == 0
+        require(fits, f"{step} is not a multiple of the autoencoder's {factor}", "data.bucket_step")
+        require(0 <= self.crop <= size and self.crop % factor == 0, f"must be 0 to {size} by {factor}", "crop")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Autoencoder:
         if settings.init:
             check_same(settings.model, self.module.config, settings.init)
         if settings.freeze_encoder:
-            for part in (self.module.encoder, self.module.quant_conv):
+            for part in filter(None, (self.module.encoder, self.module.quant_conv)):
                 part.requires_grad_(False)
         self.module.to(memory_format=torch.channels_last)
         _norm_in_nchw(self.module)
@@ -125,22 +125,27 @@ def _reconstruct(module: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def standardize(module: nn.Module, x: Tensor) -> None:
-    """Give every latent channel mean 0 and variance 1 over the images `x`, without changing a reconstruction.
+    """Give the latents of the images `x` mean 0 and variance 1, without changing a reconstruction.
 
-    The affine map goes into the 1×1 convolutions on both sides of the latents, so scaling_factor is 1 and every
-    reader of the format gets it right.
+    Each channel's affine map goes into the 1×1 convolutions on both sides of the latents, so scaling_factor is 1 and
+    every reader of the format gets it right. Without these convolutions, as in SD3 and FLUX, all channels together get
+    scaling_factor and shift_factor.
     """
     z = torch.cat([module.encode(part).latent_dist.mean for part in x.split(32)])
+    module.register_to_config(latents_mean=None, latents_std=None)  # of the autoencoder that was begun with
+    quant, post = module.quant_conv, module.post_quant_conv
+    if quant is None or post is None:
+        module.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+        return
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     channels = len(mean)
-    quant, post = module.quant_conv, module.post_quant_conv
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std[None, :, None, None]
     quant.bias[:channels] -= mean
     quant.bias[:channels] /= std
     quant.weight[:channels] /= std[:, None, None, None]
     quant.bias[channels:] -= 2 * std.log()  # log of the variance
-    module.register_to_config(scaling_factor=1.0)
+    module.register_to_config(scaling_factor=1.0, shift_factor=None)
 
 
 def gradient_loss(y: Tensor, x: Tensor) -> Tensor:
