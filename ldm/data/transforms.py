@@ -112,7 +112,7 @@ def to_float(batch: torch.Tensor) -> torch.Tensor:
     return batch.float().div_(127.5).sub_(1)
 
 
-def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: int, sample: int) -> str:
+def choose_caption(captions: Sequence[str], dropout: float, seed: int, epoch: int, sample: object) -> str:
     """One of the captions, all equally likely; the empty text if there is none, or with probability `dropout`."""
     if not captions or draw(seed, "caption dropout", epoch, sample) < dropout:
         return ""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ from PIL import Image
 import ldm
 from ldm import files
 from ldm.cli import main
-from ldm.data.cache.prepared import PartWriter, Row, list_shards, read_info, read_shard
+from ldm.data.cache.prepared import FORMAT, REPEATED, PartWriter, Row, list_shards, read_info, read_shard
 from ldm.data.cache.sequence import ShardSequence
 from ldm.device import fast_bf16, pick_device
 from ldm.errors import CheckpointError, ConfigError, DataError, LdmError, ResourceError
 from ldm.training import cache, finetune, train
 from ldm.training.checkpoints import state
-from ldm.training.data import ImageDataset, PreparedSet
+from ldm.training.data import ImageDataset, PreparedSet, read_training_images
 from ldm.training.data.encoded import Encoders
-from ldm.training.settings import DataSettings
+from ldm.training.settings import DataSettings, FinetuneData
 from tests.training.conftest import SCHEDULE, TINY_UNET, threads
 
 
@@ -196,6 +197,34 @@ def test_masks_are_files_beside_images_or_alpha_channels(images, parts, encoders
     Image.new("L", (16, 32)).save(folder / "none-mask.png")
     with pytest.raises(DataError, match="its mask is of another size"):
         cache(folder, tmp_path / "other", str(parts), masks=True, max_bad=0, **settings)
+
+
+def test_kohyas_folders_repeat_their_images_as_they_do_without_a_cache(images, parts, encoders, tmp_path, capsys):
+    folder = tmp_path / "images"
+    for name, numbers in (("3_dog", (1, 2)), ("1_cat", (4, 5, 7)), ("0_off", (8,))):
+        (folder / name).mkdir(parents=True)
+        for number in numbers:
+            Image.open(images / f"{number:02}.png").save(folder / name / f"{number}.png")
+    settings = {"resolution": 32, "held_out": 0.0}
+    out = cache(folder, tmp_path / "cache", str(parts), embeddings="no", **settings)
+    assert "cache: 5 images at 32 px; 9 samples an epoch, repeats counted; latents take" in capsys.readouterr().err
+    assert read_info(out)["format"] == REPEATED
+    assert sorted((shard.rows, shard.samples) for shard in list_shards(out)) == [(5, 9)]
+    live = read_training_images(FinetuneData(folder=str(folder), **settings))
+    expected = Counter(live.items[place].id for place in live.trained)
+    assert expected == {"3_dog/1.png": 3, "3_dog/2.png": 3, "1_cat/4.png": 1, "1_cat/5.png": 1, "1_cat/7.png": 1}
+    data = dataset(out, encoders, batch_size=2)
+    assert data.samples == 9 and data.lines[1] == "5 images: 5 to train on, 0 held out; an epoch has 9 samples"
+    for epoch in range(2):
+        batches = [data.batch(5 * epoch + number) for number in range(5)]
+        found = [(id, row) for batch in batches for id, row in zip(batch.ids, batch.latents)]
+        assert Counter(id for id, _ in found) == expected
+        rows = [tuple(row.flatten().tolist()) for _, row in found]
+        assert len(set(rows)) == 9  # each with noise of its own
+    info = json.loads((out / "prepared.json").read_text())
+    (out / "prepared.json").write_text(json.dumps({**info, "format": FORMAT}))
+    with pytest.raises(ConfigError, match="was made without the repeats of kohya's folders; choose a new folder"):
+        cache(folder, out, str(parts), embeddings="no", **settings)
 
 
 def test_what_does_not_fit_is_one_line(images, parts, made, encoders, tmp_path, capsys):

@@ -2,11 +2,12 @@
 
 CACHE/prepared.json                               what it was made of and with
 CACHE/part-1-of-2/train-000004-64x96-512.safetensors   number, latent height x width, rows
+CACHE/part-1-of-2/train-000006-64x96-512-5120.safetensors   the same, with repeats: an epoch has 5120 samples of it
 CACHE/part-1-of-2/held-000005-64x96-3.safetensors      images that are held out for validation
 
 A shard is an ordinary safetensors file, written as a whole and never changed. All its rows have one size: `mean` and
 `std` (n, C, h, w), `sizes` (n, 6), `positions` (n,) in the source, `captions` (JSON bytes: [[id, [captions]], …]), and
-where some have masks `mask` (n, 1, h, w), and
+where some have masks `mask` (n, 1, h, w), where an epoch has some several times `repeats` (n,), and
 where embeddings are kept `text.states` (m, S, D), … of all captions, one after the other (the first row: ""). Its
 metadata has a digest of all that. One process writes a part; several machines write several parts.
 """
@@ -29,7 +30,7 @@ from ldm.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT, REPEATED = 1, 2  # the second where images may come several times an epoch, which older versions would not see
 SHARD_BYTES = 32 << 20  # of a shard at most: some of them are in memory at a time
 ROWS = 4096  # of a shard at most
 SECONDS = 300.0  # of work that a kill can cost: then shards are written, full or not
@@ -43,6 +44,7 @@ class ShardName(NamedTuple):
     held: bool  # out for validation
     size: tuple[int, int]  # latent height, width
     rows: int
+    samples: int  # rows, each as often as an epoch has it
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Row:
     texts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # name -> (captions, …)
     held: bool = False
     mask: torch.Tensor | None = None  # uint8 (1, h, w): how much each latent is learned, 255 wholly
+    repeats: int = 1  # times an epoch; of what is held out 1
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
@@ -65,8 +68,8 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, PREPARED)
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        if info["format"] != FORMAT:
-            raise DataError(f"has format {info['format']}, this version reads {FORMAT}", where=path)
+        if info["format"] not in (FORMAT, REPEATED):
+            raise DataError(f"has format {info['format']}, this version reads {FORMAT} and {REPEATED}", where=path)
         return info
     except (OSError, ValueError, LookupError, TypeError):
         raise DataError("cannot be read", where=path, hint="run ldm data cache again") from None
@@ -80,9 +83,11 @@ def list_shards(folder: str | Path) -> list[ShardName]:
 def _parsed(path: Path) -> ShardName | None:
     kind, _, rest = path.stem.partition("-")
     try:
-        _, size, rows = rest.split("-")
+        _, size, rows, *more = rest.split("-")
+        samples = more or [rows]
         height, width = map(int, size.split("x"))
-        return ShardName(path, kind == "held", (height, width), int(rows)) if kind in ("train", "held") else None
+        known = kind in ("train", "held") and len(samples) == 1
+        return ShardName(path, kind == "held", (height, width), int(rows), int(samples[0])) if known else None
     except ValueError:
         return None
 
@@ -182,7 +187,9 @@ class PartWriter:
         rows = self._pending.pop(group)
         tensors = _stacked(rows)
         held, (height, width) = group
-        name = f"{'held' if held else 'train'}-{self._number:06d}-{height}x{width}-{len(rows)}.safetensors"
+        samples = sum(row.repeats for row in rows)
+        counts = f"{len(rows)}" if samples == len(rows) else f"{len(rows)}-{samples}"
+        name = f"{'held' if held else 'train'}-{self._number:06d}-{height}x{width}-{counts}.safetensors"
         content = safetensors.torch.save(tensors, {"format": "pt", "digest": _digest(tensors)})
         files.atomic_write(self.folder / name, content)
         self._number += 1
@@ -204,5 +211,7 @@ def _stacked(rows: list[Row]) -> dict[str, torch.Tensor]:
     if any(row.mask is not None for row in rows):
         whole = torch.full((1, *rows[0].mean.shape[-2:]), 255, dtype=torch.uint8)
         found["mask"] = torch.stack([whole if row.mask is None else row.mask for row in rows])
+    if any(row.repeats != 1 for row in rows):
+        found["repeats"] = torch.tensor([row.repeats for row in rows])
     names = rows[0].texts.keys()
     return found | {f"{TEXT}{name}": torch.cat([row.texts[name] for row in rows]) for name in names}

@@ -1,15 +1,15 @@
 """The batches of a prepared dataset: shards in sequence with a keyed shuffle, in memory that does not grow with it.
 
 An epoch is a list of windows: some shards of one size that are read together. Shards are dealt to windows anew in each
-epoch, the windows are shuffled, and so are the rows inside of each. All of it is a function of (seed, epoch, the
-shards' names, the batch size): a run can go on anywhere.
+epoch, the windows are shuffled, and so are the samples inside of each: every row, as often as it repeats. All of it is
+a function of (seed, epoch, the shards' names, the batch size): a run can go on anywhere.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,19 +37,22 @@ class Rows:
     captions: list[list[str]]
     texts: list[dict[str, torch.Tensor]]  # of each row: name -> (captions, …); empty without embeddings
     epoch: int
+    repeat: list[int]  # of each row: which of its times in the epoch this is, from 0
     mask: torch.Tensor | None = None  # (B, 1, h, w) in [0, 1]; None where no image of the window has one
 
 
 class _Window:
-    """Some shards in memory, one row after the other."""
+    """Some shards in memory, one sample after the other: a row, as often as an epoch has it."""
 
     def __init__(self, shards: Sequence[ShardName]):
         self.tensors = [read_shard(shard.path) for shard in shards]
         self.tables = [captions_in(tensors) for tensors in self.tensors]
-        self.starts = [0]  # of each shard's rows
+        self.starts = [0]  # of each shard's samples
+        self.begins: list[Sequence[int]] = []  # of each shard: where the samples of a row begin
         self.texts: list[list[int]] = []  # of each shard: where the captions of a row begin
-        for table in self.tables:
-            self.starts.append(self.starts[-1] + len(table))
+        for table, tensors in zip(self.tables, self.tensors):
+            self.begins.append(_begins(tensors, len(table)))
+            self.starts.append(self.starts[-1] + self.begins[-1][-1])
             places = [0]
             for _, captions in table:
                 places.append(places[-1] + max(1, len(captions)))
@@ -58,14 +61,20 @@ class _Window:
     def rows(self, places: Sequence[int], epoch: int) -> Rows:
         import torch
 
-        found = [(s := bisect.bisect_right(self.starts, place) - 1, place - self.starts[s]) for place in places]
+        found, repeat = [], []
+        for place in places:
+            shard = bisect.bisect_right(self.starts, place) - 1
+            begins, sample = self.begins[shard], place - self.starts[shard]
+            row = bisect.bisect_right(begins, sample) - 1
+            found.append((shard, row))
+            repeat.append(sample - begins[row])
         table = [self.tables[shard][row] for shard, row in found]
         mean, std, sizes = (
             torch.stack([self.tensors[shard][name][row] for shard, row in found]) for name in ("mean", "std", "sizes")
         )
         texts = [self._texts(shard, row) for shard, row in found]
         ids, captions = [id for id, _ in table], [several for _, several in table]
-        return Rows(mean, std, sizes, ids, captions, texts, epoch, self._masks(found))
+        return Rows(mean, std, sizes, ids, captions, texts, epoch, repeat, self._masks(found))
 
     def _masks(self, found: Sequence[tuple[int, int]]) -> torch.Tensor | None:
         import torch
@@ -82,6 +91,13 @@ class _Window:
         return {name.removeprefix(TEXT): t[begin:end] for name, t in tensors.items() if name.startswith(TEXT)}
 
 
+def _begins(tensors: Mapping[str, torch.Tensor], rows: int) -> Sequence[int]:
+    """Where the samples of each row of a shard begin, and where the last one's end."""
+    if "repeats" not in tensors:
+        return range(rows + 1)
+    return [0, *tensors["repeats"].cumsum(0).tolist()]
+
+
 class ShardSequence:
     """Batches by number, of shards of any count. Raises DataError where there is none."""
 
@@ -90,7 +106,7 @@ class ShardSequence:
             raise DataError("holds no shard to train on", hint="run ldm data cache")
         self.shards, self.batch_size, self.seed = list(shards), batch_size, seed
         self.per_window = self._shards_in(window_bytes)
-        self.samples = sum(shard.rows for shard in self.shards)
+        self.samples = sum(shard.samples for shard in self.shards)
         names = "".join(f"{shard.path.parent.name}/{shard.path.name}\n" for shard in self.shards)
         self.hash = hashlib.sha256(names.encode()).hexdigest()
         self._groups: dict[tuple[int, int], list[int]] = {}
@@ -132,8 +148,8 @@ class ShardSequence:
 
         key = (epoch, *window)
         if self._ordered is None or self._ordered[0] != key:
-            rows = sum(self.shards[i].rows for i in window)
-            keys = shuffle_keys(rows, self.seed, "rows", epoch, window[0])
+            samples = sum(self.shards[i].samples for i in window)
+            keys = shuffle_keys(samples, self.seed, "rows", epoch, window[0])
             self._ordered = (key, np.argsort(keys, kind="stable"))
         return self._ordered[1]
 
@@ -162,8 +178,8 @@ class ShardSequence:
         order = np.argsort(shuffle_keys(len(dealt), self.seed, "windows", epoch), kind="stable")
         windows, ends = [dealt[i] for i in order.tolist()], []
         for window in windows:
-            rows = sum(self.shards[i].rows for i in window)
-            ends.append((ends[-1] if ends else 0) + -(-rows // self.batch_size))
+            samples = sum(self.shards[i].samples for i in window)
+            ends.append((ends[-1] if ends else 0) + -(-samples // self.batch_size))
         return windows, ends
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ class FolderSource(Source):
     def __init__(self, path: Path, root: Path, layout: str, counts: Counts, rows: Rows, masks: Mapping[str, str]):
         super().__init__(path, layout, counts, len(rows))
         self.root, self.rows, self.masks = root, rows, masks
+        self.repeated = any(repeats > 1 for _, _, repeats in rows)
 
     def _sample(self, position: int) -> Sample:
         name, captions, repeats = self.rows[position]

@@ -118,6 +118,7 @@ class Source(Sequence[Sample]):
     """
 
     random_access = True
+    repeated = False  # whether an epoch has some images several times
 
     def __init__(self, path: object, layout: str, counts: Counts, total: int):
         self.path, self.layout, self.counts = str(path), layout, counts

@@ -22,7 +22,7 @@ from ldm.checkpoint.parts import TextParts, VaePart, find_text, find_vae
 from ldm.config import require
 from ldm.console import StopRequest, progress, say, warn
 from ldm.data.buckets import Size, bucket_of, resized
-from ldm.data.cache.prepared import FORMAT, PartWriter, Row, read_info
+from ldm.data.cache.prepared import FORMAT, REPEATED, PartWriter, Row, read_info
 from ldm.data.images import MAX_FILE, read_header, read_image
 from ldm.data.masks import read_mask
 from ldm.data.sources import Sample, Source, open_source
@@ -169,6 +169,8 @@ class _Preparing:
             without = f"captions are kept as text: their embeddings would take {format_bytes(texts)}"
             without += f", the images {format_bytes(images)}"
             lines.append(told if embedded else without)
+        if self.source.repeated:
+            lines.insert(0, f"{sum(self.source[p].repeats for p in self.positions)} samples an epoch, repeats counted")
         free = files.free_space(self.out)
         say(
             f"cache: {count} images at {s.data.resolution} px; {'; '.join(lines)}; "
@@ -181,7 +183,8 @@ class _Preparing:
     def _write_info(self, embedded: bool) -> None:
         """prepared.json, or ConfigError where the folder was made with something else."""
         s = self.settings
-        info: dict[str, Any] = {"format": FORMAT, "source": s.data.folder, "images": len(self.source)}
+        info: dict[str, Any] = {"format": REPEATED if self.source.repeated else FORMAT}
+        info |= {"source": s.data.folder, "images": len(self.source)}
         info |= {"resolution": s.data.resolution, "step": s.data.buckets.step, "square": s.data.square}
         info |= {"vae": s.vae.place.name, "vae_hash": s.vae.fingerprint, "factor": s.vae.factor, "dtype": s.dtype}
         info |= {"channels": s.vae.latent_channels, "parts": s.shard.of, "embeddings": embedded}
@@ -192,6 +195,8 @@ class _Preparing:
             for name, value in info.items():
                 if before.get(name) != value:
                     what = f"was made with {name} {before.get(name)}, not {value}"
+                    if name == "format":
+                        what = f"was made with{'out' * (value == REPEATED)} the repeats of kohya's folders"
                     raise ConfigError(what, where=self.out, hint="choose a new folder, or the same settings")
         elif self.out.is_dir() and any(path for path in self.out.iterdir() if not path.name.startswith(".")):
             raise ConfigError("holds something else than a cache", where=self.out, hint="choose a new folder")
@@ -261,6 +266,7 @@ class _Preparing:
             return self._lose(DataError(error.what, where=group[0].sample.where))
         share = min(self.settings.data.held_out, MOST / len(self.source))
         for row, one in enumerate(group):
+            held = draw("held out", one.digest) < share
             writer.put(
                 Row(
                     one.position,
@@ -270,8 +276,9 @@ class _Preparing:
                     mean[row].to(self.kind),
                     std[row].to(self.kind),
                     self._embed(one.sample.captions or [""]) if embedded else {},
-                    draw("held out", one.digest) < share,
+                    held,
                     one.mask,
+                    1 if held else one.sample.repeats,
                 )
             )
 

@@ -37,10 +37,12 @@ class PreparedSet:
         """What was prepared, and how many images are there and held out."""
         info, trained, held = self.info, *(sum(s.rows for s in some) for some in (self.trained, self.held))
         part = "" if trained + held >= info["images"] else f" of {info['images']}, as far as they are made"
+        samples = sum(shard.samples for shard in self.trained)
+        epoch = f"; an epoch has {samples} samples" if samples != trained else ""
         texts = "with embeddings of their captions" if info["embeddings"] else "whose captions are encoded in training"
         return [
             f"{self.folder}: latents of {info['source']} at {info['resolution']} px, {texts}",
-            f"{trained + held} images{part}: {trained} to train on, {held} held out",
+            f"{trained + held} images{part}: {trained} to train on, {held} held out{epoch}",
         ]
 
     def check(self, ids: tuple[str, str], texts: bool) -> None:
@@ -88,7 +90,8 @@ class Prepared:
         part = current().part(len(found.ids))
         self._stored = {}
         for i in part.own or (0,):
-            mean, std, key = found.mean[i].float(), found.std[i].float(), (found.epoch, found.ids[i])
+            mean, std, repeat = found.mean[i].float(), found.std[i].float(), found.repeat[i]
+            key = (found.epoch, (found.ids[i], repeat) if repeat else found.ids[i])
             latents = mean + std * seeded.normal(tuple(mean.shape), self.seed, "latents", *key)
             caption = choose_caption(found.captions[i], self.data.caption_dropout, self.seed, *key)
             rows.append(self._row(found, i, latents, caption))
