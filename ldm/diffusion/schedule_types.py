@@ -41,9 +41,9 @@ def is_same(spacing: str, sampler: str, n: int, total: int = 1000, offset: int =
     return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=0, atol=1e-3))
 
 
-def schedule_type(spacing: str | None, sampler: str, n: int, total: int = 1000, offset: int = 1) -> str | None:
+def schedule_type(spacing: str, sampler: str, n: int, total: int = 1000, offset: int = 1) -> str | None:
     """A1111's schedule type that gives the same n steps; None where none does."""
-    if spacing is None or not is_same(spacing, sampler, n, total, offset):
+    if not is_same(spacing, sampler, n, total, offset):
         return None
     if sampler in FIXED and (spacing != "leading" or (total - 1) % max(total // n, 1) == 0):  # there T - 1 is one more
         return None

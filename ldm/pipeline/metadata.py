@@ -192,7 +192,9 @@ def parameters(record: dict) -> str:
 
 
 def _schedule_type(record: dict) -> str | None:
-    """A1111's schedule type that gives the same steps; None where none does."""
+    """A1111's schedule type that gives the same steps; None where none does, as with flow models."""
+    if record["spacing"] is None:
+        return None
     schedule = record.get("schedule") or {}
     total, offset = schedule.get("num_train_timesteps", 1000), schedule.get("steps_offset", 0)
     return schedule_type(record["spacing"], record["sampler"], record["num_inference_steps"], total, offset)
