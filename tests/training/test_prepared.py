@@ -132,6 +132,8 @@ def test_parts_of_several_machines_are_the_whole_and_go_on_after_a_stop(images, 
     cache(images, out, str(parts), shard="2/3", **settings)
     partly = dataset(out, encoders)
     assert 0 < partly.samples < 12 and "as far as they are made" in partly.lines[1]
+    info = json.loads((out / "prepared.json").read_text())
+    (out / "prepared.json").write_text(json.dumps({k: v for k, v in info.items() if k != "masks"}))  # as it once was
     cache(images, out, str(parts), shard="1/3", **settings)
     cache(images, out, str(parts), shard="3/3", **settings)
     names = sorted(id for shard in list_shards(out) for id in ids(shard.path))

@@ -191,7 +191,7 @@ class _Preparing:
         info["masks"] = s.data.masks
         info["text_hash"] = s.text.fingerprints if s.text is not None and embedded else None
         if (self.out / PREPARED).is_file():
-            before = read_info(self.out)
+            before = {"masks": False, **read_info(self.out)}  # older ones do not say
             for name, value in info.items():
                 if before.get(name) != value:
                     what = f"was made with {name} {before.get(name)}, not {value}"
