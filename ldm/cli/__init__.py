@@ -25,6 +25,7 @@ from ldm.errors import ConfigError, LdmError, ResourceError, first_line, nearest
 # Each is a module of this room.
 COMMANDS = ("generate", "render", "verify", "finetune", "convert", "inspect", "train", "data", "evaluate", "bench")
 COMMANDS += ("doctor", "web", "distill", "preprocess")
+TYPED = ("generate", "render")  # are told which of their arguments were given: `args.typed`
 EVERYWHERE = (
     (("-q", "--quiet"), "count", "no progress, nothing but warnings and errors"),
     (("-v", "--verbose"), "count", "say more, every connection to other machines included"),
@@ -133,7 +134,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         unknown = [word for word in unknown if not _is_override(word)]
     if unknown:
         _refuse(unknown[0], commands[first])
+    if first in TYPED:
+        args.typed = _typed(parser, commands[first], words)
     return args
+
+
+def _typed(parser: Parser, command: Parser, words: Sequence[str]) -> frozenset[str]:
+    """The names of a command's arguments that `words` give, at their default values too; its defaults are gone then."""
+    for action in command._actions:
+        action.default = argparse.SUPPRESS
+    return frozenset(vars(parser.parse_known_args(list(words))[0]))
 
 
 def _no_command(word: str | None, parser: Parser) -> NoReturn:

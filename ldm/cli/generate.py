@@ -31,10 +31,16 @@ from ldm import console
 from ldm.cli.options import OF_CONTROL, OF_MODEL, PIPELINES, SAMPLING, add_drawing, names_of, with_controls
 from ldm.device import without_collector
 from ldm.errors import ConfigError, LdmError
-from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS
+from ldm.pipeline.keywords import ALIASES, BATCH, EDITING_WORDS, GUIDANCE_OPTIONS
 
+INTERVALS = ("guidance_interval", "guidance_sigma_interval")
 FROM_CALL = ("seed", "num_images", "batch_size", "strict", *SAMPLING, *EDITING_WORDS, *OF_CONTROL)
 TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_])")  # {a|b}, __name__
+# Option -> what an image says in its place
+REPLACED = dict.fromkeys(("num_inference_steps", "spacing"), ("timesteps", "sigmas"))
+REPLACED |= dict.fromkeys(("timesteps", "sigmas"), ("timesteps", "sigmas", "num_inference_steps", "spacing"))
+REPLACED |= dict.fromkeys(INTERVALS, INTERVALS)
+OF_CONTROL_OPTION = ("controlnet", "control_image", "controlnet_conditioning_scale")  # that --control sets
 FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *PIPELINES, *OF_MODEL)
 
 
@@ -111,12 +117,25 @@ def _replayed(args: argparse.Namespace, own: dict, call: dict) -> tuple[dict, di
     said = keywords(replay)
     for note in replay.notes:
         console.warn(note)
-    plain = argparse.ArgumentParser()
-    add_arguments(plain)
-    defaults = vars(plain.parse_args([]))  # an option that is not at its default was given
-    given = ({name: value for name, value in part.items() if value != defaults[name]} for part in (own, call))
-    (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), said, given))
+    typed = {*args.typed, *(OF_CONTROL_OPTION if args.control else ())}
+    given = [{name: value for name, value in part.items() if name in typed} for part in (own, call)]
+    kept = _kept(said[1], given[1])
+    (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), (said[0], kept), given))
     return own, call, replay.source
+
+
+def _kept(said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The image's settings for generate, without those that cannot be beside what is `given`."""
+    from ldm.diffusion import names
+
+    gone = {name for word in given for name in REPLACED.get(word, ())}
+    if given.get("guidance", said.get("guidance", "cfg")) != said.get("guidance", "cfg"):
+        gone |= set(GUIDANCE_OPTIONS)  # of another kind
+    if "sampler" in given:
+        sampler, spacing = names.resolve(given["sampler"])
+        gone |= {"spacing"} if spacing else set()  # DPM++ 2M Karras
+        gone |= {"eta"} if sampler != said.get("sampler") else set()
+    return {name: value for name, value in said.items() if name not in gone}
 
 
 def _warn_of_flags(prompt: str) -> None:

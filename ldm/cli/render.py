@@ -63,4 +63,5 @@ def run(args: argparse.Namespace) -> int:
     from ldm.render.prompts.setting_table import SETTINGS
 
     names = {*SETTINGS, *inspect.signature(render).parameters}
-    return render(**{name: value for name, value in with_controls(vars(args)).items() if name in names}).exit_code
+    given = with_controls({name: value for name, value in vars(args).items() if name in {*args.typed, "prompts"}})
+    return render(**{name: value for name, value in given.items() if name in names}).exit_code

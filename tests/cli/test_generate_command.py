@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -202,6 +203,45 @@ def test_a_picture_is_drawn_again_from_its_file(tiny_folder, tmp_path, monkeypat
     capsys.readouterr()
     assert main(["generate", "--from", "old.png", "--dtype", "fp32", "-o", "fp32.png"]) == 0
     assert capsys.readouterr().err == "warning: dtype was bf16, is fp32: the last bits may differ\n"
+
+
+def test_what_is_typed_wins_over_the_image_at_its_default_too(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = ["--model", str(tiny_folder), "--steps", "3", "--guidance", "apg", "--apg-eta", "0.5", "--seed", "7"]
+    old += [
+        "--negative-prompt",
+        "a dog",
+        "--emphasis",
+        "no_norm",
+        "--dtype",
+        "bf16",
+        "--sampler",
+        "ddim",
+        "--eta",
+        "0.5",
+    ]
+    assert main(["generate", "a cat", *old, "--guidance-interval", "0", "0.5", "--width", "24", "-o", "old.png"]) == 0
+
+    def again(*words, model=("--model", str(tiny_folder))):
+        assert main(["generate", "--from", "old.png", *words, *model, "-o", "new.png"]) == 0
+        return read_metadata("new.png").ldm
+
+    same, was = again(), read_metadata("old.png").ldm
+    assert same == was and same["apg_eta"] == 0.5 and again("--guidance", "apg", "--sampler", "ddim") == was
+    words = ["--guidance", "cfg", "--negative-prompt", "", "--emphasis", "original", "--dtype", "auto", "-n", "1"]
+    now = again(*words)
+    expected = {"guidance": "cfg", "negative_prompt": "", "emphasis": "original", "dtype": "fp32"}
+    assert {name: now[name] for name in expected} == expected and "apg_eta" not in now
+    assert again("--guidance", "pag", "--pag-scale", "2")["pag_scale"] == 2
+    now = again("--guidance-preset", "xl", "--sampler", "DPM++ 2M Karras")
+    assert (now["sampler"], now["spacing"], now["guidance_sigma_interval"]) == ("dpmpp_2m", "karras", [0.28, 5.42])
+    assert "guidance_interval" not in now and now["eta"] is None
+    assert again("--set", "sampler=euler")["sampler"] == "euler"
+    assert again("--timesteps", "900,500")["timesteps"] == [900, 500]
+    shutil.copy("new.png", "old.png")
+    now = again("--steps", "2")
+    assert now["num_inference_steps"] == 2 and now["timesteps"] is None
+    assert again("--steps", "2", model=("--model", "default"))["model"] == "default"
 
 
 def test_a_picture_of_another_program_is_drawn_as_far_as_it_says(tiny_folder, tmp_path, monkeypatch, capsys):

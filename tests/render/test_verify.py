@@ -146,6 +146,14 @@ def test_what_a_model_was_taken_to_predict_is_in_the_metadata(tiny_folder, tmp_p
     assert Image.open(name).tobytes() == drawn[1] and main(["verify", again]) == 0
     capsys.readouterr()
     both = ["--from", a, "--from", b]
+    assert main(["render", *both, "-o", again + "4", *model, "--dry-run", "--guidance", "pag", "--width", "32"]) == 0
+    told = "--guidance: not used for images that tell their own\n"
+    assert told in capsys.readouterr().err
+    assert main(["render", *both, "-o", again + "4", *model[:2], "--dry-run", "--steps", "5", "--dtype", "auto"]) == 0
+    told = "--steps: not used for images that tell their own; --set steps=5 changes all\n"
+    assert told in capsys.readouterr().err
+    assert main(["render", *both, "-o", again + "4", *model[:2], "--dry-run"]) == 0
+    assert "not used" not in capsys.readouterr().err
     assert main(["render", *both, "-o", again + "3", *model[:2]]) == 0
     assert "some images were drawn with --prediction-type epsilon and others without" in capsys.readouterr().err
 

@@ -110,7 +110,9 @@ def replayed(
         console.warn(f"{len(notes) - SHOWN} more things are not repeated")
     dtypes = {replay.source.get("dtype") for replay in replays}
     of_run = {"dtype": dtypes.pop()} if len(dtypes) == 1 and dtypes <= set(DTYPES) else {}
-    of_run |= _of_one_run([replay for replay in replays if replay.entry.error is None], given)
+    good = [replay for replay in replays if replay.entry.error is None]
+    of_run |= _of_one_run(good, given)
+    _warn_of_unused([replay.entry.settings or {} for replay in good], given)
     entries = [replace(replay.entry, source=_comparable(replay.source)) for replay in replays]
     return Prompts(", ".join(map(str, sources[:3])), entries, of_run)
 
@@ -131,6 +133,30 @@ def _of_one_run(replays: Sequence[Replay], given: Mapping[str, Any]) -> dict[str
             option = f"--{name.replace('_', '-')} {max(filter(None, values))}"
             console.warn(f"some images were drawn with {option} and others without: draw them apart, those with it")
     return found
+
+
+def _warn_of_unused(images: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> None:
+    """In one line, which of the `given` settings are not used, since images have their own."""
+    unused = {name: value for name, value in given.items() if any(_other(name, value, image) for image in images)}
+    if not unused:
+        return
+    options = {name: SETTINGS[name].option or f"--{name.replace('_', '-')}" for name in unused}
+    settable = [f"{options[name][2:]}={unused[name]}" for name in unused if SETTINGS[name].parser]
+    hint = f"; --set {' --set '.join(settable)} changes all" if settable else ""
+    console.warn(f"{', '.join(options.values())}: not used for images that tell their own{hint}")
+
+
+def _other(name: str, value: Any, image: Mapping[str, Any]) -> bool:
+    """Whether an image's settings have another value under this name."""
+    if name not in image or (name == "model" and not isinstance(value, (str, os.PathLike))):
+        return False
+    value, own = (tuple(one) if isinstance(one, list) else one for one in (value, image[name]))
+    paths = all(isinstance(one, (str, os.PathLike)) for one in (value, own))
+    return name in of_scope(IMAGE, BATCH) and value != own and not (paths and _real(value) == _real(own))
+
+
+def _real(path: str | os.PathLike) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _comparable(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,6 +211,8 @@ def _replay(entry: Entry, read: Callable[[], tuple[dict, list[str], dict]], chan
     try:
         settings, notes, source = read()
         kept = {name: value for name, value in settings.items() if name not in changes.names}
+        if changes.settings.get("sampler", settings.get("sampler")) != settings.get("sampler"):
+            kept.pop("eta", None)  # of the other sampler
         settings = _consistent(with_own_controls({**kept, **changes.settings}), changes)
         if "prompt" not in settings:
             raise DataError("holds no prompt", hint="--set prompt=TEXT")
