@@ -76,12 +76,13 @@ class Engine:
         text_encoders: Any = None,
         quantization: str | None = None,
     ):
-        self.model, self.vae, self.prediction_type = model, vae, check_prediction_type(prediction_type)
+        self.model, self.vae, self.prediction_type = model, vae, prediction_type
         self.text_encoders, self.quantization = text_encoders, check_quantization(quantization, installed=False)
         self.device, self.dtype = _place(model, device, dtype, offload)
         self.placement = Placement(self.device, offload, attention, compile, backend)
         if vae is not None or prediction_type is not None:
             _check_replaced(model, vae)
+            self.prediction_type = check_prediction_type(prediction_type)
         self.info = describe(model, vae, prediction_type, text_encoders=text_encoders)
         if offload == "blocks" and self.info.transformer is None:
             what = "blocks of a U-Net cannot be lent one at a time"
