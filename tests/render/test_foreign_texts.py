@@ -112,15 +112,15 @@ def test_a1111s_text_beside_an_image_is_an_image_to_draw_again(tmp_path):
     (tmp_path / "00001.txt").write_text(A1111)
     (tmp_path / "log.txt").write_text(f"{A1111}\n\n{A1111.replace('Seed: 3', 'Seed: 4')}\n")
     for prompts, sources in ((tmp_path / "00001.txt", ()), (None, [tmp_path / "00001.txt"])):
-        (entry,) = _prompts(prompts, sources, []).entries
+        (entry,) = _prompts(prompts, sources, [], {}).entries
         assert entry.error is None and entry.settings["prompt"] == "a cat" and entry.settings["seed"] == 3
         assert entry.settings["negative_prompt"] == "dog" and entry.settings["num_inference_steps"] == 5
-    assert [entry.settings["seed"] for entry in _prompts(tmp_path / "log.txt", (), []).entries] == [3, 4]
+    assert [entry.settings["seed"] for entry in _prompts(tmp_path / "log.txt", (), [], {}).entries] == [3, 4]
 
 
 def test_a_list_of_prompts_is_no_text_of_an_image(tmp_path):
     (tmp_path / "list.txt").write_text("a cat\na dog --steps 5\nmotif: blue, style: oil, Seed: none\n")
-    assert len(list(_prompts(tmp_path / "list.txt", (), []).entries)) == 3
+    assert len(list(_prompts(tmp_path / "list.txt", (), [], {}).entries)) == 3
     with pytest.raises(ConfigError, match="a list of prompts is drawn by ldm render FILE"):
         list(read_replays([tmp_path / "list.txt"]))
 

@@ -180,7 +180,7 @@ def test_what_was_drawn_is_not_drawn_again(tiny_folder, images, tmp_path, small_
             next(other.batches(0))
 
 
-@pytest.mark.parametrize("method", ["guidance", "consistency", "trajectory"])
+@pytest.mark.parametrize("method", [pytest.param("guidance", marks=pytest.mark.slow), "consistency", "trajectory"])
 def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, images, tmp_path, method, monkeypatch, small_pieces):
     words = (*WAYS, f"method={method}", f"data={images}", "intervals=[1,4]", "samples=1", "data.held_out=0")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -50,7 +50,9 @@ def assert_same_run(one, two):
             assert {name: pytest.approx(value, rel=1e-3) for name, value in row.items()} == other
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize(
+    "method", [one if one == "trajectory" else pytest.param(one, marks=pytest.mark.slow) for one in KINDS]
+)
 def test_a_distillation_is_that_of_one_process(method, images, tiny_folder, tmp_path):
     words = [*WORDS, *DISTILL, f"data={images}", f"method={method}", *KINDS[method]]
 

@@ -77,7 +77,9 @@ def killed_at(moment, work):
 KILLS = (("open", 0), ("loss", 1), ("loss", 6), ("validate", 0), ("sample_grid", 0), ("loss", 4), ("export", 0))
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("lora", KILLS), ("full", KILLS[2:4] + KILLS[-1:])])
+@pytest.mark.parametrize(
+    ("kind", "kills"), [("lora", KILLS), pytest.param("full", KILLS[2:4] + KILLS[-1:], marks=pytest.mark.slow)]
+)
 def test_kills_at_many_places_change_no_bit(kind, kills, case, tmp_path, one_thread):
     go, uninterrupted = case(kind)
     for moment in kills:
