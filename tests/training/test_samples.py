@@ -81,7 +81,7 @@ def test_a_stream_that_is_still_held_does_not_keep_the_process_from_its_end(one_
 def test_a_run_whose_worker_is_killed_goes_on(tmp_path, unet_settings, one_thread, monkeypatch):
     from ldm.training.stages.unet import UNetStage
 
-    loss = UNetStage.loss
+    loss, words = UNetStage.loss, ["steps=6", "latent_pool=256", "workers=1"]
 
     def killing(self, batch, step, micro):
         if step == 4:
@@ -91,6 +91,6 @@ def test_a_run_whose_worker_is_killed_goes_on(tmp_path, unet_settings, one_threa
 
     with monkeypatch.context() as patch, pytest.raises(DataError, match="was killed") as error:
         patch.setattr(UNetStage, "loss", killing)
-        train(unet_settings, tmp_path / "run")
+        train(unet_settings, tmp_path / "run", words)
     assert error.value.exit_code == 5 and state.checkpoints(tmp_path / "run")
-    assert train(unet_settings, tmp_path / "run", resume="latest") == tmp_path / "run" / "model"
+    assert train(unet_settings, tmp_path / "run", words, resume="latest") == tmp_path / "run" / "model"
