@@ -12,7 +12,7 @@ from starlette.routing import Route
 import ldm
 from ldm.files import format_bytes
 from ldm.pipeline.keywords import ALIASES
-from ldm.web import api, limits, openai, sdapi
+from ldm.web import api, limits, openai, sdapi, sdapi_fields
 from ldm.web.request import AXES, OFFERED
 
 TEXT, NUMBER, WHOLE, FLAG = {"type": "string"}, {"type": "number"}, {"type": "integer"}, {"type": "boolean"}
@@ -40,7 +40,7 @@ SDAPI: dict[str, dict] = {
     **dict.fromkeys(("prompt", "negative_prompt", "sampler_name", "sampler_index", "scheduler"), TEXT),
     **dict.fromkeys(("seed", "subseed", "steps", "width", "height", "batch_size", "n_iter"), WHOLE),
     **dict.fromkeys(("subseed_strength", "cfg_scale", "eta"), NUMBER),
-    "override_settings": {**OBJECT, "description": ", ".join(sdapi.OPTIONS)},
+    "override_settings": {**OBJECT, "description": ", ".join(sdapi_fields.OPTIONS)},
     **dict.fromkeys(("save_images", "send_images"), FLAG),
 }
 TXT2IMG = {"enable_hr": FLAG, "hr_scale": NUMBER, "hr_second_pass_steps": WHOLE, "denoising_strength": NUMBER}
@@ -87,8 +87,8 @@ NOTES = (
     f"{limits.MAX_QUEUED} jobs may wait. Beyond that the answer is 413 or 429.",
     "Calls of /sdapi and /v1 wait for their images and end with their client; jobs of /api/jobs outlive it. Images of "
     "calls are not kept in the gallery unless they say save_images (A1111) or response_format url (OpenAI).",
-    f"A1111's fields that change nothing here: {', '.join(sdapi.IGNORED)}. Refused unless they hold what changes "
-    f"nothing: {', '.join(sdapi.NEUTRAL)}.",
+    f"A1111's fields that change nothing here: {', '.join(sdapi_fields.IGNORED)}. Refused unless they hold what "
+    f"changes nothing: {', '.join(sdapi_fields.NEUTRAL)}.",
     f"OpenAI's field that changes nothing here: user. Refused unless they hold a default: {', '.join(openai.NEUTRAL)}. "
     "Both generations and edits take the fields of /api/jobs too.",
     "/api/jobs takes these words as well: "

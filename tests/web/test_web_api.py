@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm import Pipeline
 from ldm.images import encode, read_metadata
-from ldm.web import sdapi
+from ldm.web import sdapi_fields
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("requests")
@@ -274,7 +274,7 @@ def test_a_mask_of_an_a1111_client_is_painted_where_it_is_opaque(mask, invert, k
 
 
 def fields_of(client, **given):
-    return sdapi.fields_of({"prompt": "a cat", **given}, sdapi.TXT2IMG, client.server.context.catalog)
+    return sdapi_fields.fields_of({"prompt": "a cat", **given}, sdapi_fields.TXT2IMG, client.server.context.catalog)
 
 
 @pytest.mark.parametrize(
