@@ -35,7 +35,7 @@ from ldm.render.prompts.line_settings import parse_settings, with_own_controls
 from ldm.render.prompts.setting_table import OF_RUN, SETTINGS
 from ldm.render.prompts.templates import NO_WILDCARDS, Wildcards
 from ldm.render.prompts.values import MAX_SEED
-from ldm.render.replay.replay import replayed
+from ldm.render.replay.rerun import replayed
 from ldm.render.sheets.axes import Axis, check_grid, gridded
 from ldm.render.sheets.contact import write_contact_sheets
 from ldm.render.sheets.gallery import write_gallery
