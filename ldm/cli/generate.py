@@ -40,7 +40,6 @@ TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_]
 REPLACED = dict.fromkeys(("num_inference_steps", "spacing"), ("timesteps", "sigmas"))
 REPLACED |= dict.fromkeys(("timesteps", "sigmas"), ("timesteps", "sigmas", "num_inference_steps", "spacing"))
 REPLACED |= dict.fromkeys(INTERVALS, INTERVALS)
-OF_CONTROL_OPTION = ("controlnet", "control_image", "controlnet_conditioning_scale")  # that --control sets
 FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *PIPELINES, *OF_MODEL)
 
 
@@ -92,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> tuple[dict, dict, Mapping]:
     """(keywords of Pipeline, of generate, what the image of --from says of its model and machine)."""
     given = {name: value for name, value in vars(args).items() if value is not None}
-    given = with_controls(given) if args.control else given
+    if args.source is not None:  # what the image says is in place of defaults
+        given = {name: value for name, value in given.items() if name in args.typed}
+    given = with_controls(given)
     own, call = ({name: given[name] for name in part if name in given} for part in (FROM_PIPELINE, FROM_CALL))
     if args.source is not None:
         return _replayed(args, own, call)
@@ -117,11 +118,7 @@ def _replayed(args: argparse.Namespace, own: dict, call: dict) -> tuple[dict, di
     said = keywords(replay)
     for note in replay.notes:
         console.warn(note)
-    typed = {*args.typed, *(OF_CONTROL_OPTION if args.control else ())}
-    given = [{name: value for name, value in part.items() if name in typed} for part in (own, call)]
-    kept = _kept(said[1], given[1])
-    (own, call) = ({**part, **told, **more} for part, told, more in zip((own, call), (said[0], kept), given))
-    return own, call, replay.source
+    return {**said[0], **own}, {**_kept(said[1], call), **call}, replay.source
 
 
 def _kept(said: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

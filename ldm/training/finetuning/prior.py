@@ -26,7 +26,6 @@ from ldm.training.finetuning.base_model import read_base
 from ldm.training.settings import FinetuneSettings
 
 BATCH = 32  # images of a call
-NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_prior(settings: FinetuneSettings, model: Model, out: Path) -> ImageSet:
@@ -49,8 +48,8 @@ def draw_images(
     model: Model,
     prompts: list[str],
     folder: Path,
-    how: Mapping[str, Any] = NONE,
-    inputs: Mapping[str, str] = NONE,
+    how: Mapping[str, Any] = MappingProxyType({}),
+    inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """`folder` with an image of each prompt and its caption, drawn by `model` in the resolution of the settings.
 
