@@ -14,7 +14,7 @@ D* is the x0 that from (x, t) leads to s where D' leads from (x', t'); at t' = s
 student's average. Shapes:  B images
 
 A cheaper way to few steps, where images need not be given: the teacher draws, and the student learns to cross each
-segment of these very ways in one step (`crossing_loss`). That is progressive distillation (Salimans & Ho 2022) from
+segment of these trajectories in one step (`crossing_loss`). That is progressive distillation (Salimans & Ho 2022) from
 many steps to few at once, on the teacher's own x as in Luhman & Luhman 2021.
 """
 

@@ -28,8 +28,8 @@ def distill(
     `out`: the run's folder. `config` is a packaged name (emoji/guided, emoji/fast) or a settings file, `overrides` are
     KEY=VALUE strings of `DistillSettings`: `method=guidance` makes a student that does without guidance,
     `method=consistency` one that draws in `segments` steps, `method=trajectory` one that learns this from the model's
-    own ways to images. Data are drawn scenes, `data=FOLDER`, or `prompts=FILE`, captions alone, of which the model
-    draws images; `trajectory` takes the captions of any of these. The file that is written carries its settings.
+    own trajectories to images. Data are drawn scenes, `data=FOLDER`, or `prompts=FILE`, captions alone, of which the
+    model draws images; `trajectory` takes the captions of any of these. The file that is written carries its settings.
     `resume`: "latest", "best" or a checkpoint's folder; what is not given is then as in that run.
 
     Raises LdmError for everything that can be checked before work begins (with `dry_run` the run ends there),

@@ -1,4 +1,4 @@
-"""What a student is asked to answer: against loops written out from the papers, and on ways that are known exactly."""
+"""What a student is asked to answer: against loops written out from the papers, on trajectories known exactly."""
 
 import copy
 import math

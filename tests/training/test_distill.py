@@ -114,7 +114,7 @@ def test_consistency_asks_the_average_below_and_the_model_above(tiny_folder, ima
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """The teacher's ways are replaced eight at a time."""
+    """The teacher's trajectories are replaced eight at a time."""
     for module in (trajectories, stages):
         monkeypatch.setattr(module, "PIECE", 8)
 
@@ -155,7 +155,7 @@ def test_a_trajectory_is_the_teachers_own_and_its_segments_are_what_is_learned(
 
 @pytest.mark.parametrize(("rows", "accumulation", "steps"), [(1, 1, 4), (3, 2, 2)])
 def test_each_segment_is_learned_as_often(rows, accumulation, steps, tiny_folder, tmp_path, small_pieces):
-    """Also where a batch has fewer rows than there are segments, and of the held-out ways."""
+    """Also where a batch has fewer rows than there are segments, and of the held-out trajectories."""
     (tmp_path / "captions.txt").write_text("a red cat\na blue dog\na cat\na dog\n")
     words = (*WAYS, "segments=4", "latent_pool=8", "renew=0", f"prompts={tmp_path / 'captions.txt'}", "validation=4")
     words += (f"batch_size={rows}", f"accumulation={accumulation}", f"steps={steps}", "data.resolution=16")
@@ -326,7 +326,7 @@ def test_no_step_waits_for_the_device(method, tiny_folder, images, tmp_path, sma
 
 
 def test_a_base_in_16_bits_is_asked_in_autocast(tiny_folder, images, tmp_path, small_pieces, monkeypatch):
-    """As on a GPU: the teacher's ways, losses and scores, and the grid; the autoencoder stays in fp32."""
+    """As on a GPU: the teacher's trajectories, losses and scores, and the grid; the autoencoder stays in fp32."""
     half = lambda *_: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(base_model, "frozen_dtype", lambda *_: torch.bfloat16)
     monkeypatch.setattr(distilling, "drawing_precision", half, raising=False)

@@ -31,7 +31,7 @@ def test_all_stages_import_one_dataset_class(stage):
     assert own is ImageDataset or own.__base__ is ImageDataset
     source = Path(module.__file__).read_text()
     readers = re.findall(r"from ldm\.(?:training\.data\.|data\.(?!transforms))(\w+)", source)
-    assert set(readers) <= {"encoded", "emoji", "trajectories"}  # synonyms to judge text by, and a teacher's ways
+    assert set(readers) <= {"encoded", "emoji", "trajectories"}  # synonyms to judge text by, trajectories of a teacher
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""A teacher's ways from noise to images, drawn as they are needed and used for a while.
+"""A teacher's trajectories from noise to images, drawn as they are needed and used for a while.
 
-Which ways are in use at a step is a function of the settings and the step alone. Those in use lie in the run's folder,
-so that a run which goes on draws only what was not drawn yet.
+Which of them are in use at a step is a function of the settings and the step alone. Those in use lie in the run's
+folder, so that a run which goes on draws only what was not drawn yet.
 
 Shapes:  B rows of a batch   n segments   C, h, w latent channels, height, width
 """
@@ -57,7 +57,7 @@ def captions_of(images: ImageSet | SceneSet | DrawnSet, count: int) -> tuple[Cap
 
 
 class Trajectories:
-    """`latent_pool` ways, of which random ones make a batch; the oldest piece is replaced as the settings say.
+    """`latent_pool` trajectories, of which random ones make a batch; the oldest piece is replaced as the settings say.
 
     `described` makes a batch of latents and captions; `draw` is the teacher: for a batch whose latents are unit noise
     it returns x (n + 1, B, C, h, w) where the segments begin and end, from noise to image. `origin` says what decides
@@ -79,7 +79,7 @@ class Trajectories:
         self.pieces = settings.latent_pool // PIECE
         self._kept: dict[int, tuple[Tensor, list[str]]] = {}  # x (PIECE, n + 1, C, h, w) and captions of a piece
         use = f"{settings.latent_pool}{' at a time' if settings.renew else ''}"
-        self.lines = [f"the teacher draws {use} from captions alone, and its ways are what is learned"]
+        self.lines = [f"the teacher draws {use} from captions alone, and the trajectories are learned"]
 
     def batches(self, first_step: int) -> Iterator[Crossing]:
         s = self.settings
@@ -95,7 +95,7 @@ class Trajectories:
         for start in range(0, len(captions), s.batch_size):
             texts = list(captions[start : start + s.batch_size])
             noise = seeded.normal((len(texts), *self.shape), s.seed, "validation", start)
-            found.append(self._crossing(self._ways(noise, texts), texts, RowShard(len(texts)), start))
+            found.append(self._crossing(self._drawn(noise, texts), texts, RowShard(len(texts)), start))
         return found
 
     def _batch(self, oldest: int, step: int, micro: int) -> Crossing:
@@ -103,16 +103,16 @@ class Trajectories:
         slots = seeded.integers(s.latent_pool, (s.batch_size,), s.seed, "rows", step, micro).tolist()
         part = current().part(s.batch_size)
         places = [(oldest + slots[row] // PIECE, slots[row] % PIECE) for row in part.own or (0,)]
-        ways = torch.stack([self._kept[piece][0][at] for piece, at in places])
+        trajectories = torch.stack([self._kept[piece][0][at] for piece, at in places])
         captions = [self._kept[piece][1][at] for piece, at in places]
-        return self._crossing(ways, captions, part, (step * s.accumulation + micro) * s.batch_size)
+        return self._crossing(trajectories, captions, part, (step * s.accumulation + micro) * s.batch_size)
 
-    def _crossing(self, ways: Tensor, captions: list[str], part: RowShard, before: int) -> Crossing:
-        """One segment of each of these ways (B, n + 1, C, h, w), in turn; `before`: rows of the batches before it."""
+    def _crossing(self, trajectories: Tensor, captions: list[str], part: RowShard, before: int) -> Crossing:
+        """One segment of each trajectory (B, n + 1, C, h, w), in turn; `before`: rows of the batches before it."""
         which = part.of(before + torch.arange(part.size)) % self.settings.segments
-        rows = torch.arange(len(ways))
-        batch = self.described(ways[rows, which], captions, part)
-        return Crossing(**vars(batch), ends=sent(ways[rows, which + 1], batch.latents.device), which=which)
+        rows = torch.arange(len(trajectories))
+        batch = self.described(trajectories[rows, which], captions, part)
+        return Crossing(**vars(batch), ends=sent(trajectories[rows, which + 1], batch.latents.device), which=which)
 
     def _fill(self, oldest: int) -> None:
         """Read or draw the pieces from number `oldest` on that are in use, and forget all others."""
@@ -128,20 +128,20 @@ class Trajectories:
     def _piece(self, number: int) -> tuple[Tensor, list[str]]:
         s, captions = self.settings, self.captions(number * PIECE, PIECE)
         origin = hashlib.sha256("\n".join((self.origin, *captions)).encode()).hexdigest()
-        ways = self._read(number, origin)
-        if current().any_of([ways is None])[0]:
+        trajectories = self._read(number, origin)
+        if current().any_of([trajectories is None])[0]:
             noise = seeded.normal((PIECE, *self.shape), s.seed, "trajectories", number)
             part = current().part(PIECE)
             rows = torch.tensor(part.own or (0,)).split(s.batch_size)
-            ways = torch.cat([self._ways(noise[at], [captions[i] for i in at.tolist()]) for at in rows])
-            ways = current().whole(ways, part)
+            trajectories = torch.cat([self._drawn(noise[at], [captions[i] for i in at.tolist()]) for at in rows])
+            trajectories = current().whole(trajectories, part)
             if current().first:
-                self._write(number, ways, origin)
-        assert ways is not None
-        return ways, captions
+                self._write(number, trajectories, origin)
+        assert trajectories is not None
+        return trajectories, captions
 
     @torch.no_grad()
-    def _ways(self, noise: Tensor, captions: list[str]) -> Tensor:
+    def _drawn(self, noise: Tensor, captions: list[str]) -> Tensor:
         """(B, n + 1, C, h, w) fp32 on the CPU, from unit noise (B, C, h, w)."""
         batch = self.described(noise, captions, RowShard(len(captions)))
         return self.draw(batch).transpose(0, 1).float().cpu()
@@ -157,6 +157,6 @@ class Trajectories:
         except (OSError, SafetensorError):
             return None
 
-    def _write(self, number: int, ways: Tensor, origin: str) -> None:
-        tensors, metadata = {"x": ways.contiguous()}, {"origin": origin}
+    def _write(self, number: int, trajectories: Tensor, origin: str) -> None:
+        tensors, metadata = {"x": trajectories.contiguous()}, {"origin": origin}
         files.atomic_write(self._path(number), lambda path: save_file(tensors, path, metadata))
