@@ -173,7 +173,7 @@ def test_what_was_drawn_is_not_drawn_again(tiny_folder, images, tmp_path, small_
     (tmp_path / "settings.json").touch()  # as a run has it
     again, more = stage_of(tiny_folder, tmp_path, *words), stage_of(tiny_folder, tmp_path, *words, "teacher_steps=2")
     seed, side = (stage_of(tiny_folder, tmp_path, *words, word) for word in ("seed=4", "data.resolution=16"))
-    monkeypatch.setattr(trajectories.Trajectories, "_ways", lambda *_: pytest.fail("the teacher is asked"))
+    monkeypatch.setattr(trajectories.Trajectories, "_drawn", lambda *_: pytest.fail("the teacher is asked"))
     assert torch.equal(next(again.batches(0)).latents, first.latents)
     for other in (more, seed, side):
         with pytest.raises(pytest.fail.Exception):  # another way is wanted
@@ -321,7 +321,7 @@ def test_no_step_waits_for_the_device(method, tiny_folder, images, tmp_path, sma
     with Waits() as counted:
         assert stage.loss(batch, 0, 0).device == META
         if method == "trajectory":
-            assert stage._ways(batch).device == META
+            assert stage._trajectories(batch).device == META
     assert counted.launches and not +counted.waits
 
 

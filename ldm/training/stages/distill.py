@@ -143,7 +143,7 @@ class Distill:
         shape = (vae.latent_channels, *[s.data.resolution // vae.factor] * 2)
         known = (sorted(self.inputs.items()), self.scale, s.teacher_steps, s.segments, s.precision, s.seed, shape)
         origin = " ".join(map(str, known))
-        self.trajectories = Trajectories(s, captions, self._described, self._ways, shape, self.out, origin)
+        self.trajectories = Trajectories(s, captions, self._described, self._trajectories, shape, self.out, origin)
         self.lines = self.trajectories.lines
         say("\n".join(self.lines))
         with drawing_precision(s, self.device):
@@ -190,7 +190,7 @@ class Distill:
         cond = cond.to(self.device, torch.float32)
         return Batch(sent(latents, self.device), captions, cond, ids, captions if part.weight else [], part)
 
-    def _ways(self, batch: Batch) -> Tensor:
+    def _trajectories(self, batch: Batch) -> Tensor:
         """x (n + 1, B, C, h, w) of the teacher where the segments begin and end, from the noise of a batch on."""
         schedule, spacing, seen = self.model.schedule, self.drawing.spacing, []
         teacher = denoiser(self._teacher(batch, torch.full((len(batch.latents),), self.scale)), schedule)
