@@ -2,7 +2,7 @@
 
 examples:
   ldm render prompts.txt -o images/
-  ldm render prompts.csv -o images/ --steps 40 --seed 7 --strict
+  ldm render prompts.csv -o images/ --seed 7 --fast  in four steps, by the shipped few-step LoRA
   ldm render prompts.txt -o images/ --dry-run    what would be done, and how long it may take
   ldm render prompts.txt -o images/ --shard 2/3  the second third, on the second of three machines
   ldm render prompts.txt -o images/ --ray auto   on all machines of a Ray cluster (pip install 'ldm-pipeline[ray]')
@@ -16,8 +16,7 @@ A line is a prompt, and may hold settings: `a cat --n blurry --w 512 --h 512 --d
 comment. {red|blue} and __colours__ (a line of FOLDER/colours.txt, with --wildcards FOLDER) are chosen by the seed.
 Options are for lines that leave these settings out. A run that was stopped goes on by the same command, and no image
 is drawn twice.
-DIR/manifest.jsonl has a line for every image, DIR/report.jsonl for everything that is wrong: bad lines are named and
-the others drawn (exit code 3).
+DIR/manifest.jsonl has a line for every image, DIR/report.jsonl for every bad line; the others are drawn (exit code 3).
 """
 
 from __future__ import annotations
@@ -42,18 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", help="draw nothing if a line is bad")
     add("--dry-run", action="store_true", help="print what would be drawn and an estimate, write nothing")
     add("--format", metavar="NAME", default="png", help="png, jpg, webp (png)")
-    without = "write nothing about prompt and settings into the files"
-    add("--no-metadata", dest="metadata", action="store_false", help=without)
+    add("--no-metadata", dest="metadata", action="store_false", help="no prompt and settings in the files")
     sources = "draw these images, manifests or rendered folders again"
     add("--from", dest="sources", metavar="FILE", action="append", default=[], help=sources)
     changes = "with --from: another value for all of them; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
-    axis = "draw every prompt with each value, and a sheet of them; up to three axes"
-    add("--grid", metavar="KEY=A,B,…", action="append", default=[], help=axis)
+    add("--grid", metavar="KEY=A,B,…", action="append", default=[], help="every prompt with each value, on a sheet")
     add("--gallery", action="store_true", help="write DIR/index.html: all images, with search and settings")
     add("--contact-sheet", action="store_true", help="write DIR/contact/page-001.jpg, …: all images, small")
-    kept = "write what ControlNets saw beside the images: DIR/conditions/NAME.png"
-    add("--keep-conditions", action="store_true", help=kept)
+    add("--keep-conditions", action="store_true", help="write what ControlNets saw: DIR/conditions/NAME.png")
+    add("--fast", action="store_true", help="in few steps, with the shipped few-step LoRA of the shipped model")
     add_drawing(parser)
 
 

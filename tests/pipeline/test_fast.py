@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from ldm import Pipeline
+from ldm import Pipeline, render
 from ldm.checkpoint import folder
 from ldm.checkpoint.describe import describe
 from ldm.checkpoint.few_steps import KEY, MODEL_KEY
@@ -74,3 +75,16 @@ def test_what_cannot_be_is_one_line(shipped, tiny_folder, tmp_path, capsys):
         Pipeline("a cat", fast=True, lora=wide)
     with pytest.raises(ConfigError, match="expected True or False"):
         Pipeline("a cat", fast="yes")
+
+
+def test_a_prompt_file_is_drawn_with_it_too(shipped, tiny_folder, tmp_path, capsys):
+    shipped(shipped.place, **{KEY: SAMPLING, MODEL_KEY: describe("default", hashed=True).hash})
+    (tmp_path / "p.txt").write_text(f"a cat --d 1\na cat --d 1 --s 3\na cat --d 1 --model {tiny_folder}\n")
+    assert main(["render", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), "--fast"]) == 3
+    assert "p.txt:3 (fast): is for the default model, and the model is" in capsys.readouterr().err
+    drawn = [Image.open(path).convert("RGB").tobytes() for path in sorted((tmp_path / "out").glob("*.png"))]
+    pipe = Pipeline("a cat", fast=True)
+    assert drawn == [pipe.generate(seed=1, **more)[0].tobytes() for more in ({}, {"steps": 3})]
+    own = shipped(tmp_path / "own.safetensors", **{KEY: SAMPLING})
+    with pytest.raises(ConfigError, match=r"fast: own\.safetensors is a few-step LoRA itself"):
+        render(["a cat"], tmp_path / "two", fast=True, lora=own)

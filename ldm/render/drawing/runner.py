@@ -109,7 +109,7 @@ def render(
                 sheet of them in output/grids
     gallery     whether to write output/index.html; contact_sheet: output/contact/page-001.jpg, …
     keep_conditions  whether to write what ControlNets saw: output/conditions/NAME.png, conditions-2/NAME.png, …
-    settings    Pipeline's and generate's, under everybody's names: model (or a loaded one), vae, lora, lora_dir,
+    settings    Pipeline's and generate's, under everybody's names: model (or a loaded one), vae, lora, lora_dir, fast,
                 device, dtype, … and, for lines that leave them out, num_images, num_inference_steps,
                 guidance_scale, negative_prompt, sampler, spacing, width, height, …
 
@@ -145,8 +145,7 @@ def render(
         return _rendered(run, result, result.counts())
     rendered = _render(run, strict, axes)
     if keep_conditions:
-        written = write_conditions(rendered.folder, rendered.keys)
-        console.say(f"conditions: {written} in {rendered.folder / 'conditions'}")
+        console.say(f"conditions: {write_conditions(rendered.folder, rendered.keys)} in {rendered.folder}/conditions")
     if gallery:
         console.say(f"gallery: {write_gallery(rendered.folder)}")
     if contact_sheet:

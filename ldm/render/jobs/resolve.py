@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from ldm.checkpoint import Model
 from ldm.checkpoint.describe import ModelInfo, describe, hash_of
 from ldm.errors import ConfigError, LdmError
 from ldm.pipeline.adapters import Adapter, take_adapters, with_few_steps
-from ldm.pipeline.checks import check_guidance, check_prompts, check_variations
+from ldm.pipeline.checks import check_bool, check_guidance, check_prompts, check_variations
 from ldm.pipeline.control import Controls, check_controls, control_warnings, listed
 from ldm.pipeline.engine import Engine
+from ldm.pipeline.fast import check_beside, fast_adapter
 from ldm.pipeline.ip_adapter import ImagePrompts, check_image_prompts
 from ldm.pipeline.request import ImageRequest, Settings, card_scale, check_scales, resolve, size_warnings
 from ldm.pipeline.sources import DIGESTS, Sources, check_sources
@@ -38,15 +38,16 @@ class Resolver:
 
     lora_dir  where <lora:name:0.8> in prompts finds its file
     loaded    the model of lines without one, where it is in memory (see ldm.render.jobs.loaded_models)
-    engine    Engine's other keywords: device, offload, attention, compile, prediction_type, allow_unapplied,
-              dora_scaling
+    fast      whether every line is drawn with the shipped few-step LoRA too, as Pipeline's `fast`
+    engine    Engine's other keywords: device, attention, prediction_type, …
 
     Settings are JSON, None and what changes nothing left out: a dtype of auto too, so that a run may go on on another
     machine. Raises LdmError for what cannot be drawn.
     """
 
-    def __init__(self, lora_dir: str | os.PathLike | None = None, loaded: Model | None = None, **engine: Any):
+    def __init__(self, lora_dir: Any = None, loaded: Model | None = None, fast: bool = False, **engine: Any):
         self._lora_dir, self._options = lora_dir, engine
+        self._fast = functools.lru_cache(REMEMBERED)(fast_adapter) if check_bool(fast, "fast") else None
         self._default, self._loaded = ("default", None) if loaded is None else name_of_loaded(loaded)
         self._models: dict[tuple, tuple[Engine, ModelInfo] | LdmError] = {}
         self._shared: dict[tuple, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -56,7 +57,7 @@ class Resolver:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process is sent the arguments alone (no loaded model), and looks at files for itself."""
-        return functools.partial(Resolver, **self._options), (self._lora_dir,)
+        return functools.partial(Resolver, fast=self._fast is not None, **self._options), (self._lora_dir,)
 
     @property
     def device(self) -> str:
@@ -125,12 +126,14 @@ class Resolver:
         return engine, resolve(settings, info, sources, controls=controls, image_prompts=prompted)
 
     def _prompt(self, asked: Mapping[str, Any]) -> tuple[str, tuple[Adapter, ...]]:
-        """(the prompt without its tags, its LoRAs: the line's or the command's, then those of tags)."""
-        given = asked.get("lora")
-        lora = None if given is None else list(given)
+        """(the prompt without its tags, its LoRAs: of `fast`, the line's or the command's, those of tags)."""
+        lora = None if asked.get("lora") is None else list(asked["lora"])
         texts = check_prompts(asked["prompt"]), (asked.get("negative_prompt"),)
         (prompt,), _, (adapters,) = take_adapters(*texts, lora, self._lora_dir)
         Prompt.parse(prompt)
+        if self._fast is not None:
+            check_beside((adapters,))
+            adapters = (self._fast(asked.get("model", self._default), asked.get("vae")), *adapters)
         return prompt, adapters
 
     def _warn(self, lines: Iterable[str]) -> None:

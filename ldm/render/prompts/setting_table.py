@@ -89,6 +89,7 @@ SETTINGS: dict[str, Setting] = {
     "allow_unapplied": Setting(RUN),
     "dora_scaling": Setting(RUN, option="--dora-scaling"),
     "lora_dir": Setting(RUN),
+    "fast": Setting(RUN),
 }
 TEXTS = tuple(name for name, setting in SETTINGS.items() if setting.parser is values.prompt)  # may hold templates
 
