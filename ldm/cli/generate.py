@@ -40,7 +40,7 @@ TEMPLATE = re.compile(r"\{[^{}]*\|[^{}]*\}|(?<![^\W_])__[^\W_][^_\n]*__(?![^\W_]
 REPLACED = dict.fromkeys(("num_inference_steps", "spacing"), ("timesteps", "sigmas"))
 REPLACED |= dict.fromkeys(("timesteps", "sigmas"), ("timesteps", "sigmas", "num_inference_steps", "spacing"))
 REPLACED |= dict.fromkeys(INTERVALS, INTERVALS)
-FROM_PIPELINE = ("prompt", "negative_prompt", "fast", *PIPELINES, *OF_MODEL)
+FROM_PIPELINE = ("prompt", "negative_prompt", *PIPELINES, *OF_MODEL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="source", metavar="IMAGE", help="draw it again, as its file says; options given here win")
     changes = "with --from: another value, in the words of prompt lines; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
-    fast = "draw in few steps, with the shipped few-step LoRA of the shipped model; what is given here still wins"
-    add("--fast", action="store_true", help=fast)
     add_drawing(parser)
     words = ", ".join(f"{word} = {name}" for word, name in ALIASES.items())
     notes = textwrap.fill(f"In Python, other tools' names are accepted too: {words}.", 118)

@@ -167,6 +167,7 @@ MODEL = [
     Option("text_encoders", "PATH", "what a file of SD3 or FLUX lacks of CLIP and T5; several times", SEVERAL),
     Option("prediction_type", "NAME", "epsilon, v_prediction, sample (what the model says)"),
     Option("lora", "FILE[:WEIGHT]", "a LoRA or DoRA; may be given several times", {"type": _lora, "action": "append"}),
+    Option("fast", None, "in few steps, with the shipped model's few-step LoRA; what is given still wins", SWITCH),
     Option("lora_dir", "FOLDER", "where <lora:name:0.8> in the prompt finds name.safetensors"),
     Option("allow_unapplied", None, "warn of a LoRA's keys that fit nowhere, instead of refusing it", SWITCH),
     Option("dora_scaling", "NAME", "how weights act on a DoRA: linear (A1111, ComfyUI) or peft, in its norm (linear)"),

@@ -16,7 +16,7 @@ A line is a prompt, and may hold settings: `a cat --n blurry --w 512 --h 512 --d
 comment. {red|blue} and __colours__ (a line of FOLDER/colours.txt, with --wildcards FOLDER) are chosen by the seed.
 Options are for lines that leave these settings out. A run that was stopped goes on by the same command, and no image
 is drawn twice.
-DIR/manifest.jsonl has a line for every image, DIR/report.jsonl for every bad line; the others are drawn (exit code 3).
+DIR/manifest.jsonl has a line for every image, DIR/report.jsonl for all that is wrong: the rest is drawn (exit code 3).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="sources", metavar="FILE", action="append", default=[], help=sources)
     changes = "with --from: another value for all of them; may be given several times"
     add("--set", dest="changes", metavar="KEY=VALUE", action="append", default=[], help=changes)
-    add("--grid", metavar="KEY=A,B,…", action="append", default=[], help="every prompt with each value, on a sheet")
+    axis = "draw every prompt with each value, and a sheet of them; up to three axes"
+    add("--grid", metavar="KEY=A,B,…", action="append", default=[], help=axis)
     add("--gallery", action="store_true", help="write DIR/index.html: all images, with search and settings")
     add("--contact-sheet", action="store_true", help="write DIR/contact/page-001.jpg, …: all images, small")
     add("--keep-conditions", action="store_true", help="write what ControlNets saw: DIR/conditions/NAME.png")
-    add("--fast", action="store_true", help="in few steps, with the shipped few-step LoRA of the shipped model")
     add_drawing(parser)
 
 
